@@ -1,0 +1,50 @@
+"""Phi-3, Phi-3.5-mini and Phi-4: query, key and value in one linear, gate and up in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from slicecli import hookimpl
+from slicecli.adapters import Adapter, Branch, Linear
+
+
+def long_rope_obstacle(config: Mapping[str, Any]) -> str:
+    """Refuse LongRoPE: Phi3Config ties the number of its factors to hidden size over heads.
+
+    A sliced config would need factors of another length than the heads (whose width does not change) use.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("short_factor") is None and rope.get("long_factor") is None:
+        return ""
+    return (
+        "This Phi-3 config uses LongRoPE, whose factors Phi3Config ties to hidden_size / num_attention_heads, "
+        "so no stock Phi-3 config can describe a slice of it. The 4k variants can be sliced."
+    )
+
+
+ADAPTER = Adapter(
+    name="phi3",
+    model_types=("phi3",),
+    branches=(
+        Branch(
+            module="self_attn",
+            norm="input_layernorm",
+            readers=(Linear("self_attn.qkv_proj", "query_key_value"),),
+            writer=Linear("self_attn.o_proj", "query"),
+        ),
+        Branch(
+            module="mlp",
+            norm="post_attention_layernorm",
+            readers=(Linear("mlp.gate_up_proj", "gate_up"),),
+            writer=Linear("mlp.down_proj", "intermediate_size"),
+        ),
+    ),
+    obstacle=long_rope_obstacle,
+)
+
+
+@hookimpl
+def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register the Phi-3 family."""
+    register(ADAPTER)

@@ -1,0 +1,136 @@
+"""From documents to rows of token ids, for calibration and for evaluation.
+
+Documents are tokenised with the tokenizer's own special tokens, laid end to end, and cut into rows of equal
+length, so that there is no padding anywhere and every position counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slicecli.errors import TextError
+from slicecli.text import Text, shuffled
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Rows", "calibration_rows", "evaluation_rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed token ids.
+
+    Attributes:
+        name: Name of the text they come from.
+        ids: Token ids, int64 of shape (rows, sequence length).
+        bytes_per_token: UTF-8 bytes of the text per token of it, to convert nats per token to bits per byte.
+        digest: SHA-256 of the ids as little-endian int64, in hexadecimal.
+    """
+
+    name: str
+    ids: torch.Tensor
+    bytes_per_token: float
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all rows."""
+        return self.ids.numel()
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a row."""
+        return int(self.ids.shape[1])
+
+
+def calibration_rows(text: Text, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> Rows:
+    """Sample rows of a text: documents in random order, packed, cut, and the rows drawn at random.
+
+    Args:
+        text: The text.
+        tokenizer: A transformers tokenizer.
+        samples: Rows wanted; fewer are returned where the text is too short for all of them.
+        sequence_length: Tokens per row.
+        seed: Seed of both random choices.
+
+    Raises:
+        TextError: The text does not fill a single row.
+    """
+    # one text in one piece (wikitext2) is tokenised whole, so that rows come from all of it; of many
+    # documents only as many are tokenised as are needed
+    wanted = samples * sequence_length if len(text.documents) > 1 else None
+    ids, byte_count = _tokenise(shuffled(text.documents, seed), tokenizer, wanted)
+    rows = _cut(ids, sequence_length, text)
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return _rows(text, [rows[index] for index in order[:samples]], byte_count / len(ids))
+
+
+def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: int | None = None) -> Rows:
+    """Cut a whole text, in its own order, into rows that do not overlap; the remainder is dropped.
+
+    Args:
+        text: The text.
+        tokenizer: A transformers tokenizer.
+        sequence_length: Tokens per row.
+        samples: Keep only the first so many rows.
+
+    Raises:
+        TextError: The text does not fill a single row.
+    """
+    ids, byte_count = _tokenise(text.documents, tokenizer, None)
+    rows = _cut(ids, sequence_length, text)
+    return _rows(text, rows[:samples], byte_count / len(ids))
+
+
+def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple[list[int], int]:
+    """Return the ids of the documents laid end to end, at least `wanted` if there are, and their UTF-8 bytes."""
+    # a tokenizer that marks neither beginning nor end would run documents into each other
+    adds_tokens = tokenizer.num_special_tokens_to_add() > 0
+    separator = [] if adds_tokens else tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    byte_count = 0
+    for chunk in _chunks(documents, size=256):
+        for document, encoded in zip(chunk, tokenizer(chunk, verbose=False)["input_ids"], strict=True):
+            if ids:
+                ids.extend(separator)
+            ids.extend(encoded)
+            byte_count += len(document.encode())
+        if wanted is not None and len(ids) >= wanted:
+            break
+    return ids, byte_count
+
+
+def _chunks(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for document in documents:
+        chunk.append(document)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _cut(ids: list[int], sequence_length: int, text: Text) -> list[list[int]]:
+    """Cut ids into rows; what does not fill a row is dropped."""
+    count = len(ids) // sequence_length
+    if count == 0:
+        raise TextError(
+            f"The text {text.name!r} has {len(ids)} tokens, fewer than one row of {sequence_length}.",
+            "Give a longer text, or a smaller --seq-len.",
+        )
+    return [ids[index * sequence_length : (index + 1) * sequence_length] for index in range(count)]
+
+
+def _rows(text: Text, rows: list[list[int]], bytes_per_token: float) -> Rows:
+    import torch
+
+    ids = torch.tensor(rows, dtype=torch.int64)
+    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return Rows(text.name, ids, bytes_per_token, digest)

@@ -1,0 +1,73 @@
+"""Every error a user can meet, in one tree, so that a program can catch as much or as little as it wants.
+
+    SlicecliError
+    ├── RequestError             the command or call asks for something impossible (exit code 2)
+    ├── SourceError              the model cannot be found, reached or read
+    │   ├── UnsupportedModelError    it was read, and this program does not slice such a model
+    │   └── WeightsError             its weights are missing, damaged, unsafe or not finite
+    ├── TextError                a calibration or evaluation text cannot be found or is too short
+    ├── OutputError              the result cannot be written
+    └── PluginError              a plugin declares something that does not hold
+
+A message is one sentence with the cause and one with the remedy. The command line prints it without a
+traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "OutputError",
+    "PluginError",
+    "RequestError",
+    "SlicecliError",
+    "SourceError",
+    "TextError",
+    "UnsupportedModelError",
+    "WeightsError",
+]
+
+
+class SlicecliError(Exception):
+    """Base of all errors that are reported to the user as a sentence, not as a traceback.
+
+    Args:
+        cause: What is wrong, with the offending value.
+        remedy: What to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(f"{cause} {remedy}".strip())
+        self.cause = cause
+        self.remedy = remedy
+
+
+class RequestError(SlicecliError):
+    """The request itself cannot be met, whatever the state of disk and network."""
+
+    exit_code = 2
+
+
+class SourceError(SlicecliError):
+    """The model cannot be found, reached or read."""
+
+
+class UnsupportedModelError(SourceError):
+    """The model was read, and it is of a kind that cannot be sliced."""
+
+
+class WeightsError(SourceError):
+    """The weights are missing, damaged, unsafe to read or not finite."""
+
+
+class TextError(SlicecliError):
+    """A calibration or evaluation text cannot be found, read, or is too short."""
+
+
+class OutputError(SlicecliError):
+    """The result cannot be written."""
+
+
+class PluginError(SlicecliError):
+    """A plugin declares something that does not hold for the model at hand."""

@@ -1,0 +1,1 @@
+"""What touches the Hugging Face Hub beyond a plain download: error texts, and the model card."""

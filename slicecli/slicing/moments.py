@@ -1,0 +1,82 @@
+"""Sums over tokens: second moments of a stream, and the normal equations of a regression.
+
+Products of a chunk of tokens are taken in the dtype of the stream (at least float32) and summed in float64: a
+chunk is short enough that its float32 sum errs by about 1e-6, and the long sum loses nothing.
+
+Legend: d hidden size, t a token, n(x) = x / sqrt(mean(x²) + ε).
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "normalise"]
+
+CHUNK_TOKENS = 4096
+
+
+def normalise(stream: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return n(x), what an RMSNorm of weight 1 passes on.
+
+    Args:
+        stream: Shape (..., d).
+        epsilon: The norm's ε.
+
+    Returns:
+        The same shape, in float32, or in float64 where the stream is float64.
+    """
+    wide = stream if stream.dtype == torch.float64 else stream.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
+def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add Σₜ leftₜ rightₜᵀ to `total` in place.
+
+    Args:
+        total: Shape (a, b), float64.
+        left: Shape (tokens, a).
+        right: Shape (tokens, b).
+    """
+    for start in range(0, len(left), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        total += (left[chunk].T @ right[chunk]).double()
+
+
+class Moments:
+    """The normal equations of a linear regression, for fitted and for held-out tokens apart.
+
+    The regression corrects a map that exists already: its outputs are residuals, target minus what the existing
+    map gives. A residual of exactly zero then asks for a correction of exactly zero, whatever the rounding.
+
+    Attributes:
+        gram: Σ z zᵀ, float64 of shape (2, inputs, inputs); index 0 fitted, 1 held out.
+        cross: Σ z rᵀ with r the residual, float64 of shape (2, inputs, outputs).
+        residual_energy: Σ |r|², float64 of shape (2,).
+        tokens: Number of tokens, shape (2,).
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(2, inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(2, inputs, outputs, dtype=torch.float64, device=device)
+        self.residual_energy = torch.zeros(2, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(2, dtype=torch.int64)
+
+    def add(self, inputs: torch.Tensor, residuals: torch.Tensor, is_held_out: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: z, shape (tokens, inputs).
+            residuals: r, shape (tokens, outputs).
+            is_held_out: Which tokens are held out, bool of shape (tokens,).
+        """
+        for index, chosen in enumerate((~is_held_out, is_held_out)):
+            count = int(chosen.sum())
+            if count == 0:
+                continue
+            some_inputs, some_residuals = (
+                (inputs, residuals) if count == len(chosen) else (inputs[chosen], residuals[chosen])
+            )
+            add_outer(self.gram[index], some_inputs, some_inputs)
+            add_outer(self.cross[index], some_inputs, some_residuals)
+            self.residual_energy[index] += some_residuals.double().square().sum()
+            self.tokens[index] += count

@@ -1,0 +1,73 @@
+"""Least squares with a ridge chosen on held-out tokens.
+
+A map B₀ exists (the projection); the correction Δ minimises Σₜ |rₜ − Δ zₜ|² + λ |Δ|², so the ridge pulls towards
+the projection, not towards zero. λ = ridge · mean(diag Σ z zᵀ). The right ridge depends on how many tokens there
+are per unknown; the held-out error decides, and an infinite ridge (no correction) is always among the choices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from slicecli.slicing.moments import Moments
+
+__all__ = ["RIDGES", "Correction", "solve_ridge"]
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The correction of a map.
+
+    Attributes:
+        matrix: Δ, float64 of shape (outputs, inputs); zero where the projection was best.
+        ridge: The ridge chosen; infinity where the projection was best.
+        error: Share of the held-out residual energy that is left: below 1 where the correction helps.
+    """
+
+    matrix: torch.Tensor
+    ridge: float
+    error: float
+
+
+def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correction:
+    """Choose the ridge by the held-out error, then solve on all tokens.
+
+    The held-out error needs no further pass: Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩.
+
+    Args:
+        moments: The normal equations.
+        ridges: The ridges to try, besides infinity.
+    """
+    gram, cross = moments.gram, moments.cross
+    best_ridge, best_error = math.inf, 0.0
+    for ridge in ridges:
+        delta = _solve(gram[0], cross[0], ridge)
+        if delta is None:
+            continue
+        error = float((delta * (gram[1] @ delta - 2 * cross[1])).sum())
+        if error < best_error:
+            best_ridge, best_error = ridge, error
+    held_out_energy = float(moments.residual_energy[1])
+    left = 1.0 + best_error / held_out_energy if held_out_energy else 1.0
+    delta = None if math.isinf(best_ridge) else _solve(gram.sum(0), cross.sum(0), best_ridge)
+    if delta is None:
+        return Correction(torch.zeros_like(cross[0]).T, math.inf, 1.0)
+    return Correction(delta.T, best_ridge, left)
+
+
+def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """Return (G + λ I)⁻¹ C, shape (inputs, outputs); `None` where G is zero or not numerically positive."""
+    scale = gram.diagonal().mean()
+    if not bool(scale > 0):
+        return None
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * scale)
+    factor, failure = torch.linalg.cholesky_ex(damped)
+    if int(failure):
+        return None
+    return torch.cholesky_solve(cross, factor)

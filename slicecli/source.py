@@ -1,0 +1,345 @@
+"""Where a model comes from: a Hub id or a folder, read cheap things first.
+
+`Source.find` fetches only the small files, so that every refusal that a config can justify comes before a
+single weight is downloaded. The weights are opened by transformers and accelerate with every module on the
+`disk` device: nothing is copied, and a tensor is read from the checkpoint when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.errors import SourceError, UnsupportedModelError, WeightsError
+from slicecli.hub.errors import describe_hub_error
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DenseWeights", "Source", "empty_model"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# what a slice takes over from its source byte for byte
+COMPANION_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+SMALL_FILES = ("config.json", INDEX_FILE, "README.md", "slicecli.json", *COMPANION_FILES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose small files are at hand.
+
+    Attributes:
+        name: The Hub id, or the folder's own name: what records and cards may show.
+        folder: The local folder with the files.
+        revision: The revision asked for; `None` for a local folder or the default branch.
+        commit: The commit hash on the Hub; `None` for a local folder.
+        fields: The content of `config.json`.
+        token: Hub token, kept for later downloads only.
+        trust_remote_code: Whether code from the repository may run.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    commit: str | None
+    fields: Mapping[str, Any]
+    token: str | None = None
+    trust_remote_code: bool = False
+
+    def __repr__(self) -> str:
+        # never the token nor the folder: this may end in a log
+        return f"Source(name={self.name!r}, revision={self.revision!r}, commit={self.commit!r})"
+
+    @classmethod
+    def find(
+        cls,
+        model: str,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Source:
+        """Find a model by Hub id or folder and read its config.
+
+        Raises:
+            SourceError: It does not exist, cannot be reached, or has no readable config.
+        """
+        path = Path(model).expanduser()
+        if path.is_dir():
+            folder, name, commit = path, path.resolve().name, None
+        elif path.exists():
+            raise SourceError(f"{model!r} is a file.", "Give the folder of a model, or a Hub id such as owner/name.")
+        elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise SourceError(f"There is no folder {model!r}.", "Check the path, or give a Hub id such as owner/name.")
+        else:
+            folder = _download(model, revision, token, SMALL_FILES + (("*.py",) if trust_remote_code else ()))
+            name, commit = model, folder.name
+        return cls(name, folder, revision, commit, _read_config(folder, name), token, trust_remote_code)
+
+    def check_is_decoder(self) -> None:
+        """Refuse what cannot be a dense decoder language model, judging by the config alone.
+
+        Raises:
+            UnsupportedModelError: Encoder, encoder-decoder, multimodal or quantised.
+        """
+        kind = self.fields.get("model_type", "?")
+        architectures = [str(name) for name in self.fields.get("architectures") or []]
+        if self.fields.get("is_encoder_decoder"):
+            raise UnsupportedModelError(
+                f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
+            )
+        if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+            raise UnsupportedModelError(
+                f"{self.name} ({', '.join(architectures)}) is not a decoder language model.",
+                "Only models with a causal language-modelling head can be sliced.",
+            )
+        quantization = self.fields.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
+            raise UnsupportedModelError(
+                f"{self.name} is quantised ({method}).", "Slice the original weights, then quantise the slice."
+            )
+
+    def config(self) -> Any:
+        """Return the transformers config.
+
+        Raises:
+            SourceError: transformers refuses it.
+        """
+        import transformers
+
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # transformers raises many kinds for a bad config
+            raise SourceError(
+                f"transformers refuses the config of {self.name}: {_first_line(error)}.", "Check config.json."
+            ) from error
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            SourceError: There is none, or transformers cannot load it.
+        """
+        import transformers
+
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            raise SourceError(
+                f"The tokenizer of {self.name} cannot be loaded: {_first_line(error)}.",
+                "The folder needs the tokenizer's files next to config.json.",
+            ) from error
+
+    def companion_files(self) -> Iterator[Path]:
+        """Yield the files a slice takes over unchanged: tokenizer, generation config, chat template, licences."""
+        found = {path for pattern in COMPANION_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        yield from sorted(found)
+
+    def weight_files(self) -> list[str]:
+        """Return the names of the safetensors files of the checkpoint.
+
+        Raises:
+            WeightsError: There are none, only pickled ones, or the index is damaged or points elsewhere.
+        """
+        if (self.folder / INDEX_FILE).is_file():
+            return _indexed_files(self.folder / INDEX_FILE)
+        if (self.folder / SINGLE_FILE).exists() or self.commit is not None:
+            return [SINGLE_FILE]
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+            raise WeightsError(
+                f"{self.name} has its weights only as pickle files, which can run code when they are read.",
+                "Convert them to safetensors, or take a revision that has them.",
+            )
+        raise WeightsError(f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).", "Check the folder.")
+
+    def fetch_weights(self) -> None:
+        """Make sure the weight files are whole and on this machine, downloading them where needed.
+
+        Raises:
+            SourceError: The download fails.
+            WeightsError: A file is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        files = self.weight_files()
+        if self.commit is not None:
+            _download(self.name, self.commit, self.token, tuple(files))
+        for file in files:
+            if not (self.folder / file).is_file():
+                raise WeightsError(
+                    f"The weight file {file} of {self.name} is missing.", "Download the checkpoint again."
+                )
+            try:
+                with safe_open(self.folder / file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError, ValueError) as error:
+                raise WeightsError(
+                    f"The weight file {file} of {self.name} is damaged: {_first_line(error)}.",
+                    "Download the checkpoint again.",
+                ) from None
+
+
+class DenseWeights:
+    """The weights of a checkpoint, read tensor by tensor through transformers' own loading.
+
+    Names are those of the model's modules, whatever the names on disk. Nothing stays in memory.
+
+    Args:
+        source: The model; its weight files must be at hand (`Source.fetch_weights`).
+
+    Raises:
+        WeightsError: A tensor is missing, has another shape than the config says, or cannot be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        import transformers
+
+        self._name = source.name
+        self._scratch = tempfile.TemporaryDirectory(prefix="slicecli-")
+        try:
+            self._model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                trust_remote_code=source.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=self._scratch.name,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise WeightsError(
+                f"The weights of {source.name} cannot be loaded: {_first_line(error)}.",
+                "Check that config.json belongs to these weights.",
+            ) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise WeightsError(
+                f"The checkpoint of {source.name} lacks {len(missing)} tensors, the first of them {missing[0]}.",
+                "Download it again, or check that config.json belongs to it.",
+            )
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+        self.dtype: torch.dtype = self._model.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one parameter, on the CPU, in the checkpoint's dtype.
+
+        Raises:
+            WeightsError: It cannot be read, or holds NaN or infinity.
+        """
+        import torch
+        from accelerate.utils import align_module_device
+
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        try:
+            with align_module_device(module, torch.device("cpu")):
+                tensor: torch.Tensor = getattr(module, leaf).detach()
+        except Exception as error:
+            raise WeightsError(f"{name} of {self._name} cannot be read: {_first_line(error)}.") from error
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(
+                f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
+            )
+        return tensor
+
+    def module(self, path: str) -> dict[str, torch.Tensor]:
+        """Read all parameters below a module, by their names inside it."""
+        prefix = f"{path}."
+        return {name[len(prefix) :]: self.tensor(name) for name in self.shapes if name.startswith(prefix)}
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation.
+
+    Raises:
+        SourceError: transformers cannot build it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights():
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot build a model of this config: {_first_line(error)}.", "Check config.json."
+        ) from error
+    return model.eval()
+
+
+def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{name} has no config.json.", "Give the folder of a transformers model.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"The config.json of {name} cannot be read: {_first_line(error)}.") from None
+    if not isinstance(fields, dict):
+        raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
+    return fields
+
+
+def _indexed_files(path: Path) -> list[str]:
+    """Return the shards an index names, refusing any that does not lie beside it."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"The index {path.name} is damaged: {_first_line(error)}.", "Get it again.") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise WeightsError(
+                f"The index {path.name} points to {file!r}, which is not a safetensors file beside it.",
+                "Do not use this checkpoint unless you know why.",
+            )
+    if not files:
+        raise WeightsError(f"The index {path.name} names no files.", "Get it again.")
+    return files
+
+
+def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            )
+        )
+    except Exception as error:
+        raise SourceError(
+            f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.",
+            "A local folder is given as a path, for example ./model.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without its closing full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

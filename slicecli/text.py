@@ -1,0 +1,204 @@
+"""Text for calibration and evaluation: where it comes from and what a document is.
+
+A text is named by the user as one of a few field names (`wikitext2`), as a file (`stories.jsonl`, `book.txt`)
+or as a Hub dataset (`owner/name`, `owner/name:config`). Whatever the origin, it ends as a list of documents.
+Tokens, rows and sampling are the business of `slicecli.calibration`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slicecli.errors import SlicecliError, TextError
+
+__all__ = ["NAMED_TEXTS", "Part", "Text", "read_text"]
+
+Part = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as documents.
+
+    Attributes:
+        name: How reports and records name it: a field name, a dataset id, or a file name without its folder.
+        documents: The documents, in a fixed order.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where a text lies on the Hub.
+
+    Attributes:
+        dataset: Dataset id.
+        config: Its configuration, where it has several.
+        column: The column with the text.
+        splits: Split for calibration and split for evaluation, in the notation of `datasets`.
+        is_joined: The rows are lines of one text, joined by blank lines as the field does, not documents.
+        revision: Revision of the dataset.
+        data_files: Files to load instead of the whole, for calibration and evaluation.
+    """
+
+    dataset: str
+    config: str | None = None
+    column: str = "text"
+    splits: tuple[str, str] = ("train", "test")
+    is_joined: bool = False
+    revision: str | None = None
+    data_files: tuple[str, str] | None = None
+
+
+NAMED_TEXTS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", is_joined=True),
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        column="sentence",
+        is_joined=True,
+        # the dataset itself is a loading script, which current versions of datasets do not run
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubText(
+        "allenai/c4",
+        splits=("train", "validation"),
+        data_files=("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"),
+    ),
+    "alpaca": HubText("tatsu-lab/alpaca", splits=("train[:90%]", "train[90%:]")),
+}
+
+
+def read_text(name: str, part: Part, token: str | None = None) -> Text:
+    """Find a text and return its documents.
+
+    Args:
+        name: A name of `NAMED_TEXTS`, `demo` (prose of the Python installation), a `.txt` or `.jsonl` file, or a
+            Hub dataset id, optionally with `:config`.
+        part: Calibration reads the training split, evaluation the test split.
+        token: Hub token for gated datasets.
+
+    Raises:
+        TextError: There is no such text, it cannot be read, or it is empty.
+
+    Example:
+        >>> read_text("book.txt", "calibration").name  # doctest: +SKIP
+        'book.txt'
+    """
+    path = Path(name).expanduser()
+    if name == "demo":
+        from slicecli.demo import documents
+
+        text = Text("demo", tuple(documents("train" if part == "calibration" else "heldout")))
+    elif path.is_file():
+        text = _read_file(path)
+    elif name in NAMED_TEXTS:
+        text = _read_hub(name, NAMED_TEXTS[name], part, token)
+    elif path.suffix in {".txt", ".jsonl"} or path.is_dir() or name.startswith((".", "/", "~")):
+        raise TextError(f"There is no text file {name!r}.", "Check the path: a .txt or .jsonl file is expected.")
+    else:
+        dataset, _, config = name.partition(":")
+        text = _read_hub(name, HubText(dataset, config or None, column=""), part, token)
+    if not any(document.strip() for document in text.documents):
+        raise TextError(f"The text {text.name!r} is empty.", "Give one that has some.")
+    return text
+
+
+def _read_file(path: Path) -> Text:
+    """Read a `.txt` file as one document, a `.jsonl` file as one document per line."""
+    if path.suffix not in {".txt", ".jsonl"}:
+        raise TextError(
+            f"The file {path.name!r} is neither .txt nor .jsonl.",
+            "Give plain text as .txt, or documents as .jsonl with a field `text` on each line.",
+        )
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"The file {path.name!r} is not UTF-8 text ({error.reason}).", "Convert it.") from None
+    except OSError as error:
+        raise TextError(f"The file {path.name!r} cannot be read: {error.strerror}.") from None
+    if path.suffix == ".txt":
+        return Text(path.name, (content,))
+    documents = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise TextError(
+                f"Line {number} of {path.name!r} is not a JSON object with a string field `text`.",
+                "Write one object per line, for example {\"text\": \"Once upon a time ...\"}.",
+            )
+        documents.append(document)
+    return Text(path.name, tuple(documents))
+
+
+def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
+    """Load a dataset of the Hub through `datasets` and take its text column."""
+    import datasets
+
+    from slicecli.hub.errors import describe_hub_error
+
+    index = 0 if part == "calibration" else 1
+    options: dict[str, Any] = {"token": token, "revision": where.revision}
+    if where.data_files is not None:
+        split = where.splits[index].partition("[")[0]
+        options["data_files"] = {split: where.data_files[index]}
+    try:
+        if where.column:
+            rows = datasets.load_dataset(where.dataset, where.config, split=where.splits[index], **options)
+        else:
+            rows = _any_split(datasets.load_dataset(where.dataset, where.config, **options), part)
+    except SlicecliError:
+        raise
+    except Exception as error:
+        raise TextError(
+            f"The dataset {where.dataset!r} cannot be loaded: {describe_hub_error(error)}.",
+            f"Give a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}.",
+        ) from error
+    column = where.column or _text_column(rows, name)
+    documents: Iterable[str] = (str(document) for document in rows[column])
+    if where.is_joined:
+        return Text(name, ("\n\n".join(documents),))
+    return Text(name, tuple(document for document in documents if document.strip()))
+
+
+def _any_split(splits: Any, part: Part) -> Any:
+    """Choose the split of an unknown dataset that fits the purpose."""
+    wanted = ("train",) if part == "calibration" else ("test", "validation")
+    for split in wanted:
+        if split in splits:
+            return splits[split]
+    raise TextError(
+        f"The dataset has no split {' or '.join(wanted)}; it has {', '.join(splits)}.",
+        "Save the part you want as .jsonl and give that file.",
+    )
+
+
+def _text_column(rows: Any, name: str) -> str:
+    """Return the column `text`, or the only column of strings."""
+    strings = [column for column, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise TextError(
+        f"The dataset {name!r} has no column `text`; its columns are {', '.join(rows.features)}.",
+        "Save the column you want as .jsonl with the field `text` and give that file.",
+    )
+
+
+def shuffled(documents: tuple[str, ...], seed: int) -> list[str]:
+    """Return the documents in a seeded random order (the same on every machine and Python)."""
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    return [documents[index] for index in order]
