@@ -1,5 +1,5 @@
-"""The embedded demo: a small trained Llama in ``model/`` (the folder ``MODEL_FOLDER``) and text to calibrate and
-evaluate it on, made at run time from the standard library's documentation, so that everything works offline."""
+"""The embedded demo: a small trained Llama in ``model/`` (the folder ``MODEL_FOLDER``) and text to calibrate
+and evaluate it on, made at run time from the standard library's documentation, so that all works offline."""
 
 from __future__ import annotations
 

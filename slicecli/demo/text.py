@@ -1,7 +1,7 @@
-"""Text for calibration and evaluation, made at run time from the standard library that runs this program: the
-prose of its docstrings (read by ``ast``, no module is imported for it) and of the language topics in
-``pydoc_data``. Nothing is downloaded or stored; documents are divided into a training and a held-out part by the
-SHA-256 of their names, so that the division is the same everywhere."""
+"""Text for calibration and evaluation, made at run time from the standard library that runs this program:
+the prose of its docstrings (read by ``ast``, no module is imported for it) and of the language topics in
+``pydoc_data``. Nothing is downloaded or stored; documents are divided into a training and a held-out part by
+the SHA-256 of their names, so that the division is the same everywhere."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _without_markup(text: str) -> str:
 
 def _is_prose(text: str) -> bool:
     """Say whether a one-line paragraph reads as sentences: ASCII, long enough, ended, and mostly of words."""
-    if len(text) < 40 or not text.isascii() or text[-1] not in ".!?:)\"":
+    if len(text) < 40 or not text.isascii() or text[-1] not in '.!?:)"':
         return False
     if not (text[0].isalpha() or text[0] in "\"'("):
         return False
@@ -117,7 +117,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield the runs of lines of a text that belong together, as raw one-line strings, code and tables left out."""
+    """Yield the runs of lines that belong together, as raw one-line strings, code and tables left out."""
     lines = [line.rstrip() for line in text.splitlines()]
     piece: list[str] = []
     piece_indent = 0
@@ -186,7 +186,7 @@ def prose(text: str) -> list[str]:
 
 
 def _docstrings_under(body: Iterable[ast.AST]) -> Iterator[str]:
-    """Yield the docstrings of the classes and functions in a body of statements, in the order of the source."""
+    """Yield the docstrings of the classes and functions in a body of statements, in source order."""
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node, clean=False)
@@ -212,7 +212,7 @@ def docstrings(source: bytes) -> list[str]:
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the dotted name and the path of every module of the standard library, sorted by folder and name."""
+    """Yield the dotted name and the path of every standard library module, sorted by folder and name."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(
             name
@@ -230,7 +230,7 @@ def _modules(root: Path) -> Iterator[tuple[str, Path]]:
 def _topics() -> dict[str, str]:
     """Return the language topics that ``help()`` shows, empty where this Python has none."""
     try:
-        # This module is one literal dictionary; importing it runs nothing else and is much faster than parsing it.
+        # This module is one literal dictionary: importing it runs nothing else, and is faster than parsing.
         from pydoc_data.topics import topics
     except ImportError:
         return {}
@@ -276,26 +276,23 @@ def _parts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def documents(part: Part) -> list[str]:
-    """Return the documents of one part, in an order that depends on nothing but this Python's standard library.
+    """Return the documents of one part, in an order fixed by this Python's standard library alone.
 
     Args:
         part: ``"train"`` for the text to calibrate on, ``"heldout"`` for the text to evaluate on.
 
     Returns:
-        Documents of ASCII prose, one per module or language topic, paragraphs separated by newlines. No paragraph
-        occurs twice, nor in both parts.
+        Documents of ASCII prose, one per module or language topic, paragraphs separated by newlines. No
+        paragraph occurs twice, nor in both parts.
 
     Raises:
         ValueError: If ``part`` is neither of the two.
-        SlicecliError: If this Python carries too little documentation, as one stripped of its docstrings does.
+        SlicecliError: If this Python carries too little documentation, as one without its sources does.
     """
     if part not in ("train", "heldout"):
         raise ValueError(f"part must be 'train' or 'heldout', not {part!r}")
     training, held_out = _parts()
-    if (
-        sum(map(len, training)) < MINIMUM_TRAINING_BYTES
-        or sum(map(len, held_out)) < MINIMUM_HELD_OUT_BYTES
-    ):
+    if sum(map(len, training)) < MINIMUM_TRAINING_BYTES or sum(map(len, held_out)) < MINIMUM_HELD_OUT_BYTES:
         from slicecli.errors import SlicecliError
 
         raise SlicecliError(
