@@ -1,5 +1,8 @@
-"""The embedded demo: a small trained Llama in ``model/`` (the folder ``MODEL_FOLDER``) and text to calibrate
-and evaluate it on, made at run time from the standard library's documentation, so that all works offline."""
+"""The embedded demo: a small trained Llama, and text to calibrate and evaluate it on.
+
+The model lies in ``model/`` (``MODEL_FOLDER``); the text is made at run time from the standard library's
+documentation; so everything works offline.
+"""
 
 from __future__ import annotations
 

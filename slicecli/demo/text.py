@@ -1,7 +1,9 @@
-"""Text for calibration and evaluation, made at run time from the standard library that runs this program:
-the prose of its docstrings (read by ``ast``, no module is imported for it) and of the language topics in
-``pydoc_data``. Nothing is downloaded or stored; documents are divided into a training and a held-out part by
-the SHA-256 of their names, so that the division is the same everywhere."""
+"""Text for calibration and evaluation, made at run time from the standard library that runs this program.
+
+It is the prose of the docstrings (read by ``ast``, no module is imported for it) and of the language topics
+in ``pydoc_data``. Nothing is downloaded or stored; documents are divided into a training and a held-out part
+by the SHA-256 of their names, so that the division is the same everywhere.
+"""
 
 from __future__ import annotations
 
