@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from slicecli.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from slicecli.api import load, perplexity, slice_model
+    from slicecli.api import perplexity, slice_model
 
-__all__ = ["__version__", "hookimpl", "load", "perplexity", "slice_model"]
+__all__ = ["__version__", "hookimpl", "perplexity", "slice_model"]
 
 __version__ = "0.1.0"
 

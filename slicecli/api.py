@@ -1,0 +1,214 @@
+"""The Python interface: what the commands do, as functions.
+
+Example:
+    >>> import slicecli
+    >>> report = slicecli.slice_model("meta-llama/Meta-Llama-3-8B-Instruct", dim=3072)  # doctest: +SKIP
+    >>> slicecli.perplexity(str(report.output), "wikitext2").value  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.engine import (
+    SliceOptions,
+    SliceReport,
+    batch_rows,
+    check_vocabulary,
+    compute_dtype,
+    pick_device,
+    pick_sequence_length,
+    plan_slices,
+    quiet_libraries,
+    run_slices,
+)
+from slicecli.errors import RequestError, SourceError
+from slicecli.plan import Width
+from slicecli.source import Source
+
+if TYPE_CHECKING:
+    from slicecli.evaluation.perplexity import PerplexityResult
+    from slicecli.slicing.pipeline import Progress
+
+__all__ = ["load_model", "perplexities", "perplexity", "slice_model"]
+
+
+def slice_model(
+    model: str,
+    dim: int | None = None,
+    *,
+    sparsity: float | None = None,
+    target_parameters: int | None = None,
+    memory: int | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SliceReport:
+    """Slice a model and write the result to a folder.
+
+    Args:
+        model: Hub id or folder.
+        dim: The hidden size to keep.
+        sparsity: Instead: the fraction of the hidden size to remove.
+        target_parameters: Instead: the most parameters the slice may have.
+        memory: Instead: the most bytes its weights may take.
+        output: The folder to write; by default `./<name>-dim<k>`.
+        progress: Hears how far the work has come.
+        **options: Fields of `slicecli.engine.SliceOptions`.
+
+    Returns:
+        What was made, and where.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    width = Width(dim, sparsity, target_parameters, memory)
+    folder = None if output is None else Path(output).expanduser()
+    with quiet_libraries():
+        job = plan_slices(model, [width], [folder], SliceOptions(**options))
+        return run_slices(job, progress)[0]
+
+
+def perplexity(model: str, text: str = "wikitext2", **options: Any) -> PerplexityResult:
+    """Measure a model's perplexity on one text.
+
+    Args:
+        model: Hub id or folder, dense or sliced.
+        text: Name of the text, see `slicecli.text.read_text`.
+        **options: Keyword arguments of `perplexities`.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    return perplexities(model, [text], **options)[0]
+
+
+def perplexities(
+    model: str,
+    texts: Sequence[str],
+    *,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    device_map: Any = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[PerplexityResult]:
+    """Load a model once and measure its perplexity on several texts.
+
+    Args:
+        model: Hub id or folder, dense or sliced.
+        texts: Names of the texts, see `slicecli.text.read_text`.
+        samples: Measure only the first so many rows; `None` measures the whole text.
+        sequence_length: Tokens per row; `None` takes 2048, or what the model can do if that is less.
+        batch_size: Rows per forward pass; `None` chooses by tokens.
+        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
+        device_map: As in transformers; a device name is one too.
+        revision: Revision on the Hub.
+        token: Hub token.
+        trust_remote_code: Whether code from the model's repository may run.
+        progress: Hears of each batch.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    from slicecli.calibration import evaluation_rows
+    from slicecli.evaluation.perplexity import measure_perplexity
+    from slicecli.text import read_text
+
+    source = Source.find(model, revision, token, trust_remote_code)
+    source.check_is_decoder()
+    length = pick_sequence_length(source, sequence_length)
+    for name, value in (("samples", samples), ("batch size", batch_size)):
+        if value is not None and value <= 0:
+            raise RequestError(f"A {name} of {value} is too small.", "Give 1 or more.")
+    with quiet_libraries():
+        tokenizer = source.tokenizer()
+        packed = [
+            evaluation_rows(read_text(text, "evaluation", token), tokenizer, length, samples) for text in texts
+        ]
+        for rows in packed:
+            check_vocabulary(rows, source.name, int(source.fields.get("vocab_size") or rows.ids.max() + 1))
+        loaded = load_model(source, dtype, device_map)
+        size = batch_size or batch_rows(loaded.device, length)
+        return [measure_perplexity(loaded, rows, size, progress) for rows in packed]
+
+
+def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto") -> Any:
+    """Load a model to run it.
+
+    Args:
+        source: The model.
+        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
+        device_map: As in transformers; a device name is one too.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    import torch
+    import transformers
+
+    source.fetch_weights()
+    if isinstance(device_map, str) and device_map not in {"auto", "balanced", "balanced_low_0", "sequential"}:
+        device = pick_device(device_map)
+    else:
+        device = pick_device("auto")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            device_map=device_map,
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SourceError(f"{source.name} cannot be loaded: {reason}.", "Check its files.") from error
+    if dtype is None and device.type == "cpu":
+        model = model.to(compute_dtype(model.dtype, device))
+    return model.eval()
+
+
+def generate_text(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 42
+) -> tuple[str, int]:
+    """Continue a prompt.
+
+    Args:
+        model: A loaded model.
+        tokenizer: Its tokenizer.
+        prompt: The text to continue.
+        max_new_tokens: Tokens to write at most.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        seed: Seed for sampling.
+
+    Returns:
+        The new text without the prompt, and its number of tokens.
+
+    Raises:
+        RequestError: The prompt has no tokens.
+    """
+    import torch
+
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.no_grad():
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    new = output[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)

@@ -1,0 +1,240 @@
+"""Writing a checkpoint: an output folder that is either whole or not there, and shards filled tensor by tensor.
+
+The safetensors format puts a table of names, dtypes, shapes and offsets in front of the data. All of that is
+known before the first tensor is computed, so each shard is laid out first and its tensors are written where they
+belong as they come, in any order; memory holds one tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from slicecli.errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ShardWriter", "file_digest", "require_disk_space", "whole_folder"]
+
+RECORD_FILE = "slicecli.json"
+_DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@contextmanager
+def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder that takes the output's name once the body ends without an error.
+
+    Whatever ends the body otherwise removes the temporary folder. With `overwrite` an older slice of that name
+    is replaced in the last step, not before.
+
+    Args:
+        output: The folder to make.
+        overwrite: Replace an existing slice.
+
+    Raises:
+        OutputError: The output exists and may not be replaced, or cannot be written.
+    """
+    check_output(output, overwrite)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output)
+        partial = output.parent / f".{output.name}.{os.getpid()}.incomplete"
+        partial.mkdir()
+    except OSError as error:
+        raise _writing_error(output, error) from error
+    try:
+        yield partial
+        _put_in_place(partial, output)
+    except OSError as error:
+        raise _writing_error(output, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that is taken.
+
+    Raises:
+        OutputError: It exists, and `overwrite` is off or it is something else than a slice.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise OutputError(f"The output {output.name!r} exists.", "Give another with --output, or --overwrite it.")
+    if not (output / RECORD_FILE).is_file():
+        raise OutputError(
+            f"The output {output.name!r} exists and is not a slice (it has no {RECORD_FILE}), so it is left alone.",
+            "Give another with --output, or remove it yourself.",
+        )
+
+
+def require_disk_space(output: Path, needed: int) -> None:
+    """Refuse to start what will not fit.
+
+    Args:
+        output: The folder to be made.
+        needed: Bytes that will be written.
+
+    Raises:
+        OutputError: The file system has less.
+    """
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"The slice needs {needed / 1e9:.2f} GB on disk, and {free / 1e9:.2f} GB are free.",
+            "Free some, or give an --output on another disk.",
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes the safetensors shards of a checkpoint whose tensors arrive one by one.
+
+    Args:
+        folder: Where the shards go.
+        shapes: Shape of every tensor by name, in the order in which they shall lie.
+        dtype: Dtype of all of them.
+        max_shard_size: Most bytes of one shard, as a number or as `5GB`.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int | str
+    ) -> None:
+        import math
+
+        import huggingface_hub
+
+        self._folder = folder
+        self._dtype = dtype
+        self._shapes = dict(shapes)
+        self._size = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        split = huggingface_hub.split_state_dict_into_shards_factory(
+            self._size, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        self.files = list(split.filename_to_tensors)
+        self._file_of = split.tensor_to_filename
+        self._is_sharded = split.is_sharded
+        self._offset: dict[str, int] = {}
+        self._open: dict[str, BinaryIO] = {}
+        self._missing = set(shapes)
+        for file, names in split.filename_to_tensors.items():
+            self._lay_out(file, names)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor at its place.
+
+        Args:
+            name: Its name; each must be written exactly once.
+            tensor: Its value on the CPU, of the shape and dtype announced.
+        """
+        import torch
+
+        if name not in self._missing:
+            raise ValueError(f"{name} is not expected, or was written already")
+        if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self._dtype:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {self._shapes[name]} {self._dtype} was announced"
+            )
+        file = self._open[self._file_of[name]]
+        file.seek(self._offset[name])
+        file.write(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+        self._missing.remove(name)
+
+    def finish(self) -> dict[str, str]:
+        """Close the shards, write the index where there are several, and return each file's SHA-256."""
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were never written, among them {min(self._missing)}")
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        if self._is_sharded:
+            index = {"metadata": {"total_size": sum(self._size.values())}, "weight_map": self._file_of}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        return {file: file_digest(self._folder / file) for file in self.files}
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _lay_out(self, file: str, names: list[str]) -> None:
+        """Write a shard's header, and note where each of its tensors goes."""
+        code = _DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name in names:
+            end = start + self._size[name]
+            header[name] = {"dtype": code, "shape": list(self._shapes[name]), "data_offsets": [start, end]}
+            self._offset[name] = start
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        handle = (self._folder / file).open("wb")
+        self._open[file] = handle
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            self._offset[name] += 8 + len(text)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove temporary folders of runs that were killed before they could."""
+    for leftover in output.parent.glob(f".{output.name}.*.incomplete"):
+        process = leftover.name.removeprefix(f".{output.name}.").removesuffix(".incomplete")
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename the finished folder; an older slice is moved aside first and removed last."""
+    if not output.exists():
+        partial.rename(output)
+        return
+    aside = partial.with_suffix(".replaced")
+    output.rename(aside)
+    try:
+        partial.rename(output)
+    except OSError:
+        aside.rename(output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _writing_error(output: Path, error: OSError) -> OutputError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return OutputError(
+            f"The disk became full while {output.name!r} was written; nothing is left of it.",
+            "Free some space, or give an --output on another disk.",
+        )
+    return OutputError(
+        f"The output {output.name!r} cannot be written: {error.strerror or error}.", "Give another with --output."
+    )

@@ -1,0 +1,95 @@
+"""The command line: one group, one module per command, imported when the command is used.
+
+This package is the only place that prints. Nothing heavier than click and pluggy is imported before a command's
+body runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from slicecli import __version__
+from slicecli.errors import SlicecliError
+
+__all__ = ["group", "main"]
+
+COMMANDS = {
+    "slice": "Slice the hidden size of a model.",
+    "eval": "Measure the perplexity of a model.",
+    "inspect": "Show how a model would be sliced, from its config alone.",
+    "generate": "Continue a prompt with a model.",
+    "adapters": "List the model families that can be sliced.",
+    "plugins": "List the installed plugins and what became of them.",
+    "demo": "Slice the embedded model at several dims and measure it.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of their own and are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the built-in commands in their own order, then those of plugins."""
+        return [*COMMANDS, *sorted(set(self._with_plugins()) - set(COMMANDS))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command."""
+        if cmd_name in COMMANDS:
+            command: click.Command = importlib.import_module(f"slicecli.cli.{cmd_name}_command").command
+            return command
+        return self._with_plugins().get(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any of them."""
+        rows = [
+            (name, COMMANDS.get(name) or self.commands[name].get_short_help_str()) for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error of ours becomes a sentence and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except SlicecliError as error:
+            if ctx.params.get("verbose"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+    def _with_plugins(self) -> dict[str, click.Command]:
+        """Let plugins add their commands, once; return all that were added."""
+        from slicecli.plugins import plugins
+
+        if not getattr(self, "_asked_plugins", False):
+            self._asked_plugins = True
+            plugins().manager.hook.slicecli_register_commands(group=self)
+        return self.commands
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="slicecli")
+@click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress, only results and errors.")
+@click.pass_context
+def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+    """Slice the hidden size of decoder language models.
+
+    MODEL is a Hub id such as meta-llama/Meta-Llama-3-8B-Instruct, or a folder.
+    """
+    ctx.obj = {"quiet": quiet}
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _stop)
+    group(prog_name="slicecli")
+
+
+def _stop(signal_number: int, _frame: Any) -> NoReturn:
+    """End as an error would, so that nothing half-written is left."""
+    sys.exit(128 + signal_number)

@@ -1,0 +1,87 @@
+"""`slicecli demo`: the whole job on the embedded model, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+PROMPT = "This function returns"
+
+
+@click.command("demo")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("slicecli-demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the slices, one folder for each dim; slices of an earlier demo are replaced.",
+)
+@click.option(
+    "--dims", type=shared.DimList(), default="84,72,60", show_default=True, metavar="N,N,...", help="Dims to slice to."
+)
+@shared.format_option
+@click.pass_obj
+def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output_format: str) -> None:
+    """Slice the embedded model at several dims, measure each, and write a sentence with each.
+
+    The model was trained on prose of the Python documentation; calibration and evaluation text is taken from the
+    Python installation that runs the program. Nothing is downloaded.
+    """
+    from slicecli.api import generate_text, load_model, perplexity
+    from slicecli.demo import MODEL_FOLDER
+    from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+    from slicecli.plan import Width
+    from slicecli.source import Source
+
+    settings = SliceOptions(calibration="demo", samples=256, sequence_length=256, overwrite=True)
+    folders = [output / f"dim{dim}" for dim in dims]
+    job = plan_slices(str(MODEL_FOLDER), [Width(dim) for dim in dims], list(folders), settings)
+    with quiet_libraries(), show.progress(context["quiet"]) as watcher:
+        reports = run_slices(job, watcher)
+        rows = []
+        for dim, folder in [(job.dimensions.hidden_size, MODEL_FOLDER), *zip(dims, folders, strict=True)]:
+            source = Source.find(str(folder))
+            measured = perplexity(str(folder), "demo", sequence_length=256, progress=watcher)
+            sentence, _ = generate_text(load_model(source), source.tokenizer(), PROMPT, max_new_tokens=32)
+            rows.append((dim, folder, measured, " ".join((PROMPT + sentence).split())))
+    dense = reports[0].plan
+    parameters = [dense.dense_parameters, *(report.plan.sliced_parameters for report in reports)]
+    weights = [dense.dense_bytes, *(report.plan.sliced_bytes for report in reports)]
+    if output_format == "json":
+        show.print_json(
+            [
+                {
+                    "dim": dim,
+                    "output": str(folder) if index else None,
+                    "parameters": parameters[index],
+                    "bytes": weights[index],
+                    "perplexity": measured.to_json(),
+                    "text": text,
+                }
+                for index, (dim, folder, measured, text) in enumerate(rows)
+            ]
+        )
+        return
+    show.print_table(
+        ["", "dim", "parameters", "weights", "perplexity", "text"],
+        [
+            [
+                "slice" if index else "dense",
+                f"{dim}",
+                f"{parameters[index]:,}",
+                show.size(weights[index]),
+                f"{measured.value:.2f} ± {measured.stderr:.2f}",
+                text,
+            ]
+            for index, (dim, _, measured, text) in enumerate(rows)
+        ],
+    )
+    if not context["quiet"]:
+        show.note(f"The slices are in {output}. Next: slicecli generate {folders[0]} {PROMPT!r}")

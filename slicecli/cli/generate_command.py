@@ -1,0 +1,74 @@
+"""`slicecli generate`: see what a model writes."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+
+@click.command("generate")
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to write.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time; above 0 samples.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, metavar="N", help="Seed for sampling.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Dtype to compute in; auto takes the checkpoint's (a CPU computes in float32).",
+)
+@click.option(
+    "--device-map", default="auto", show_default=True, metavar="MAP", help="Where the model goes: auto, cpu, cuda:N."
+)
+@shared.model_options
+@shared.format_option
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+    device_map: str,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    output_format: str,
+) -> None:
+    """Continue PROMPT with MODEL, dense or sliced."""
+    from slicecli.api import generate_text, load_model
+    from slicecli.engine import quiet_libraries
+    from slicecli.source import Source
+
+    source = Source.find(model, revision, token, trust_remote_code)
+    source.check_is_decoder()
+    with quiet_libraries():
+        tokenizer = source.tokenizer()
+        loaded = load_model(source, None if dtype == "auto" else dtype, device_map)
+        started = time.perf_counter()
+        text, count = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
+    seconds = time.perf_counter() - started
+    if output_format == "json":
+        show.print_json(
+            {
+                "model": model,
+                "prompt": prompt,
+                "text": text,
+                "tokens": count,
+                "tokens_per_second": round(count / seconds, 3),
+            }
+        )
+        return
+    click.echo(prompt + text)

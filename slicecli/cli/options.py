@@ -1,0 +1,112 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from slicecli.plan import parse_bytes, parse_count
+
+__all__ = ["Auto", "Bytes", "Count", "DimList", "format_option", "model_options", "run_options"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Count(click.ParamType):
+    """A number of parameters such as 6B."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read the text of an option."""
+        return value if isinstance(value, int) else parse_count(value)
+
+
+class Bytes(click.ParamType):
+    """A size such as 12GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read the text of an option."""
+        return value if isinstance(value, int) else parse_bytes(value)
+
+
+class Auto(click.ParamType):
+    """A whole number, or `auto`, which becomes `None`."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Read the text of an option."""
+        if value is None or value == "auto":
+            return None
+        converted: int = click.INT.convert(value, param, ctx)
+        return converted
+
+
+class DimList(click.ParamType):
+    """Dims such as 84,72,60."""
+
+    name = "dims"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(click.INT.convert(part, param, ctx) for part in value.split(","))
+
+
+def format_option(function: Function) -> Function:
+    """Add `--format`."""
+    return click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["human", "json"]),
+        default="human",
+        show_default=True,
+        help="How to print the result on standard output.",
+    )(function)
+
+
+def model_options(function: Function) -> Function:
+    """Add the options that say which model is meant."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
+        click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
+    ):
+        function = option(function)
+    return function
+
+
+def run_options(function: Function) -> Function:
+    """Add the options that say how rows of text go through a model."""
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="Dtype of the weights; auto keeps the checkpoint's (a CPU computes in float32).",
+        ),
+        click.option(
+            "--batch-size", type=Auto(), default="auto", show_default=True, metavar="N|auto", help="Rows per batch."
+        ),
+        click.option(
+            "--seq-len", type=int, metavar="N", help="Tokens per row.  [default: 2048, or the model's longest]"
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def check_shard_size(text: str) -> None:
+    """Refuse a shard size that is not a size.
+
+    Raises:
+        RequestError: It is not one.
+    """
+    parse_bytes(text)

@@ -1,0 +1,140 @@
+"""How results and progress look: tables and JSON on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slicecli.errors import OutputError
+
+if TYPE_CHECKING:
+    from slicecli.slicing.pipeline import Progress
+
+__all__ = ["note", "print_json", "print_table", "progress", "size", "warn", "write_json"]
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write one JSON document to a file, whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.incomplete")
+    try:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path.name!r} cannot be written: {error.strerror}.", "Give another file.") from error
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table on standard output; all columns but the first are aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def note(text: str) -> None:
+    """Say something on standard error."""
+    click.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    """Warn on standard error."""
+    click.echo(f"Warning: {text}", err=True)
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as a person reads it."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+@contextmanager
+def progress(is_quiet: bool) -> Iterator[Progress]:
+    """Show progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
+    if is_quiet:
+        from slicecli.engine import Silent
+
+        yield Silent()
+    elif sys.stderr.isatty():
+        with _Bars() as bars:
+            yield bars
+    else:
+        yield _Lines()
+
+
+class _Bars:
+    """Rich bars: one per phase, with counter, time left and the last remark."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[detail]}", style="dim"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._progress.stop()
+
+    def start(self, phase: str, total: int) -> None:
+        """Begin a bar."""
+        self._task = self._progress.add_task(phase, total=total, detail="")
+
+    def advance(self, detail: str = "") -> None:
+        """Move the bar by one."""
+        self._progress.update(self._task, advance=1, **({"detail": detail} if detail else {}))
+
+
+class _Lines:
+    """Plain lines for logs: every step of a short phase, every tenth part of a long one."""
+
+    def __init__(self) -> None:
+        self._phase, self._total, self._done = "", 0, 0
+
+    def start(self, phase: str, total: int) -> None:
+        """Begin a phase."""
+        self._phase, self._total, self._done = phase, total, 0
+
+    def advance(self, detail: str = "") -> None:
+        """Count a step."""
+        self._done += 1
+        every = 1 if self._total <= 100 and self._phase != "perplexity" else max(1, self._total // 10)
+        if self._done % every == 0 or self._done == self._total:
+            click.echo(f"{self._phase} {self._done}/{self._total} {detail}".rstrip(), err=True)

@@ -1,0 +1,176 @@
+"""`slicecli slice`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+
+@click.command("slice")
+@click.argument("model")
+@click.option("--dim", type=int, metavar="N", help="Hidden size to keep.")
+@click.option("--sparsity", type=float, metavar="F", help="Instead: fraction of the hidden size to remove.")
+@click.option(
+    "--target-params", type=shared.Count(), metavar="6B", help="Instead: the most parameters the slice may have."
+)
+@click.option("--memory", type=shared.Bytes(), metavar="12GiB", help="Instead: the most bytes its weights may take.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing slice.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
+@click.option(
+    "--method",
+    type=click.Choice(["refit"]),
+    default="refit",
+    show_default=True,
+    help="refit: one shared basis, every map refitted by least squares, a stock checkpoint.",
+)
+@click.option(
+    "--calibration",
+    default="wikitext2",
+    show_default=True,
+    metavar="NAME|FILE|HUB_ID",
+    help="Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
+)
+@click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="Rows of calibration text.")
+@click.option("--seed", type=int, default=42, show_default=True, metavar="N", help="Seed of the choice of rows.")
+@shared.run_options
+@click.option(
+    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
+@click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
+@shared.model_options
+@shared.format_option
+@click.pass_obj
+def command(
+    context: dict[str, Any],
+    model: str,
+    dim: int | None,
+    sparsity: float | None,
+    target_params: int | None,
+    memory: int | None,
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    method: str,
+    calibration: str,
+    samples: int,
+    seed: int,
+    dtype: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    device_map: str,
+    max_shard_size: str,
+    adapter: str | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    output_format: str,
+) -> None:
+    """Slice the hidden size of MODEL and write a checkpoint that loads like any other.
+
+    \b
+    Examples:
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
+      slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
+    """
+    from slicecli.plan import Width
+
+    width = Width(dim, sparsity, target_params, memory)
+    shared.check_shard_size(max_shard_size)
+
+    from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+
+    settings = SliceOptions(
+        calibration=calibration,
+        samples=samples,
+        sequence_length=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=None if dtype == "auto" else dtype,
+        device=device_map,
+        max_shard_size=max_shard_size,
+        adapter=adapter,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    job = plan_slices(model, [width], [output], settings)
+    plan, _, folder = job.slices[0]
+    if not context["quiet"]:
+        show.note(
+            f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "
+            f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}"
+        )
+    if dry_run:
+        _report({**_fields(plan, folder, job.source.commit), "dry_run": True}, output_format)
+        return
+    with quiet_libraries(), show.progress(context["quiet"]) as watcher:
+        report = run_slices(job, watcher)[0]
+    for text in report.warnings:
+        show.warn(text)
+    _report(
+        {
+            **_fields(plan, folder, report.revision),
+            "energy_kept": report.energy_kept,
+            "seconds": round(report.seconds, 3),
+            "peak_memory_bytes": report.peak_memory_bytes,
+        },
+        output_format,
+    )
+    if not context["quiet"]:
+        show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
+
+
+def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
+    return {
+        "output": str(folder),
+        "model": plan.model,
+        "revision": revision,
+        "model_type": plan.model_type,
+        "method": plan.method,
+        "layout": plan.layout,
+        "hidden_size": plan.hidden_size,
+        "dim": plan.dim,
+        "sparsity": plan.sparsity,
+        "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
+        "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
+    }
+
+
+def _report(fields: dict[str, Any], output_format: str) -> None:
+    if output_format == "json":
+        show.print_json(fields)
+        return
+    parameters, weights = fields["parameters"], fields["bytes"]
+    show.print_table(
+        ["", "before", "after", "change"],
+        [
+            ["hidden size", f"{fields['hidden_size']:,}", f"{fields['dim']:,}", f"{-fields['sparsity']:+.1%}"],
+            [
+                "parameters",
+                f"{parameters['dense']:,}",
+                f"{parameters['sliced']:,}",
+                f"{parameters['sliced'] / parameters['dense'] - 1:+.1%}",
+            ],
+            [
+                "weights",
+                show.size(weights["dense"]),
+                show.size(weights["sliced"]),
+                f"{weights['sliced'] / weights['dense'] - 1:+.1%}",
+            ],
+        ],
+    )
+    if "seconds" in fields:
+        show.note(
+            f"{fields['output']}: {fields['energy_kept']:.1%} of the energy kept, {fields['seconds']:.0f} s, "
+            f"peak memory {show.size(fields['peak_memory_bytes'])}"
+        )

@@ -1,0 +1,113 @@
+"""Perplexity by the field's protocol: rows that do not overlap, every token but a row's first predicted.
+
+The perplexity is exp of the mean negative log-likelihood over all predicted tokens. Its standard error comes from
+the spread of the rows' means, carried through exp. Bits per byte divides by the text's bytes instead of by its
+tokens, so that models with different tokenizers compare.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from slicecli.calibration import Rows
+from slicecli.errors import WeightsError
+
+__all__ = ["PerplexityResult", "measure_perplexity"]
+
+
+class _Progress(Protocol):
+    def start(self, phase: str, total: int) -> None: ...
+
+    def advance(self, detail: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A measured perplexity.
+
+    Attributes:
+        text: Name of the text.
+        value: Perplexity.
+        nll: Mean negative log-likelihood per predicted token, in nats.
+        stderr: Standard error of `value`; NaN for a single row.
+        tokens: Predicted tokens.
+        sequence_length: Tokens per row.
+        bits_per_byte: `nll` in bits per UTF-8 byte of the text.
+    """
+
+    text: str
+    value: float
+    nll: float
+    stderr: float
+    tokens: int
+    sequence_length: int
+    bits_per_byte: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as `eval` reports them; a missing standard error is null."""
+        return {
+            "value": self.value,
+            "nll": self.nll,
+            "stderr": None if math.isnan(self.stderr) else self.stderr,
+            "tokens": self.tokens,
+            "seq_len": self.sequence_length,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None
+) -> PerplexityResult:
+    """Measure a causal language model's perplexity on packed rows.
+
+    Args:
+        model: A transformers causal language model in evaluation mode.
+        rows: What `slicecli.calibration.evaluation_rows` returns.
+        batch_size: Rows per forward pass.
+        progress: Hears of each batch.
+
+    Raises:
+        WeightsError: The model's logits are NaN or infinite.
+    """
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        device = torch.device("cpu")  # offloaded: accelerate's hooks move the ids to where they are needed
+    batches = rows.ids.split(batch_size)
+    if progress is not None:
+        progress.start("perplexity", len(batches))
+    row_sums = []
+    for batch in batches:
+        logits = model(input_ids=batch.to(device), use_cache=False).logits
+        row_sums.append(_row_sums(logits, batch.to(logits.device)).cpu())
+        if progress is not None:
+            progress.advance()
+    predicted = rows.sequence_length - 1
+    row_means = torch.cat(row_sums) / predicted
+    nll = float(row_means.mean())
+    if not math.isfinite(nll):
+        raise WeightsError("The model's logits are NaN or infinite.", "Try --dtype float32.")
+    value = math.exp(min(nll, 700.0))
+    spread = float(row_means.std()) / math.sqrt(len(row_means)) if len(row_means) > 1 else math.nan
+    return PerplexityResult(
+        text=rows.name,
+        value=value,
+        nll=nll,
+        stderr=value * spread,
+        tokens=predicted * len(row_means),
+        sequence_length=rows.sequence_length,
+        bits_per_byte=nll / math.log(2) / rows.bytes_per_token,
+    )
+
+
+def _row_sums(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return each row's summed negative log-likelihood in float64, a row at a time to bound the float32 logits."""
+    sums = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="none").double().sum()
+        for row, targets in zip(logits, ids, strict=True)
+    ]
+    return torch.stack(sums)

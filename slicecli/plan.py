@@ -1,0 +1,175 @@
+"""What will be done, decided before anything is done: from a wish in the user's units to one legal dim.
+
+A plan is plain data, made from a config alone and without torch, so that it can be printed by `--dry-run` and
+refused before a weight is downloaded.
+
+Legend: d hidden size, k dim kept, s = 1 - k/d.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from slicecli.adapters import Dimensions
+from slicecli.errors import RequestError
+
+__all__ = ["DTYPE_BYTES", "SlicePlan", "Width", "parse_bytes", "parse_count"]
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
+TILE = 64
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_BYTE_SUFFIXES = {"": 1} | {
+    f"{letter}{infix}B": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for infix, base in (("", 1000), ("I", 1024))
+}
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide the slice shall be, in the user's units; exactly one field is given.
+
+    Attributes:
+        dim: The hidden size itself.
+        sparsity: Fraction of the hidden size to remove, between 0 and 1.
+        target_parameters: The most parameters the slice may have.
+        memory: The most bytes its weights may take.
+    """
+
+    dim: int | None = None
+    sparsity: float | None = None
+    target_parameters: int | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.dim, self.sparsity, self.target_parameters, self.memory) if value is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"{'No width is' if not given else 'More than one width is'} given.",
+                "Give exactly one of --dim, --sparsity, --target-params and --memory.",
+            )
+
+    def resolve(self, dimensions: Dimensions, bytes_per_parameter: int) -> int:
+        """Return the legal dim that meets the wish.
+
+        A dim is taken as it is or refused. A sparsity goes to the nearest legal dim, a target to the largest
+        that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
+
+        Args:
+            dimensions: The model's sizes.
+            bytes_per_parameter: Of the dtype that will be written.
+
+        Raises:
+            RequestError: No legal dim meets the wish.
+        """
+        if self.dim is not None:
+            dimensions.check_dim(self.dim)
+            return self.dim
+        legal = _preferred_dims(dimensions)
+        if not legal:
+            raise RequestError("This model has no legal dim below its hidden size.")
+        if self.sparsity is not None:
+            if not 0 < self.sparsity < 1:
+                raise RequestError(
+                    f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
+                )
+            wish = (1 - self.sparsity) * dimensions.hidden_size
+            return min(legal, key=lambda dim: (abs(dim - wish), dim))
+        limit, what = self.target_parameters, "parameters"
+        if limit is None:
+            assert self.memory is not None
+            limit, what = self.memory // bytes_per_parameter, "parameters' worth of memory"
+        fitting = [dim for dim in legal if dimensions.parameters(dim) <= limit]
+        if not fitting:
+            smallest = dimensions.parameters(legal[0])
+            raise RequestError(
+                f"No slice of this model has only {limit:,} {what}.",
+                f"The smallest, of dim {legal[0]}, has {smallest:,} parameters.",
+            )
+        return fitting[-1]
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """One slice, decided.
+
+    Attributes:
+        model: Hub id or folder name.
+        model_type: Its `model_type`.
+        adapter: Name of the adapter.
+        method: How weights are made.
+        layout: `stock`, a checkpoint that transformers loads without custom code.
+        hidden_size: d.
+        dim: k.
+        dtype: Dtype of the written weights.
+        dense_parameters: Parameters of the dense model as shipped.
+        sliced_parameters: Parameters of the slice.
+        dense_bytes: Bytes of the dense weights in `dense_dtype`.
+        dense_dtype: Dtype of the dense checkpoint.
+    """
+
+    model: str
+    model_type: str
+    adapter: str
+    hidden_size: int
+    dim: int
+    dtype: str
+    dense_parameters: int
+    sliced_parameters: int
+    dense_dtype: str
+    method: str = "refit"
+    layout: str = "stock"
+
+    @property
+    def sparsity(self) -> float:
+        """s, the fraction of the hidden size removed."""
+        return 1 - self.dim / self.hidden_size
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weights."""
+        return self.dense_parameters * DTYPE_BYTES[self.dense_dtype]
+
+    @property
+    def sliced_bytes(self) -> int:
+        """Bytes of the sliced weights."""
+        return self.sliced_parameters * DTYPE_BYTES[self.dtype]
+
+
+def _preferred_dims(dimensions: Dimensions) -> list[int]:
+    """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
+    tile = math.lcm(dimensions.dim_multiple, TILE)
+    if tile * 32 > dimensions.hidden_size:
+        return list(dimensions.legal_dims())
+    return list(range(tile, dimensions.hidden_size, tile))
+
+
+def parse_count(text: str) -> int:
+    """Read a number of parameters such as `6B`, `750M` or `1234567`.
+
+    Raises:
+        RequestError: It is not one.
+    """
+    return _parse(text, _SUFFIXES, "a number of parameters such as 6B or 750M")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as `12GiB` or `500MB`.
+
+    Raises:
+        RequestError: It is not one.
+    """
+    return _parse(text, _BYTE_SUFFIXES, "a size such as 12GiB or 500MB")
+
+
+def _parse(text: str, suffixes: dict[str, int], what: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in suffixes:
+        raise RequestError(f"{text!r} is not {what}.")
+    value = float(match[1]) * suffixes[match[2].upper()]
+    if value < 1:
+        raise RequestError(f"{text!r} is not {what}: it must be positive.")
+    return int(value)

@@ -1,0 +1,119 @@
+"""The record of a slice, `slicecli.json`: where it comes from, how it was made, what it weighs.
+
+Whoever has the record can make the slice again and check that it is the same. It holds no token, no user name
+and no local path: a model from a folder is named by the folder's own name, a text file by its file name.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli import __version__
+from slicecli.checkpoint import RECORD_FILE
+from slicecli.plan import SlicePlan
+
+if TYPE_CHECKING:
+    from slicecli.calibration import Rows
+    from slicecli.slicing.basis import Basis
+    from slicecli.source import Source
+
+__all__ = ["build_record", "package_versions", "read_record", "write_record"]
+
+RECORD_VERSION = 1
+SPECTRUM_POINTS = 64
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How the calibration rows were drawn.
+
+    Attributes:
+        rows: The rows.
+        seed: Seed of the draw.
+    """
+
+    rows: Rows
+    seed: int
+
+
+def build_record(
+    plan: SlicePlan, source: Source, calibration: CalibrationRecord, basis: Basis, weights: dict[str, str]
+) -> dict[str, Any]:
+    """Put a record together.
+
+    Args:
+        plan: What was decided.
+        source: The dense model.
+        calibration: The calibration rows.
+        basis: The shared basis, for its energy spectrum.
+        weights: SHA-256 of each weight file.
+    """
+    rows = calibration.rows
+    step = max(1, plan.hidden_size // SPECTRUM_POINTS)
+    return {
+        "record_version": RECORD_VERSION,
+        "slicecli_version": __version__,
+        "source": {
+            "model": source.name,
+            "revision": source.revision,
+            "commit": source.commit,
+            "model_type": plan.model_type,
+        },
+        "adapter": plan.adapter,
+        "method": plan.method,
+        "layout": plan.layout,
+        "hidden_size": plan.hidden_size,
+        "dim": plan.dim,
+        "sparsity": plan.sparsity,
+        "dtype": plan.dtype,
+        "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
+        "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
+        "calibration": {
+            "text": rows.name,
+            "samples": len(rows.ids),
+            "sequence_length": rows.sequence_length,
+            "tokens": rows.tokens,
+            "seed": calibration.seed,
+            "sha256": rows.digest,
+        },
+        "energy": {
+            "kept": basis.energy_kept(plan.dim),
+            "spectrum": [
+                {"dim": dim, "kept": basis.energy_kept(dim)} for dim in range(step, plan.hidden_size + 1, step)
+            ],
+        },
+        "results": {},
+        "curve": None,
+        "weights": weights,
+        "versions": package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "safetensors", "tokenizers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a record into a slice's folder."""
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a folder, or `None` where it has none that can be read."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) else None
