@@ -205,7 +205,6 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     batches = Batches(rows.ids, options.batch_size or batch_rows(device, rows.sequence_length))
     reports = []
     with ExitStack() as stack:
-        stack.enter_context(quiet_libraries())
         folders = [stack.enter_context(whole_folder(folder, options.overwrite)) for _, _, folder in job.slices]
         targets, writers = [], []
         for (plan, config, _), folder in zip(job.slices, folders, strict=True):

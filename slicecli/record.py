@@ -83,8 +83,10 @@ def build_record(
         },
         "energy": {
             "kept": basis.energy_kept(plan.dim),
+            "importance_kept": basis.importance_kept(plan.dim),
             "spectrum": [
-                {"dim": dim, "kept": basis.energy_kept(dim)} for dim in range(step, plan.hidden_size + 1, step)
+                {"dim": dim, "kept": basis.energy_kept(dim), "importance_kept": basis.importance_kept(dim)}
+                for dim in range(step, plan.hidden_size + 1, step)
             ],
         },
         "results": {},

@@ -8,6 +8,7 @@ single weight is downloaded. The weights are opened by transformers and accelera
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -218,6 +219,8 @@ class DenseWeights:
     def __init__(self, source: Source) -> None:
         import transformers
 
+        # accelerate would tell the user that weights are on disk, which is the point
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
         self._name = source.name
         self._scratch = tempfile.TemporaryDirectory(prefix="slicecli-")
         try:

@@ -24,7 +24,7 @@ from torch import nn
 from slicecli.adapters import Adapter, Branch, Dimensions, Linear
 from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
-from slicecli.slicing.basis import Basis, eigenbasis
+from slicecli.slicing.basis import Basis, reader_basis
 from slicecli.slicing.blocks import Call
 from slicecli.slicing.moments import Moments, add_outer, normalise
 from slicecli.slicing.ridge import Correction, solve_ridge
@@ -145,32 +145,36 @@ class Batches:
 
 @torch.no_grad()
 def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Basis:
-    """Run the dense model over the calibration rows and diagonalise the second moment of all norm inputs.
+    """Run the dense model over the calibration rows and solve for the shared basis.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
     """
-    width = dense.dimensions.hidden_size
-    second_moment = torch.zeros(width, width, dtype=torch.float64, device=dense.device)
-
-    def add(stream: torch.Tensor) -> None:
-        flat = normalise(stream, dense.epsilon).flatten(0, -2)
-        add_outer(second_moment, flat, flat)
-
-    progress.start("statistics", len(dense.blocks))
+    adapter = dense.adapter
+    statistics = _Statistics(dense)
+    progress.start("statistics", len(dense.blocks) + 1)
     streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
     for index, block in enumerate(dense.blocks):
-        with _filled(dense, block, dense.block_name(index)):
+        with _filled(dense, block, dense.block_name(index)) as weights:
+            moments = [statistics.empty() for _ in adapter.branches]
             for number, stream in enumerate(streams):
-                call = calls[stream.shape[:2]][index]
-                streams[number], inputs, _ = running.record_block(block, call, stream, dense.adapter.branches)
+                call = calls[tuple(stream.shape[:2])][index]
+                streams[number], inputs, _ = running.record_block(block, call, stream, adapter.branches)
                 _require_finite(streams[number], f"the activations after block {index}")
-                for norm_input in inputs:
-                    add(norm_input)
+                for moment, norm_input in zip(moments, inputs, strict=True):
+                    statistics.add_tokens(moment, norm_input)
+            for moment, branch in zip(moments, adapter.branches, strict=True):
+                readers = [weights[f"{reader.path}.weight"] for reader in branch.readers]
+                statistics.add_norm_input(moment, weights[f"{branch.norm}.weight"], readers)
         progress.advance()
+    final = statistics.empty()
     for stream in streams:
-        add(stream)
-    return eigenbasis(second_moment)
+        statistics.add_tokens(final, stream)
+    norm_weight = dense.weights.tensor(f"{adapter.final_norm}.weight").to(dense.device)
+    statistics.add_norm_input(final, norm_weight, [dense.weights.tensor(f"{adapter.head}.weight").to(dense.device)])
+    basis = reader_basis(statistics.second_moment, statistics.metric)
+    progress.advance()
+    return basis
 
 
 @torch.no_grad()
@@ -236,6 +240,43 @@ def refit(
         _fit_head(dense, target, streams, bases[target.dim], held_out)
         target._stream.clear()
     progress.advance()
+
+
+class _Statistics:
+    """Sums up C and M of `slicecli.slicing.basis`, one norm input at a time.
+
+    Attributes:
+        second_moment: C so far, float64 of shape (d, d).
+        metric: M so far, float64 of shape (d, d).
+    """
+
+    def __init__(self, dense: DenseModel) -> None:
+        self._dense = dense
+        self.second_moment = self.empty()
+        self.metric = self.empty()
+
+    def empty(self) -> torch.Tensor:
+        """Return a zero matrix of shape (d, d)."""
+        width = self._dense.dimensions.hidden_size
+        return torch.zeros(width, width, dtype=torch.float64, device=self._dense.device)
+
+    def add_tokens(self, moment: torch.Tensor, norm_input: torch.Tensor) -> None:
+        """Add tokens to the second moment Cⱼ of one norm input."""
+        flat = normalise(norm_input, self._dense.epsilon).flatten(0, -2)
+        add_outer(moment, flat, flat)
+
+    def add_norm_input(self, moment: torch.Tensor, weight: torch.Tensor, readers: Sequence[torch.Tensor]) -> None:
+        """Add a finished norm input: its Cⱼ to C, its Mⱼ, scaled to a total of one, to M."""
+        metric = self.empty()
+        wide = _wide(weight.dtype)
+        for reader in readers:
+            for rows in reader.split(TABLE_ROWS):
+                scaled = rows.to(wide) * weight.to(wide)
+                add_outer(metric, scaled, scaled)
+        self.second_moment += moment
+        seen = (metric * moment).sum()
+        if bool(seen > 0):
+            self.metric += metric / seen
 
 
 @dataclass(frozen=True)
