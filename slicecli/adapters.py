@@ -227,9 +227,7 @@ class Dimensions:
         raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
 
 
-def select_adapter(
-    config: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str | None = None
-) -> Adapter:
+def select_adapter(config: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str | None = None) -> Adapter:
     """Choose the adapter of a config: by name where one is given, else by `model_type`.
 
     Raises:

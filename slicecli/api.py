@@ -129,9 +129,7 @@ def perplexities(
             raise RequestError(f"A {name} of {value} is too small.", "Give 1 or more.")
     with quiet_libraries():
         tokenizer = source.tokenizer()
-        packed = [
-            evaluation_rows(read_text(text, "evaluation", token), tokenizer, length, samples) for text in texts
-        ]
+        packed = [evaluation_rows(read_text(text, "evaluation", token), tokenizer, length, samples) for text in texts]
         for rows in packed:
             check_vocabulary(rows, source.name, int(source.fields.get("vocab_size") or rows.ids.max() + 1))
         loaded = load_model(source, dtype, device_map)

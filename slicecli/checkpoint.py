@@ -126,7 +126,10 @@ class ShardWriter:
         self._shapes = dict(shapes)
         self._size = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         split = huggingface_hub.split_state_dict_into_shards_factory(
-            self._size, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+            self._size,
+            get_storage_size=int,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
         )
         self.files = list(split.filename_to_tensors)
         self._file_of = split.tensor_to_filename
@@ -149,9 +152,8 @@ class ShardWriter:
         if name not in self._missing:
             raise ValueError(f"{name} is not expected, or was written already")
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self._dtype:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {self._shapes[name]} {self._dtype} was announced"
-            )
+            announced = f"{self._shapes[name]} {self._dtype}"
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {announced} was announced")
         file = self._open[self._file_of[name]]
         file.seek(self._offset[name])
         file.write(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())

@@ -131,9 +131,7 @@ class Silent:
         """Ignore a step."""
 
 
-def plan_slices(
-    model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions
-) -> Job:
+def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
     """Decide on slices and refuse what can be refused without weights.
 
     Args:
@@ -190,7 +188,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
-    from slicecli.slicing.pipeline import Batches, DenseModel, Target, collect_basis, refit
+    from slicecli.slicing.pipeline import Batches, DenseModel, collect_basis, refit
 
     started = time.perf_counter()
     progress = progress or Silent()
@@ -387,7 +385,10 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     words = ["slicecli", "slice", plan.model, "--dim", str(plan.dim)]
     if job.source.commit:
         words += ["--revision", job.source.commit]
-    words += ["--calibration", Path(options.calibration).name if Path(options.calibration).exists() else options.calibration]
+    words += [
+        "--calibration",
+        Path(options.calibration).name if Path(options.calibration).exists() else options.calibration,
+    ]
     words += ["--samples", str(options.samples), "--seq-len", str(job.sequence_length), "--seed", str(options.seed)]
     words += ["--dtype", plan.dtype]
     return shlex.join(words)

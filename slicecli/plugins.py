@@ -81,11 +81,12 @@ def load_plugins(found: list[EntryPoint], wanted: set[str] | None = None) -> Plu
     manager = pluggy.PluginManager("slicecli")
     manager.add_hookspecs(hookspecs)
     adapters: dict[str, Adapter] = {}
-    loaded = []
-    for entry in sorted(found, key=lambda entry: entry.name):
-        if wanted is None or entry.name in wanted:
-            loaded.append(_load_one(entry, manager, adapters))
-    return Plugins(manager, adapters, tuple(loaded))
+    loaded = tuple(
+        _load_one(entry, manager, adapters)
+        for entry in sorted(found, key=lambda entry: entry.name)
+        if wanted is None or entry.name in wanted
+    )
+    return Plugins(manager, adapters, loaded)
 
 
 def _load_one(entry: EntryPoint, manager: pluggy.PluginManager, adapters: dict[str, Adapter]) -> LoadedPlugin:

@@ -136,7 +136,7 @@ def _read_file(path: Path) -> Text:
         if not isinstance(document, str):
             raise TextError(
                 f"Line {number} of {path.name!r} is not a JSON object with a string field `text`.",
-                "Write one object per line, for example {\"text\": \"Once upon a time ...\"}.",
+                'Write one object per line, for example {"text": "Once upon a time ..."}.',
             )
         documents.append(document)
     return Text(path.name, tuple(documents))
@@ -190,7 +190,7 @@ def _text_column(rows: Any, name: str) -> str:
     if "text" in strings:
         return "text"
     if len(strings) == 1:
-        return strings[0]
+        return str(strings[0])
     raise TextError(
         f"The dataset {name!r} has no column `text`; its columns are {', '.join(rows.features)}.",
         "Save the column you want as .jsonl with the field `text` and give that file.",

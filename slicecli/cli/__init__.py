@@ -68,7 +68,7 @@ class LazyGroup(click.Group):
         if not getattr(self, "_asked_plugins", False):
             self._asked_plugins = True
             plugins().manager.hook.slicecli_register_commands(group=self)
-        return self.commands
+        return dict(self.commands)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

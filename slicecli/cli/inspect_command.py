@@ -82,7 +82,10 @@ def command(
             ["hidden size", f"{dimensions.hidden_size:,}"],
             ["blocks", f"{dimensions.blocks}"],
             ["heads", f"{dimensions.heads} x {dimensions.head_dim}, {dimensions.key_value_heads} key/value"],
-            ["vocabulary", f"{dimensions.vocabulary:,}{' (head tied to the embeddings)' if dimensions.is_tied else ''}"],
+            [
+                "vocabulary",
+                f"{dimensions.vocabulary:,}{' (head tied to the embeddings)' if dimensions.is_tied else ''}",
+            ],
             ["parameters", f"{dimensions.parameters():,}"],
             ["legal dims", f"multiples of {dimensions.dim_multiple}, {legal[0]} to {legal[-1]}" if legal else "none"],
         ],

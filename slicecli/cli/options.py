@@ -14,7 +14,7 @@ __all__ = ["Auto", "Bytes", "Count", "DimList", "format_option", "model_options"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]
     """A number of parameters such as 6B."""
 
     name = "count"
@@ -24,7 +24,7 @@ class Count(click.ParamType):
         return value if isinstance(value, int) else parse_count(value)
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType):  # type: ignore[type-arg]
     """A size such as 12GiB."""
 
     name = "size"
@@ -34,7 +34,7 @@ class Bytes(click.ParamType):
         return value if isinstance(value, int) else parse_bytes(value)
 
 
-class Auto(click.ParamType):
+class Auto(click.ParamType):  # type: ignore[type-arg]
     """A whole number, or `auto`, which becomes `None`."""
 
     name = "integer"
@@ -47,7 +47,7 @@ class Auto(click.ParamType):
         return converted
 
 
-class DimList(click.ParamType):
+class DimList(click.ParamType):  # type: ignore[type-arg]
     """Dims such as 84,72,60."""
 
     name = "dims"

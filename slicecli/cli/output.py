@@ -119,7 +119,8 @@ class _Bars:
 
     def advance(self, detail: str = "") -> None:
         """Move the bar by one."""
-        self._progress.update(self._task, advance=1, **({"detail": detail} if detail else {}))
+        fields: dict[str, Any] = {"detail": detail} if detail else {}
+        self._progress.update(self._task, advance=1, **fields)
 
 
 class _Lines:

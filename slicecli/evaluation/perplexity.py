@@ -60,9 +60,7 @@ class PerplexityResult:
 
 
 @torch.no_grad()
-def measure_perplexity(
-    model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None
-) -> PerplexityResult:
+def measure_perplexity(model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None) -> PerplexityResult:
     """Measure a causal language model's perplexity on packed rows.
 
     Args:

@@ -67,7 +67,9 @@ def _body(record: dict[str, Any], command: str, has_license: bool) -> str:
     name, dim, hidden_size = source["model"], record["dim"], record["hidden_size"]
     parameters, size = record["parameters"], record["bytes"]
     commit = f" at commit `{source['commit']}`" if source["commit"] else ""
-    license_note = "" if has_license else "\nThe licence of the base model is not stated in its card; find it out before use.\n"
+    license_note = (
+        "" if has_license else "\nThe licence of the base model is not stated in its card; find it out before use.\n"
+    )
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return f"""\
 # {name.rpartition("/")[2]}, sliced to hidden size {dim}

@@ -84,7 +84,7 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """Return the hidden states out of a module's output, which may be a tuple that starts with them."""
-    tensor = output[0] if isinstance(output, (tuple, list)) else output
+    tensor: Any = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(tensor, torch.Tensor):
         raise PluginError(f"A module returned {type(tensor).__name__} where hidden states were expected.")
     return tensor
@@ -108,7 +108,7 @@ def record_calls(
 
     def stand_in(*args: Any, **kwargs: Any) -> torch.Tensor:
         slot: int | str = 0 if args else "hidden_states"
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         streams.append(hidden)
         empty_args = (None, *args[1:]) if args else ()
         calls.append(Call(empty_args, {**kwargs, slot: None} if isinstance(slot, str) else kwargs, slot))
@@ -157,7 +157,7 @@ def record_block(
             inputs[branch.norm], outputs[branch.norm] = args[0], output
 
         def before_branch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [*enumerate(args), *kwargs.items()]
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             slots = [slot for slot, value in given if value is outputs.get(branch.norm)]
             if not slots:
                 raise PluginError(

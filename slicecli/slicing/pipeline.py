@@ -178,9 +178,7 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
 
 
 @torch.no_grad()
-def refit(
-    dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: Batches, progress: Progress
-) -> None:
+def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: Batches, progress: Progress) -> None:
     """Slice: run dense and sliced streams side by side and fit every map that touches the stream.
 
     Each target's tensors go to its sink in the order embeddings, blocks, final norm, head.
