@@ -125,9 +125,7 @@ def package_files(site_packages: list[Path], sources: list[Path]) -> dict[str, l
         for package in sorted(path for path in folder.iterdir() if path.is_dir()):
             name, _, version = package.name.rpartition("-")
             listed = sorted(path for path in package.rglob("*") if is_wanted(path.relative_to(package)))
-            found.setdefault(f"{name.lower()} {version}", []).extend(
-                path for path in listed if path.is_file()
-            )
+            found.setdefault(f"{name.lower()} {version}", []).extend(path for path in listed if path.is_file())
     return dict(sorted(found.items()))
 
 
@@ -268,9 +266,7 @@ def logits_of(
 
     stream = parameters["embedding"][tokens]
     for layer in range(LAYERS):
-        mixed = functional.linear(
-            norm(stream, parameters[f"{layer}.attention_norm"]), parameters[f"{layer}.qkv"]
-        )
+        mixed = functional.linear(norm(stream, parameters[f"{layer}.attention_norm"]), parameters[f"{layer}.qkv"])
         mixed = mixed.view(rows, length, HEADS + 2 * KEY_VALUE_HEADS, HEAD_DIM)
         turned = mixed[:, :, : HEADS + KEY_VALUE_HEADS]
         turned = turned * cosines[:, None] + torch.roll(turned, HEAD_DIM // 2, -1) * sines[:, None]
@@ -281,9 +277,7 @@ def logits_of(
         weights = ((queries @ keys.transpose(-1, -2)) * HEAD_DIM**-0.5 + mask).softmax(-1)
         attended = (weights @ values).transpose(1, 2).reshape(rows, length, HEADS * HEAD_DIM)
         stream = stream + functional.linear(attended, parameters[f"{layer}.output"])
-        inner = functional.linear(
-            norm(stream, parameters[f"{layer}.mlp_norm"]), parameters[f"{layer}.gate_up"]
-        )
+        inner = functional.linear(norm(stream, parameters[f"{layer}.mlp_norm"]), parameters[f"{layer}.gate_up"])
         gate, up = inner.chunk(2, -1)
         stream = stream + functional.linear(functional.silu(gate) * up, parameters[f"{layer}.down"])
     return functional.linear(norm(stream, parameters["final_norm"]), parameters["head"])
@@ -335,9 +329,7 @@ def worker(rank: int, arguments: argparse.Namespace) -> None:
     held_out = torch.from_numpy(numpy.load(work_folder / "heldout_rows.npy")[:48].astype(numpy.int64))
     steps = arguments.tokens // arguments.batch_tokens
     long_from = int((1 - DECAY_SHARE) * steps)
-    parameters = {
-        name: tensor.requires_grad_() for name, tensor in initial_parameters(arguments.seed).items()
-    }
+    parameters = {name: tensor.requires_grad_() for name, tensor in initial_parameters(arguments.seed).items()}
     matrices = [tensor for tensor in parameters.values() if tensor.ndim == 2]
     vectors = [tensor for tensor in parameters.values() if tensor.ndim == 1]
     optimiser = torch.optim.AdamW(
@@ -347,10 +339,15 @@ def worker(rank: int, arguments: argparse.Namespace) -> None:
         fused=True,
     )
     first = 0
+    batches: list[tuple[int, int]] = [(0, arguments.batch_tokens)]
     checkpoint = work_folder / "checkpoint.pt"
     if checkpoint.exists():
         stored = torch.load(checkpoint)
-        first = stored["step"]
+        # Counted in tokens, so that a run may go on with another batch size.
+        first = stored["tokens"] // arguments.batch_tokens
+        batches = stored["batches"]
+        if batches[-1][1] != arguments.batch_tokens:
+            batches.append((stored["tokens"], arguments.batch_tokens))
         with torch.no_grad():
             for name, tensor in parameters.items():
                 tensor.copy_(stored["parameters"][name])
@@ -360,8 +357,8 @@ def worker(rank: int, arguments: argparse.Namespace) -> None:
     def save(step: int) -> None:
         partial = checkpoint.with_suffix(".partial")
         stored = {
-            "step": step,
             "tokens": step * arguments.batch_tokens,
+            "batches": batches,
             "parameters": {name: tensor.detach().clone() for name, tensor in parameters.items()},
             "optimiser": optimiser.state_dict(),
         }
@@ -431,9 +428,7 @@ def total_loss(parameters: Parameters, rows: Tensor, epsilon: float = EPSILON) -
     total = 0.0
     for part in rows.split(8):
         logits = logits_of(parameters, part[:, :-1].clamp(min=0), epsilon)
-        total += float(
-            functional.cross_entropy(logits.flatten(0, 1).double(), part[:, 1:].flatten(), reduction="sum")
-        )
+        total += float(functional.cross_entropy(logits.flatten(0, 1).double(), part[:, 1:].flatten(), reduction="sum"))
     return total, int((rows[:, 1:] >= 0).sum())
 
 
@@ -519,6 +514,7 @@ def save_model(parameters: Parameters, folder: Path) -> None:
         bos_token_id=BEGIN_ID, eos_token_id=END_ID, pad_token_id=END_ID, max_new_tokens=64
     )
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def sample(folder: Path, prompt: str, seed: int) -> str:
@@ -543,6 +539,10 @@ def sample(folder: Path, prompt: str, seed: int) -> str:
 def write_card(folder: Path, facts: dict[str, Any]) -> None:
     """Write the model's card from the measured facts."""
     sizes = facts["corpus_bytes"]
+    batches = ", ".join(
+        f"batches of {size:,} tokens" + (f" from token {start:,} on" if start else "")
+        for start, size in facts["batches"]
+    )
     packages = ", ".join(f"{label} ({size / 1e6:.2f} MB)" for label, size in sizes.items())
     slices = "\n".join(
         f"| {kept} | {perplexity:.2f} | {100 * (perplexity / facts['perplexity'] - 1):+.1f} % |"
@@ -577,8 +577,8 @@ documentation. It knows nothing and is good for nothing else.
 
 `tools/train_demo_model.py` made this folder: AdamW (betas 0.9 and 0.95, weight decay {WEIGHT_DECAY} on
 matrices), learning rate {PEAK_RATE} with {WARM_UP_STEPS} steps of warm-up, constant, then decayed linearly to
-zero over the last {100 * DECAY_SHARE:.0f} % of {facts["steps"]:,} steps of {facts["batch_tokens"]:,} tokens;
-gradient norm clipped to 1; float32; seed {facts["seed"]}.
+zero over the last {100 * DECAY_SHARE:.0f} % of the tokens; {batches}; gradient norm clipped to 1;
+float32; seed {facts["seed"]}.
 
 The corpus is the English prose ({sum(sizes.values()) / 1e6:.1f} MB, no code, tables or signatures) in the
 docstrings and documentation files of Python's standard library and of packages, listed at the end.
@@ -643,8 +643,7 @@ def finish(arguments: argparse.Namespace, work_folder: Path, folder: Path) -> No
     facts = {
         "parameters": sum(tensor.numel() for tensor in parameters.values()),
         "tokens": stored["tokens"],
-        "steps": stored["step"],
-        "batch_tokens": arguments.batch_tokens,
+        "batches": stored["batches"],
         "stream_tokens": len(stream),
         "epochs": stored["tokens"] / len(stream),
         "seed": arguments.seed,
@@ -668,9 +667,7 @@ def prepare(arguments: argparse.Namespace, work_folder: Path) -> None:
     if (work_folder / "heldout_rows.npy").exists():
         return
     own = Path(sysconfig.get_path("purelib"))
-    documents, sizes = gather_corpus(
-        [own, *map(Path, arguments.site_packages)], list(map(Path, arguments.sources))
-    )
+    documents, sizes = gather_corpus([own, *map(Path, arguments.site_packages)], list(map(Path, arguments.sources)))
     print(f"corpus: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.1f} MB", flush=True)
     (work_folder / "corpus_bytes.json").write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     train_tokenizer(documents, work_folder)
@@ -689,31 +686,19 @@ def prepare(arguments: argparse.Namespace, work_folder: Path) -> None:
 
 def main() -> None:
     """Read the command line and run the steps that are still to do."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work-folder", required=True, help="folder for the corpus, the tokens and checkpoints"
-    )
-    parser.add_argument(
-        "--site-packages", action="append", default=[], help="another folder of installed packages"
-    )
-    parser.add_argument(
-        "--sources", action="append", default=[], help="a folder of unpacked NAME-VERSION sources"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-folder", required=True, help="folder for the corpus, the tokens and checkpoints")
+    parser.add_argument("--site-packages", action="append", default=[], help="another folder of installed packages")
+    parser.add_argument("--sources", action="append", default=[], help="a folder of unpacked NAME-VERSION sources")
     parser.add_argument("--output", default=str(REPOSITORY / "slicecli" / "demo" / "model"))
-    parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens to train on")
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--piece-tokens", type=int, default=2048, help="tokens a process takes at once")
     parser.add_argument("--workers", type=int, default=2, help="processes that train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-seconds", type=float, default=120.0)
-    parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="run without torch.compile"
-    )
-    parser.add_argument(
-        "--finish-only", action="store_true", help="only measure and write the last checkpoint"
-    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run without torch.compile")
+    parser.add_argument("--finish-only", action="store_true", help="only measure and write the last checkpoint")
     arguments = parser.parse_args()
     work_folder = Path(arguments.work_folder)
     work_folder.mkdir(parents=True, exist_ok=True)
