@@ -170,6 +170,6 @@ def _parse(text: str, suffixes: dict[str, int], what: str) -> int:
     if match is None or match[2].upper() not in suffixes:
         raise RequestError(f"{text!r} is not {what}.")
     value = float(match[1]) * suffixes[match[2].upper()]
-    if value < 1:
-        raise RequestError(f"{text!r} is not {what}: it must be positive.")
+    if not 1 <= value < 1e18:
+        raise RequestError(f"{text!r} is not {what}: it is out of range.")
     return int(value)

@@ -108,8 +108,6 @@ def test_prose_leaves_out_what_is_not_prose() -> None:
 
 
 def test_docstrings_are_read_without_running_the_module() -> None:
-    source = (
-        b'"""Own."""\nraise SystemExit\nclass Thing:\n    "Class."\n    def act(self):\n        "Method."\n'
-    )
+    source = b'"""Own."""\nraise SystemExit\nclass Thing:\n    "Class."\n    def act(self):\n        "Method."\n'
     assert text.docstrings(source) == ["Own.", "Class.", "Method."]
     assert text.docstrings(b'"""not closed') == []

@@ -154,10 +154,14 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
     config = model.config
     adapter = select_adapter(config.to_dict(), plugins().adapters)
     dimensions = adapter.dimensions(config.to_dict())
-    dense = DenseModel(empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32)
+    dense = DenseModel(
+        empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+    )
     batches = Batches(random_rows(), 8)
     found = {}
-    target = Target(40, empty_model(sliced_config(config, dimensions, 40, "bfloat16")), torch.bfloat16, found.__setitem__)
+    target = Target(
+        40, empty_model(sliced_config(config, dimensions, 40, "bfloat16")), torch.bfloat16, found.__setitem__
+    )
     refit(dense, collect_basis(dense, batches, Silent()), [target], batches, Silent())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
@@ -176,7 +180,9 @@ def test_every_parameter_is_written_once_and_contiguous(family):
     config = model.config
     adapter = select_adapter(config.to_dict(), plugins().adapters)
     dimensions = adapter.dimensions(config.to_dict())
-    dense = DenseModel(empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32)
+    dense = DenseModel(
+        empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+    )
     batches = Batches(random_rows(rows=10), 4)
     names = []
 

@@ -127,6 +127,10 @@ def command(
         output_format,
     )
     if not context["quiet"]:
+        show.note(
+            f"{folder}: {report.energy_kept:.1%} of the energy kept, {report.seconds:.0f} s, "
+            f"peak memory {show.size(report.peak_memory_bytes)}"
+        )
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 
@@ -169,8 +173,3 @@ def _report(fields: dict[str, Any], output_format: str) -> None:
             ],
         ],
     )
-    if "seconds" in fields:
-        show.note(
-            f"{fields['output']}: {fields['energy_kept']:.1%} of the energy kept, {fields['seconds']:.0f} s, "
-            f"peak memory {show.size(fields['peak_memory_bytes'])}"
-        )

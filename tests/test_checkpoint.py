@@ -1,0 +1,143 @@
+"""Output folders that are whole or absent, and shards that other programs read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slicecli.checkpoint import ShardWriter, file_digest, require_disk_space, whole_folder
+from slicecli.errors import OutputError
+
+SHAPES = {"embed.weight": (7, 4), "blocks.0.weight": (4, 4), "blocks.0.bias": (4,), "head.weight": (7, 4)}
+
+
+def random_tensors(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def write(folder, tensors, dtype, order=None, max_shard_size="5GB"):
+    writer = ShardWriter(folder, SHAPES, dtype, max_shard_size)
+    for name in order or tensors:
+        writer.write(name, tensors[name])
+    return writer.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_safetensors_reads_back_what_was_written(tmp_path, dtype):
+    tensors = random_tensors(dtype)
+    digests = write(tmp_path, tensors, dtype)
+    assert digests == {"model.safetensors": file_digest(tmp_path / "model.safetensors")}
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_shards_respect_their_size_and_the_index_names_all(tmp_path):
+    tensors = random_tensors(torch.float32)
+    write(tmp_path, tensors, torch.float32, max_shard_size=120)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    loaded = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+
+
+def test_the_order_of_arrival_does_not_change_a_byte(tmp_path):
+    tensors = random_tensors(torch.bfloat16)
+    digests = []
+    for number, order in enumerate([list(tensors), list(tensors)[::-1]]):
+        (tmp_path / str(number)).mkdir()
+        digests.append(write(tmp_path / str(number), tensors, torch.bfloat16, order))
+    assert digests[0] == digests[1]
+
+
+def test_a_tensor_that_is_missing_wrong_or_doubled_is_refused(tmp_path):
+    tensors = random_tensors(torch.float32)
+    writer = ShardWriter(tmp_path, SHAPES, torch.float32, "5GB")
+    with pytest.raises(ValueError, match="announced"):
+        writer.write("head.weight", torch.zeros(7, 5))
+    with pytest.raises(ValueError, match="announced"):
+        writer.write("head.weight", torch.zeros(7, 4, dtype=torch.float16))
+    writer.write("head.weight", tensors["head.weight"])
+    with pytest.raises(ValueError, match="already"):
+        writer.write("head.weight", tensors["head.weight"])
+    with pytest.raises(ValueError, match="never written"):
+        writer.finish()
+    writer.close()
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    output = tmp_path / "out"
+    with whole_folder(output) as partial:
+        (partial / "a").write_text("a")
+        assert not output.exists()
+    assert (output / "a").read_text() == "a"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("a")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    with pytest.raises(OutputError, match="disk became full"), whole_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="exists"), whole_folder(tmp_path / "out"):
+        pass
+    # nor does --overwrite remove what is no slice
+    with pytest.raises(OutputError, match="not a slice"), whole_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_slice_in_the_last_step(tmp_path):
+    output = tmp_path / "out"
+    for content in ("old", "new"):
+        with whole_folder(output, overwrite=True) as partial:
+            if content == "new":
+                assert (output / "slicecli.json").read_text() == "old"
+            (partial / "slicecli.json").write_text(content)
+    assert (output / "slicecli.json").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(RuntimeError), whole_folder(output, overwrite=True):
+        raise RuntimeError
+    assert (output / "slicecli.json").read_text() == "new"
+
+
+def test_the_leftover_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path):
+    script = "import os, pathlib, sys; pathlib.Path(sys.argv[1], f'.out.{os.getpid()}.incomplete').mkdir()"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    living = tmp_path / f".out.{os.getppid()}.incomplete"
+    living.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([living.name, "out"])
+
+
+def test_too_little_disk_is_said_before_starting(tmp_path):
+    with pytest.raises(OutputError, match="free"):
+        require_disk_space(tmp_path / "a" / "b", 10**18)
+    require_disk_space(tmp_path / "a" / "b", 1)
+    assert not Path(tmp_path / "a").exists()

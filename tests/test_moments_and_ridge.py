@@ -1,0 +1,109 @@
+"""The regression under the refit, against plain float64 references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slicecli.slicing.moments import CHUNK_TOKENS, Moments, add_outer, normalise
+from slicecli.slicing.ridge import solve_ridge
+
+
+def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
+    truth = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    residual = z @ truth.T + noise * torch.randn(tokens, outputs, generator=generator, dtype=torch.float64)
+    return z, residual, truth
+
+
+def moments_of(z, residual):
+    moments = Moments(z.shape[1], residual.shape[1], torch.device("cpu"))
+    is_held_out = torch.arange(len(z)) % 5 == 4
+    for part in range(0, len(z), 100):
+        chosen = slice(part, part + 100)
+        moments.add(z[chosen], residual[chosen], is_held_out[chosen])
+    return moments
+
+
+def test_normalise_has_unit_mean_square():
+    stream = torch.randn(4, 7, 32) * 50
+    torch.testing.assert_close(normalise(stream, 0.0).square().mean(-1), torch.ones(4, 7))
+
+
+def test_normalise_keeps_float64_and_widens_bfloat16():
+    assert normalise(torch.ones(2, 4, dtype=torch.float64), 1e-6).dtype == torch.float64
+    assert normalise(torch.ones(2, 4, dtype=torch.bfloat16), 1e-6).dtype == torch.float32
+
+
+def test_chunked_outer_products_equal_the_float64_sum():
+    left = torch.randn(2 * CHUNK_TOKENS + 17, 6)
+    right = torch.randn(len(left), 3) + 100
+    total = torch.zeros(6, 3, dtype=torch.float64)
+    add_outer(total, left, right)
+    expected = left.double().T @ right.double()
+    assert float((total - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_moments_of_both_parts_add_up():
+    z, residual, _ = regression(237)
+    moments = moments_of(z, residual)
+    torch.testing.assert_close(moments.gram.sum(0), z.T @ z)
+    torch.testing.assert_close(moments.cross.sum(0), z.T @ residual)
+    assert moments.tokens.sum() == 237
+    assert float(moments.residual_energy.sum()) == pytest.approx(float(residual.square().sum()))
+
+
+def test_the_solution_equals_ridge_regression_in_float64():
+    z, residual, _ = regression(400, noise=0.5)
+    found = solve_ridge(moments_of(z, residual), ridges=(1e-2,))
+    penalty = 1e-2 * (z.T @ z).diagonal().mean().sqrt() ** 2
+    stacked = torch.cat([z, penalty.sqrt() * torch.eye(12, dtype=torch.float64)])
+    goal = torch.cat([residual, torch.zeros(12, 5, dtype=torch.float64)])
+    torch.testing.assert_close(found.matrix, torch.linalg.lstsq(stacked, goal).solution.T)
+
+
+def test_a_noiseless_map_is_recovered():
+    z, residual, truth = regression(400)
+    found = solve_ridge(moments_of(z, residual))
+    torch.testing.assert_close(found.matrix, truth, atol=1e-3, rtol=1e-3)
+    assert found.error < 1e-5
+
+
+def test_no_residual_asks_for_no_correction():
+    z, residual, _ = regression(100)
+    found = solve_ridge(moments_of(z, torch.zeros_like(residual)))
+    assert not found.matrix.any()
+
+
+def test_pure_noise_is_left_to_the_projection_or_hardly_followed():
+    generator = torch.Generator().manual_seed(5)
+    z, residual, _ = regression(60, inputs=40)
+    noise = torch.randn(residual.shape, generator=generator, dtype=torch.float64)
+    found = solve_ridge(moments_of(z, noise))
+    free = torch.linalg.lstsq(z, noise).solution.T
+    assert math.isinf(found.ridge) or float(found.matrix.norm()) < 0.5 * float(free.norm())
+
+
+def test_fewer_tokens_choose_a_stronger_ridge():
+    few = solve_ridge(moments_of(*regression(60, inputs=40, noise=2.0)[:2]))
+    many = solve_ridge(moments_of(*regression(6000, inputs=40, noise=2.0)[:2]))
+    assert few.ridge > many.ridge
+
+
+def test_the_chosen_ridge_is_the_best_on_held_out_tokens():
+    z, residual, _ = regression(90, inputs=40, noise=2.0)
+    ridges = (1e-3, 1e-1, 1e0, 1e1)
+    moments = moments_of(z, residual)
+    errors = {ridge: solve_ridge(moments, (ridge,)).error for ridge in ridges}
+    best = solve_ridge(moments, ridges)
+    assert best.error == pytest.approx(min(errors.values()))
+
+
+def test_an_all_zero_input_is_no_failure():
+    moments = Moments(3, 2, torch.device("cpu"))
+    found = solve_ridge(moments)
+    assert math.isinf(found.ridge)
+    assert found.matrix.shape == (2, 3)
