@@ -24,7 +24,7 @@ from slicecli.engine import (
     quiet_libraries,
     run_slices,
 )
-from slicecli.errors import RequestError, SourceError
+from slicecli.errors import RequestError, SourceError, reason_of
 from slicecli.plan import Width
 from slicecli.source import Source
 
@@ -166,8 +166,7 @@ def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto
             device_map=device_map,
         )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SourceError(f"{source.name} cannot be loaded: {reason}.", "Check its files.") from error
+        raise SourceError(f"{source.name} cannot be loaded: {reason_of(error)}.", "Check its files.") from error
     if dtype is None and device.type == "cpu":
         model = model.to(compute_dtype(model.dtype, device))
     return model.eval()

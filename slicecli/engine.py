@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.adapters import Adapter, Dimensions, require_declared, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
-from slicecli.errors import RequestError, SourceError
+from slicecli.errors import RequestError, SourceError, reason_of
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.source import DenseWeights, Source, empty_model
@@ -252,8 +252,7 @@ def sliced_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> 
     try:
         return type(config).from_dict(fields)
     except Exception as error:  # config classes raise what they like
-        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
-        raise RequestError(f"{type(config).__name__} refuses a hidden size of {dim}: {reason}.") from error
+        raise RequestError(f"{type(config).__name__} refuses a hidden size of {dim}: {reason_of(error)}.") from error
 
 
 def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
@@ -331,8 +330,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise RequestError(f"There is no device {name!r} here: {reason}.", "Give auto, cpu or cuda:N.") from None
+        raise RequestError(
+            f"There is no device {name!r} here: {reason_of(error)}.", "Give auto, cpu or cuda:N."
+        ) from None
     return device
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "TextError",
     "UnsupportedModelError",
     "WeightsError",
+    "reason_of",
 ]
 
 
@@ -71,3 +72,14 @@ class OutputError(SlicecliError):
 
 class PluginError(SlicecliError):
     """A plugin declares something that does not hold for the model at hand."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the telling line of another library's error, without its closing full stop.
+
+    That is its first line; where that only announces the next ("...:"), the next.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines.pop(0)
+    return (lines[0] if lines else type(error).__name__).rstrip(".: ")

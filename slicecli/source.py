@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.errors import SourceError, UnsupportedModelError, WeightsError
+from slicecli.errors import SourceError, UnsupportedModelError, WeightsError, reason_of
 from slicecli.hub.errors import describe_hub_error
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Source:
             )
         except Exception as error:  # transformers raises many kinds for a bad config
             raise SourceError(
-                f"transformers refuses the config of {self.name}: {_first_line(error)}.", "Check config.json."
+                f"transformers refuses the config of {self.name}: {reason_of(error)}.", "Check config.json."
             ) from error
 
     def tokenizer(self) -> Any:
@@ -151,7 +151,7 @@ class Source:
             )
         except Exception as error:
             raise SourceError(
-                f"The tokenizer of {self.name} cannot be loaded: {_first_line(error)}.",
+                f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
                 "The folder needs the tokenizer's files next to config.json.",
             ) from error
 
@@ -199,7 +199,7 @@ class Source:
                     pass
             except (SafetensorError, OSError, ValueError) as error:
                 raise WeightsError(
-                    f"The weight file {file} of {self.name} is damaged: {_first_line(error)}.",
+                    f"The weight file {file} of {self.name} is damaged: {reason_of(error)}.",
                     "Download the checkpoint again.",
                 ) from None
 
@@ -236,7 +236,7 @@ class DenseWeights:
             )
         except Exception as error:
             raise WeightsError(
-                f"The weights of {source.name} cannot be loaded: {_first_line(error)}.",
+                f"The weights of {source.name} cannot be loaded: {reason_of(error)}.",
                 "Check that config.json belongs to these weights.",
             ) from error
         missing = sorted(report["missing_keys"])
@@ -263,7 +263,10 @@ class DenseWeights:
             with align_module_device(module, torch.device("cpu")):
                 tensor: torch.Tensor = getattr(module, leaf).detach()
         except Exception as error:
-            raise WeightsError(f"{name} of {self._name} cannot be read: {_first_line(error)}.") from error
+            raise WeightsError(
+                f"{name} of {self._name} cannot be read: {reason_of(error)}.",
+                "Check that config.json belongs to these weights.",
+            ) from error
         if not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
                 f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
@@ -290,7 +293,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"transformers cannot build a model of this config: {_first_line(error)}.", "Check config.json."
+            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
         ) from error
     return model.eval()
 
@@ -302,7 +305,7 @@ def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise SourceError(f"{name} has no config.json.", "Give the folder of a transformers model.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"The config.json of {name} cannot be read: {_first_line(error)}.") from None
+        raise SourceError(f"The config.json of {name} cannot be read: {reason_of(error)}.") from None
     if not isinstance(fields, dict):
         raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
     return fields
@@ -314,7 +317,7 @@ def _indexed_files(path: Path) -> list[str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"The index {path.name} is damaged: {_first_line(error)}.", "Get it again.") from None
+        raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise WeightsError(
@@ -340,9 +343,3 @@ def _download(model: str, revision: str | None, token: str | None, patterns: tup
             f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.",
             "A local folder is given as a path, for example ./model.",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without its closing full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -126,10 +126,27 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import random
 
     generator = random.Random(0)
-    words = "the a stream block norm head basis reads writes keeps small wide of and to".split()
+    words = [
+        "the",
+        "a",
+        "stream",
+        "block",
+        "norm",
+        "head",
+        "basis",
+        "reads",
+        "writes",
+        "keeps",
+        "small",
+        "wide",
+        "of",
+        "and",
+        "to",
+    ]
     path = tmp_path_factory.mktemp("text") / "nonsense.jsonl"
     lines = [
-        json.dumps({"text": " ".join(generator.choices(words, k=generator.randint(10, 40))) + "."}) for _ in range(120)
+        json.dumps({"text": " ".join(generator.choices(words.split(), k=generator.randint(10, 40))) + "."})
+        for _ in range(120)
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -35,7 +35,7 @@ def refused(run, text_file, tmp_path):
         assert done.stdout == ""
         assert "Traceback" not in done.output
         assert isinstance(done.exception, SystemExit), done.exception
-        left = [path for path in output.parent.rglob("*")] if output.parent.exists() else []
+        left = list(output.parent.rglob("*")) if output.parent.exists() else []
         assert left == []
         message = done.stderr.strip().splitlines()[-1]
         assert message.startswith("Error: ")

@@ -134,7 +134,7 @@ def test_nonsense_is_no_number(text):
 
 
 def test_an_unknown_type_is_refused_with_its_nearest_match():
-    with pytest.raises(UnsupportedModelError, match="Did you mean 'llama'.*Supported: .*qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"Did you mean 'llama'.*Supported: .*qwen3"):
         dimensions({"model_type": "lama"})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from slicecli.errors import reason_of
+
 __all__ = ["describe_hub_error"]
 
 
@@ -36,5 +38,4 @@ def describe_hub_error(error: BaseException) -> str:
         "Connect" in type(link).__name__ or "Timeout" in type(link).__name__ for link in chain
     ):
         return "the Hub cannot be reached"
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"[:200].rstrip(": .")
+    return f"{type(error).__name__}: {reason_of(error)}"[:200]
