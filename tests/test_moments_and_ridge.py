@@ -50,10 +50,10 @@ def test_chunked_outer_products_equal_the_float64_sum():
 def test_moments_of_both_parts_add_up():
     z, residual, _ = regression(237)
     moments = moments_of(z, residual)
-    torch.testing.assert_close(moments.gram.sum(0), z.T @ z)
-    torch.testing.assert_close(moments.cross.sum(0), z.T @ residual)
-    assert moments.tokens.sum() == 237
-    assert float(moments.residual_energy.sum()) == pytest.approx(float(residual.square().sum()))
+    torch.testing.assert_close(sum(moments.gram), z.T @ z)
+    torch.testing.assert_close(sum(moments.cross), z.T @ residual)
+    torch.testing.assert_close(moments.gram[1], z[4::5].T @ z[4::5])
+    assert float(sum(moments.residual_energy)) == pytest.approx(float(residual.square().sum()))
 
 
 def test_the_solution_equals_ridge_regression_in_float64():
@@ -96,9 +96,8 @@ def test_fewer_tokens_choose_a_stronger_ridge():
 def test_the_chosen_ridge_is_the_best_on_held_out_tokens():
     z, residual, _ = regression(90, inputs=40, noise=2.0)
     ridges = (1e-3, 1e-1, 1e0, 1e1)
-    moments = moments_of(z, residual)
-    errors = {ridge: solve_ridge(moments, (ridge,)).error for ridge in ridges}
-    best = solve_ridge(moments, ridges)
+    errors = {ridge: solve_ridge(moments_of(z, residual), (ridge,)).error for ridge in ridges}
+    best = solve_ridge(moments_of(z, residual), ridges)
     assert best.error == pytest.approx(min(errors.values()))
 
 

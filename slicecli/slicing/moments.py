@@ -49,17 +49,19 @@ class Moments:
     map gives. A residual of exactly zero then asks for a correction of exactly zero, whatever the rounding.
 
     Attributes:
-        gram: Σ z zᵀ, float64 of shape (2, inputs, inputs); index 0 fitted, 1 held out.
-        cross: Σ z rᵀ with r the residual, float64 of shape (2, inputs, outputs).
-        residual_energy: Σ |r|², float64 of shape (2,).
-        tokens: Number of tokens, shape (2,).
+        gram: Σ z zᵀ of fitted and of held-out tokens, float64, each of shape (inputs, inputs).
+        cross: Σ z rᵀ with r the residual, of both, float64, each of shape (inputs, outputs).
+        residual_energy: Σ |r|² of both, float64.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.gram = torch.zeros(2, inputs, inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(2, inputs, outputs, dtype=torch.float64, device=device)
-        self.residual_energy = torch.zeros(2, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(2, dtype=torch.int64)
+        def zeros(*shape: int) -> list[torch.Tensor]:
+            return [torch.zeros(*shape, dtype=torch.float64, device=device) for _ in range(2)]
+
+        # apart, not stacked, so that the solver can merge them in place
+        self.gram = zeros(inputs, inputs)
+        self.cross = zeros(inputs, outputs)
+        self.residual_energy = zeros(1)
 
     def add(self, inputs: torch.Tensor, residuals: torch.Tensor, is_held_out: torch.Tensor) -> None:
         """Add tokens.
@@ -70,13 +72,7 @@ class Moments:
             is_held_out: Which tokens are held out, bool of shape (tokens,).
         """
         for index, chosen in enumerate((~is_held_out, is_held_out)):
-            count = int(chosen.sum())
-            if count == 0:
-                continue
-            some_inputs, some_residuals = (
-                (inputs, residuals) if count == len(chosen) else (inputs[chosen], residuals[chosen])
-            )
+            some_inputs, some_residuals = inputs[chosen], residuals[chosen]
             add_outer(self.gram[index], some_inputs, some_inputs)
             add_outer(self.cross[index], some_inputs, some_residuals)
             self.residual_energy[index] += some_residuals.double().square().sum()
-            self.tokens[index] += count

@@ -155,7 +155,8 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
     progress.start("statistics", len(dense.blocks) + 1)
     streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
     for index, block in enumerate(dense.blocks):
-        with _filled(dense, block, dense.block_name(index)) as weights:
+        weights = _read_block(dense, dense.block_name(index))
+        with _filled(dense, block, weights):
             moments = [statistics.empty() for _ in adapter.branches]
             for number, stream in enumerate(streams):
                 call = calls[tuple(stream.shape[:2])][index]
@@ -203,7 +204,8 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
 
     for index, block in enumerate(dense.blocks):
         name = dense.block_name(index)
-        with _filled(dense, block, name) as weights:
+        weights = _read_block(dense, name)
+        with _filled(dense, block, weights):
             before: list[list[torch.Tensor]] = [[] for _ in adapter.branches]
             branch_calls: dict[tuple[int, ...], list[Call]] = {}
             for number, stream in enumerate(streams):
@@ -450,13 +452,17 @@ def _enter(
     return streams, calls
 
 
+def _read_block(dense: DenseModel, name: str) -> dict[str, torch.Tensor]:
+    """Read a block's weights onto the device, in the checkpoint's dtype."""
+    return {key: value.to(dense.device) for key, value in dense.weights.module(name).items()}
+
+
 @contextmanager
-def _filled(dense: DenseModel, block: nn.Module, name: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Fill a block of the dense model for a while; yield its weights in the checkpoint's dtype."""
-    weights = {key: value.to(dense.device) for key, value in dense.weights.module(name).items()}
+def _filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Fill a block of the dense model for as long as it runs."""
     running.fill(block, weights, dense.device, dense.dtype)
     try:
-        yield weights
+        yield
     finally:
         running.clear(block)
 

@@ -40,34 +40,42 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
     The held-out error needs no further pass: Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩.
 
     Args:
-        moments: The normal equations.
+        moments: The normal equations; they are merged in place and of no use afterwards.
         ridges: The ridges to try, besides infinity.
     """
+    fitted, held_out = 0, 1
     gram, cross = moments.gram, moments.cross
     best_ridge, best_error = math.inf, 0.0
     for ridge in ridges:
-        delta = _solve(gram[0], cross[0], ridge)
+        delta = _solve(gram[fitted].clone(), cross[fitted], ridge)
         if delta is None:
             continue
-        error = float((delta * (gram[1] @ delta - 2 * cross[1])).sum())
+        error = float((delta * (gram[held_out] @ delta - 2 * cross[held_out])).sum())
         if error < best_error:
             best_ridge, best_error = ridge, error
-    held_out_energy = float(moments.residual_energy[1])
-    left = 1.0 + best_error / held_out_energy if held_out_energy else 1.0
-    delta = None if math.isinf(best_ridge) else _solve(gram.sum(0), cross.sum(0), best_ridge)
+    energy = float(moments.residual_energy[held_out])
+    left = 1.0 + best_error / energy if energy else 1.0
+    delta = None
+    if math.isfinite(best_ridge):
+        all_gram, all_cross = gram[fitted].add_(gram[held_out]), cross[fitted].add_(cross[held_out])
+        gram.clear()
+        delta = _solve(all_gram, all_cross, best_ridge)
     if delta is None:
-        return Correction(torch.zeros_like(cross[0]).T, math.inf, 1.0)
+        return Correction(torch.zeros_like(cross[fitted]).T, math.inf, 1.0)
     return Correction(delta.T, best_ridge, left)
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Return (G + λ I)⁻¹ C, shape (inputs, outputs); `None` where G is zero or not numerically positive."""
+    """Return (G + λ I)⁻¹ C, shape (inputs, outputs); `None` where G is zero or not numerically positive.
+
+    The Gram matrix is overwritten by its factor.
+    """
     scale = gram.diagonal().mean()
     if not bool(scale > 0):
         return None
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * scale)
-    factor, failure = torch.linalg.cholesky_ex(damped)
+    gram.diagonal().add_(ridge * scale)
+    failure = torch.zeros((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(gram, out=(gram, failure))
     if int(failure):
         return None
-    return torch.cholesky_solve(cross, factor)
+    return torch.cholesky_solve(cross, gram)
