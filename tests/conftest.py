@@ -126,23 +126,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import random
 
     generator = random.Random(0)
-    words = [
-        "the",
-        "a",
-        "stream",
-        "block",
-        "norm",
-        "head",
-        "basis",
-        "reads",
-        "writes",
-        "keeps",
-        "small",
-        "wide",
-        "of",
-        "and",
-        "to",
-    ]
+    words = "the a stream block norm head basis reads writes keeps small wide of and to"
     path = tmp_path_factory.mktemp("text") / "nonsense.jsonl"
     lines = [
         json.dumps({"text": " ".join(generator.choices(words.split(), k=generator.randint(10, 40))) + "."})
