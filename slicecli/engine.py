@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli.adapters import Adapter, Dimensions, require_declared, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
 from slicecli.errors import RequestError, SourceError, reason_of
+from slicecli.memory import peak_memory_bytes
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.source import DenseWeights, Source, empty_model
@@ -349,18 +350,6 @@ def batch_rows(device: torch.device, sequence_length: int) -> int:
     """Return how many rows make a batch of a good size for the device."""
     tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "other"]
     return max(1, tokens // sequence_length)
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak resident memory of this process, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -87,6 +87,7 @@ def command(
     shared.check_shard_size(max_shard_size)
 
     from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+    from slicecli.memory import return_freed_memory_at_once
 
     settings = SliceOptions(
         calibration=calibration,
@@ -103,6 +104,7 @@ def command(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
+    return_freed_memory_at_once()
     job = plan_slices(model, [width], [output], settings)
     plan, _, folder = job.slices[0]
     if not context["quiet"]:

@@ -190,17 +190,10 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
     adapter = dense.adapter
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
-    tables = _embedding_tables(dense)
-    streams, calls = _enter(dense, dense.shell, tables, batches)
+    streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
     bases = {target.dim: basis.leading(target.dim) for target in targets}
     for target in targets:
-        sliced = {
-            name: _store(_times(table, bases[target.dim]), target).to(dense.dtype) for name, table in tables.items()
-        }
-        target._stream, _ = _enter(dense, target.shell, sliced, batches)
-        for name, table in sliced.items():
-            target.sink(name, table.to("cpu", target.dtype))
-    del tables
+        _slice_embeddings(dense, target, bases[target.dim], batches)
 
     for index, block in enumerate(dense.blocks):
         name = dense.block_name(index)
@@ -228,7 +221,8 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
                 )
                 errors.append(half.fit_readers(before[position], bases[target.dim], held_out))
                 half.fit_writer(after, bases[target.dim], held_out)
-                _require_finite(target._stream[-1], f"the sliced activations after block {index}")
+                for stream in target._stream:
+                    _require_finite(stream, f"the sliced activations of block {index} ({branch.module})")
             before[position].clear()
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
             for parameter_name, parameter in sliced_block.named_parameters():
@@ -417,6 +411,14 @@ def _fit_head(
     running.clear(norm)
     folded = _times(head.to(dense.device), weight[:, None] * matrix)
     target.sink(f"{adapter.head}.weight", _store(folded, target).cpu())
+
+
+def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
+    """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
+    tables = {name: _store(_times(table, basis), target) for name, table in _embedding_tables(dense).items()}
+    target._stream, _ = _enter(dense, target.shell, tables, batches)
+    for name, table in tables.items():
+        target.sink(name, table.to("cpu", target.dtype))
 
 
 def _prepare_block(dense: DenseModel, target: Target, block: nn.Module, weights: dict[str, torch.Tensor]) -> None:
