@@ -70,7 +70,7 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
         )
         return
     show.print_table(
-        ["", "dim", "parameters", "weights", "perplexity", "text"],
+        ["", "dim", "parameters", "weights", "perplexity"],
         [
             [
                 "slice" if index else "dense",
@@ -78,10 +78,11 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
                 f"{parameters[index]:,}",
                 show.size(weights[index]),
                 f"{measured.value:.2f} ± {measured.stderr:.2f}",
-                text,
             ]
-            for index, (dim, _, measured, text) in enumerate(rows)
+            for index, (dim, _, measured, _) in enumerate(rows)
         ],
     )
+    for dim, _, _, text in rows:
+        show.result(f"  {dim}  {text}")
     if not context["quiet"]:
         show.note(f"The slices are in {output}. Next: slicecli generate {folders[0]} {PROMPT!r}")

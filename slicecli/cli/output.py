@@ -16,7 +16,7 @@ from slicecli.errors import OutputError
 if TYPE_CHECKING:
     from slicecli.slicing.pipeline import Progress
 
-__all__ = ["note", "print_json", "print_table", "progress", "size", "warn", "write_json"]
+__all__ = ["note", "print_json", "print_table", "progress", "result", "size", "warn", "write_json"]
 
 
 def print_json(document: Any) -> None:
@@ -53,6 +53,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     if not console.is_terminal:
         console.width = 200
     console.print(table)
+
+
+def result(text: str) -> None:
+    """Print a line of a result on standard output."""
+    click.echo(text)
 
 
 def note(text: str) -> None:
