@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
+# the models are tiny: threads would only wait for each other, badly so where several test runs share a machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOCABULARY = 300
 BASE = {

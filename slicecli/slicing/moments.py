@@ -39,7 +39,7 @@ def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> N
     """
     for start in range(0, len(left), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        total += (left[chunk].T @ right[chunk]).double()
+        total += left[chunk].T @ right[chunk]  # widened as it is added
 
 
 class Moments:

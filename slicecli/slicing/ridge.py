@@ -16,6 +16,7 @@ from slicecli.slicing.moments import Moments
 
 __all__ = ["RIDGES", "Correction", "solve_ridge"]
 
+COLUMNS = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -47,35 +48,46 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
     gram, cross = moments.gram, moments.cross
     best_ridge, best_error = math.inf, 0.0
     for ridge in ridges:
-        delta = _solve(gram[fitted].clone(), cross[fitted], ridge)
-        if delta is None:
+        factor = _factorise(gram[fitted].clone(), ridge)
+        if factor is None:
             continue
-        error = float((delta * (gram[held_out] @ delta - 2 * cross[held_out])).sum())
+        error = 0.0
+        # outputs do not mix, so a few hundred at a time do, and no whole solution is held
+        for some, left_out in zip(cross[fitted].split(COLUMNS, 1), cross[held_out].split(COLUMNS, 1), strict=True):
+            delta = _substitute(factor, some)
+            error += float((delta * (gram[held_out] @ delta).sub_(left_out, alpha=2)).sum())
         if error < best_error:
             best_ridge, best_error = ridge, error
     energy = float(moments.residual_energy[held_out])
     left = 1.0 + best_error / energy if energy else 1.0
-    delta = None
+    factor = None
     if math.isfinite(best_ridge):
         all_gram, all_cross = gram[fitted].add_(gram[held_out]), cross[fitted].add_(cross[held_out])
         gram.clear()
-        delta = _solve(all_gram, all_cross, best_ridge)
-    if delta is None:
+        factor = _factorise(all_gram, best_ridge)
+    if factor is None:
         return Correction(torch.zeros_like(cross[fitted]).T, math.inf, 1.0)
-    return Correction(delta.T, best_ridge, left)
+    return Correction(_substitute(factor, all_cross).T, best_ridge, left)
 
 
-def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Return (G + λ I)⁻¹ C, shape (inputs, outputs); `None` where G is zero or not numerically positive.
+def _factorise(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """Return the Cholesky factor of G + λ I; `None` where G is zero or not numerically positive.
 
-    The Gram matrix is overwritten by its factor.
+    The factor takes the Gram matrix's memory.
     """
     scale = gram.diagonal().mean()
     if not bool(scale > 0):
         return None
     gram.diagonal().add_(ridge * scale)
+    # LAPACK works on columns; transposing what is symmetric spares it a copy
+    factor = gram.mT
     failure = torch.zeros((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(gram, out=(gram, failure))
-    if int(failure):
-        return None
-    return torch.cholesky_solve(cross, gram)
+    torch.linalg.cholesky_ex(factor, out=(factor, failure))
+    return None if int(failure) else factor
+
+
+def _substitute(factor: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """Return (L Lᵀ)⁻¹ C, shape (inputs, outputs)."""
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    solution: torch.Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
