@@ -9,7 +9,7 @@ import sys
 __all__ = ["peak_memory_bytes", "return_freed_memory_at_once"]
 
 _M_MMAP_THRESHOLD = -3
-_THRESHOLD_BYTES = 4 * 2**20
+_THRESHOLD_BYTES = 2**20
 
 
 def peak_memory_bytes() -> int:

@@ -13,6 +13,7 @@ import torch
 __all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "normalise"]
 
 CHUNK_TOKENS = 4096
+BAND_ROWS = 1024
 
 
 def normalise(stream: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -39,7 +40,10 @@ def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> N
     """
     for start in range(0, len(left), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        total += left[chunk].T @ right[chunk]  # widened as it is added
+        # a band at a time: the float32 product and its widened copy are as large as the sum itself
+        for band in range(0, len(total), BAND_ROWS):
+            rows = slice(band, band + BAND_ROWS)
+            total[rows] += left[chunk, rows].T @ right[chunk]
 
 
 class Moments:

@@ -56,6 +56,7 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
         for some, left_out in zip(cross[fitted].split(COLUMNS, 1), cross[held_out].split(COLUMNS, 1), strict=True):
             delta = _substitute(factor, some)
             error += float((delta * (gram[held_out] @ delta).sub_(left_out, alpha=2)).sum())
+        del factor, delta  # before the next is made
         if error < best_error:
             best_ridge, best_error = ridge, error
     energy = float(moments.residual_energy[held_out])
