@@ -41,6 +41,7 @@ def command(output_format: str) -> None:
                 ]
                 for row in rows
             ],
+            is_numeric=False,
         )
     for plugin in found.broken:
         show.warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")

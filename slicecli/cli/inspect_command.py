@@ -101,4 +101,5 @@ def command(
             ),
             [chosen.final_norm, chosen.head, ""],
         ],
+        is_numeric=False,
     )

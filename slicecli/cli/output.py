@@ -38,15 +38,15 @@ def write_json(path: Path, document: Any) -> None:
         raise OutputError(f"{path.name!r} cannot be written: {error.strerror}.", "Give another file.") from error
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a table on standard output; all columns but the first are aligned to the right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], is_numeric: bool = True) -> None:
+    """Print a table on standard output; of numbers, all columns but the first are aligned to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_header=any(columns))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="right" if is_numeric and index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)

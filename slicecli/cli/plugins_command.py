@@ -33,4 +33,5 @@ def command(output_format: str) -> None:
             ]
             for plugin in loaded
         ],
+        is_numeric=False,
     )
