@@ -19,7 +19,18 @@ from typing import Any, Literal
 
 from slicecli.errors import PluginError, RequestError, UnsupportedModelError
 
-__all__ = ["Adapter", "Branch", "Dimensions", "Kept", "Linear", "NormKind", "select_adapter"]
+__all__ = [
+    "Adapter",
+    "Branch",
+    "Dimensions",
+    "Kept",
+    "Linear",
+    "NormKind",
+    "attention",
+    "gated_mlp",
+    "require_declared",
+    "select_adapter",
+]
 
 NormKind = Literal["rms"]
 """How a norm treats its input: `rms` divides by the root mean square and multiplies by its weight."""
@@ -71,6 +82,43 @@ class Branch:
     norm: str
     readers: tuple[Linear, ...]
     writer: Linear
+
+
+def attention(bias: bool | str = False, writer_bias: bool | str = False, has_query_norm: bool = False) -> Branch:
+    """Declare the usual attention branch: separate query, key and value, under the names most families use.
+
+    Args:
+        bias: Bias of query, key and value.
+        writer_bias: Bias of the output projection.
+        has_query_norm: Queries and keys go through norms of their own, which share the stream norms' epsilon.
+    """
+    return Branch(
+        module="self_attn",
+        norm="input_layernorm",
+        readers=(
+            Linear("self_attn.q_proj", "query", bias, feeds_norm=has_query_norm),
+            Linear("self_attn.k_proj", "key_value", bias, feeds_norm=has_query_norm),
+            Linear("self_attn.v_proj", "key_value", bias),
+        ),
+        writer=Linear("self_attn.o_proj", "query", writer_bias),
+    )
+
+
+def gated_mlp(bias: bool | str = False) -> Branch:
+    """Declare the usual MLP branch: gate and up, then down, under the names most families use.
+
+    Args:
+        bias: Bias of all three.
+    """
+    return Branch(
+        module="mlp",
+        norm="post_attention_layernorm",
+        readers=(
+            Linear("mlp.gate_proj", "intermediate_size", bias),
+            Linear("mlp.up_proj", "intermediate_size", bias),
+        ),
+        writer=Linear("mlp.down_proj", "intermediate_size", bias),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from slicecli.errors import OutputError
+from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["ShardWriter", "file_digest", "require_disk_space", "whole_folder"]
 
 RECORD_FILE = "slicecli.json"
-_DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @contextmanager
@@ -181,7 +181,7 @@ class ShardWriter:
 
     def _lay_out(self, file: str, names: list[str]) -> None:
         """Write a shard's header, and note where each of its tensors goes."""
-        code = _DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
+        code = DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
         for name in names:

@@ -5,7 +5,6 @@ The command line and the Python API both call this module; it prints nothing and
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -148,7 +147,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source.check_is_decoder()
     adapter = select_adapter(source.fields, plugins().adapters, options.adapter)
     dimensions = adapter.dimensions(source.fields)
-    dense_dtype = _stored_dtype(source)
+    dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
     dims = [width.resolve(dimensions, DTYPE_BYTES[dtype]) for width in widths]
     if options.samples <= 0:
@@ -401,13 +400,13 @@ def _complete_folder(
 ) -> None:
     """Put everything but the weights into a slice's folder."""
     from slicecli.hub.card import render_card
-    from slicecli.record import CalibrationRecord, build_record, write_record
+    from slicecli.record import build_record, write_record
 
     for file in job.source.companion_files():
         shutil.copyfile(file, folder / file.name)
     config.architectures = job.config.architectures
     config.save_pretrained(folder)
-    record = build_record(plan, job.source, CalibrationRecord(rows, job.options.seed), basis, digests)
+    record = build_record(plan, job.source, rows, job.options.seed, basis, digests)
     write_record(folder, record)
     card = render_card(record, job.source.folder, reproduce_command(job, plan))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -432,25 +431,6 @@ def _check_declaration(job: Job, shell: Any) -> None:
     if dimensions.is_tied:
         actual.discard(f"{adapter.head}.weight")  # an empty model cannot share memory, so it lists the head apart
     require_declared(actual - declared, declared - actual, adapter)
-
-
-def _stored_dtype(source: Source) -> str:
-    """Return the dtype of a checkpoint as far as its config tells, else as its first weight file tells."""
-    dtype = source.fields.get("dtype") or source.fields.get("torch_dtype")
-    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPE_BYTES:
-        return dtype.removeprefix("torch.")
-    codes = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    for path in sorted(source.folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(min(size, 1 << 24)))
-            except ValueError:
-                continue
-        for name, entry in header.items():
-            if name != "__metadata__" and entry.get("dtype") in codes:
-                return codes[entry["dtype"]]
-    return "float32"
 
 
 def _plain_fields(config: Any) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from slicecli.adapters import Dimensions
 from slicecli.errors import RequestError
 
-__all__ = ["DTYPE_BYTES", "SlicePlan", "Width", "parse_bytes", "parse_count"]
+__all__ = ["DTYPE_BYTES", "DTYPE_CODES", "SlicePlan", "Width", "parse_bytes", "parse_count"]
 
+# dtypes by their names in safetensors files
+DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
 TILE = 64

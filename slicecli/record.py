@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,32 +27,19 @@ RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
 
 
-@dataclass(frozen=True)
-class CalibrationRecord:
-    """How the calibration rows were drawn.
-
-    Attributes:
-        rows: The rows.
-        seed: Seed of the draw.
-    """
-
-    rows: Rows
-    seed: int
-
-
 def build_record(
-    plan: SlicePlan, source: Source, calibration: CalibrationRecord, basis: Basis, weights: dict[str, str]
+    plan: SlicePlan, source: Source, rows: Rows, seed: int, basis: Basis, weights: dict[str, str]
 ) -> dict[str, Any]:
     """Put a record together.
 
     Args:
         plan: What was decided.
         source: The dense model.
-        calibration: The calibration rows.
+        rows: The calibration rows.
+        seed: Seed of their draw.
         basis: The shared basis, for its energy spectrum.
         weights: SHA-256 of each weight file.
     """
-    rows = calibration.rows
     step = max(1, plan.hidden_size // SPECTRUM_POINTS)
     return {
         "record_version": RECORD_VERSION,
@@ -78,7 +64,7 @@ def build_record(
             "samples": len(rows.ids),
             "sequence_length": rows.sequence_length,
             "tokens": rows.tokens,
-            "seed": calibration.seed,
+            "seed": seed,
             "sha256": rows.digest,
         },
         "energy": {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.errors import SourceError, UnsupportedModelError, WeightsError, reason_of
 from slicecli.hub.errors import describe_hub_error
+from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ __all__ = ["DenseWeights", "Source", "empty_model"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
     "tokenizer*",
@@ -154,6 +156,18 @@ class Source:
                 f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
                 "The folder needs the tokenizer's files next to config.json.",
             ) from error
+
+    def stored_dtype(self) -> str:
+        """Return the dtype of the checkpoint: what the config says, else the first weight file, else float32."""
+        dtype = str(self.fields.get("dtype") or self.fields.get("torch_dtype")).removeprefix("torch.")
+        if dtype in DTYPE_CODES:
+            return dtype
+        names = {code: name for name, code in DTYPE_CODES.items()}
+        for path in sorted(self.folder.glob("model*.safetensors")):
+            for entry in _read_header(path).values():
+                if isinstance(entry, dict) and entry.get("dtype") in names:
+                    return names[entry["dtype"]]
+        return "float32"
 
     def companion_files(self) -> Iterator[Path]:
         """Yield the files a slice takes over unchanged: tokenizer, generation config, chat template, licences."""
@@ -309,6 +323,17 @@ def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
     if not isinstance(fields, dict):
         raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
     return fields
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return the table at the head of a safetensors file; empty where it is damaged, which is found out later."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+        except (ValueError, RecursionError):
+            return {}
+    return header if isinstance(header, dict) else {}
 
 
 def _indexed_files(path: Path) -> list[str]:

@@ -37,6 +37,24 @@ def test_every_public_name_exists_and_every_hook_is_documented():
         assert f"def {hook}(" in page
 
 
+def test_the_plugin_in_the_documentation_registers_its_adapter():
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], names)
+    registered = []
+    names["slicecli_register_adapters"](registered.append)
+    (adapter,) = registered
+    fields = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 5,
+        "num_attention_heads": 2,
+        "intermediate_size": 3,
+    }
+    # embedding and head, two norms and a final one, four attention matrices with a writer's bias, two of the MLP
+    assert adapter.dimensions({**fields, "attention_bias": True}).parameters(4) == 40 + 12 + 4 * 32 + 4 + 24
+
+
 def test_every_link_between_pages_leads_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

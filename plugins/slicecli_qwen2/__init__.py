@@ -6,32 +6,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Branch, Linear
+from slicecli.adapters import Adapter, attention, gated_mlp
 
 ADAPTER = Adapter(
     name="qwen2",
     model_types=("qwen2",),
-    branches=(
-        Branch(
-            module="self_attn",
-            norm="input_layernorm",
-            readers=(
-                Linear("self_attn.q_proj", "query", bias=True),
-                Linear("self_attn.k_proj", "key_value", bias=True),
-                Linear("self_attn.v_proj", "key_value", bias=True),
-            ),
-            writer=Linear("self_attn.o_proj", "query"),
-        ),
-        Branch(
-            module="mlp",
-            norm="post_attention_layernorm",
-            readers=(
-                Linear("mlp.gate_proj", "intermediate_size"),
-                Linear("mlp.up_proj", "intermediate_size"),
-            ),
-            writer=Linear("mlp.down_proj", "intermediate_size"),
-        ),
-    ),
+    branches=(attention(bias=True), gated_mlp()),
     defaults=MappingProxyType({"num_key_value_heads": 32}),
 )
 

@@ -6,32 +6,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Branch, Kept, Linear
+from slicecli.adapters import Adapter, Kept, attention, gated_mlp
 
 ADAPTER = Adapter(
     name="qwen3",
     model_types=("qwen3",),
-    branches=(
-        Branch(
-            module="self_attn",
-            norm="input_layernorm",
-            readers=(
-                Linear("self_attn.q_proj", "query", bias="attention_bias", feeds_norm=True),
-                Linear("self_attn.k_proj", "key_value", bias="attention_bias", feeds_norm=True),
-                Linear("self_attn.v_proj", "key_value", bias="attention_bias"),
-            ),
-            writer=Linear("self_attn.o_proj", "query", bias="attention_bias"),
-        ),
-        Branch(
-            module="mlp",
-            norm="post_attention_layernorm",
-            readers=(
-                Linear("mlp.gate_proj", "intermediate_size"),
-                Linear("mlp.up_proj", "intermediate_size"),
-            ),
-            writer=Linear("mlp.down_proj", "intermediate_size"),
-        ),
-    ),
+    branches=(attention(bias="attention_bias", writer_bias="attention_bias", has_query_norm=True), gated_mlp()),
     kept=(
         Kept("self_attn.q_norm.weight", "head_dim"),
         Kept("self_attn.k_norm.weight", "head_dim"),
