@@ -5,6 +5,7 @@ The command line and the Python API both call this module; it prints nothing and
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.adapters import Adapter, Dimensions, require_declared, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
-from slicecli.errors import RequestError, SourceError, reason_of
+from slicecli.errors import PluginError, RequestError, SourceError, reason_of
 from slicecli.memory import peak_memory_bytes
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
@@ -390,6 +391,13 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
 
     shell = empty_model(config, options.trust_remote_code)
     shapes = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if count != plan.sliced_parameters:
+        raise PluginError(
+            f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, and the model "
+            f"has {count:,}.",
+            "Mend the widths and biases it declares.",
+        )
     dtype = getattr(torch, plan.dtype)
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size)
     return Target(plan.dim, shell, dtype, writer.write), writer

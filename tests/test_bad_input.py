@@ -175,6 +175,26 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
     assert "the model knows 300" in refused(checkpoint_copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": "none"}, "does not cover model.layers.0.self_attn.k_norm.weight"),
+        ({"blocks": "model.blocks"}, "the model has no model.blocks.0"),
+        ({"kept": "wide"}, "counts"),
+    ],
+)
+def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, changes, message):
+    import dataclasses
+
+    from slicecli.plugins import plugins
+
+    qwen3 = plugins().adapters["qwen3"]
+    widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.kept)
+    changes = {name: {"none": (), "wide": widened}.get(value, value) for name, value in changes.items()}
+    monkeypatch.setitem(plugins().adapters, "qwen3", dataclasses.replace(qwen3, **changes))
+    assert message in refused(checkpoints("qwen3"))
+
+
 # the weights
 
 
