@@ -324,7 +324,12 @@ def test_a_run_that_is_stopped_leaves_nothing(checkpoints, text_file, tmp_path, 
     words = ["slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text_file]
     words += ["--samples", "200", "--seq-len", "32", "--batch-size", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "slicecli", *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "slicecli", *map(str, words)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a shell has SIGINT ignored, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:

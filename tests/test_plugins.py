@@ -130,3 +130,7 @@ def test_an_installed_plugin_adds_a_command_and_a_broken_one_does_not_stop_help(
     assert "plugin broken of plugin-broken was skipped" in warned.stderr
     assert "no_such_package" in warned.stderr
     assert "llama" in warned.stdout
+    (tmp_path / "config.json").write_text('{"model_type": "theirs"}')
+    unsupported = slicecli("inspect", str(tmp_path), PYTHONPATH=path)
+    assert "plugin broken of plugin-broken was skipped" in unsupported.stderr
+    assert "'theirs' are not supported" in unsupported.stderr

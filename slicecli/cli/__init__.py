@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from slicecli import __version__
-from slicecli.errors import SlicecliError
+from slicecli.errors import SlicecliError, UnsupportedModelError
 
 __all__ = ["group", "main"]
 
@@ -58,6 +58,11 @@ class LazyGroup(click.Group):
         except SlicecliError as error:
             if ctx.params.get("verbose"):
                 raise
+            if isinstance(error, UnsupportedModelError):
+                # the family that is missing may be that of a plugin that did not load
+                from slicecli.cli.output import warn_of_broken_plugins
+
+                warn_of_broken_plugins()
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 

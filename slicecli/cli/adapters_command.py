@@ -43,5 +43,4 @@ def command(output_format: str) -> None:
             ],
             is_numeric=False,
         )
-    for plugin in found.broken:
-        show.warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")
+    show.warn_of_broken_plugins()

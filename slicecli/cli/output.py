@@ -16,7 +16,17 @@ from slicecli.errors import OutputError
 if TYPE_CHECKING:
     from slicecli.slicing.pipeline import Progress
 
-__all__ = ["note", "print_json", "print_table", "progress", "result", "size", "warn", "write_json"]
+__all__ = [
+    "note",
+    "print_json",
+    "print_table",
+    "progress",
+    "result",
+    "size",
+    "warn",
+    "warn_of_broken_plugins",
+    "write_json",
+]
 
 
 def print_json(document: Any) -> None:
@@ -68,6 +78,14 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """Warn on standard error."""
     click.echo(f"Warning: {text}", err=True)
+
+
+def warn_of_broken_plugins() -> None:
+    """Name the plugins that were skipped, and why."""
+    from slicecli.plugins import plugins
+
+    for plugin in plugins().broken:
+        warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")
 
 
 def size(count: int) -> str:
