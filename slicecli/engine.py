@@ -87,7 +87,6 @@ class Job:
         sequence_length: Tokens per calibration row.
         slices: Plan, sliced config and output folder of each slice.
         options: The rest.
-        command: The command that does the same, for the record.
     """
 
     source: Source

@@ -109,7 +109,6 @@ class SlicePlan:
         dtype: Dtype of the written weights.
         dense_parameters: Parameters of the dense model as shipped.
         sliced_parameters: Parameters of the slice.
-        dense_bytes: Bytes of the dense weights in `dense_dtype`.
         dense_dtype: Dtype of the dense checkpoint.
     """
 

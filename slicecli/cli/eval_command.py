@@ -24,9 +24,7 @@ from slicecli.cli import output as show
 )
 @click.option("--limit", type=int, metavar="N", help="Only the first N rows of each text.  [default: all]")
 @shared.run_options
-@click.option(
-    "--device-map", default="auto", show_default=True, metavar="MAP", help="Where the model goes: auto, cpu, cuda:N."
-)
+@shared.device_map_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON here."
 )

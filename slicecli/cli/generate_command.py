@@ -29,9 +29,7 @@ from slicecli.cli import output as show
     show_default=True,
     help="Dtype to compute in; auto takes the checkpoint's (a CPU computes in float32).",
 )
-@click.option(
-    "--device-map", default="auto", show_default=True, metavar="MAP", help="Where the model goes: auto, cpu, cuda:N."
-)
+@shared.device_map_option
 @shared.model_options
 @shared.format_option
 def command(

@@ -9,7 +9,17 @@ import click
 
 from slicecli.plan import parse_bytes, parse_count
 
-__all__ = ["Auto", "Bytes", "Count", "DimList", "format_option", "model_options", "run_options"]
+__all__ = [
+    "Auto",
+    "Bytes",
+    "Count",
+    "DimList",
+    "check_shard_size",
+    "device_map_option",
+    "format_option",
+    "model_options",
+    "run_options",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -80,6 +90,17 @@ def model_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def device_map_option(function: Function) -> Function:
+    """Add the `--device-map` of commands that load a whole model."""
+    return click.option(
+        "--device-map",
+        default="auto",
+        show_default=True,
+        metavar="MAP",
+        help="Where the model goes: auto, cpu, cuda:N.",
+    )(function)
 
 
 def run_options(function: Function) -> Function:
