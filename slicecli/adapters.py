@@ -1,39 +1,67 @@
-"""What a model family must declare so that its residual stream can be sliced, and what follows from it.
+"""What a model family must declare so that its residual stream can be sliced.
 
 An adapter is data: the names of the modules that read and write the stream, the kind of norm in between, and
 the rule for legal dims. It holds no code of the forward pass: the family's own modules of transformers are run
-as they are. From the declaration and a config alone follow the exact parameter counts, so nothing here imports
-torch.
-
-Legend: d hidden size, k dim kept, L blocks, V vocabulary.
+as they are. The sizes of one model, and with them the exact parameter counts, follow from the declaration and a
+config alone (`slicecli.dimensions`), so nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slicecli.errors import PluginError, RequestError, UnsupportedModelError
+from slicecli.dimensions import Dimensions
+from slicecli.errors import NoAdapterError, RequestError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 __all__ = [
+    "AUTO_ADAPTER",
     "Adapter",
+    "Block",
     "Branch",
-    "Dimensions",
+    "Embedding",
+    "Experts",
+    "Fields",
     "Kept",
     "Linear",
-    "NormKind",
+    "Norm",
+    "Refusal",
     "attention",
     "gated_mlp",
-    "require_declared",
+    "mlp",
     "select_adapter",
 ]
 
-NormKind = Literal["rms"]
-"""How a norm treats its input: `rms` divides by the root mean square and multiplies by its weight."""
+AUTO_ADAPTER = "auto"
+"""The name that asks for an inferred adapter; no plugin can take it."""
+
+Fields: TypeAlias = Mapping[str, Any]
+"""The fields of a config: the content of `config.json`."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The kind of norm through which the residual stream is read; one kind serves a whole model.
+
+    Attributes:
+        kind: `rms` divides by the root mean square; `layer` subtracts the mean first.
+        epsilon: The ε under the root: a config field, or a number where the class fixes it.
+        has_weight: Whether it multiplies by a weight.
+        has_bias: Whether it adds a bias after that.
+        weight_offset: What is added to the stored weight before it multiplies (1 for Gemma).
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    epsilon: str | float = "rms_norm_eps"
+    has_weight: bool = True
+    has_bias: bool = False
+    weight_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,17 +69,18 @@ class Linear:
     """One linear map that reads or writes the residual stream.
 
     Attributes:
-        path: Module path inside the block.
-        width: Size of the side that is not the stream: a name known to `Dimensions.width`.
+        path: Module path inside the block (of the head: in the model).
+        width: Size of the side that is not the stream, as `Dimensions.width` reads it.
         bias: Whether it has a bias, or the config field that says so.
-        feeds_norm: The output goes into nothing but a norm that shares the stream norms' epsilon (Qwen3's
-            query and key norms), so the change of epsilon must be undone by the scale of this map.
+        is_transposed: The weight is stored as (inputs, outputs), as in a Conv1D of GPT-2.
+        gate: Of a writer: path of the one-row linear whose sigmoid multiplies the output for each token.
     """
 
     path: str
     width: str
     bias: bool | str = False
-    feeds_norm: bool = False
+    is_transposed: bool = False
+    gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,7 @@ class Kept:
 
     Attributes:
         path: Parameter path inside the block, for example `self_attn.q_norm.weight`.
-        width: Its number of elements, as a name known to `Dimensions.width`.
+        width: Its number of elements, as `Dimensions.width` reads it.
     """
 
     path: str
@@ -68,57 +97,167 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One residual branch: norm, then linears that read, then a linear that writes back.
+class Embedding:
+    """A table whose rows add into the stream before the first block.
 
     Attributes:
-        module: Path of the module inside the block that is called with the normalised stream.
-        norm: Path of its norm inside the block.
-        readers: Linears applied to the normalised stream (a fused one counts once).
-        writer: The linear whose output is added to the stream.
+        path: Module path in the model.
+        rows: Its number of rows, as `Dimensions.width` reads it.
+        extra_rows: Rows beyond that number.
+    """
+
+    path: str
+    rows: str = "vocab_size"
+    extra_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts whose weights lie in two three-dimensional parameters.
+
+    Attributes:
+        module: Path of the module inside the block; it is called with the normalised tokens (tokens, d), the
+            index of each token's experts and their weights (both of shape (tokens, experts per token)).
+        count: Number of experts, as `Dimensions.width` reads it.
+        reader_width: Rows of one expert's first map.
+        writer_width: Columns of one expert's second map.
+        reader: Name of the parameter with all first maps, shape (experts, reader_width, d).
+        writer: Name of the parameter with all second maps, shape (experts, d, writer_width).
     """
 
     module: str
+    count: str
+    reader_width: str
+    writer_width: str
+    reader: str = "gate_up_proj"
+    writer: str = "down_proj"
+
+    @property
+    def reader_path(self) -> str:
+        """Path of the first maps' parameter inside the block."""
+        return f"{self.module}.{self.reader}"
+
+    @property
+    def writer_path(self) -> str:
+        """Path of the second maps' parameter inside the block."""
+        return f"{self.module}.{self.writer}"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: a norm, linears that read, and what writes back.
+
+    Attributes:
+        norm: Path of its norm inside the block.
+        readers: Linears applied to the normalised stream (a fused one counts once).
+        writer: The linear whose output is added to the stream; `None` where only experts write.
+        module: Path of the module inside the block that holds the branch; it is left out of the run while
+            another branch is looked at. Only a block's last branch may do without.
+        multiplier: Config field that multiplies what the branch adds.
+        experts: Experts that read and write besides.
+    """
+
     norm: str
     readers: tuple[Linear, ...]
-    writer: Linear
+    writer: Linear | None
+    module: str = ""
+    multiplier: str = ""
+    experts: Experts | None = None
 
 
-def attention(bias: bool | str = False, writer_bias: bool | str = False, has_query_norm: bool = False) -> Branch:
+@dataclass(frozen=True)
+class Block:
+    """One block of the model.
+
+    Attributes:
+        branches: Its branches in the order in which they run.
+        is_parallel: All of them read the stream as it enters the block, instead of each what the one before left.
+        kept: Parameters that do not touch the stream.
+    """
+
+    branches: tuple[Branch, ...]
+    is_parallel: bool = False
+    kept: tuple[Kept, ...] = ()
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Paths of the norms, each once, in the order of the branches."""
+        return tuple(dict.fromkeys(branch.norm for branch in self.branches))
+
+    @property
+    def steps(self) -> tuple[tuple[Branch, ...], ...]:
+        """The branches grouped by the stream they read: one group if parallel, else one for each."""
+        return (self.branches,) if self.is_parallel else tuple((branch,) for branch in self.branches)
+
+
+def attention(
+    bias: bool | str = False,
+    writer_bias: bool | str = False,
+    writer: str = "o_proj",
+    norm: str = "input_layernorm",
+    multiplier: str = "",
+) -> Branch:
     """Declare the usual attention branch: separate query, key and value, under the names most families use.
 
     Args:
         bias: Bias of query, key and value.
         writer_bias: Bias of the output projection.
-        has_query_norm: Queries and keys go through norms of their own, which share the stream norms' epsilon.
+        writer: Name of the output projection.
+        norm: Name of the norm.
+        multiplier: Config field that multiplies what the branch adds.
     """
     return Branch(
-        module="self_attn",
-        norm="input_layernorm",
+        norm=norm,
         readers=(
-            Linear("self_attn.q_proj", "query", bias, feeds_norm=has_query_norm),
-            Linear("self_attn.k_proj", "key_value", bias, feeds_norm=has_query_norm),
+            Linear("self_attn.q_proj", "query", bias),
+            Linear("self_attn.k_proj", "key_value", bias),
             Linear("self_attn.v_proj", "key_value", bias),
         ),
-        writer=Linear("self_attn.o_proj", "query", writer_bias),
+        writer=Linear(f"self_attn.{writer}", "query", writer_bias),
+        module="self_attn",
+        multiplier=multiplier,
     )
 
 
-def gated_mlp(bias: bool | str = False) -> Branch:
-    """Declare the usual MLP branch: gate and up, then down, under the names most families use.
+def gated_mlp(bias: bool | str = False, norm: str = "post_attention_layernorm", multiplier: str = "") -> Branch:
+    """Declare the usual gated MLP branch: gate and up, then down, under the names most families use.
 
     Args:
         bias: Bias of all three.
+        norm: Name of the norm.
+        multiplier: Config field that multiplies what the branch adds.
     """
     return Branch(
-        module="mlp",
-        norm="post_attention_layernorm",
+        norm=norm,
         readers=(
             Linear("mlp.gate_proj", "intermediate_size", bias),
             Linear("mlp.up_proj", "intermediate_size", bias),
         ),
         writer=Linear("mlp.down_proj", "intermediate_size", bias),
+        module="mlp",
+        multiplier=multiplier,
     )
+
+
+def mlp(
+    reader: str,
+    writer: str,
+    norm: str = "post_attention_layernorm",
+    bias: bool | str = False,
+    width: str = "intermediate_size",
+    module: str = "mlp",
+) -> Branch:
+    """Declare an MLP branch of two maps.
+
+    Args:
+        reader: Path of the first inside the block.
+        writer: Path of the second.
+        norm: Name of the norm.
+        bias: Bias of both.
+        width: Size between them.
+        module: Path of the module that holds them; empty where they hang on the block itself.
+    """
+    return Branch(norm, (Linear(reader, width, bias),), Linear(writer, width, bias), module)
 
 
 @dataclass(frozen=True)
@@ -128,34 +267,40 @@ class Adapter:
     Attributes:
         name: Name of the adapter, for `--adapter`.
         model_types: Values of `config.model_type` it serves.
-        branches: The branches of a block in the order in which they run.
+        block: The block; where blocks differ with the config or with their place, a function of the model's
+            sizes and the block's index that returns it.
         blocks: Path of the list of blocks in the model.
-        embeddings: Paths of the embedding tables that add into the stream.
+        embeddings: The tables that add into the stream.
         final_norm: Path of the norm before the head.
-        head: Path of the head.
+        head: The head.
         norm: Kind of every norm that reads the stream.
-        norm_epsilon: Config field with the epsilon of these norms.
-        kept: Parameters of a block that do not touch the stream.
-        dim_divisors: Config fields that must divide the hidden size for the config class to accept it.
-        defaults: Values of the config class for fields that a config file may leave out.
-        obstacle: Called with the fields of a config; returns why this very config cannot be sliced, or `""`.
+        scales_embeddings_by_width: The embeddings are multiplied by sqrt(hidden size) on their way into the stream.
+        names: The family's own names of config fields, by the usual name (`hidden_size`: `n_embd`).
+        defaults: Values of the config class for fields that a config file may leave out, by the usual name.
+        derived: Fields that follow from others, by the usual name: functions of the config's fields.
+        dim_divisors: Fields that must divide the hidden size for the config class to accept it.
+        stock_obstacle: Why the family's own class cannot describe a slice, which then needs code of its own: a
+            sentence, or a function of the config's fields that returns one; empty where it can.
+        obstacle: Why the stream cannot be sliced at all: likewise.
     """
 
     name: str
     model_types: tuple[str, ...]
-    branches: tuple[Branch, ...]
+    block: Block | Callable[[Dimensions, int], Block]
     blocks: str = "model.layers"
-    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    embeddings: tuple[Embedding, ...] = (Embedding("model.embed_tokens"),)
     final_norm: str = "model.norm"
-    head: str = "lm_head"
-    norm: NormKind = "rms"
-    norm_epsilon: str = "rms_norm_eps"
-    kept: tuple[Kept, ...] = ()
-    dim_divisors: tuple[str, ...] = ()
+    head: Linear = Linear("lm_head", "vocab_size")
+    norm: Norm = Norm()
+    scales_embeddings_by_width: bool = False
+    names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    obstacle: Callable[[Mapping[str, Any]], str] | None = None
+    derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    dim_divisors: tuple[str, ...] = ()
+    stock_obstacle: str | Callable[[Fields], str] = ""
+    obstacle: str | Callable[[Fields], str] = ""
 
-    def dimensions(self, config: Mapping[str, Any]) -> Dimensions:
+    def dimensions(self, config: Fields) -> Dimensions:
         """Read the sizes that matter out of a config's fields (the content of `config.json`).
 
         Raises:
@@ -163,124 +308,62 @@ class Adapter:
         """
         return Dimensions(self, config)
 
-
-class Dimensions:
-    """The sizes of one model: its config seen through the family's adapter.
-
-    Attributes:
-        hidden_size: d, the width of the residual stream.
-        blocks: L, the number of blocks.
-        vocabulary: V, the number of rows of the embedding table.
-        heads: Attention heads.
-        key_value_heads: Key/value heads.
-        head_dim: Width of one head.
-        is_tied: Whether the head shares the embedding table.
-        dim_multiple: Every legal dim is a multiple of it.
-    """
-
-    def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
-        self.adapter = adapter
-        self._config = config
-        self.hidden_size = self.number("hidden_size")
-        self.blocks = self.number("num_hidden_layers")
-        self.vocabulary = self.number("vocab_size")
-        self.heads = self.number("num_attention_heads")
-        self.key_value_heads = self.number("num_key_value_heads", self.heads)
-        self.head_dim = self.number("head_dim", self.hidden_size // self.heads)
-        self.is_tied = bool(self.value("tie_word_embeddings", False))
-        self.dim_multiple = math.lcm(1, *(self.number(name) for name in adapter.dim_divisors))
-
-    def value(self, name: str, otherwise: Any = None) -> Any:
-        """Return a config field; where it is absent or null, the family's default, then `otherwise`."""
-        value = self._config.get(name)
-        if value is None:
-            value = self.adapter.defaults.get(name)
-        return otherwise if value is None else value
-
-    def number(self, name: str, otherwise: int | None = None) -> int:
-        """Return a config field that must be a positive integer."""
-        value = self.value(name, otherwise)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UnsupportedModelError(
-                f"config.json gives {name} = {value!r}, where a positive integer is needed.",
-                f"Check the config, or whether the model really is of type {self.adapter.name}.",
-            )
-        return value
-
-    def width(self, name: str) -> int:
-        """Return the size a declaration refers to by name; any config field will do as a name."""
-        query = self.heads * self.head_dim
-        key_value = self.key_value_heads * self.head_dim
-        if name == "query":
-            return query
-        if name == "key_value":
-            return key_value
-        if name == "query_key_value":
-            return query + 2 * key_value
-        if name == "head_dim":
-            return self.head_dim
-        if name == "gate_up":
-            return 2 * self.number("intermediate_size")
-        return self.number(name)
-
-    def has_bias(self, linear: Linear) -> bool:
-        """Say whether a declared linear has a bias in this config."""
-        return bool(self.value(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
-
-    def parameters(self, dim: int | None = None) -> int:
-        """Count the parameters: of the dense model as shipped, or of its stock slice at `dim`.
-
-        A slice has its head apart from the embedding table even where the dense model ties them, because the
-        head is refitted.
-        """
-        stream = self.hidden_size if dim is None else dim
-        is_tied = self.is_tied and dim is None
-        block = sum(self.width(kept.width) for kept in self.adapter.kept)
-        for branch in self.adapter.branches:
-            block += stream  # the norm's weight
-            for reader in branch.readers:
-                block += self.width(reader.width) * (stream + self.has_bias(reader))
-            block += stream * (self.width(branch.writer.width) + self.has_bias(branch.writer))
-        tables = len(self.adapter.embeddings) + (not is_tied)
-        return self.blocks * block + tables * self.vocabulary * stream + stream
-
-    def legal_dims(self) -> range:
-        """Return the dims a slice of this model may have, in ascending order."""
-        return range(self.dim_multiple, self.hidden_size, self.dim_multiple)
-
-    def nearest_legal(self, dim: int) -> tuple[int, ...]:
-        """Return the legal dims next to `dim`: one below and one above where they exist."""
-        legal = self.legal_dims()
-        below = [value for value in legal if value <= dim][-1:]
-        above = [value for value in legal if value >= dim][:1]
-        return tuple(dict.fromkeys(below + above))
-
-    def check_dim(self, dim: int) -> None:
-        """Refuse a dim that the family or its config class cannot have.
+    def require_sliceable(self, config: Fields) -> None:
+        """Refuse a config whose residual stream cannot be sliced.
 
         Raises:
-            RequestError: The dim is not positive, not below the hidden size, or not a legal multiple.
+            UnsupportedModelError: It cannot; the message says why.
         """
-        if dim in self.legal_dims():
-            return
-        if dim <= 0:
-            cause = f"A dim of {dim} is not a width: it must be positive and below {self.hidden_size}."
-        elif dim >= self.hidden_size:
-            cause = f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}."
-        else:
-            fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
-            cause = f"A dim of {dim} is not legal here: the {self.adapter.name} config demands a multiple of {fields}."
-        nearest = self.nearest_legal(dim)
-        names = " and ".join(str(value) for value in nearest)
-        raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
+        reason = _reason(self.obstacle, config)
+        if reason:
+            raise UnsupportedModelError(reason)
+
+    def require_stock(self, config: Fields) -> None:
+        """Refuse a config whose slices the family's own class cannot describe.
+
+        Raises:
+            UnsupportedModelError: It cannot; the message says why.
+        """
+        reason = _reason(self.stock_obstacle, config)
+        if reason:
+            raise UnsupportedModelError(
+                f"A slice of this model needs the custom-code layout: {reason}",
+                "That layout is not written yet; `slicecli adapters` lists the families that need none.",
+            )
+
+    def layout(self, config: Fields) -> str:
+        """Return how a slice of a config is written: `stock` or `custom-code`."""
+        return "custom-code" if _reason(self.stock_obstacle, config) else "stock"
 
 
-def select_adapter(config: Mapping[str, Any], adapters: Mapping[str, Adapter], name: str | None = None) -> Adapter:
+@dataclass(frozen=True)
+class Refusal:
+    """A model family that cannot be sliced, whatever the config.
+
+    Attributes:
+        model_types: Values of `config.model_type`.
+        reason: Why, in one sentence.
+    """
+
+    model_types: tuple[str, ...]
+    reason: str
+
+
+def _reason(given: str | Callable[[Fields], str], config: Fields) -> str:
+    return given if isinstance(given, str) else given(config)
+
+
+def select_adapter(
+    config: Fields,
+    adapters: Mapping[str, Adapter],
+    name: str | None = None,
+    refusals: Iterable[Refusal] = (),
+) -> Adapter:
     """Choose the adapter of a config: by name where one is given, else by `model_type`.
 
     Raises:
         RequestError: No adapter has the name.
-        UnsupportedModelError: No adapter serves the model type, or the chosen one refuses this config.
+        UnsupportedModelError: No adapter serves the model type, or the type or this config is refused.
     """
     if name is not None:
         if name not in adapters:
@@ -288,19 +371,19 @@ def select_adapter(config: Mapping[str, Any], adapters: Mapping[str, Adapter], n
         adapter = adapters[name]
     else:
         model_type = str(config.get("model_type", ""))
+        refused = next((refusal for refusal in refusals if model_type in refusal.model_types), None)
+        if refused is not None:
+            raise UnsupportedModelError(f"Models of type {model_type!r} cannot be sliced: {refused.reason}")
         found = [candidate for candidate in adapters.values() if model_type in candidate.model_types]
         if not found:
-            types = {kind: kind for candidate in adapters.values() for kind in candidate.model_types}
-            raise UnsupportedModelError(
+            raise NoAdapterError(
                 f"Models of type {model_type!r} are not supported."
                 if model_type
                 else "config.json states no model_type.",
-                _known(model_type, types),
+                _known(model_type, (kind for candidate in adapters.values() for kind in candidate.model_types)),
             )
         adapter = found[0]
-    reason = adapter.obstacle(config) if adapter.obstacle is not None else ""
-    if reason:
-        raise UnsupportedModelError(reason)
+    adapter.require_sliceable(config)
     return adapter
 
 
@@ -310,24 +393,3 @@ def _known(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     listed = f"Supported: {', '.join(names) or 'none (no adapter plugin is loaded)'}."
     return f"Did you mean {near[0]!r}? {listed}" if near else listed
-
-
-def require_declared(missing: Iterable[str], extra: Iterable[str], adapter: Adapter) -> None:
-    """Check that a declaration and the parameters of a real model name the same things.
-
-    Args:
-        missing: Parameters of the model that nothing in the declaration covers.
-        extra: Parameters that the declaration names and the model lacks.
-        adapter: The declaration.
-
-    Raises:
-        PluginError: They differ.
-    """
-    missing, extra = sorted(missing), sorted(extra)
-    if missing or extra:
-        parts = [f"it does not cover {', '.join(missing)}"] if missing else []
-        parts += [f"the model has no {', '.join(extra)}"] if extra else []
-        raise PluginError(
-            f"Adapter {adapter.name!r} does not describe this model: {'; '.join(parts)}.",
-            "Mend the adapter, or choose another with --adapter.",
-        )

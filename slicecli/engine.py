@@ -5,7 +5,6 @@ The command line and the Python API both call this module; it prints nothing and
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import time
@@ -15,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.adapters import Adapter, Dimensions, require_declared, select_adapter
+from slicecli.adapters import Adapter, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
+from slicecli.dimensions import Dimensions
 from slicecli.errors import PluginError, RequestError, SourceError, reason_of
 from slicecli.memory import peak_memory_bytes
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
-from slicecli.source import DenseWeights, Source, empty_model
+from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,7 +145,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
-    adapter = select_adapter(source.fields, plugins().adapters, options.adapter)
+    adapter = find_adapter(source, options.adapter)
+    adapter.require_stock(source.fields)
     dimensions = adapter.dimensions(source.fields)
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
@@ -182,6 +183,21 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     return Job(source, adapter, dimensions, config, sequence_length, tuple(slices), options)
 
 
+def find_adapter(source: Source, name: str | None = None) -> Adapter:
+    """Choose the adapter for a model.
+
+    Args:
+        source: The model.
+        name: Name of an adapter; `None` chooses by the model's type.
+
+    Raises:
+        RequestError: No adapter has the name.
+        UnsupportedModelError: The model cannot be sliced.
+    """
+    found = plugins()
+    return select_adapter(source.fields, found.adapters, name, found.refusals)
+
+
 def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     """Do a job: one statistics pass, one refit pass for all its slices, and a whole folder for each.
 
@@ -198,7 +214,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     device = pick_device(options.device)
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, options.trust_remote_code)
-    _check_declaration(job, shell)
+    job.dimensions.require_declared({name: tuple(value.shape) for name, value in shell.named_parameters()})
     dense = DenseModel(shell, weights, job.adapter, job.dimensions, device, compute_dtype(weights.dtype, device))
     batches = Batches(rows.ids, options.batch_size or batch_rows(device, rows.sequence_length))
     reports = []
@@ -238,12 +254,10 @@ def sliced_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> 
     """
     adapter = dimensions.adapter
     fields = config.to_dict()
-    epsilon = float(dimensions.value(adapter.norm_epsilon))
     fields |= {
-        "hidden_size": dim,
+        adapter.names.get("hidden_size", "hidden_size"): dim,
         # stated, because the class would otherwise derive it from the new hidden size
         "head_dim": dimensions.head_dim,
-        adapter.norm_epsilon: epsilon * dimensions.hidden_size / dim,
         "tie_word_embeddings": False,
         "dtype": dtype,
     }
@@ -275,7 +289,7 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
         warnings.append(
             f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
         )
-    unknowns = max(job.dimensions.width(branch.writer.width) for branch in job.adapter.branches)
+    unknowns = job.dimensions.largest_regression()
     if rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
         warnings.append(
             f"The refit has {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; it gains up to "
@@ -389,8 +403,7 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
     from slicecli.slicing.pipeline import Target
 
     shell = empty_model(config, options.trust_remote_code)
-    shapes = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
-    count = sum(math.prod(shape) for shape in shapes.values())
+    count = sum(parameter.numel() for parameter in shell.parameters())
     if count != plan.sliced_parameters:
         raise PluginError(
             f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, and the model "
@@ -398,8 +411,18 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
             "Mend the widths and biases it declares.",
         )
     dtype = getattr(torch, plan.dtype)
+    shapes = {
+        stored: tuple(tensor.shape)
+        for name, parameter in shell.named_parameters()
+        for stored, tensor in checkpoint_tensors(shell, name, parameter).items()
+    }
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size)
-    return Target(plan.dim, shell, dtype, writer.write), writer
+
+    def sink(name: str, tensor: torch.Tensor) -> None:
+        for stored, part in checkpoint_tensors(shell, name, tensor).items():
+            writer.write(stored, part)
+
+    return Target(plan.dim, shell, dtype, sink), writer
 
 
 def _complete_folder(
@@ -417,27 +440,6 @@ def _complete_folder(
     write_record(folder, record)
     card = render_card(record, job.source.folder, reproduce_command(job, plan))
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _check_declaration(job: Job, shell: Any) -> None:
-    """Compare the adapter's declaration with the parameters the model really has."""
-    adapter, dimensions = job.adapter, job.dimensions
-    declared = {f"{path}.weight" for path in (*adapter.embeddings, adapter.final_norm)}
-    if not dimensions.is_tied:
-        declared.add(f"{adapter.head}.weight")
-    for index in range(dimensions.blocks):
-        prefix = f"{adapter.blocks}.{index}."
-        declared |= {prefix + kept.path for kept in adapter.kept}
-        for branch in adapter.branches:
-            declared.add(f"{prefix}{branch.norm}.weight")
-            for linear in (*branch.readers, branch.writer):
-                declared.add(f"{prefix}{linear.path}.weight")
-                if dimensions.has_bias(linear):
-                    declared.add(f"{prefix}{linear.path}.bias")
-    actual = {name for name, _ in shell.named_parameters()}
-    if dimensions.is_tied:
-        actual.discard(f"{adapter.head}.weight")  # an empty model cannot share memory, so it lists the head apart
-    require_declared(actual - declared, declared - actual, adapter)
 
 
 def _plain_fields(config: Any) -> dict[str, Any]:

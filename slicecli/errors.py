@@ -4,6 +4,7 @@
     ├── RequestError             the command or call asks for something impossible (exit code 2)
     ├── SourceError              the model cannot be found, reached or read
     │   ├── UnsupportedModelError    it was read, and this program does not slice such a model
+    │   │   └── NoAdapterError           because no adapter serves its type
     │   └── WeightsError             its weights are missing, damaged, unsafe or not finite
     ├── TextError                a calibration or evaluation text cannot be found or is too short
     ├── OutputError              the result cannot be written
@@ -16,6 +17,7 @@ traceback and exits with `exit_code`.
 from __future__ import annotations
 
 __all__ = [
+    "NoAdapterError",
     "OutputError",
     "PluginError",
     "RequestError",
@@ -56,6 +58,10 @@ class SourceError(SlicecliError):
 
 class UnsupportedModelError(SourceError):
     """The model was read, and it is of a kind that cannot be sliced."""
+
+
+class NoAdapterError(UnsupportedModelError):
+    """No adapter serves the model's type; one may be inferred."""
 
 
 class WeightsError(SourceError):

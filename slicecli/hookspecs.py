@@ -14,7 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from slicecli.adapters import Adapter
+    from slicecli.adapters import Adapter, Refusal
 
 __all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec"]
 
@@ -24,8 +24,8 @@ hookimpl = pluggy.HookimplMarker("slicecli")
 
 
 @hookspec
-def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
-    """Declare model families: call `register(adapter)` once for each."""
+def slicecli_register_adapters(register: Callable[[Adapter | Refusal], None]) -> None:
+    """Declare model families: call `register(...)` once for each, with an `Adapter` or a `Refusal`."""
 
 
 @hookspec

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from slicecli.adapters import Dimensions
+from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 
 __all__ = ["DTYPE_BYTES", "DTYPE_CODES", "SlicePlan", "Width", "parse_bytes", "parse_count"]

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 import pluggy
 
 from slicecli import hookspecs
-from slicecli.adapters import Adapter
+from slicecli.adapters import AUTO_ADAPTER, Adapter, Refusal
 from slicecli.errors import RequestError
 
 __all__ = ["PLUGINS_VARIABLE", "LoadedPlugin", "Plugins", "load_plugins", "plugins"]
@@ -49,10 +49,18 @@ class LoadedPlugin:
 
 @dataclass(frozen=True)
 class Plugins:
-    """The outcome of one discovery: the manager, the adapters by name, and a line per entry point."""
+    """The outcome of one discovery.
+
+    Attributes:
+        manager: The plugins' manager.
+        adapters: The adapters by name.
+        refusals: The families that are refused by name.
+        loaded: What became of each entry point.
+    """
 
     manager: pluggy.PluginManager
     adapters: dict[str, Adapter]
+    refusals: tuple[Refusal, ...]
     loaded: tuple[LoadedPlugin, ...]
 
     @property
@@ -80,30 +88,34 @@ def load_plugins(found: list[EntryPoint], wanted: set[str] | None = None) -> Plu
         )
     manager = pluggy.PluginManager("slicecli")
     manager.add_hookspecs(hookspecs)
-    adapters: dict[str, Adapter] = {}
+    declared: list[Adapter | Refusal] = []
     loaded = tuple(
-        _load_one(entry, manager, adapters)
+        _load_one(entry, manager, declared)
         for entry in sorted(found, key=lambda entry: entry.name)
         if wanted is None or entry.name in wanted
     )
-    return Plugins(manager, adapters, loaded)
+    adapters = {adapter.name: adapter for adapter in declared if isinstance(adapter, Adapter)}
+    refusals = tuple(refusal for refusal in declared if isinstance(refusal, Refusal))
+    return Plugins(manager, adapters, refusals, loaded)
 
 
-def _load_one(entry: EntryPoint, manager: pluggy.PluginManager, adapters: dict[str, Adapter]) -> LoadedPlugin:
+def _load_one(entry: EntryPoint, manager: pluggy.PluginManager, declared: list[Adapter | Refusal]) -> LoadedPlugin:
     """Import one plugin and let it register; anything it raises becomes its `error`."""
     distribution = entry.dist.name if entry.dist else "?"
     version = entry.dist.version if entry.dist else "?"
-    registered: list[Adapter] = []
+    registered: list[Adapter | Refusal] = []
 
-    def register(adapter: Adapter) -> None:
-        taken = adapters.get(adapter.name)
-        if taken is not None or adapter.name in {other.name for other in registered}:
-            raise ValueError(f"an adapter named {adapter.name!r} is registered already")
-        for model_type in adapter.model_types:
-            holder = next((other for other in adapters.values() if model_type in other.model_types), None)
+    def register(declaration: Adapter | Refusal) -> None:
+        if isinstance(declaration, Adapter):
+            names = {other.name for other in (*declared, *registered) if isinstance(other, Adapter)}
+            if declaration.name in names | {AUTO_ADAPTER}:
+                raise ValueError(f"an adapter named {declaration.name!r} is registered already")
+        for model_type in declaration.model_types:
+            holder = next((other for other in (*declared, *registered) if model_type in other.model_types), None)
             if holder is not None:
-                raise ValueError(f"model type {model_type!r} is served by adapter {holder.name!r} already")
-        registered.append(adapter)
+                how = f"served by adapter {holder.name!r}" if isinstance(holder, Adapter) else "refused by a plugin"
+                raise ValueError(f"model type {model_type!r} is {how} already")
+        registered.append(declaration)
 
     module = None
     try:
@@ -118,10 +130,9 @@ def _load_one(entry: EntryPoint, manager: pluggy.PluginManager, adapters: dict[s
             manager.unregister(module)
         reason = f"{type(error).__name__}: {error}"
         return LoadedPlugin(entry.name, entry.value, distribution, version, error=reason)
-    for adapter in registered:
-        adapters[adapter.name] = adapter
+    declared += registered
     hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(module) or []))
-    names = tuple(adapter.name for adapter in registered)
+    names = tuple(adapter.name for adapter in registered if isinstance(adapter, Adapter))
     return LoadedPlugin(entry.name, entry.value, distribution, version, hooks, names)
 
 

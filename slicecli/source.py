@@ -22,7 +22,7 @@ from slicecli.plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "Source", "empty_model"]
+__all__ = ["DenseWeights", "Source", "checkpoint_tensors", "empty_model"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -309,7 +309,30 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
         raise SourceError(
             f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
         ) from error
+    if model._can_set_experts_implementation():
+        # the plain loop over experts, whose parts can be looked at
+        model.set_experts_implementation("eager")
     return model.eval()
+
+
+def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a parameter as checkpoints of its family store it.
+
+    Most are stored as they are; experts that transformers fuses into one tensor lie in the checkpoint one by one,
+    which is how other programs expect them.
+
+    Args:
+        model: A model of the family, with or without weights.
+        name: The parameter's name in the model.
+        tensor: Its value.
+
+    Returns:
+        One or more tensors by their names in the checkpoint.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
+    return stored
 
 
 def _read_config(folder: Path, name: str) -> Mapping[str, Any]:

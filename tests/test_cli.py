@@ -99,10 +99,9 @@ def test_the_config_says_all_that_changed_and_nothing_else(run, checkpoints, sli
     before = json.loads((checkpoints() / "config.json").read_text())
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"hidden_size", "rms_norm_eps"}
+    assert changed == {"hidden_size"}
     assert after["hidden_size"] == 36
     assert after["head_dim"] == 12
-    assert after["rms_norm_eps"] == pytest.approx(before["rms_norm_eps"] * 48 / 36)
 
 
 def test_the_record_tells_where_the_slice_comes_from(run, checkpoints, slice_words, tmp_path):
@@ -191,10 +190,8 @@ def test_the_written_dtype_can_be_chosen(run, checkpoints, slice_words, tmp_path
 def test_a_slice_can_be_sliced_again(run, checkpoints, slice_words, tmp_path):
     run("slice", checkpoints(), "--dim", "40", "-o", tmp_path / "a", *slice_words)
     assert run("slice", tmp_path / "a", "--dim", "36", "-o", tmp_path / "b", *slice_words).exit_code == 0
-    before = json.loads((checkpoints() / "config.json").read_text())
     after = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (after["hidden_size"], after["head_dim"]) == (36, 12)
-    assert after["rms_norm_eps"] == pytest.approx(before["rms_norm_eps"] * 48 / 36)
 
 
 def test_dry_run_decides_and_writes_nothing(run, checkpoints, tmp_path):

@@ -1,22 +1,39 @@
-"""Llama 1, 2 and 3.x, and the many models published under the same model type."""
+"""Llama 1, 2 and 3.x, the many models published under the same type, and the types that run as Llama."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, attention, gated_mlp
 
-ADAPTER = Adapter(
-    name="llama",
-    model_types=("llama",),
-    branches=(attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp(bias="mlp_bias")),
-    # LlamaConfig refuses a hidden size that the head count does not divide, even where head_dim is given.
-    dim_divisors=("num_attention_heads",),
+BLOCK = Block((attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp(bias="mlp_bias")))
+# LlamaConfig and its like refuse a hidden size that the head count does not divide, even where head_dim is given
+DIVISORS = ("num_attention_heads",)
+
+LLAMA = Adapter(name="llama", model_types=("llama",), block=BLOCK, dim_divisors=DIVISORS)
+INTERNLM3 = Adapter(
+    name="internlm3",
+    model_types=("internlm3",),
+    block=BLOCK,
+    dim_divisors=DIVISORS,
+    names=MappingProxyType({"attention_bias": "qkv_bias", "mlp_bias": "bias"}),
+    defaults=MappingProxyType({"num_key_value_heads": 2, "head_dim": 128}),
+)
+EXAONE = Adapter(
+    name="exaone",
+    model_types=("exaone",),
+    block=BLOCK,
+    dim_divisors=DIVISORS,
+    names=MappingProxyType({"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon"}),
+    defaults=MappingProxyType({"num_key_value_heads": 8}),
 )
 
 
 @hookimpl
 def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
-    """Register the Llama family."""
-    register(ADAPTER)
+    """Register Llama and the types that run as Llama."""
+    register(LLAMA)
+    register(INTERNLM3)
+    register(EXAONE)

@@ -1,4 +1,4 @@
-"""Mistral 7B and its relatives: Llama's block without biases, and no rule on the hidden size."""
+"""Mistral 7B, Ministral and their relatives: Llama's block without biases, and no rule on the hidden size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, attention, gated_mlp
 
 ADAPTER = Adapter(
     name="mistral",
-    model_types=("mistral",),
-    branches=(attention(), gated_mlp()),
+    model_types=("mistral", "ministral"),
+    block=Block((attention(), gated_mlp())),
     defaults=MappingProxyType({"num_key_value_heads": 8}),
 )
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Branch, Linear
+from slicecli.adapters import Adapter, Block, Branch, Linear
 
 
 def long_rope_obstacle(config: Mapping[str, Any]) -> str:
-    """Refuse LongRoPE: Phi3Config ties the number of its factors to hidden size over heads.
+    """Say why a config with LongRoPE cannot be sliced in the stock class.
 
     A sliced config would need factors of another length than the heads (whose width does not change) use.
     """
@@ -18,29 +18,31 @@ def long_rope_obstacle(config: Mapping[str, Any]) -> str:
     if rope.get("short_factor") is None and rope.get("long_factor") is None:
         return ""
     return (
-        "This Phi-3 config uses LongRoPE, whose factors Phi3Config ties to hidden_size / num_attention_heads, "
-        "so no stock Phi-3 config can describe a slice of it. The 4k variants can be sliced."
+        "this config uses LongRoPE, whose factors Phi3Config ties to hidden_size / num_attention_heads, so no stock "
+        "Phi-3 config can describe it. The 4k variants can be sliced."
     )
 
 
 ADAPTER = Adapter(
     name="phi3",
     model_types=("phi3",),
-    branches=(
-        Branch(
-            module="self_attn",
-            norm="input_layernorm",
-            readers=(Linear("self_attn.qkv_proj", "query_key_value"),),
-            writer=Linear("self_attn.o_proj", "query"),
-        ),
-        Branch(
-            module="mlp",
-            norm="post_attention_layernorm",
-            readers=(Linear("mlp.gate_up_proj", "gate_up"),),
-            writer=Linear("mlp.down_proj", "intermediate_size"),
-        ),
+    block=Block(
+        (
+            Branch(
+                norm="input_layernorm",
+                readers=(Linear("self_attn.qkv_proj", "query_key_value"),),
+                writer=Linear("self_attn.o_proj", "query"),
+                module="self_attn",
+            ),
+            Branch(
+                norm="post_attention_layernorm",
+                readers=(Linear("mlp.gate_up_proj", "2*intermediate_size"),),
+                writer=Linear("mlp.down_proj", "intermediate_size"),
+                module="mlp",
+            ),
+        )
     ),
-    obstacle=long_rope_obstacle,
+    stock_obstacle=long_rope_obstacle,
 )
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, attention, gated_mlp
 
 ADAPTER = Adapter(
     name="qwen2",
     model_types=("qwen2",),
-    branches=(attention(bias=True), gated_mlp()),
+    block=Block((attention(bias=True), gated_mlp())),
     defaults=MappingProxyType({"num_key_value_heads": 32}),
 )
 

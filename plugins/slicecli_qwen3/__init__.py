@@ -1,4 +1,4 @@
-"""Qwen3: norms on queries and keys inside the attention, which share the stream norms' epsilon."""
+"""Qwen3: norms on queries and keys inside the attention."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Kept, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, Kept, attention, gated_mlp
+
+QUERY_NORMS = (Kept("self_attn.q_norm.weight", "head_dim"), Kept("self_attn.k_norm.weight", "head_dim"))
 
 ADAPTER = Adapter(
     name="qwen3",
     model_types=("qwen3",),
-    branches=(attention(bias="attention_bias", writer_bias="attention_bias", has_query_norm=True), gated_mlp()),
-    kept=(
-        Kept("self_attn.q_norm.weight", "head_dim"),
-        Kept("self_attn.k_norm.weight", "head_dim"),
-    ),
+    block=Block((attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp()), kept=QUERY_NORMS),
     defaults=MappingProxyType({"num_key_value_heads": 32, "head_dim": 128}),
 )
 

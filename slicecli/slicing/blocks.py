@@ -1,25 +1,40 @@
-"""Running a model's own modules piece by piece: blocks one at a time, branches up to their writer.
+"""Running a model's own modules piece by piece: blocks one at a time, and up to their writers.
 
 Nothing here knows a family. A block is called with the arguments the model itself would give it, recorded from
-one real forward pass in which the blocks are replaced by stand-ins; a branch is called with the arguments
-recorded while its block ran. Whatever the arguments are called, and whatever the forward pass does with them,
-stays the business of transformers.
+one real forward pass in which the blocks are replaced by stand-ins. To see what enters a writer, the block runs
+with the writer replaced by one that keeps its input, and with the modules of earlier branches answering zero.
+Whatever the arguments are called, and whatever the forward pass does with them, stays the business of
+transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from slicecli.adapters import Branch
+from slicecli.adapters import Branch, Experts
 from slicecli.errors import PluginError
 
-__all__ = ["Call", "clear", "fill", "first_tensor", "move_buffers", "record_block", "record_calls", "writer_input"]
+__all__ = [
+    "BlockRun",
+    "Call",
+    "Routing",
+    "WriterInputs",
+    "clear",
+    "expert_activations",
+    "fill",
+    "first_tensor",
+    "move_buffers",
+    "record_calls",
+    "run_block",
+    "silenced",
+    "writer_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -116,96 +131,256 @@ def record_calls(
             raise _ReachedEnd
         return hidden
 
-    for block in blocks:
-        block.forward = stand_in
-    try:
-        model(input_ids=token_ids, use_cache=False)
-    except _ReachedEnd:
-        pass
-    finally:
+    with ExitStack() as stack:
         for block in blocks:
-            del block.forward
+            stack.enter_context(_answering(block, stand_in))
+        with suppress(_ReachedEnd):
+            model(input_ids=token_ids, use_cache=False)
     if len(calls) != len(blocks):
         raise PluginError(f"The model called {len(calls)} of its {len(blocks)} blocks.", "Check the adapter's blocks.")
     return streams[0], calls
 
 
-def record_block(
-    block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch]
-) -> tuple[torch.Tensor, list[torch.Tensor], list[Call]]:
-    """Run a block and watch its branches.
+@dataclass(frozen=True)
+class BlockRun:
+    """What was seen while a block ran.
+
+    Attributes:
+        output: The stream that leaves the block.
+        norm_inputs: The stream as each norm saw it, by the norm's path.
+        tuple_lengths: For each watched module the length of the tuple it returned; 0 where it returned a tensor.
+    """
+
+    output: torch.Tensor
+    norm_inputs: dict[str, torch.Tensor]
+    tuple_lengths: dict[str, int]
+
+
+def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch]) -> BlockRun:
+    """Run a block and watch the norms and modules of its branches.
 
     Args:
         block: The block, filled.
         call: How the model calls it.
-        hidden: The stream that enters it.
+        hidden: The stream that enters it, shape (rows, sequence length, d).
         branches: Its branches.
 
-    Returns:
-        The stream that leaves it, the input of each branch's norm, and the call of each branch's module.
-
     Raises:
-        PluginError: A branch's module is not called with the output of its norm.
+        PluginError: A norm or module of the declaration is never called.
     """
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    calls: dict[str, Call] = {}
+    norm_inputs: dict[str, torch.Tensor] = {}
+    lengths: dict[str, int] = {}
+
+    def norm_hook(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen = args[0] if args else next(iter(kwargs.values()))
+            norm_inputs[path] = seen.reshape(hidden.shape)
+
+        return hook
+
+    def module_hook(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            lengths[path] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
     handles = []
-
-    def watch(branch: Branch) -> None:
-        def after_norm(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            inputs[branch.norm], outputs[branch.norm] = args[0], output
-
-        def before_branch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-            slots = [slot for slot, value in given if value is outputs.get(branch.norm)]
-            if not slots:
-                raise PluginError(
-                    f"Module {branch.module!r} is not called with the output of norm {branch.norm!r}.",
-                    "Check the adapter's branches.",
-                )
-            slot = slots[0]
-            bare_args = tuple(None if index == slot else value for index, value in enumerate(args))
-            calls[branch.module] = Call(bare_args, {k: None if k == slot else v for k, v in kwargs.items()}, slot)
-
-        handles.append(block.get_submodule(branch.norm).register_forward_hook(after_norm))
-        handles.append(block.get_submodule(branch.module).register_forward_pre_hook(before_branch, with_kwargs=True))
-
     for branch in branches:
-        watch(branch)
+        norm = _submodule(block, branch.norm)
+        handles.append(norm.register_forward_pre_hook(norm_hook(branch.norm), with_kwargs=True))
+        if branch.module:
+            handles.append(_submodule(block, branch.module).register_forward_hook(module_hook(branch.module)))
     try:
-        result = first_tensor(call(block, hidden))
+        output = first_tensor(call(block, hidden))
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [branch.module for branch in branches if branch.module not in calls]
+    wanted = {branch.norm for branch in branches} | {branch.module for branch in branches if branch.module}
+    unseen = sorted(wanted - norm_inputs.keys() - lengths.keys())
     if unseen:
         raise PluginError(f"The block never calls {', '.join(unseen)}.", "Check the adapter's branches.")
-    return result, [inputs[branch.norm] for branch in branches], [calls[branch.module] for branch in branches]
-
-
-def writer_input(block: nn.Module, branch: Branch, call: Call, normalised: torch.Tensor) -> torch.Tensor:
-    """Run a branch up to its writer and return z, what would enter the writer; the writer itself is not run."""
-    with _stop_before(block.get_submodule(branch.writer.path)) as seen:
-        call(block.get_submodule(branch.module), normalised)
-    if not seen:
-        raise PluginError(f"Branch {branch.module!r} never calls its writer {branch.writer.path!r}.")
-    return seen[0]
+    return BlockRun(output, norm_inputs, lengths)
 
 
 @contextmanager
-def _stop_before(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Keep the first input of a module and leave the forward pass there."""
-    seen: list[torch.Tensor] = []
+def silenced(block: nn.Module, tuple_lengths: Mapping[str, int], like: torch.Tensor) -> Iterator[None]:
+    """Let modules of a block answer zero instead of running, so that their branches add nothing.
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise _ReachedEnd
+    Args:
+        block: The block.
+        tuple_lengths: The modules by path, with the length of the tuple each returns (0 for a tensor).
+        like: A tensor of the shape they return.
+    """
 
-    handle = module.register_forward_pre_hook(hook)
+    def answer(length: int) -> Callable[..., Any]:
+        zeros = torch.zeros_like(like)
+        return lambda *_args, **_kwargs: (zeros, *[None] * (length - 1)) if length else zeros
+
+    with ExitStack() as stack:
+        for path, length in tuple_lengths.items():
+            stack.enter_context(_answering(block.get_submodule(path), answer(length)))
+        yield
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a module of experts is called with.
+
+    Attributes:
+        tokens: Normalised tokens, shape (tokens, width).
+        index: The experts of each token, int64 of shape (tokens, experts per token).
+        weights: Their weights, the same shape.
+    """
+
+    tokens: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass
+class WriterInputs:
+    """What enters the writers of a step.
+
+    Attributes:
+        linear: The input of each linear writer by path, shape (tokens, inputs).
+        gates: The output of each gate by path, shape (tokens, 1), before the sigmoid.
+        routings: What each module of experts is called with, by path.
+    """
+
+    linear: dict[str, torch.Tensor] = field(default_factory=dict)
+    gates: dict[str, torch.Tensor] = field(default_factory=dict)
+    routings: dict[str, Routing] = field(default_factory=dict)
+
+
+def writer_inputs(
+    block: nn.Module,
+    call: Call,
+    stream: torch.Tensor,
+    branches: Sequence[Branch],
+    silent: Mapping[str, int],
+) -> WriterInputs:
+    """Run a block up to the writers of some of its branches and return what would enter them.
+
+    The writers themselves are not run, nor what comes after the last of them.
+
+    Args:
+        block: The block; the readers and norms of these branches must be filled.
+        call: How the model calls it.
+        stream: The stream as these branches read it, shape (rows, sequence length, width).
+        branches: The branches.
+        silent: Modules of other branches that run before these, as `silenced` takes them.
+
+    Raises:
+        PluginError: A writer is never called.
+    """
+    seen = WriterInputs()
+    linear = [branch.writer for branch in branches if branch.writer is not None]
+    experts = [branch.experts for branch in branches if branch.experts is not None]
+    gates = [writer.gate for writer in linear if writer.gate]
+    width = stream.shape[-1]
+
+    def end_if_complete() -> None:
+        if len(seen.linear) + len(seen.gates) + len(seen.routings) == len(linear) + len(gates) + len(experts):
+            raise _ReachedEnd
+
+    def at_writer(path: str) -> Callable[..., torch.Tensor]:
+        def forward(entering: torch.Tensor) -> torch.Tensor:
+            seen.linear[path] = entering.flatten(0, -2)
+            end_if_complete()
+            return entering.new_zeros(*entering.shape[:-1], width)
+
+        return forward
+
+    def at_gate(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+            seen.gates[path] = output.flatten(0, -2)
+            end_if_complete()
+
+        return hook
+
+    def at_experts(declared: Experts) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            tokens, index, weights = _sort_routing(tensors, width)
+            seen.routings[declared.module] = Routing(tokens, index, weights)
+            end_if_complete()
+            return torch.zeros_like(tokens)
+
+        return forward
+
+    with ExitStack() as stack:
+        stack.enter_context(silenced(block, silent, stream))
+        for writer in linear:
+            stack.enter_context(_answering(_submodule(block, writer.path), at_writer(writer.path)))
+        for declared in experts:
+            stack.enter_context(_answering(_submodule(block, declared.module), at_experts(declared)))
+        for gate in gates:
+            handle = _submodule(block, gate).register_forward_hook(at_gate(gate))
+            stack.callback(handle.remove)
+        try:
+            call(block, stream)
+        except _ReachedEnd:
+            return seen
+    wanted = {writer.path for writer in linear} | set(gates) | {declared.module for declared in experts}
+    missing = sorted(wanted - seen.linear.keys() - seen.gates.keys() - seen.routings.keys())
+    raise PluginError(f"The block never calls its writers {', '.join(missing)}.", "Check the adapter's branches.")
+
+
+def expert_activations(
+    module: nn.Module, declared: Experts, expert: int, tokens: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Return what enters one expert's writer.
+
+    The module's own forward computes it: for this call the expert is alone and its writer is the identity. Tokens
+    are padded with zeros where they are narrower than the writer's input, because the module returns the shape it
+    is given.
+
+    Args:
+        module: The module of experts, its readers filled.
+        declared: Its declaration.
+        expert: The expert's index.
+        tokens: The normalised tokens routed to it, shape (tokens, width of the stream).
+        width: Inputs of the writer.
+
+    Returns:
+        Shape (tokens, width).
+    """
+    reader = module.get_parameter(declared.reader)[expert]
+    padding = max(0, width - tokens.shape[-1])
+    tokens, reader = (nn.functional.pad(value, (0, padding)) for value in (tokens, reader))
+    identity = torch.eye(tokens.shape[-1], width, dtype=tokens.dtype, device=tokens.device)
+    alone = {declared.reader: reader[None], declared.writer: identity[None]}
+    index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+    weights = torch.ones(len(tokens), 1, dtype=tokens.dtype, device=tokens.device)
+    inner: torch.Tensor = torch.func.functional_call(module, alone, (tokens, index, weights))
+    return inner[:, :width]
+
+
+def _sort_routing(tensors: Sequence[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tell tokens, expert index and weights apart, in whatever order a module takes them."""
+    index = [value for value in tensors if not value.is_floating_point()]
+    floating = [value for value in tensors if value.is_floating_point()]
+    if len(index) != 1 or len(floating) != 2 or floating[0].shape[-1] != width:
+        shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
+        raise PluginError(
+            f"A module of experts is called with tensors of shapes {shapes}; tokens, index and weights are expected.",
+            "Check the adapter's experts.",
+        )
+    return floating[0], index[0], floating[1]
+
+
+def _submodule(block: nn.Module, path: str) -> nn.Module:
     try:
-        yield seen
-    except _ReachedEnd:
-        pass
+        return block.get_submodule(path)
+    except AttributeError:
+        raise PluginError(f"The block has no module {path!r}.", "Check the adapter's branches.") from None
+
+
+@contextmanager
+def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward for a while."""
+    module.forward = forward
+    try:
+        yield
     finally:
-        handle.remove()
+        del module.forward

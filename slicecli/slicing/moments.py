@@ -3,31 +3,54 @@
 Products of a chunk of tokens are taken in the dtype of the stream (at least float32) and summed in float64: a
 chunk is short enough that its float32 sum errs by about 1e-6, and the long sum loses nothing.
 
-Legend: d hidden size, t a token, n(x) = x / sqrt(mean(x²) + ε).
+Legend: d hidden size, t a token, n(x) = x / sqrt(mean(x²) + ε), of a LayerNorm after its mean is subtracted.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "normalise"]
+__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "inverse_scale", "normalise", "widen"]
 
 CHUNK_TOKENS = 4096
 BAND_ROWS = 1024
 
 
-def normalise(stream: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return n(x), what an RMSNorm of weight 1 passes on.
+def normalise(stream: torch.Tensor, epsilon: float, is_centred: bool = False) -> torch.Tensor:
+    """Return n(x), what a norm without weight and bias passes on.
 
     Args:
         stream: Shape (..., d).
         epsilon: The norm's ε.
+        is_centred: The norm is a LayerNorm, which subtracts the mean first.
 
     Returns:
         The same shape, in float32, or in float64 where the stream is float64.
     """
-    wide = stream if stream.dtype == torch.float64 else stream.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    wide = widen(stream)
+    if is_centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    return wide * inverse_scale(wide, epsilon)
+
+
+def inverse_scale(stream: torch.Tensor, epsilon: float, is_centred: bool = False) -> torch.Tensor:
+    """Return 1 / sqrt(mean(x²) + ε), what a norm multiplies its input by.
+
+    Args:
+        stream: Shape (..., d), float32 or float64.
+        epsilon: The norm's ε.
+        is_centred: Take the mean square about the mean.
+
+    Returns:
+        Shape (..., 1).
+    """
+    square = stream.var(-1, correction=0, keepdim=True) if is_centred else stream.square().mean(-1, keepdim=True)
+    return torch.rsqrt(square + epsilon)
+
+
+def widen(stream: torch.Tensor) -> torch.Tensor:
+    """Return a stream in the dtype for products: float32 at least."""
+    return stream if stream.dtype == torch.float64 else stream.float()
 
 
 def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

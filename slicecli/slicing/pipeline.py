@@ -5,15 +5,15 @@ through a pass are the streams, (tokens, width) numbers each. Several slices of 
 the refit pass. Weights come from a `WeightReader`, sliced tensors go to each target's `sink`; no files here.
 
 Legend: d hidden size, k dim kept, Q basis (d, k), x dense stream, y sliced stream, n the norm without its weight,
-g a norm's weight, z what enters a writer, A and B the refitted maps of readers and writers, A₀ and B₀ the plain
-projections they start from. Formulas: least squares as in "ours" of `docs/method.md`; the rotation itself is
-SliceGPT's (arXiv 2401.15024, theorem 1).
+z what enters a writer, A and B the refitted maps of readers and writers, A₀ and B₀ the plain projections they
+start from. A step is what reads the stream at one place: a branch of a sequential block, all branches of a parallel
+one. Formulas: least squares as in "ours" of `docs/method.md`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,30 +21,32 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from slicecli.adapters import Adapter, Branch, Dimensions, Linear
+from slicecli.adapters import Adapter, Block, Branch, Linear
+from slicecli.dimensions import Dimensions
 from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, reader_basis
-from slicecli.slicing.blocks import Call
-from slicecli.slicing.moments import Moments, add_outer, normalise
+from slicecli.slicing.blocks import Call, Routing
+from slicecli.slicing.folding import (
+    WeightReader,
+    final_norm_weight_and_bias,
+    fold_head,
+    fold_readers,
+    matrix_of,
+    neutral_norm,
+    norm_weight_and_bias,
+    project_embeddings,
+    project_writers,
+    stored_form,
+)
+from slicecli.slicing.maps import projection_for_readers, stream_scale
+from slicecli.slicing.moments import Moments, add_outer, inverse_scale, normalise, widen
 from slicecli.slicing.ridge import Correction, solve_ridge
 
-__all__ = ["Batches", "DenseModel", "Progress", "Target", "WeightReader", "collect_basis", "refit"]
+__all__ = ["Batches", "DenseModel", "Progress", "Target", "collect_basis", "refit"]
 
-TABLE_ROWS = 8192
+READER_ROWS = 8192
 HELD_OUT_EVERY = 5
-
-
-class WeightReader(Protocol):
-    """Reads dense parameters by module name."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return one parameter."""
-        ...
-
-    def module(self, path: str) -> dict[str, torch.Tensor]:
-        """Return all parameters below a module, by their names inside it."""
-        ...
 
 
 class Progress(Protocol):
@@ -80,9 +82,13 @@ class DenseModel:
     dtype: torch.dtype
 
     @property
-    def epsilon(self) -> float:
-        """The ε of the norms that read the stream."""
-        return float(self.dimensions.value(self.adapter.norm_epsilon))
+    def is_centred(self) -> bool:
+        """Whether the norms that read the stream subtract its mean."""
+        return self.adapter.norm.kind == "layer"
+
+    def normalise(self, stream: torch.Tensor) -> torch.Tensor:
+        """Return n(x), what a norm passes on before its weight and bias."""
+        return normalise(stream, self.dimensions.epsilon, self.is_centred)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -154,40 +160,40 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
     statistics = _Statistics(dense)
     progress.start("statistics", len(dense.blocks) + 1)
     streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
-    for index, block in enumerate(dense.blocks):
+    for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
         weights = _read_block(dense, dense.block_name(index))
         with _filled(dense, block, weights):
-            moments = [statistics.empty() for _ in adapter.branches]
+            moments = {path: statistics.empty() for path in declared.norms}
             for number, stream in enumerate(streams):
                 call = calls[tuple(stream.shape[:2])][index]
-                streams[number], inputs, _ = running.record_block(block, call, stream, adapter.branches)
-                _require_finite(streams[number], f"the activations after block {index}")
-                for moment, norm_input in zip(moments, inputs, strict=True):
-                    statistics.add_tokens(moment, norm_input)
-            for moment, branch in zip(moments, adapter.branches, strict=True):
-                readers = [weights[f"{reader.path}.weight"] for reader in branch.readers]
-                statistics.add_norm_input(moment, weights[f"{branch.norm}.weight"], readers)
+                run = running.run_block(block, call, stream, declared.branches)
+                streams[number] = run.output
+                _require_finite(run.output, f"the activations after block {index}")
+                for path, moment in moments.items():
+                    statistics.add_tokens(moment, run.norm_inputs[path])
+            for path, moment in moments.items():
+                readers = _reader_matrices(declared, path, weights)
+                statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
         progress.advance()
     final = statistics.empty()
     for stream in streams:
         statistics.add_tokens(final, stream)
-    norm_weight = dense.weights.tensor(f"{adapter.final_norm}.weight").to(dense.device)
-    statistics.add_norm_input(final, norm_weight, [dense.weights.tensor(f"{adapter.head}.weight").to(dense.device)])
-    basis = reader_basis(statistics.second_moment, statistics.metric)
+    weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
+    statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
+    basis = reader_basis(statistics.second_moment, statistics.metric, dense.is_centred)
     progress.advance()
     return basis
 
 
 @torch.no_grad()
 def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: Batches, progress: Progress) -> None:
-    """Slice: run dense and sliced streams side by side and fit every map that touches the stream.
+    """Refit every map that reads or writes the stream, for one or more slices at once.
 
     Each target's tensors go to its sink in the order embeddings, blocks, final norm, head.
 
     Raises:
         WeightsError: A stream becomes NaN or infinite; the message names the block.
     """
-    adapter = dense.adapter
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
     streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
@@ -195,34 +201,38 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
 
-    for index, block in enumerate(dense.blocks):
+    for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
         name = dense.block_name(index)
         weights = _read_block(dense, name)
+        block_calls = {shape: some[index] for shape, some in calls.items()}
+        steps = declared.steps
+        # the stream as each step reads it, batch by batch
+        before: list[list[torch.Tensor]] = [[] for _ in steps]
+        lengths: dict[str, int] = {}
         with _filled(dense, block, weights):
-            before: list[list[torch.Tensor]] = [[] for _ in adapter.branches]
-            branch_calls: dict[tuple[int, ...], list[Call]] = {}
             for number, stream in enumerate(streams):
-                shape = tuple(stream.shape[:2])
-                streams[number], inputs, branch_calls[shape] = running.record_block(
-                    block, calls[shape][index], stream, adapter.branches
-                )
-                _require_finite(streams[number], f"the activations after block {index}")
-                for position, norm_input in enumerate(inputs):
-                    before[position].append(norm_input)
+                run = running.run_block(block, block_calls[tuple(stream.shape[:2])], stream, declared.branches)
+                _require_finite(run.output, f"the activations after block {index}")
+                streams[number], lengths = run.output, run.tuple_lengths
+                for inputs, step in zip(before, steps, strict=True):
+                    inputs.append(run.norm_inputs[step[0].norm])
         errors = []
         sliced_blocks = [target.shell.get_submodule(name) for target in targets]
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-            _prepare_block(dense, target, sliced_block, weights)
-        for position, branch in enumerate(adapter.branches):
-            after = before[position + 1] if position + 1 < len(adapter.branches) else streams
+            _prepare_block(dense, target, declared, sliced_block, weights)
+        for position, branches in enumerate(steps):
+            is_last = position + 1 == len(steps)
+            after = streams if is_last else before[position + 1]
+            others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
+            silent = {module: lengths[module] for module in others if module}
             for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-                half = _Half(
-                    dense, target, sliced_block, branch, weights, {s: c[position] for s, c in branch_calls.items()}
+                fitting = _Step(
+                    dense, target, sliced_block, branches, weights, block_calls, lengths, silent, is_last, held_out
                 )
-                errors.append(half.fit_readers(before[position], bases[target.dim], held_out))
-                half.fit_writer(after, bases[target.dim], held_out)
+                errors.append(fitting.fit_readers(before[position], bases[target.dim]))
+                fitting.fit_writers(after, bases[target.dim])
                 for stream in target._stream:
-                    _require_finite(stream, f"the sliced activations of block {index} ({branch.module})")
+                    _require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
             before[position].clear()
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
             for parameter_name, parameter in sliced_block.named_parameters():
@@ -256,16 +266,25 @@ class _Statistics:
 
     def add_tokens(self, moment: torch.Tensor, norm_input: torch.Tensor) -> None:
         """Add tokens to the second moment Cⱼ of one norm input."""
-        flat = normalise(norm_input, self._dense.epsilon).flatten(0, -2)
+        flat = self._dense.normalise(norm_input).flatten(0, -2)
         add_outer(moment, flat, flat)
 
-    def add_norm_input(self, moment: torch.Tensor, weight: torch.Tensor, readers: Sequence[torch.Tensor]) -> None:
-        """Add a finished norm input: its Cⱼ to C, its Mⱼ, scaled to a total of one, to M."""
+    def add_norm_input(
+        self, moment: torch.Tensor, weight: torch.Tensor | None, readers: Sequence[torch.Tensor]
+    ) -> None:
+        """Add a finished norm input: its Cⱼ to C, its Mⱼ, scaled to a total of one, to M.
+
+        Args:
+            moment: Cⱼ.
+            weight: The norm's weight; `None` stands for ones.
+            readers: The weights of its readers, shape (..., d) each.
+        """
         metric = self.empty()
-        wide = _wide(weight.dtype)
         for reader in readers:
-            for rows in reader.split(TABLE_ROWS):
-                scaled = rows.to(wide) * weight.to(wide)
+            for rows in reader.reshape(-1, reader.shape[-1]).split(READER_ROWS):
+                scaled = widen(rows)
+                if weight is not None:
+                    scaled = scaled * weight.to(scaled)
                 add_outer(metric, scaled, scaled)
         self.second_moment += moment
         seen = (metric * moment).sum()
@@ -274,93 +293,248 @@ class _Statistics:
 
 
 @dataclass(frozen=True)
-class _Half:
-    """One branch of one block of one target: fits its readers, then its writer, then moves the stream on."""
+class _Entry:
+    """A linear writer's place in the regression of its step.
+
+    Attributes:
+        writer: The writer.
+        multiplier: What multiplies its branch.
+        width: Its inputs.
+        has_bias: Whether it has a bias, which is one more input.
+    """
+
+    writer: Linear
+    multiplier: float
+    width: int
+    has_bias: bool
+
+    def gain(self, seen: running.WriterInputs, dtype: torch.dtype) -> torch.Tensor | float:
+        """Return what multiplies the writer's output: one number, or one for each token, shape (tokens, 1)."""
+        if not self.writer.gate:
+            return self.multiplier
+        return self.multiplier * torch.sigmoid(seen.gates[self.writer.gate].to(dtype))
+
+    def columns(self, seen: running.WriterInputs, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return what enters the writer as it counts in the stream: (tokens, width), and (tokens, 1) for a bias."""
+        entering, gain = seen.linear[self.writer.path].to(dtype), self.gain(seen, dtype)
+        constant = [entering.new_ones(len(entering), 1) * gain] if self.has_bias else []
+        return [entering * gain, *constant]
+
+
+@dataclass(frozen=True)
+class _Goals:
+    """What the writers of a step are fitted to, batch by batch.
+
+    Attributes:
+        dense: The dense model.
+        after: The dense stream after the step.
+        streams: The sliced stream before it.
+        basis: Q, float64 of shape (d, k).
+    """
+
+    dense: DenseModel
+    after: Sequence[torch.Tensor]
+    streams: Sequence[torch.Tensor]
+    basis: torch.Tensor
+
+    def residual(self, number: int) -> torch.Tensor:
+        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k)."""
+        after = widen(self.after[number]).flatten(0, -2)
+        leading = (stream_scale(self.basis) * self.basis).to(after)
+        return after @ leading - widen(self.streams[number]).flatten(0, -2)
+
+    def root(self, number: int) -> torch.Tensor:
+        """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""
+        after = widen(self.after[number]).flatten(0, -2)
+        return inverse_scale(after, self.dense.dimensions.epsilon, self.dense.is_centred)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one block of one target: fits its readers, then its writers, then moves the stream on.
+
+    Attributes:
+        dense: The dense model.
+        target: The slice in the making.
+        block: Its block.
+        branches: The branches of the step.
+        weights: Dense parameters by name inside the block.
+        calls: How the model calls the block, by batch shape.
+        lengths: What each branch's module returns, see `slicecli.slicing.blocks.BlockRun`.
+        silent: Modules of the block's other branches, likewise.
+        is_last: Whether the block ends with this step.
+        held_out: Which tokens of each batch are held out.
+    """
 
     dense: DenseModel
     target: Target
     block: nn.Module
-    branch: Branch
+    branches: tuple[Branch, ...]
     weights: dict[str, torch.Tensor]
     calls: dict[tuple[int, ...], Call]
+    lengths: dict[str, int]
+    silent: dict[str, int]
+    is_last: bool
+    held_out: Sequence[torch.Tensor]
 
-    def fit_readers(
-        self, dense_inputs: Sequence[torch.Tensor], basis: torch.Tensor, held_out: Sequence[torch.Tensor]
-    ) -> float:
+    def fit_readers(self, dense_inputs: Sequence[torch.Tensor], basis: torch.Tensor) -> float:
         """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
 
         Returns:
             The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
         """
-        norm = self.block.get_submodule(self.branch.norm)
-        matrix, lost = _fit_reading(self.dense, norm, dense_inputs, self.target._stream, basis, held_out)
-        weight = self.weights[f"{self.branch.norm}.weight"].double()
-        scale = math.sqrt(self.dense.dimensions.hidden_size / self.target.dim)
-        for reader in self.branch.readers:
-            folded = (self.weights[f"{reader.path}.weight"].double() * weight) @ matrix
-            # a norm with the sliced ε gives the dense output when its input grows by the same factor
-            factor = scale if reader.feeds_norm else 1.0
-            self._set(f"{reader.path}.weight", folded * factor)
-            if self._has_bias(reader):
-                self._set(f"{reader.path}.bias", self.weights[f"{reader.path}.bias"].double() * factor)
+        norm = self.block.get_submodule(self.branches[0].norm)
+        matrix, lost = _fit_reading(self.dense, norm, dense_inputs, self.target._stream, basis, self.held_out)
+        self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
         return lost
 
-    def fit_writer(
-        self, dense_after: Sequence[torch.Tensor], basis: torch.Tensor, held_out: Sequence[torch.Tensor]
-    ) -> None:
-        """Fit B to what the dense stream is after this branch, and add the branch to the sliced stream."""
-        path = self.branch.writer.path
-        has_bias = self._has_bias(self.branch.writer)
-        projected = basis.T @ self.weights[f"{path}.weight"].double()
-        if has_bias:
-            projected = torch.cat([projected, (basis.T @ self.weights[f"{path}.bias"].double())[:, None]], dim=1)
-        moments = Moments(projected.shape[1], self.target.dim, self.dense.device)
-        # an input of the stream's own size is kept; a wider one costs less to compute again than to hold
-        is_kept = projected.shape[1] <= 2 * self.dense.dimensions.hidden_size
-        kept: list[torch.Tensor] = []
-        wide = _wide(self.dense.dtype)
-        start, leading = projected.to(wide), basis.to(wide)
-        for stream, after, mask in zip(self.target._stream, dense_after, held_out, strict=True):
-            entering = self._writer_input(stream)
-            if is_kept:
-                kept.append(entering)
-            flat, target = entering.flatten(0, -2).to(wide), after.flatten(0, -2).to(wide)
-            if has_bias:
-                flat = torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
-            residual = target @ leading - stream.flatten(0, -2).to(wide) - flat @ start.T
-            # errors count as the next norm will see them: relative to the size of the stream
-            root = torch.rsqrt(target.square().mean(-1, keepdim=True) + self.dense.epsilon)
-            moments.add(flat * root, residual * root, mask)
-        matrix = projected + solve_ridge(moments).matrix
-        del moments
-        if has_bias:
-            self._set(f"{path}.bias", matrix[:, -1])
-            matrix = matrix[:, :-1]
-        self._set(f"{path}.weight", matrix)
-        module, writer = self.block.get_submodule(self.branch.module), self.block.get_submodule(path)
-        for number, stream in enumerate(self.target._stream):
-            if is_kept:
-                added, kept[number] = writer(kept[number]), torch.empty(0)
-            else:
-                added = running.first_tensor(self._call(stream)(module, self._normalised(stream)))
-            self.target._stream[number] = stream + added
+    def fit_writers(self, dense_after: Sequence[torch.Tensor], basis: torch.Tensor) -> None:
+        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream."""
+        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
+        self._set_writers(projected)
+        goals = _Goals(self.dense, dense_after, self.target._stream, basis)
+        entries = list(self._entries())
+        with_experts = [branch for branch in self.branches if branch.experts is not None]
+        kept: dict[str, list[torch.Tensor]] = {entry.writer.path: [] for entry in entries if self._is_kept(entry)}
+        if entries:
+            self._fit_linear(entries, projected, goals, kept)
+        for branch in with_experts:
+            self._fit_experts(branch, projected, goals)
+        self._move_on(entries, kept)
 
-    def _normalised(self, stream: torch.Tensor) -> torch.Tensor:
-        normalised: torch.Tensor = self.block.get_submodule(self.branch.norm)(stream)
-        return normalised
+    def _entries(self) -> Iterator[_Entry]:
+        for branch in self.branches:
+            if branch.writer is not None:
+                width = self.dense.dimensions.width(branch.writer.width)
+                has_bias = self.dense.dimensions.has_bias(branch.writer)
+                yield _Entry(branch.writer, self._multiplier(branch), width, has_bias)
+
+    def _multiplier(self, branch: Branch) -> float:
+        return self.dense.dimensions.multiplier(branch.multiplier)
+
+    def _is_kept(self, entry: _Entry) -> bool:
+        """Say whether a writer's input is held in memory: a wide one costs less to compute again.
+
+        A branch that is not its block's last step cannot be computed apart where a later one has no module.
+        """
+        is_narrow = entry.width <= 2 * self.dense.dimensions.hidden_size
+        return not entry.writer.gate and (is_narrow or not self.is_last)
+
+    def _seen(self, stream: torch.Tensor) -> running.WriterInputs:
+        return running.writer_inputs(self.block, self._call(stream), stream, self.branches, self.silent)
+
+    def _fit_linear(
+        self,
+        entries: Sequence[_Entry],
+        projected: Mapping[str, torch.Tensor],
+        goals: _Goals,
+        kept: Mapping[str, list[torch.Tensor]],
+    ) -> None:
+        """Fit the linear writers of the step together; experts beside them count as their projections make them."""
+        parts = []
+        for entry in entries:
+            parts.append(projected[f"{entry.writer.path}.weight"])
+            if entry.has_bias:
+                parts.append(projected[f"{entry.writer.path}.bias"][:, None])
+        start = torch.cat(parts, dim=1)
+        wide = torch.promote_types(self.dense.dtype, torch.float32)
+        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
+        for number, stream in enumerate(self.target._stream):
+            seen = self._seen(stream)
+            for path, held in kept.items():
+                held.append(seen.linear[path])
+            flat = torch.cat([column for entry in entries for column in entry.columns(seen, wide)], dim=1)
+            residual = goals.residual(number) - flat @ start.to(wide).T - self._experts_add(seen)
+            root = goals.root(number)
+            moments.add(flat * root, residual * root, self.held_out[number])
+        matrix = start + solve_ridge(moments).matrix
+        del moments
+        widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
+        solved = iter(matrix.split(widths, dim=1))
+        for entry in entries:
+            fitted = {f"{entry.writer.path}.weight": next(solved)}
+            if entry.has_bias:
+                fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
+            self._set_writers(fitted)
+
+    def _fit_experts(self, branch: Branch, projected: Mapping[str, torch.Tensor], goals: _Goals) -> None:
+        """Fit the experts' writers one after the other, each to what the others leave of the goal."""
+        declared = branch.experts
+        assert declared is not None
+        module = self.block.get_submodule(declared.module)
+        multiplier = self._multiplier(branch)
+        wide = torch.promote_types(self.dense.dtype, torch.float32)
+        width = self.dense.dimensions.width(declared.writer_width)
+        routings: list[Routing] = []
+        residuals: list[torch.Tensor] = []
+        for number, stream in enumerate(self.target._stream):
+            seen = self._seen(stream)
+            routings.append(seen.routings[declared.module])
+            residual = goals.residual(number) - self._experts_add(seen)
+            for entry in self._entries():
+                written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
+                residual -= entry.gain(seen, wide) * widen(written)
+            residuals.append(residual)
+        starts, fitted = projected[declared.writer_path], []
+        for expert, start in enumerate(starts):
+            moments = Moments(width, self.target.dim, self.dense.device)
+            shares = []
+            for number, routing in enumerate(routings):
+                is_chosen = routing.index == expert
+                tokens = is_chosen.any(-1).nonzero().squeeze(-1)
+                gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
+                inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
+                inputs, root = inner * gain, goals.root(number)[tokens]
+                moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
+                shares.append((tokens, inputs))
+            correction = solve_ridge(moments).matrix
+            for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
+                residual[tokens] -= inputs @ correction.to(wide).T
+            fitted.append(_store(start + correction, self.target))
+        self._set({declared.writer_path: torch.stack(fitted)})
+
+    def _experts_add(self, seen: running.WriterInputs) -> torch.Tensor | float:
+        """Return what the experts of the step add to the stream with their writers as they are, shape (tokens, k)."""
+        total: torch.Tensor | float = 0.0
+        for branch in self.branches:
+            if branch.experts is not None:
+                routing = seen.routings[branch.experts.module]
+                module = self.block.get_submodule(branch.experts.module)
+                added = module(routing.tokens, routing.index, routing.weights)
+                total = total + self._multiplier(branch) * widen(added)
+        return total
+
+    def _move_on(self, entries: Sequence[_Entry], kept: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Add the step to the sliced stream."""
+        held = [entry for entry in entries if entry.writer.path in kept]
+        is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
+        modules = [branch.module for branch in self.branches if branch.writer and branch.writer.path in kept]
+        silent = self.silent | {module: self.lengths[module] for module in modules if module}
+        for number, stream in enumerate(self.target._stream):
+            moved = stream
+            if not is_complete:
+                with running.silenced(self.block, silent, stream):
+                    moved = running.first_tensor(self._call(stream)(self.block, stream))
+            for entry in held:
+                added = self.block.get_submodule(entry.writer.path)(kept[entry.writer.path][number])
+                moved = moved + entry.multiplier * added.reshape(stream.shape)
+            self.target._stream[number] = moved
 
     def _call(self, stream: torch.Tensor) -> Call:
         return self.calls[tuple(stream.shape[:2])]
 
-    def _writer_input(self, stream: torch.Tensor) -> torch.Tensor:
-        return running.writer_input(self.block, self.branch, self._call(stream), self._normalised(stream))
+    def _set_writers(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill writers whose weights are given as (outputs, inputs)."""
+        writers = {branch.writer.path: branch.writer for branch in self.branches if branch.writer is not None}
+        stored = {}
+        for name, tensor in tensors.items():
+            linear = writers.get(name.removesuffix(".weight"))
+            stored[name] = tensor if linear is None else stored_form(linear, tensor)
+        self._set(stored)
 
-    def _has_bias(self, linear: Linear) -> bool:
-        return f"{linear.path}.bias" in self.weights
-
-    def _set(self, name: str, value: torch.Tensor) -> None:
-        stored = _store(value, self.target)
-        running.fill(self.block, {name: stored}, self.dense.device, self.dense.dtype)
+    def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        stored = {name: _store(value, self.target) for name, value in tensors.items()}
+        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
 
 
 def _fit_reading(
@@ -373,23 +547,33 @@ def _fit_reading(
 ) -> tuple[torch.Tensor, float]:
     """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
 
+    Args:
+        dense: The dense model.
+        norm: The sliced norm, without effect of its own (`slicecli.slicing.folding.neutral_norm`).
+        dense_inputs: x, batch by batch.
+        sliced_inputs: y, likewise.
+        basis: Q.
+        held_out: Which tokens of each batch are held out.
+
     Returns:
         A, float64 of shape (d, k), and the share of Σ |n(x)|² over held-out tokens that it leaves.
     """
     width, dim = basis.shape
-    start = basis * math.sqrt(width / dim)
-    wide = _wide(dense.dtype)
-    start_wide = start.to(wide)
+    start = projection_for_readers(basis)
     moments = Moments(dim, width, dense.device)
     energy = torch.zeros((), dtype=torch.float64, device=dense.device)
     for dense_input, sliced_input, mask in zip(dense_inputs, sliced_inputs, held_out, strict=True):
-        goal = normalise(dense_input, dense.epsilon).flatten(0, -2)
-        given = norm(sliced_input).flatten(0, -2).to(wide)
-        moments.add(given, goal - given @ start_wide.T, mask)
+        goal = dense.normalise(dense_input).flatten(0, -2)
+        given = widen(norm(sliced_input)).flatten(0, -2)
+        moments.add(given, goal - given @ start.to(given).T, mask)
         energy += goal[mask].double().square().sum()
     correction: Correction = solve_ridge(moments)
     lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
-    return start + correction.matrix, lost
+    fitted = start + correction.matrix
+    if dense.is_centred:
+        # n'(y) has no mean but for rounding; the place must be free for the norms' biases
+        fitted = fitted - fitted.mean(1, keepdim=True)
+    return fitted, lost
 
 
 def _fit_head(
@@ -400,37 +584,47 @@ def _fit_head(
     held_out: Sequence[torch.Tensor],
 ) -> None:
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
-    adapter = dense.adapter
-    norm = target.shell.get_submodule(adapter.final_norm)
-    ones = torch.ones(target.dim)
-    running.fill(norm, {"weight": ones}, dense.device, dense.dtype)
+    path = dense.adapter.final_norm
+    norm = target.shell.get_submodule(path)
+    running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = _fit_reading(dense, norm, streams, target._stream, basis, held_out)
-    weight = dense.weights.tensor(f"{adapter.final_norm}.weight").to(dense.device).double()
-    head = dense.weights.tensor(f"{adapter.head}.weight")
-    target.sink(f"{adapter.final_norm}.weight", ones.to(target.dtype))
     running.clear(norm)
-    folded = _times(head.to(dense.device), weight[:, None] * matrix)
-    target.sink(f"{adapter.head}.weight", _store(folded, target).cpu())
+    for name, tensor in fold_head(dense.dimensions, dense.weights, matrix, target.dtype).items():
+        target.sink(name, tensor.to("cpu", target.dtype))
 
 
 def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
     """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
-    tables = {name: _store(_times(table, basis), target) for name, table in _embedding_tables(dense).items()}
+    tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
     target._stream, _ = _enter(dense, target.shell, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
 
 
-def _prepare_block(dense: DenseModel, target: Target, block: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Fill what needs no fit: norms become the identity, parameters apart from the stream are copied."""
-    values = {f"{branch.norm}.weight": torch.ones(target.dim) for branch in dense.adapter.branches}
-    values |= {kept.path: weights[kept.path].to(target.dtype) for kept in dense.adapter.kept}
+def _prepare_block(
+    dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
+) -> None:
+    """Fill what needs no fit: norms lose their effect, parameters apart from the stream are copied."""
+    values = {kept.path: weights[kept.path].to(target.dtype) for kept in declared.kept}
+    for path in declared.norms:
+        values |= neutral_norm(dense.dimensions, path, target.dim)
     running.fill(block, values, dense.device, dense.dtype)
+
+
+def _reader_matrices(declared: Block, norm: str, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the weights of everything that reads behind a norm, shape (..., outputs, d) each."""
+    matrices = []
+    for branch in declared.branches:
+        if branch.norm == norm:
+            matrices += [matrix_of(reader, weights) for reader in branch.readers]
+            if branch.experts is not None:
+                matrices.append(weights[branch.experts.reader_path])
+    return matrices
 
 
 def _embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
     """Read the embedding tables that add into the stream, by parameter name."""
-    names = [f"{path}.weight" for path in dense.adapter.embeddings]
+    names = [f"{table.path}.weight" for table in dense.adapter.embeddings]
     return {name: dense.weights.tensor(name).to(dense.device) for name in names}
 
 
@@ -449,8 +643,8 @@ def _enter(
     for batch in batches:
         stream, calls[tuple(batch.shape)] = running.record_calls(shell, blocks, batch.to(dense.device))
         streams.append(stream)
-    for path in dense.adapter.embeddings:
-        running.clear(shell.get_submodule(path))
+    for table in dense.adapter.embeddings:
+        running.clear(shell.get_submodule(table.path))
     return streams, calls
 
 
@@ -469,20 +663,14 @@ def _filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor
         running.clear(block)
 
 
-def _times(table: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return table @ matrix, computed in float64 a few thousand rows at a time, in float32 or wider."""
-    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
-    return torch.cat([(rows.double() @ matrix).to(dtype) for rows in table.split(TABLE_ROWS)])
+def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by their names inside a module."""
+    return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}
 
 
 def _store(value: torch.Tensor, target: Target) -> torch.Tensor:
     """Round a value to what will be written, so that later fits see and repair the rounding too."""
     return value.to(target.dtype).contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for products of streams: float32 at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _require_finite(tensor: torch.Tensor, what: str) -> None:

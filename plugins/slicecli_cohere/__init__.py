@@ -1,0 +1,36 @@
+"""Command R and Aya: attention and MLP in parallel behind one LayerNorm without bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from slicecli import hookimpl
+from slicecli.adapters import Adapter, Block, Kept, Norm, attention, gated_mlp
+from slicecli.dimensions import Dimensions
+
+QUERY_NORMS = (Kept("self_attn.q_norm.weight", "query"), Kept("self_attn.k_norm.weight", "key_value"))
+
+
+def block(dimensions: Dimensions, _index: int) -> Block:
+    """Declare the block; norms on queries and keys are there if the config says so."""
+    return Block(
+        (attention("attention_bias", "attention_bias"), gated_mlp(norm="input_layernorm")),
+        is_parallel=True,
+        kept=QUERY_NORMS if dimensions.value("use_qk_norm") else (),
+    )
+
+
+ADAPTER = Adapter(
+    name="cohere",
+    model_types=("cohere", "cohere2"),
+    block=block,
+    norm=Norm("layer", epsilon="layer_norm_eps"),
+    defaults=MappingProxyType({"tie_word_embeddings": True}),
+)
+
+
+@hookimpl
+def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register Command R and Aya."""
+    register(ADAPTER)

@@ -1,0 +1,44 @@
+"""Qwen1.5-MoE and Qwen2-MoE: experts behind a router, and one expert that sees every token behind a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from slicecli import hookimpl
+from slicecli.adapters import Adapter, Block, Branch, Experts, Linear, attention, gated_mlp
+from slicecli.dimensions import Dimensions
+
+EXPERTS = Branch(
+    norm="post_attention_layernorm",
+    readers=(
+        Linear("mlp.gate", "num_experts"),
+        Linear("mlp.shared_expert.gate_proj", "shared_expert_intermediate_size"),
+        Linear("mlp.shared_expert.up_proj", "shared_expert_intermediate_size"),
+        Linear("mlp.shared_expert_gate", "1"),
+    ),
+    writer=Linear("mlp.shared_expert.down_proj", "shared_expert_intermediate_size", gate="mlp.shared_expert_gate"),
+    module="mlp",
+    experts=Experts("mlp.experts", "num_experts", "2*moe_intermediate_size", "moe_intermediate_size"),
+)
+
+
+def block(dimensions: Dimensions, index: int) -> Block:
+    """Declare a block: every `decoder_sparse_step`-th has experts, but for those listed in `mlp_only_layers`."""
+    is_dense = index in (dimensions.value("mlp_only_layers") or ())
+    has_experts = not is_dense and (index + 1) % dimensions.number("decoder_sparse_step") == 0
+    return Block((attention(bias="qkv_bias"), EXPERTS if has_experts else gated_mlp()))
+
+
+ADAPTER = Adapter(
+    name="qwen2_moe",
+    model_types=("qwen2_moe",),
+    block=block,
+    defaults=MappingProxyType({"num_key_value_heads": 16, "decoder_sparse_step": 1, "qkv_bias": True}),
+)
+
+
+@hookimpl
+def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register Qwen1.5-MoE and Qwen2-MoE."""
+    register(ADAPTER)

@@ -1,0 +1,43 @@
+"""Qwen3-MoE: experts behind a router, norms on queries and keys inside the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from slicecli import hookimpl
+from slicecli.adapters import Adapter, Block, Branch, Experts, Kept, Linear, attention, gated_mlp
+from slicecli.dimensions import Dimensions
+
+QUERY_NORMS = (Kept("self_attn.q_norm.weight", "head_dim"), Kept("self_attn.k_norm.weight", "head_dim"))
+
+EXPERTS = Branch(
+    norm="post_attention_layernorm",
+    readers=(Linear("mlp.gate", "num_experts"),),
+    writer=None,
+    module="mlp",
+    experts=Experts("mlp.experts", "num_experts", "2*moe_intermediate_size", "moe_intermediate_size"),
+)
+
+
+def block(dimensions: Dimensions, index: int) -> Block:
+    """Declare a block: every `decoder_sparse_step`-th has experts, but for those listed in `mlp_only_layers`."""
+    is_dense = index in (dimensions.value("mlp_only_layers") or ())
+    has_experts = not is_dense and (index + 1) % dimensions.number("decoder_sparse_step") == 0
+    attend = attention(bias="attention_bias", writer_bias="attention_bias")
+    return Block((attend, EXPERTS if has_experts else gated_mlp()), kept=QUERY_NORMS)
+
+
+ADAPTER = Adapter(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    block=block,
+    names=MappingProxyType({"num_experts": "num_local_experts"}),
+    defaults=MappingProxyType({"num_key_value_heads": 4, "decoder_sparse_step": 1}),
+)
+
+
+@hookimpl
+def slicecli_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register Qwen3-MoE."""
+    register(ADAPTER)

@@ -1,0 +1,1 @@
+"""The auto adapter: a declaration inferred from a model nobody declared, and proved before it is used."""

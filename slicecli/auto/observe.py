@@ -1,0 +1,96 @@
+"""Watching a small model run: which module was called with what, and what it made of it.
+
+Nothing is concluded here. The model is run once in float64, so that equality of values can stand for identity, and
+every module's first call is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicecli.slicing.exact import Float64Throughout
+
+__all__ = ["Call", "Observation", "observe"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first call of one module.
+
+    Attributes:
+        path: Its path in the model.
+        module: The module.
+        order: Place in the order in which calls ended.
+        entering: The first floating tensor it was given, as (tokens, width); `None` without one.
+        leaving: The first floating tensor it returned, likewise.
+    """
+
+    path: str
+    module: nn.Module
+    order: int
+    entering: torch.Tensor | None
+    leaving: torch.Tensor | None
+
+
+class Observation:
+    """The calls of one run.
+
+    Attributes:
+        model: The model.
+        calls: First call of each module that was called, by path, in the order in which they ended.
+    """
+
+    def __init__(self, model: Any, calls: dict[str, Call]) -> None:
+        self.model = model
+        self.calls = calls
+
+    def below(self, path: str) -> list[Call]:
+        """Return the calls of modules below a path, in order."""
+        return [call for name, call in self.calls.items() if name.startswith(f"{path}.")]
+
+
+@torch.no_grad()
+def observe(model: Any, token_ids: torch.Tensor) -> Observation:
+    """Run a model once and keep every module's first call.
+
+    Args:
+        model: A small model, in float64.
+        token_ids: Shape (rows, sequence length).
+    """
+    calls: dict[str, Call] = {}
+    handles = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if path not in calls:
+                given, made = _first_floating((*args, *kwargs.values())), _first_floating(output)
+                calls[path] = Call(path, module, len(calls), given, made)
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    for path, module in model.named_modules():
+        if path:
+            watch(path, module)
+    try:
+        with Float64Throughout():
+            model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Observation(model, calls)
+
+
+def _first_floating(values: Any) -> torch.Tensor | None:
+    """Return the first floating tensor among values, as (tokens, width)."""
+    if isinstance(values, torch.Tensor):
+        values = (values,)
+    if not isinstance(values, (tuple, list)):
+        return None
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
+            return value.detach().reshape(-1, value.shape[-1]).clone()
+    return None

@@ -1,0 +1,259 @@
+"""The sizes of one model: its config seen through its family's declaration, and the counts that follow.
+
+Everything here follows from the fields of `config.json`, without torch.
+
+Legend: d hidden size, k dim kept, L blocks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from slicecli.errors import PluginError, RequestError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from slicecli.adapters import Adapter, Block, Linear
+
+__all__ = ["Dimensions"]
+
+
+class Dimensions:
+    """The sizes of one model.
+
+    Attributes:
+        hidden_size: d, the width of the residual stream.
+        blocks: L, the number of blocks.
+        vocabulary: V, the number of rows of the token embedding.
+        heads: Attention heads.
+        key_value_heads: Key/value heads.
+        head_dim: Width of one head.
+        is_tied: Whether the head shares the embedding table.
+        dim_multiple: Every legal dim is a multiple of it.
+    """
+
+    def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
+        self.adapter = adapter
+        self._config = config
+        self.hidden_size = self.number("hidden_size")
+        self.blocks = self.number("num_hidden_layers")
+        self.vocabulary = self.number("vocab_size")
+        self.heads = self.number("num_attention_heads")
+        self.key_value_heads = self.number("num_key_value_heads", self.heads)
+        self.head_dim = self.number("head_dim", self.hidden_size // self.heads)
+        self.is_tied = bool(self.value("tie_word_embeddings", False))
+        self.dim_multiple = math.lcm(1, *(self.number(name) for name in adapter.dim_divisors))
+
+    def value(self, name: str, otherwise: Any = None) -> Any:
+        """Return a config field by its usual name; where it is absent or null the family's default, then `otherwise`."""
+        if name in self.adapter.derived:
+            value = self.adapter.derived[name](self._config)
+        else:
+            value = self._config.get(self.adapter.names.get(name, name))
+            if value is None:
+                # transformers writes some configs under the usual names
+                value = self._config.get(name)
+        if value is None:
+            value = self.adapter.defaults.get(name)
+        return otherwise if value is None else value
+
+    def number(self, name: str, otherwise: int | None = None) -> int:
+        """Return a config field that must be a positive integer."""
+        value = self.value(name, otherwise)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            own_name = self.adapter.names.get(name, name)
+            raise UnsupportedModelError(
+                f"config.json gives {own_name} = {value!r}, where a positive integer is needed.",
+                f"Check the config, or whether the model really is of type {self.adapter.name}.",
+            )
+        return value
+
+    def width(self, name: str) -> int:
+        """Return the size a declaration refers to by name.
+
+        Args:
+            name: `query` (heads x head_dim), `key_value`, `query_key_value`, `head_dim`, a plain number, or any
+                config field; `2*` in front of any of them multiplies.
+        """
+        factor, _, rest = name.rpartition("*")
+        if factor:
+            return int(factor) * self.width(rest)
+        query = self.heads * self.head_dim
+        key_value = self.key_value_heads * self.head_dim
+        known = {
+            "query": query,
+            "key_value": key_value,
+            "query_key_value": query + 2 * key_value,
+            "head_dim": self.head_dim,
+        }
+        if name in known:
+            return known[name]
+        return int(name) if name.isdecimal() else self.number(name)
+
+    def has_bias(self, linear: Linear) -> bool:
+        """Say whether a declared linear has a bias in this config."""
+        return bool(self.value(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
+
+    @property
+    def epsilon(self) -> float:
+        """The ε of the norms that read the stream."""
+        epsilon = self.adapter.norm.epsilon
+        return float(self.value(epsilon)) if isinstance(epsilon, str) else epsilon
+
+    @functools.cached_property
+    def declared_blocks(self) -> tuple[Block, ...]:
+        """The declaration of each block, in order."""
+        block = self.adapter.block
+        return tuple(block(self, index) if callable(block) else block for index in range(self.blocks))
+
+    def multiplier(self, name: str) -> float:
+        """Return what multiplies a branch's output: the value of a config field, or 1 without a name."""
+        if not name:
+            return 1.0
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UnsupportedModelError(f"config.json gives {name} = {value!r}, where a number is needed.")
+        return float(value)
+
+    def stream_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return every declared parameter that touches the stream: its name, and its sizes besides the stream's.
+
+        The sizes are those of the parameter's axes without the one of hidden size. A bias of a reader, which has
+        no such axis, is not here; `other_parameters` has it.
+        """
+        return {name: sizes for name, sizes, is_stream in self._parameters() if is_stream}
+
+    def other_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Return every declared parameter without an axis of hidden size, with its number of elements."""
+        return {name: sizes for name, sizes, is_stream in self._parameters() if not is_stream}
+
+    def parameters(self, dim: int | None = None) -> int:
+        """Count the parameters: of the dense model as shipped, or of its slice at `dim`.
+
+        A slice has its head apart from the embedding table even where the dense model ties them, because the
+        head is refitted.
+        """
+        stream = self.hidden_size if dim is None else dim
+        head = f"{self.adapter.head.path}.weight"
+        is_tied = self.is_tied and dim is None
+        return sum(
+            math.prod(sizes) * (stream if is_stream else 1)
+            for name, sizes, is_stream in self._parameters()
+            if not (is_tied and name == head)
+        )
+
+    def largest_regression(self) -> int:
+        """Return the most inputs that one regression of the refit has: those of all linear writers of a step, or of an expert."""
+        sizes = [1]
+        for block in self.declared_blocks:
+            for step in block.steps:
+                sizes.append(sum(self.width(branch.writer.width) for branch in step if branch.writer is not None))
+                sizes += [self.width(branch.experts.writer_width) for branch in step if branch.experts is not None]
+        return max(sizes)
+
+    def _parameters(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Yield name, sizes besides the stream's, and whether it has the stream's axis, of every declared parameter."""
+        adapter = self.adapter
+        for table in adapter.embeddings:
+            yield f"{table.path}.weight", (self.width(table.rows) + table.extra_rows,), True
+        for index, block in enumerate(self.declared_blocks):
+            prefix = f"{adapter.blocks}.{index}."
+            for path in block.norms:
+                yield from self._norm_parameters(prefix + path)
+            for kept in block.kept:
+                yield prefix + kept.path, (self.width(kept.width),), False
+            for branch in block.branches:
+                for linear in branch.readers:
+                    yield f"{prefix}{linear.path}.weight", (self.width(linear.width),), True
+                    if self.has_bias(linear):
+                        yield f"{prefix}{linear.path}.bias", (self.width(linear.width),), False
+                if branch.writer is not None:
+                    yield f"{prefix}{branch.writer.path}.weight", (self.width(branch.writer.width),), True
+                    if self.has_bias(branch.writer):
+                        yield f"{prefix}{branch.writer.path}.bias", (), True
+                if branch.experts is not None:
+                    experts = branch.experts
+                    count = self.width(experts.count)
+                    yield prefix + experts.reader_path, (count, self.width(experts.reader_width)), True
+                    yield prefix + experts.writer_path, (count, self.width(experts.writer_width)), True
+        yield from self._norm_parameters(adapter.final_norm)
+        yield f"{adapter.head.path}.weight", (self.width(adapter.head.width),), True
+        if self.has_bias(adapter.head):
+            yield f"{adapter.head.path}.bias", (self.width(adapter.head.width),), False
+
+    def _norm_parameters(self, path: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        if self.adapter.norm.has_weight:
+            yield f"{path}.weight", (), True
+        if self.adapter.norm.has_bias:
+            yield f"{path}.bias", (), True
+
+    def legal_dims(self) -> range:
+        """Return the dims a slice of this model may have, in ascending order."""
+        smallest = self.dim_multiple
+        if self.adapter.norm.kind == "layer":
+            smallest = max(smallest, 2)  # one direction is taken by the mean
+        first = -(-smallest // self.dim_multiple) * self.dim_multiple
+        return range(first, self.hidden_size, self.dim_multiple)
+
+    def nearest_legal(self, dim: int) -> tuple[int, ...]:
+        """Return the legal dims next to `dim`: one below and one above where they exist."""
+        legal = self.legal_dims()
+        below = [value for value in legal if value <= dim][-1:]
+        above = [value for value in legal if value >= dim][:1]
+        return tuple(dict.fromkeys(below + above))
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse a dim that the family or its config class cannot have.
+
+        Raises:
+            RequestError: The dim is not positive, not below the hidden size, or not a legal multiple.
+        """
+        if dim in self.legal_dims():
+            return
+        if dim <= 0:
+            cause = f"A dim of {dim} is not a width: it must be positive and below {self.hidden_size}."
+        elif dim >= self.hidden_size:
+            cause = f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}."
+        elif not self.adapter.dim_divisors:
+            cause = (
+                f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract takes one direction."
+            )
+        else:
+            fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
+            cause = f"A dim of {dim} is not legal here: the {self.adapter.name} config demands a multiple of {fields}."
+        nearest = self.nearest_legal(dim)
+        names = " and ".join(str(value) for value in nearest)
+        raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
+
+    def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that the declaration and the parameters of a real model name the same things, of the same sizes.
+
+        Args:
+            shapes: Shape of each parameter of the real model by name.
+
+        Raises:
+            PluginError: They differ; the message names the parameters.
+        """
+        declared = {name: (sizes, is_stream) for name, sizes, is_stream in self._parameters()}
+        if self.is_tied:
+            # whether the shared table is listed under the head's name too depends on how the model was built
+            head = f"{self.adapter.head.path}.weight"
+            shapes = {name: shape for name, shape in shapes.items() if name != head}
+            declared.pop(head)
+        missing, extra = sorted(shapes.keys() - declared.keys()), sorted(declared.keys() - shapes.keys())
+        wrong = [
+            f"{name} has {math.prod(shapes[name]):,} elements, not {math.prod(sizes) * size:,}"
+            for name, (sizes, is_stream) in declared.items()
+            if name in shapes
+            and math.prod(shapes[name]) != math.prod(sizes) * (size := self.hidden_size if is_stream else 1)
+        ]
+        parts = [f"it does not cover {', '.join(missing)}"] if missing else []
+        parts += [f"the model has no {', '.join(extra)}"] if extra else []
+        parts += wrong[:3]
+        if parts:
+            raise PluginError(
+                f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",
+                "Mend the adapter, or choose another with --adapter.",
+            )

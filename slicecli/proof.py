@@ -1,0 +1,237 @@
+"""Proving a declaration on a model: the stream is read and written where it says, and nowhere else.
+
+At full width a slice is a rotation, which changes nothing that a declaration describes rightly: what each reader
+makes of the stream and what enters each writer stay the same number for number, and the stream itself is turned by
+the basis. So both models run side by side, and the first value that differs tells where the declaration is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicecli.dimensions import Dimensions
+from slicecli.errors import PluginError
+from slicecli.slicing.basis import Basis, centred_frame
+from slicecli.slicing.blocks import first_tensor
+from slicecli.slicing.exact import Float64Throughout
+from slicecli.slicing.folding import project
+from slicecli.slicing.maps import stream_scale
+
+__all__ = [
+    "ModelWeights",
+    "identity_basis",
+    "logits",
+    "projected_model",
+    "prove_accounting",
+    "prove_rotation",
+    "random_basis",
+    "relative_error",
+]
+
+
+class ModelWeights:
+    """Serves the parameters of a model that is in memory (a `slicecli.slicing.folding.WeightReader`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one parameter."""
+        return self._model.get_parameter(name).detach()
+
+    def module(self, path: str) -> dict[str, torch.Tensor]:
+        """Return all parameters below a module, by their names inside it."""
+        return {name: value.detach() for name, value in self._model.get_submodule(path).named_parameters()}
+
+
+def identity_basis(dimensions: Dimensions, device: torch.device | None = None) -> Basis:
+    """Return the basis that turns nothing: with it a projection at full width only folds the norms."""
+    size, is_centred = dimensions.hidden_size, dimensions.adapter.norm.kind == "layer"
+    identity = torch.eye(size, dtype=torch.float64, device=device)
+    vectors = centred_frame(size, device) if is_centred else identity
+    ones = torch.ones(vectors.shape[1], dtype=torch.float64, device=device)
+    return Basis(vectors, ones, ones, is_centred)
+
+
+def random_basis(dimensions: Dimensions, seed: int, device: torch.device | None = None) -> Basis:
+    """Return a basis drawn uniformly from all rotations (a Gaussian matrix made orthonormal)."""
+    start = identity_basis(dimensions, device)
+    size = start.vectors.shape[1]
+    gaussian = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rotation, triangle = torch.linalg.qr(gaussian)
+    rotation = (rotation * torch.sign(triangle.diagonal())).to(start.vectors.device)
+    return Basis(start.vectors @ rotation, start.energies, start.importances, start.is_centred)
+
+
+def projected_model(model: Any, dimensions: Dimensions, basis: Basis, dim: int | None = None) -> Any:
+    """Return a model of the same class, sliced by projection alone.
+
+    Args:
+        model: The dense model, with weights.
+        dimensions: Its sizes.
+        basis: The basis, on the model's device.
+        dim: k; `None` keeps the full width, for which every family's own class will do.
+    """
+    adapter = dimensions.adapter
+    fields = model.config.to_dict() | {"tie_word_embeddings": False}
+    if dim is not None:
+        fields |= {adapter.names.get("hidden_size", "hidden_size"): dim, "head_dim": dimensions.head_dim}
+    config = type(model.config).from_dict(fields)
+    config._attn_implementation = model.config._attn_implementation
+    sliced = type(model)(config).to(device=model.device, dtype=model.dtype).eval()
+    if sliced._can_set_experts_implementation():
+        sliced.set_experts_implementation("eager")
+    tensors: dict[str, torch.Tensor] = {}
+    project(dimensions, ModelWeights(model), basis, dim or dimensions.hidden_size, model.dtype, tensors.__setitem__)
+    buffers = {name: value for name, value in model.named_buffers() if name in sliced.state_dict()}
+    sliced.load_state_dict(buffers | tensors, strict=True)
+    return sliced
+
+
+@torch.no_grad()
+def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return a model's logits, shape (rows, sequence length, vocabulary); a float64 model computes all in float64."""
+    with Float64Throughout():
+        found: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
+    return found
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return |found - expected| / |expected|, in the Frobenius norm; infinity where `found` is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+def prove_accounting(shapes_by_width: dict[int, dict[str, tuple[int, ...]]], dimensions: Dimensions) -> None:
+    """Check that exactly the parameters declared to touch the stream grow with the hidden size.
+
+    Args:
+        shapes_by_width: Shapes of the same config's parameters by name, for two hidden sizes that leave all other
+            sizes alone.
+        dimensions: The sizes of the model at either of them.
+
+    Raises:
+        PluginError: A parameter grows that is not declared to, or the other way round; the message names it.
+    """
+    first, second = shapes_by_width.values()
+    grows = {name for name in first if first[name] != second.get(name)}
+    touching = set(dimensions.stream_parameters())
+    undeclared = sorted(grows - touching)
+    if undeclared:
+        raise PluginError(
+            f"Adapter {dimensions.adapter.name!r} does not say that {', '.join(undeclared)} touches the stream.",
+            "Declare it as a reader, writer, embedding or norm.",
+        )
+    fixed = sorted(name for name in touching - grows if name in first)
+    if fixed:
+        raise PluginError(
+            f"Adapter {dimensions.adapter.name!r} says that {', '.join(fixed)} touches the stream, and it has no axis of "
+            "hidden size.",
+            "Declare it as kept.",
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One value of a run: what it is, whether it is the stream itself, and what to look at where it is wrong."""
+
+    label: str
+    is_stream: bool
+    hint: str
+    value: torch.Tensor
+
+
+def prove_rotation(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float, seed: int = 0) -> float:
+    """Check on a model that a rotation of the stream changes nothing.
+
+    Args:
+        model: The dense model, with weights; use float64 for a tight tolerance.
+        dimensions: Its sizes.
+        token_ids: Shape (rows, sequence length), on the model's device.
+        tolerance: The largest relative error that passes.
+        seed: Seed of the rotation.
+
+    Returns:
+        The relative error of the logits.
+
+    Raises:
+        PluginError: Something differs; the message names the first module at fault.
+    """
+    basis = random_basis(dimensions, seed, model.device)
+    rotated = projected_model(model, dimensions, basis)
+    leading = basis.leading(dimensions.hidden_size)
+    turn = (stream_scale(leading) * leading).to(model.dtype)
+    for dense, sliced in zip(_run(model, dimensions, token_ids), _run(rotated, dimensions, token_ids), strict=True):
+        # a LayerNorm's stream is known but for its mean
+        expected = dense.value @ turn if dense.is_stream else dense.value
+        found = sliced.value
+        if dense.is_stream and basis.is_centred:
+            found = found - found.mean(-1, keepdim=True)
+        error = relative_error(found, expected)
+        if error > tolerance:
+            raise PluginError(
+                f"Adapter {dimensions.adapter.name!r} does not describe this model: after a rotation of the stream, "
+                f"{dense.label} differs (relative error {error:.1e}).",
+                dense.hint,
+            )
+    return relative_error(logits(rotated, token_ids), logits(model, token_ids))
+
+
+@torch.no_grad()
+def _run(model: Any, dimensions: Dimensions, token_ids: torch.Tensor) -> list[_Seen]:
+    """Run a model and note, in the order of the run, what a rotation must leave alone."""
+    adapter = dimensions.adapter
+    seen: list[_Seen] = []
+    handles = []
+
+    def watch(path: str, label: str, hint: str, is_stream: bool = False, is_input: bool = False) -> None:
+        def keep(value: Any) -> None:
+            tensor = first_tensor(value)
+            seen.append(_Seen(label, is_stream, hint, tensor.reshape(-1, tensor.shape[-1]).clone()))
+
+        module = model.get_submodule(path)
+        if is_input:
+            hook: Callable[..., None] = lambda _module, args, kwargs: keep(args or tuple(kwargs.values()))  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(lambda _module, _args, output: keep(output)))
+
+    for index, block in enumerate(dimensions.declared_blocks):
+        path = f"{adapter.blocks}.{index}"
+        if index == 0:
+            tables = ", ".join(table.path for table in adapter.embeddings)
+            hint = f"Check the embeddings ({tables}) and scales_embeddings_by_width."
+            watch(path, f"the stream that enters {path}", hint, is_stream=True, is_input=True)
+        writers = []
+        for branch in block.branches:
+            norm_hint = f"Check the norm {branch.norm!r} (declared as {adapter.norm}) and the readers behind it."
+            for reader in branch.readers:
+                watch(f"{path}.{reader.path}", f"what {path}.{reader.path} makes of it", norm_hint)
+            if branch.writer is not None:
+                writers.append(branch.writer.path)
+                hint = f"Something between norm and writer reads the stream undeclared; declared: {_names(branch)}."
+                watch(f"{path}.{branch.writer.path}", f"what enters {path}.{branch.writer.path}", hint, is_input=True)
+            if branch.experts is not None:
+                writers.append(branch.experts.writer_path)
+        hint = f"Check the writers ({', '.join(writers)}), their multipliers, and whether the block is parallel."
+        watch(path, f"the stream that leaves {path}", hint, is_stream=True)
+    hint = f"Check the final norm ({adapter.final_norm}) and the head ({adapter.head.path})."
+    watch(adapter.head.path, f"what {adapter.head.path} makes of it", hint)
+    try:
+        with Float64Throughout():
+            model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _names(branch: Any) -> str:
+    return ", ".join(reader.path for reader in branch.readers)

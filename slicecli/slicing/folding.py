@@ -1,0 +1,250 @@
+"""From a family's declaration to the tensors of a slice: which dense tensors go through which map.
+
+These functions know the declaration and nothing of data: they take dense tensors by name and return sliced ones by
+name. The refit calls them with fitted matrices, `project` with the plain projection, so both treat norms, biases,
+transposed weights and experts alike.
+
+Legend: d hidden size, k dim kept, Q basis (d, k), g a norm's weight, β its bias, A what turns the sliced normalised
+stream into the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from slicecli.adapters import Branch, Linear
+from slicecli.dimensions import Dimensions
+from slicecli.slicing.basis import Basis
+from slicecli.slicing.maps import (
+    fold_bias,
+    fold_reader,
+    projected_table,
+    projected_writer,
+    projection_for_readers,
+)
+
+__all__ = [
+    "WeightReader",
+    "final_norm_weight_and_bias",
+    "fold_head",
+    "fold_readers",
+    "matrix_of",
+    "neutral_norm",
+    "norm_weight_and_bias",
+    "project",
+    "project_embeddings",
+    "project_writers",
+    "stored_form",
+]
+
+Tensors = dict[str, torch.Tensor]
+
+
+class WeightReader(Protocol):
+    """Reads dense parameters by module name."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one parameter."""
+        ...
+
+    def module(self, path: str) -> Tensors:
+        """Return all parameters below a module, by their names inside it."""
+        ...
+
+
+def matrix_of(linear: Linear, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a linear's weight as (outputs, inputs), however it is stored."""
+    weight = weights[f"{linear.path}.weight"]
+    return weight.mT if linear.is_transposed else weight
+
+
+def stored_form(linear: Linear, matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix (outputs, inputs) as the linear stores it."""
+    return matrix.mT.contiguous() if linear.is_transposed else matrix.contiguous()
+
+
+def norm_weight_and_bias(
+    dimensions: Dimensions, path: str, weights: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return g and β of a norm as they act, float64; `None` for what the family's norms do not have."""
+    norm = dimensions.adapter.norm
+    weight = weights[f"{path}.weight"].double() + norm.weight_offset if norm.has_weight else None
+    bias = weights[f"{path}.bias"].double() if norm.has_bias else None
+    return weight, bias
+
+
+def neutral_norm(dimensions: Dimensions, path: str, dim: int, bias: float = 0.0) -> Tensors:
+    """Return the tensors of a norm over `dim` coordinates that multiplies by 1 and adds `bias`."""
+    norm = dimensions.adapter.norm
+    tensors = {}
+    if norm.has_weight:
+        tensors[f"{path}.weight"] = torch.full((dim,), 1.0 - norm.weight_offset)
+    if norm.has_bias:
+        tensors[f"{path}.bias"] = torch.full((dim,), bias)
+    return tensors
+
+
+def fold_readers(
+    dimensions: Dimensions,
+    branches: Sequence[Branch],
+    weights: Mapping[str, torch.Tensor],
+    matrix: torch.Tensor,
+    dtype: torch.dtype,
+) -> Tensors:
+    """Return the sliced norms and readers of branches that read the same stream.
+
+    Args:
+        dimensions: The dense model's sizes.
+        branches: The branches.
+        weights: Dense parameters by name inside the block.
+        matrix: A, float64 of shape (d, k).
+        dtype: Dtype to round to.
+    """
+    tensors: Tensors = {}
+    for path in dict.fromkeys(branch.norm for branch in branches):
+        weight, bias = norm_weight_and_bias(dimensions, path, weights)
+        carries_bias = False
+        for branch in branches:
+            if branch.norm != path:
+                continue
+            for reader in branch.readers:
+                carries_bias |= _fold_linear(tensors, dimensions, reader, weights, weight, bias, matrix, dtype)
+            if branch.experts is not None:
+                name = branch.experts.reader_path
+                tensors[name] = fold_reader(weights[name], weight, bias, matrix, has_bias=False, dtype=dtype)
+                carries_bias = True
+        tensors |= neutral_norm(dimensions, path, matrix.shape[1], float(carries_bias))
+    return tensors
+
+
+def final_norm_weight_and_bias(
+    dimensions: Dimensions, weights: WeightReader, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return g and β of the norm before the head, as `norm_weight_and_bias` does."""
+    norm, path = dimensions.adapter.norm, dimensions.adapter.final_norm
+    names = [f"{path}.weight"] * norm.has_weight + [f"{path}.bias"] * norm.has_bias
+    return norm_weight_and_bias(dimensions, path, {name: weights.tensor(name).to(device) for name in names})
+
+
+def fold_head(dimensions: Dimensions, weights: WeightReader, matrix: torch.Tensor, dtype: torch.dtype) -> Tensors:
+    """Return the sliced final norm and head.
+
+    Args:
+        dimensions: The dense model's sizes.
+        weights: Reads dense parameters.
+        matrix: A, float64 of shape (d, k), on the device that computes.
+        dtype: Dtype to round to.
+    """
+    adapter, head = dimensions.adapter, dimensions.adapter.head
+    weight, bias = final_norm_weight_and_bias(dimensions, weights, matrix.device)
+    names = [f"{head.path}.weight"] + [f"{head.path}.bias"] * dimensions.has_bias(head)
+    dense = {name: weights.tensor(name).to(matrix.device) for name in names}
+    tensors: Tensors = {}
+    carries_bias = _fold_linear(tensors, dimensions, head, dense, weight, bias, matrix, dtype)
+    return tensors | neutral_norm(dimensions, adapter.final_norm, matrix.shape[1], float(carries_bias))
+
+
+def project_writers(
+    dimensions: Dimensions, branches: Sequence[Branch], weights: Mapping[str, torch.Tensor], basis: torch.Tensor
+) -> Tensors:
+    """Return the writers of branches as the rotation alone makes them, float64, weights as (outputs, inputs).
+
+    Args:
+        dimensions: The dense model's sizes.
+        branches: The branches.
+        weights: Dense parameters by name inside the block.
+        basis: Q, float64 of shape (d, k).
+    """
+    tensors: Tensors = {}
+    for branch in branches:
+        writer = branch.writer
+        if writer is not None:
+            tensors[f"{writer.path}.weight"] = projected_writer(matrix_of(writer, weights), basis)
+            if dimensions.has_bias(writer):
+                tensors[f"{writer.path}.bias"] = projected_writer(weights[f"{writer.path}.bias"], basis)
+        if branch.experts is not None:
+            name = branch.experts.writer_path
+            tensors[name] = projected_writer(weights[name], basis)
+    return tensors
+
+
+def project_embeddings(
+    dimensions: Dimensions, weights: WeightReader, basis: torch.Tensor, dtype: torch.dtype
+) -> Tensors:
+    """Return the sliced embedding tables.
+
+    Args:
+        dimensions: The dense model's sizes.
+        weights: Reads dense parameters.
+        basis: Q, float64 of shape (d, k), on the device that computes.
+        dtype: Dtype to round to.
+    """
+    adapter = dimensions.adapter
+    names = [f"{table.path}.weight" for table in adapter.embeddings]
+    return {
+        name: projected_table(weights.tensor(name).to(basis.device), basis, adapter.scales_embeddings_by_width, dtype)
+        for name in names
+    }
+
+
+def project(
+    dimensions: Dimensions,
+    weights: WeightReader,
+    basis: Basis,
+    dim: int,
+    dtype: torch.dtype,
+    sink: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Slice a whole model by projection alone, without any calibration text.
+
+    At `dim` = d the result computes exactly what the dense model does, which is how a declaration is proved.
+
+    Args:
+        dimensions: The dense model's sizes.
+        weights: Reads dense parameters.
+        basis: The basis.
+        dim: k.
+        dtype: Dtype of the result.
+        sink: Takes each tensor: parameter name and value.
+    """
+    adapter = dimensions.adapter
+    leading = basis.leading(dim)
+    matrix = projection_for_readers(leading)
+    for name, tensor in project_embeddings(dimensions, weights, leading, dtype).items():
+        sink(name, tensor)
+    for index, block in enumerate(dimensions.declared_blocks):
+        path = f"{adapter.blocks}.{index}"
+        dense = weights.module(path)
+        tensors = fold_readers(dimensions, block.branches, dense, matrix, dtype)
+        writers = {branch.writer.path: branch.writer for branch in block.branches if branch.writer is not None}
+        for name, tensor in project_writers(dimensions, block.branches, dense, leading).items():
+            linear = writers.get(name.removesuffix(".weight"))
+            tensors[name] = tensor if linear is None else stored_form(linear, tensor)
+        tensors |= {kept.path: dense[kept.path] for kept in block.kept}
+        for name, tensor in tensors.items():
+            sink(f"{path}.{name}", tensor.to(dtype))
+    for name, tensor in fold_head(dimensions, weights, matrix, dtype).items():
+        sink(name, tensor.to(dtype))
+
+
+def _fold_linear(
+    tensors: Tensors,
+    dimensions: Dimensions,
+    reader: Linear,
+    weights: Mapping[str, torch.Tensor],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    matrix: torch.Tensor,
+    dtype: torch.dtype,
+) -> bool:
+    """Add a sliced reader to `tensors`; return whether its weight carries the norm's bias."""
+    has_bias = dimensions.has_bias(reader)
+    dense = matrix_of(reader, weights)
+    folded = fold_reader(dense, norm_weight, norm_bias, matrix, has_bias, dtype)
+    tensors[f"{reader.path}.weight"] = stored_form(reader, folded)
+    if has_bias:
+        tensors[f"{reader.path}.bias"] = fold_bias(weights[f"{reader.path}.bias"], dense, norm_bias).to(dtype)
+    return not has_bias
