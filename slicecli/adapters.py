@@ -324,16 +324,20 @@ class Adapter:
         Raises:
             UnsupportedModelError: It cannot; the message says why.
         """
-        reason = _reason(self.stock_obstacle, config)
+        reason = self.why_not_stock(config)
         if reason:
             raise UnsupportedModelError(
                 f"A slice of this model needs the custom-code layout: {reason}",
                 "That layout is not written yet; `slicecli adapters` lists the families that need none.",
             )
 
+    def why_not_stock(self, config: Fields) -> str:
+        """Say why the family's own class cannot describe a slice of a config; empty where it can."""
+        return _reason(self.stock_obstacle, config)
+
     def layout(self, config: Fields) -> str:
         """Return how a slice of a config is written: `stock` or `custom-code`."""
-        return "custom-code" if _reason(self.stock_obstacle, config) else "stock"
+        return "custom-code" if self.why_not_stock(config) else "stock"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Legend: d hidden size, k dim kept, L blocks, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ class Dimensions:
         self.dim_multiple = math.lcm(1, *(self.number(name) for name in adapter.dim_divisors))
 
     def value(self, name: str, otherwise: Any = None) -> Any:
-        """Return a config field by its usual name; where it is absent or null the family's default, then `otherwise`."""
+        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`."""
         if name in self.adapter.derived:
             value = self.adapter.derived[name](self._config)
         else:
@@ -145,7 +146,7 @@ class Dimensions:
         )
 
     def largest_regression(self) -> int:
-        """Return the most inputs that one regression of the refit has: those of all linear writers of a step, or of an expert."""
+        """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
         sizes = [1]
         for block in self.declared_blocks:
             for step in block.steps:
@@ -188,6 +189,69 @@ class Dimensions:
             yield f"{path}.weight", (), True
         if self.adapter.norm.has_bias:
             yield f"{path}.bias", (), True
+
+    def declaration(self) -> dict[str, Any]:
+        """Return the declaration as it applies to this model, as plain data: names with their sizes.
+
+        Two adapters that say the same of a model return equal data, in whatever order they name readers.
+        """
+        adapter = self.adapter
+        kinds: list[dict[str, Any]] = []
+        for index, block in enumerate(self.declared_blocks):
+            kind = self._block_declaration(block)
+            known = next((other for other in kinds if other["declaration"] == kind), None)
+            if known is None:
+                kinds.append({"blocks": [index], "declaration": kind})
+            else:
+                known["blocks"].append(index)
+        return {
+            "embeddings": [
+                {"path": table.path, "rows": self.width(table.rows) + table.extra_rows} for table in adapter.embeddings
+            ],
+            "scales_embeddings_by_width": adapter.scales_embeddings_by_width,
+            "blocks": adapter.blocks,
+            "block_kinds": [{"blocks": kind["blocks"], **kind["declaration"]} for kind in kinds],
+            "norm": {**dataclasses.asdict(adapter.norm), "epsilon": self.epsilon},
+            "final_norm": adapter.final_norm,
+            "head": self._linear_declaration(adapter.head),
+            "dim_multiple": self.dim_multiple,
+        }
+
+    def _block_declaration(self, block: Block) -> dict[str, Any]:
+        return {
+            "is_parallel": block.is_parallel,
+            "branches": [
+                {
+                    "norm": branch.norm,
+                    "readers": sorted(
+                        (self._linear_declaration(reader) for reader in branch.readers), key=lambda one: one["path"]
+                    ),
+                    "writer": None if branch.writer is None else self._linear_declaration(branch.writer),
+                    "experts": None
+                    if branch.experts is None
+                    else {
+                        "reader": branch.experts.reader_path,
+                        "writer": branch.experts.writer_path,
+                        "count": self.width(branch.experts.count),
+                        "reader_width": self.width(branch.experts.reader_width),
+                        "writer_width": self.width(branch.experts.writer_width),
+                    },
+                    "module": branch.module,
+                    "multiplier": self.multiplier(branch.multiplier),
+                }
+                for branch in block.branches
+            ],
+            "kept": sorted(kept.path for kept in block.kept),
+        }
+
+    def _linear_declaration(self, linear: Linear) -> dict[str, Any]:
+        return {
+            "path": linear.path,
+            "width": self.width(linear.width),
+            "bias": self.has_bias(linear),
+            "is_transposed": linear.is_transposed,
+            "gate": linear.gate,
+        }
 
     def legal_dims(self) -> range:
         """Return the dims a slice of this model may have, in ascending order."""

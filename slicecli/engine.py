@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.adapters import Adapter, select_adapter
+from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
 from slicecli.dimensions import Dimensions
-from slicecli.errors import PluginError, RequestError, SourceError, reason_of
+from slicecli.errors import NoAdapterError, PluginError, RequestError, SourceError, reason_of
 from slicecli.memory import peak_memory_bytes
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
@@ -28,11 +28,22 @@ if TYPE_CHECKING:
 
     import torch
 
+    from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
     from slicecli.slicing.basis import Basis
     from slicecli.slicing.pipeline import Progress, Target
 
-__all__ = ["Job", "Silent", "SliceOptions", "SliceReport", "pick_device", "plan_slices", "run_slices"]
+__all__ = [
+    "Job",
+    "Silent",
+    "SliceOptions",
+    "SliceReport",
+    "find_adapter",
+    "full_fields",
+    "pick_device",
+    "plan_slices",
+    "run_slices",
+]
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 # enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
@@ -82,6 +93,7 @@ class Job:
     Attributes:
         source: The dense model.
         adapter: Its family's declaration.
+        inference: How the declaration was inferred, if it was.
         dimensions: Its sizes.
         config: Its transformers config.
         sequence_length: Tokens per calibration row.
@@ -91,6 +103,7 @@ class Job:
 
     source: Source
     adapter: Adapter
+    inference: Inference | None
     dimensions: Dimensions
     config: Any
     sequence_length: int
@@ -145,9 +158,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
-    adapter = find_adapter(source, options.adapter)
-    adapter.require_stock(source.fields)
-    dimensions = adapter.dimensions(source.fields)
+    adapter, inference = find_adapter(source, options.adapter)
+    fields = source.fields if inference is None else full_fields(source)
+    adapter.require_stock(fields)
+    dimensions = adapter.dimensions(fields)
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
     dims = [width.resolve(dimensions, DTYPE_BYTES[dtype]) for width in widths]
@@ -159,14 +173,13 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     pick_device(options.device)
 
     config = source.config()
-    # fields that config.json leaves out have their values from the config class
-    dimensions = adapter.dimensions({**source.fields, **_plain_fields(config)})
+    dimensions = adapter.dimensions(full_fields(source))
     slices = []
     for dim, output in zip(dims, outputs, strict=True):
         plan = SlicePlan(
             model=source.name,
             model_type=str(source.fields.get("model_type")),
-            adapter=adapter.name,
+            adapter=AUTO_ADAPTER if inference else adapter.name,
             hidden_size=dimensions.hidden_size,
             dim=dim,
             dtype=dtype,
@@ -180,22 +193,52 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
         require_disk_space(folder, needed)
-    return Job(source, adapter, dimensions, config, sequence_length, tuple(slices), options)
+    return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
 
 
-def find_adapter(source: Source, name: str | None = None) -> Adapter:
-    """Choose the adapter for a model.
+def find_adapter(source: Source, name: str | None = None) -> tuple[Adapter, Inference | None]:
+    """Choose the adapter for a model, or infer one where no plugin knows its type.
 
     Args:
         source: The model.
-        name: Name of an adapter; `None` chooses by the model's type.
+        name: Name of an adapter; `auto` infers in any case; `None` chooses by the model's type.
+
+    Returns:
+        The adapter, and how it was inferred if it was.
 
     Raises:
         RequestError: No adapter has the name.
-        UnsupportedModelError: The model cannot be sliced.
+        UnsupportedModelError: The model cannot be sliced, or no adapter for it could be inferred and proved.
     """
     found = plugins()
-    return select_adapter(source.fields, found.adapters, name, found.refusals)
+    if name == AUTO_ADAPTER:
+        return _infer_adapter(source, source.config())
+    try:
+        return select_adapter(source.fields, found.adapters, name, found.refusals), None
+    except NoAdapterError as unknown:
+        try:
+            config = source.config()
+        except SourceError:
+            raise unknown from None  # transformers does not know the type either
+        return _infer_adapter(source, config)
+
+
+def full_fields(source: Source) -> dict[str, Any]:
+    """Return the fields of a model's config, those that config.json leaves out as the config class has them.
+
+    Raises:
+        SourceError: transformers refuses the config.
+    """
+    known = {name: value for name, value in source.config().to_dict().items() if value is not None}
+    return {**source.fields, **known}
+
+
+def _infer_adapter(source: Source, config: Any) -> tuple[Adapter, Inference]:
+    from slicecli.auto.infer import infer_adapter
+
+    with quiet_libraries():
+        inference = infer_adapter(config, source.trust_remote_code)
+    return inference.adapter, inference
 
 
 def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
@@ -393,6 +436,8 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     ]
     words += ["--samples", str(options.samples), "--seq-len", str(job.sequence_length), "--seed", str(options.seed)]
     words += ["--dtype", plan.dtype]
+    if plan.adapter == AUTO_ADAPTER:
+        words += ["--adapter", AUTO_ADAPTER]
     return shlex.join(words)
 
 
@@ -440,10 +485,6 @@ def _complete_folder(
     write_record(folder, record)
     card = render_card(record, job.source.folder, reproduce_command(job, plan))
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _plain_fields(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if value is not None}
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

@@ -132,8 +132,8 @@ def prove_accounting(shapes_by_width: dict[int, dict[str, tuple[int, ...]]], dim
     fixed = sorted(name for name in touching - grows if name in first)
     if fixed:
         raise PluginError(
-            f"Adapter {dimensions.adapter.name!r} says that {', '.join(fixed)} touches the stream, and it has no axis of "
-            "hidden size.",
+            f"Adapter {dimensions.adapter.name!r} says that {', '.join(fixed)} touches the stream, and it has no axis "
+            "of hidden size.",
             "Declare it as kept.",
         )
 
@@ -148,7 +148,9 @@ class _Seen:
     value: torch.Tensor
 
 
-def prove_rotation(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float, seed: int = 0) -> float:
+def prove_rotation(
+    model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float, seed: int = 0
+) -> float:
     """Check on a model that a rotation of the stream changes nothing.
 
     Args:

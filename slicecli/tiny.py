@@ -40,7 +40,6 @@ SIZES: dict[str, int] = {
     "num_experts_per_tok": 2,
     "sliding_window": 16,
     "rotary_dim": 8,
-    "word_embed_proj_dim": 64,
     "eos_token_id": 1,
     "bos_token_id": 0,
 }
@@ -48,9 +47,20 @@ SIZES: dict[str, int] = {
 
 HEAD_DIM = 24
 # lists with an entry for each layer, which the class makes anew, and what would tie the config to other sizes
-_DROPPED = ("layer_types", "no_rope_layers", "id2label", "label2id", "architectures", "head_dim", "dtype", "torch_dtype")
-# null stands for a size that follows from others, which would not be a size of its own
-_MAY_BE_NULL = ("n_inner", "num_key_value_heads")
+_DROPPED = (
+    "layer_types",
+    "no_rope_layers",
+    "id2label",
+    "label2id",
+    "architectures",
+    "head_dim",
+    "dtype",
+    "torch_dtype",
+)
+# null stands for a size that follows from others, which some classes do not work out
+_MAY_BE_NULL = ("num_key_value_heads",)
+# what a class wants to be equal to the hidden size unless it is told otherwise
+_FOLLOWS_WIDTH = ("word_embed_proj_dim",)
 
 
 def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
@@ -72,6 +82,7 @@ def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
     fields = {name: value for name, value in fields.items() if name not in _DROPPED}
     fields |= {name: size for name, size in SIZES.items() if fields.get(name) is not None}
     fields |= {name: SIZES[name] for name in _MAY_BE_NULL if name in fields}
+    fields |= {name: None for name in _FOLLOWS_WIDTH if fields.get(name) == like.hidden_size}
     fields |= {"pad_token_id": None, **({"head_dim": HEAD_DIM} if has_head_dim else {}), **changes}
     try:
         return type(like).from_dict(fields)

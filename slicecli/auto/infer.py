@@ -18,15 +18,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
 from slicecli.adapters import Adapter, Block, Branch, Embedding, Experts, Kept, Linear, Norm
 from slicecli.auto.observe import Call, Observation, observe
-from slicecli.dimensions import Dimensions
-from slicecli.errors import SlicecliError, UnsupportedModelError
+from slicecli.errors import SlicecliError, UnsupportedModelError, reason_of
 from slicecli.proof import prove_accounting, prove_rotation
 from slicecli.slicing.moments import normalise
 from slicecli.tiny import HEAD_DIM, SIZES, random_model, tiny_config
@@ -90,9 +89,11 @@ def infer_adapter(config: Any, trust_remote_code: bool = False) -> Inference:
         for check in CHECKS:
             getattr(inferring, f"check_{check.replace(' ', '_')}")()
     except _Unexplained as reason:
-        raise _not_inferred(config, check, f"{reason}", inferring.found) from None
+        raise _not_inferred(config, check, str(reason), inferring.found) from None
     except SlicecliError as error:
         raise _not_inferred(config, check, error.cause, inferring.found) from error
+    except Exception as error:  # a model of any family is built and run with sizes nobody tried
+        raise _not_inferred(config, check, f"{type(error).__name__}: {reason_of(error)}", inferring.found) from error
     return Inference(inferring.adapter, inferring.error)
 
 
@@ -105,31 +106,27 @@ def _not_inferred(config: Any, check: str, reason: str, found: Mapping[str, Any]
     )
 
 
-def tiny_like(config: Any, **changes: Any) -> tuple[Any, bool]:
-    """Return a tiny config of the same class, and whether its heads have a width of their own.
+def tiny_like(config: Any, has_head_dim: bool, **changes: Any) -> Any:
+    """Return a tiny config of the same class, with epsilons and multipliers that can be told apart.
+
+    Args:
+        config: The config.
+        has_head_dim: Whether the heads get a width of their own.
+        **changes: Fields to set besides.
 
     Raises:
         SourceError: The class refuses small sizes.
     """
-    changes = {name: value for name, value in _epsilons(config).items()} | changes
-    errors = []
-    for has_head_dim in (True, False):
-        try:
-            tiny = tiny_config(config, has_head_dim, **changes)
-            if not has_head_dim or HEAD_DIM * SIZES["num_attention_heads"] in _sizes_of(_shapes(tiny, True)):
-                return tiny, has_head_dim
-        except (SlicecliError, AttributeError, ValueError, TypeError) as error:
-            errors.append(error)
-    raise errors[-1]
+    return tiny_config(config, has_head_dim, **(_distinct_floats(config) | changes))
 
 
-def _epsilons(config: Any) -> dict[str, float]:
-    names = [name for name, value in config.to_dict().items() if "eps" in name and isinstance(value, float)]
-    return {name: EPSILON_STEP * (index + 1) for index, name in enumerate(sorted(names))}
-
-
-def _sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
-    return {size for shape in shapes.values() for size in shape}
+def _distinct_floats(config: Any) -> dict[str, float]:
+    """Return values for the epsilons and multipliers of a config by which they can be told apart."""
+    floats = sorted(name for name, value in config.to_dict().items() if isinstance(value, float))
+    epsilons = [name for name in floats if "eps" in name]
+    multipliers = [name for name in floats if "multiplier" in name]
+    values = {name: EPSILON_STEP * (index + 1) for index, name in enumerate(epsilons)}
+    return values | {name: 0.5 + 0.11 * index for index, name in enumerate(multipliers)}
 
 
 def _shapes(config: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
@@ -156,11 +153,13 @@ class _Inferring:
 
     def check_blocks(self) -> None:
         """Build the tiny model, run it, and find the list of blocks, the final norm and the head."""
-        self._tiny, self._has_head_dim = tiny_like(self._config)
-        self._model = random_model(self._tiny, dtype="float64", trust_remote_code=self._trusted)
-        self._width = int(self._tiny.hidden_size)
         self._ids = torch.randint(2, SIZES["vocab_size"], (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-        self._seen: Observation = observe(self._model, self._ids)
+        try:
+            self._seen = self._run_tiny(has_head_dim=True)
+        except Exception:  # a class that ties the heads' width to the hidden size fails in ways of its own
+            self._seen = self._run_tiny(has_head_dim=False)
+        self._model = self._seen.model
+        self._width = int(self._tiny.hidden_size)
         count = int(self._tiny.num_hidden_layers)
         lists = [
             path
@@ -180,6 +179,16 @@ class _Inferring:
                 raise _Unexplained(f"what leaves {before.path} is not what enters {after.path}")
         self._find_head()
 
+    def _run_tiny(self, has_head_dim: bool) -> Observation:
+        """Build and run a tiny model."""
+        self._has_head_dim = has_head_dim
+        self._tiny = tiny_like(self._config, has_head_dim)
+        model = random_model(self._tiny, dtype="float64", trust_remote_code=self._trusted)
+        sizes = {size for parameter in model.parameters() for size in parameter.shape}
+        if has_head_dim and HEAD_DIM * SIZES["num_attention_heads"] not in sizes:
+            raise _Unexplained("the class takes no notice of head_dim")
+        return observe(model, self._ids)
+
     def _find_head(self) -> None:
         head = self._model.get_output_embeddings()
         call = next((call for call in self._seen.calls.values() if call.module is head), None)
@@ -192,9 +201,7 @@ class _Inferring:
         self.found["head"] = self._head.path
         outside = [c for path, c in self._seen.calls.items() if not path.startswith(f"{self._blocks}.")]
         norms = [
-            c
-            for c in outside
-            if _equal(c.entering, self._block_calls[-1].leaving) and _equal(c.leaving, call.entering)
+            c for c in outside if _equal(c.entering, self._block_calls[-1].leaving) and _equal(c.leaving, call.entering)
         ]
         if not norms:
             raise _Unexplained(f"no norm lies between the last block and {call.path}")
@@ -216,7 +223,7 @@ class _Inferring:
         ]
         self.found["embeddings"] = [call.path for call in tables]
         scale = self._embedding_scale(self._seen, self._block_calls[0], [call.path for call in tables])
-        wider, _ = tiny_like(self._config, **{self._own("hidden_size"): 2 * self._width})
+        wider = self._wider()
         other = observe(random_model(wider, dtype="float64", trust_remote_code=self._trusted), self._ids)
         scale_of_other = self._embedding_scale(other, other.calls[f"{self._blocks}.0"], [call.path for call in tables])
         growth = scale_of_other / scale
@@ -233,21 +240,24 @@ class _Inferring:
     def _embedding_scale(self, seen: Observation, first: Call, paths: Sequence[str]) -> float:
         """Return c with: stream = c x sum of the tables' rows."""
         stream = first.entering
+        assert stream is not None
         total = torch.zeros_like(stream)
         for path in paths:
-            rows = seen.calls[path].module.weight.detach()
             made = seen.calls[path].leaving
-            # an embedding may scale what it returns: compare with the rows themselves
-            total += _rows_behind(rows, made).expand(len(stream) // len(made) * len(made), -1) if len(
-                made
-            ) == len(stream) else _rows_behind(rows, made).repeat(len(stream) // len(made), 1)
+            assert made is not None
+            # the rows themselves, because an embedding may scale what it returns; positions are looked up once
+            total += _rows_behind(seen.calls[path].module.weight.detach(), made).repeat(len(stream) // len(made), 1)
         scale = float((stream * total).sum() / total.square().sum()) if paths else 0.0
         if not paths or not _close(stream, scale * total):
             raise _Unexplained(
-                f"the stream that enters the first block is not a multiple of the sum of {', '.join(paths) or 'tables'}: "
-                "something changes the embeddings on their way"
+                "the stream that enters the first block is not a multiple of the sum of "
+                f"{', '.join(paths) or 'any tables'}: something changes the embeddings on their way"
             )
         return scale
+
+    def _wider(self) -> Any:
+        """Return the tiny config with twice the hidden size."""
+        return tiny_like(self._config, self._has_head_dim, **{self._own("hidden_size"): 2 * self._width})
 
     def _rows(self, count: int, path: str) -> tuple[str, int]:
         if path == self._path_of(self._model.get_input_embeddings()):
@@ -295,7 +305,7 @@ class _Inferring:
         if written is None:
             written = self._explain_gated(rest, remaining)
         if not group or written is None or not written:
-            self._complain(block, rest, norms, group)
+            self._complain(block, rest, norms, group, remaining)
         steps.append((group, written))
         return self._block_of(block, steps)
 
@@ -314,18 +324,23 @@ class _Inferring:
         return None
 
     def _complain(
-        self, block: Call, rest: torch.Tensor, norms: Mapping[str, Call], group: Sequence[Call]
-    ) -> None:
+        self,
+        block: Call,
+        rest: torch.Tensor,
+        norms: Mapping[str, Call],
+        group: Sequence[Call],
+        leaves: Sequence[Call],
+    ) -> NoReturn:
         """Say why a block cannot be explained."""
         if not group:
             raise _Unexplained(f"no norm of {block.path} sees the stream as it enters")
-        through = [
-            norm for norm in norms.values() if norm not in group and norm.order > group[-1].order
-        ]
-        if through:
+        through = [norm for norm in norms.values() if norm not in group]
+        passed = _explain(rest, [*leaves, *through])
+        names = [call.path for call, _, _ in passed or () if call in through]
+        if names:
             raise _Unexplained(
-                f"what {block.path} adds to the stream passes through {', '.join(norm.path for norm in through)}, and a "
-                "norm's weight does not commute with a rotation"
+                f"what {block.path} adds to the stream passes through {' and '.join(names)}, and a norm's weight does "
+                "not commute with a rotation"
             )
         raise _Unexplained(f"what {block.path} adds to the stream is not the sum of what its linear maps return")
 
@@ -343,9 +358,7 @@ class _Inferring:
             raise _Unexplained(f"the branches of {block.path} do not each lie in a module")
         return Block(tuple(branches), is_parallel)
 
-    def _branches(
-        self, prefix: str, norms: Sequence[Call], written: Sequence[tuple[Call, float, str]]
-    ) -> list[Branch]:
+    def _branches(self, prefix: str, norms: Sequence[Call], written: Sequence[tuple[Call, float, str]]) -> list[Branch]:
         """Declare the branches of one step, told apart by the module of the block in which they lie."""
         below = self._seen.below(prefix[:-1])
         branches = []
@@ -371,9 +384,7 @@ class _Inferring:
                 found.append((norm.path, dataclasses.replace(linear, path=path, bias=bias)))
             if not found or len({norm for norm, _ in found}) != 1 or len(multipliers) != 1:
                 raise _Unexplained(f"the branch {module or prefix[:-1]} has no single norm and multiplier")
-            writers = [
-                self._writer(call, gate, prefix) for call, _, gate in mine if not _is_experts(call.module)
-            ]
+            writers = [self._writer(call, gate, prefix) for call, _, gate in mine if not _is_experts(call.module)]
             if len(writers) > 1:
                 raise _Unexplained(f"the branch {module} has several writers")
             branches.append(
@@ -432,12 +443,12 @@ class _Inferring:
         """Return what kind of norm over the stream a call is, if it is one."""
         if call.entering is None or call.leaving is None:
             return None
-        if not call.entering.shape == call.leaving.shape or call.entering.shape[-1] != self._width:
+        if call.entering.shape != call.leaving.shape or call.entering.shape[-1] != self._width:
             return None
         weight, bias = getattr(call.module, "weight", None), getattr(call.module, "bias", None)
         if any(value is not None and value.shape != (self._width,) for value in (weight, bias)):
             return None
-        names = {float(getattr(self._tiny, name)): name for name in _epsilons(self._tiny)}
+        names = {float(getattr(self._tiny, name)): name for name in _distinct_floats(self._config) if "eps" in name}
         epsilons: list[tuple[float, str | float]] = [*names.items(), *((value, value) for value in FIXED_EPSILONS)]
         kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
         for kind, (value, epsilon) in itertools.product(kinds, epsilons):
@@ -461,12 +472,12 @@ class _Inferring:
             "vocab_size": SIZES["vocab_size"],
         }
         fields = {name: value for name, value in self._tiny.to_dict().items() if type(value) is int and value > 8}
-        fields |= {name: SIZES[name] for name in ("num_experts", "num_local_experts") if self._value(name)}
+        fields |= {name: SIZES[name] for name in ("num_experts", "num_local_experts") if name in self._tiny.to_dict()}
         known |= {self._usual(name): value for name, value in fields.items() if self._usual(name) not in known}
-        known.pop("hidden_size", None)
-        for factor in (1, 2):
+        for factor in (1, 2, 3, 4):
             for name, value in known.items():
-                if factor * value == size:
+                # a width that is the hidden size itself would not be told from the stream
+                if factor * value == size and (factor > 1 or name != "hidden_size"):
                     return name if factor == 1 else f"{factor}*{name}"
         if size <= 8:
             return "num_attention_heads" if size == heads else str(size)
@@ -486,10 +497,10 @@ class _Inferring:
 
     def _multiplier(self, value: float) -> str:
         """Return the config field that multiplies a branch."""
-        if abs(value - 1) < 1e-9:
-            switches = [name for name, field in self._tiny.to_dict().items() if _is_multiplier(name, field)]
-            return switches[0] if switches else ""
-        names = [name for name, field in self._tiny.to_dict().items() if isinstance(field, float) and field == value]
+        if abs(value - 1) < TOLERANCE:
+            return ""
+        floats = {name: field for name, field in self._tiny.to_dict().items() if isinstance(field, float)}
+        names = [name for name, field in floats.items() if abs(field - value) < TOLERANCE]
         if not names:
             raise _Unexplained(f"a branch is multiplied by {value:.6g}, which no config field gives")
         return names[0]
@@ -509,7 +520,7 @@ class _Inferring:
             for name, value in self._tiny.to_dict().items():
                 if "bias" in name and isinstance(value, bool):
                     try:
-                        other, _ = tiny_like(self._config, **{name: not value})
+                        other = tiny_like(self._config, self._has_head_dim, **{name: not value})
                         there = _biased(_shapes(other, self._trusted))
                     except SlicecliError:
                         continue
@@ -519,8 +530,7 @@ class _Inferring:
     def check_parameters(self) -> None:
         """Account for every parameter: what is left in a block must not grow with the hidden size."""
         shapes = {name: tuple(value.shape) for name, value in self._model.named_parameters()}
-        wider, _ = tiny_like(self._config, **{self._own("hidden_size"): 2 * self._width})
-        self._wider_shapes = _shapes(wider, self._trusted)
+        self._wider_shapes = _shapes(self._wider(), self._trusted)
         bare = self._declare(self._block)
         declared = set(bare.dimensions(self._tiny.to_dict()).stream_parameters())
         declared |= set(bare.dimensions(self._tiny.to_dict()).other_parameters())
@@ -551,7 +561,9 @@ class _Inferring:
             obstacle = f"{type(self._config).__name__} refuses a head width that is not hidden size over heads."
         else:
             sizes = dimensions.stream_parameters()
-            tied = [name for name, shape in sliced.items() if math.prod(shape) != math.prod(sizes.get(name, (0,))) * dim]
+            tied = [
+                name for name, shape in sliced.items() if math.prod(shape) != math.prod(sizes.get(name, (0,))) * dim
+            ]
             others = dimensions.other_parameters()
             tied = [name for name in tied if math.prod(sliced[name]) != math.prod(others.get(name, (0,)))]
             if tied:
@@ -572,6 +584,8 @@ class _Inferring:
         dimensions = self.adapter.dimensions(self._tiny.to_dict())
         shapes = {name: tuple(value.shape) for name, value in self._model.named_parameters()}
         dimensions.require_declared(shapes)
+        real = self.adapter.dimensions(self._config.to_dict())
+        real.require_declared(_shapes(self._config, self._trusted))
         if self._has_head_dim:
             prove_accounting({self._width: shapes, 2 * self._width: self._wider_shapes}, dimensions)
         self.error = max(prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2))
@@ -632,6 +646,10 @@ def _explain(rest: torch.Tensor, calls: Sequence[Call]) -> list[tuple[Call, floa
     Returns:
         The modules whose multiple is not zero, with it (and no gate).
     """
+    # a module that only hands on what one inside it returned explains nothing; the inner one ended first
+    calls = [
+        call for i, call in enumerate(calls) if not any(_equal(call.leaving, other.leaving) for other in calls[:i])
+    ]
     if not calls:
         return None
     columns = torch.stack([call.leaving.flatten() for call in calls], dim=1)
@@ -661,10 +679,6 @@ def _is_experts(module: nn.Module) -> bool:
     return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
-def _is_multiplier(name: str, value: Any) -> bool:
-    return name == "residual_multiplier" and isinstance(value, (int, float))
-
-
 def _biased(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return {name.removesuffix(".bias") for name in shapes if name.endswith(".bias")}
 
@@ -675,4 +689,6 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Say whether two float64 results are the same but for rounding."""
-    return one.shape == other.shape and float((one - other).norm()) <= TOLERANCE * float(other.norm())
+    if one.shape != other.shape:
+        return False
+    return float((one - other).detach().norm()) <= TOLERANCE * float(other.detach().norm())

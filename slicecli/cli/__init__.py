@@ -63,6 +63,7 @@ class LazyGroup(click.Group):
                 from slicecli.cli.output import warn_of_broken_plugins
 
                 warn_of_broken_plugins()
+                _say_what_was_found(getattr(error, "found", {}))
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 
@@ -74,6 +75,14 @@ class LazyGroup(click.Group):
             self._asked_plugins = True
             plugins().manager.hook.slicecli_register_commands(group=self)
         return dict(self.commands)
+
+
+def _say_what_was_found(found: dict[str, Any]) -> None:
+    """Print how far the inference of an adapter came, so that the author of a plugin has a start."""
+    for name, value in found.items():
+        lines = value if isinstance(value, list) else [value]
+        for line in lines:
+            click.echo(f"found {name}: {line}", err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -23,24 +23,38 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Show the family of MODEL, its sizes, its legal dims, and who reads and writes its residual stream."""
-    from slicecli.adapters import select_adapter
-    from slicecli.plugins import plugins
+    """Show the family of MODEL, its sizes, its legal dims, and who reads and writes its residual stream.
+
+    For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
+    with the check that failed.
+    """
+    from slicecli.engine import find_adapter, full_fields
+    from slicecli.errors import UnsupportedModelError
     from slicecli.record import read_record
     from slicecli.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()
-    chosen = select_adapter(source.fields, plugins().adapters, adapter)
-    dimensions = chosen.dimensions(source.fields)
+    try:
+        chosen, inference = find_adapter(source, adapter)
+    except UnsupportedModelError as error:
+        if output_format == "json" and hasattr(error, "found"):
+            kind = source.fields.get("model_type")
+            found = {"check": error.check, "reason": error.cause, "found": error.found}
+            show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
+        raise
+    fields = source.fields if inference is None else full_fields(source)
+    dimensions = chosen.dimensions(fields)
     legal = dimensions.legal_dims()
     record = read_record(source.folder)
     document: dict[str, Any] = {
         "model": source.name,
         "revision": source.commit,
-        "model_type": source.fields.get("model_type"),
+        "model_type": fields.get("model_type"),
         "adapter": chosen.name,
-        "layout": "stock",
+        "inferred": None if inference is None else {"checks": list(inference.checks), "error": inference.error},
+        "layout": chosen.layout(fields),
+        "stock_obstacle": chosen.why_not_stock(fields),
         "hidden_size": dimensions.hidden_size,
         "blocks": dimensions.blocks,
         "heads": dimensions.heads,
@@ -55,30 +69,18 @@ def command(
             "largest": legal[-1] if legal else None,
         },
         "slice_of": record["source"]["model"] if record and "source" in record else None,
-        "declaration": {
-            "embeddings": list(chosen.embeddings),
-            "blocks": chosen.blocks,
-            "branches": [
-                {
-                    "norm": branch.norm,
-                    "readers": [reader.path for reader in branch.readers],
-                    "writer": branch.writer.path,
-                }
-                for branch in chosen.branches
-            ],
-            "final_norm": chosen.final_norm,
-            "head": chosen.head,
-        },
+        "declaration": dimensions.declaration(),
     }
     if output_format == "json":
         show.print_json(document)
         return
+    how = f"adapter {chosen.name}" if inference is None else "adapter inferred"
     show.print_table(
         ["", ""],
         [
             ["model", source.name],
             *([["slice of", document["slice_of"]]] if document["slice_of"] else []),
-            ["type", f"{document['model_type']} (adapter {chosen.name}, stock layout)"],
+            ["type", f"{document['model_type']} ({how}, {document['layout']} layout)"],
             ["hidden size", f"{dimensions.hidden_size:,}"],
             ["blocks", f"{dimensions.blocks}"],
             ["heads", f"{dimensions.heads} x {dimensions.head_dim}, {dimensions.key_value_heads} key/value"],
@@ -90,16 +92,39 @@ def command(
             ["legal dims", f"multiples of {dimensions.dim_multiple}, {legal[0]} to {legal[-1]}" if legal else "none"],
         ],
     )
-    declaration = document["declaration"]
-    show.print_table(
-        ["norm", "read by", "written by"],
-        [
-            ["(embeddings)", "", ", ".join(declaration["embeddings"])],
-            *(
-                [f"{chosen.blocks}.*.{branch['norm']}", ", ".join(branch["readers"]), branch["writer"]]
-                for branch in declaration["branches"]
-            ),
-            [chosen.final_norm, chosen.head, ""],
-        ],
-        is_numeric=False,
-    )
+    _print_declaration(document["declaration"])
+    if document["stock_obstacle"]:
+        show.note(f"A slice needs the custom-code layout: {document['stock_obstacle']}")
+    if inference is not None:
+        show.note(
+            f"No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, and "
+            f"a rotation of a small model's stream changes its logits by {inference.error:.0e}."
+        )
+
+
+def _print_declaration(declaration: dict[str, Any]) -> None:
+    """Print who reads and who writes the stream, a line for each norm."""
+    rows = [["(embeddings)", "", ", ".join(table["path"] for table in declaration["embeddings"])]]
+    for kind in declaration["block_kinds"]:
+        which = "*" if len(declaration["block_kinds"]) == 1 else _ranges(kind["blocks"])
+        for branch in kind["branches"]:
+            readers = [reader["path"] for reader in branch["readers"]]
+            writers = [branch["writer"]["path"]] if branch["writer"] else []
+            if branch["experts"]:
+                readers.append(branch["experts"]["reader"])
+                writers.append(branch["experts"]["writer"])
+            norm = f"{declaration['blocks']}.{which}.{branch['norm']}"
+            rows.append([norm, ", ".join(readers), ", ".join(writers)])
+    rows.append([declaration["final_norm"], declaration["head"]["path"], ""])
+    show.print_table(["norm", "read by", "written by"], rows, is_numeric=False)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return block numbers as a person writes them: 0-3, 5."""
+    parts: list[str] = []
+    for index, number in enumerate(numbers):
+        if index and number == numbers[index - 1] + 1:
+            parts[-1] = f"{parts[-1].partition('-')[0]}-{number}"
+        else:
+            parts.append(str(number))
+    return f"[{','.join(parts)}]"

@@ -112,6 +112,11 @@ def command(
             f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "
             f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}"
         )
+        if job.inference is not None:
+            show.note(
+                f"No plugin knows the type {plan.model_type}: the adapter was inferred, and proved on a small model "
+                f"(logits change by {job.inference.error:.0e} under a rotation)."
+            )
     if dry_run:
         _report({**_fields(plan, folder, job.source.commit), "dry_run": True}, output_format)
         return
@@ -144,6 +149,7 @@ def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
+        "adapter": plan.adapter,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
