@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job",
-    "Silent",
     "SliceOptions",
     "SliceReport",
     "find_adapter",
@@ -132,16 +131,6 @@ class SliceReport:
     seconds: float
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
-
-
-class Silent:
-    """A progress that nobody watches."""
-
-    def start(self, phase: str, total: int) -> None:
-        """Ignore the beginning of a phase."""
-
-    def advance(self, detail: str = "") -> None:
-        """Ignore a step."""
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
@@ -247,7 +236,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
-    from slicecli.slicing.pipeline import Batches, DenseModel, collect_basis, refit
+    from slicecli.slicing.pipeline import Batches, DenseModel, Silent, collect_basis, refit
 
     started = time.perf_counter()
     progress = progress or Silent()
@@ -458,8 +447,8 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
     dtype = getattr(torch, plan.dtype)
     shapes = {
         stored: tuple(tensor.shape)
-        for name, parameter in shell.named_parameters()
-        for stored, tensor in checkpoint_tensors(shell, name, parameter).items()
+        for name, value in shell.state_dict().items()
+        for stored, tensor in checkpoint_tensors(shell, name, value).items()
     }
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size)
 

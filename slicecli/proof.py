@@ -1,26 +1,30 @@
 """Proving a declaration on a model: the stream is read and written where it says, and nowhere else.
 
-At full width a slice is a rotation, which changes nothing that a declaration describes rightly: what each reader
-makes of the stream and what enters each writer stay the same number for number, and the stream itself is turned by
-the basis. So both models run side by side, and the first value that differs tells where the declaration is wrong.
+At full width a slice is a rotation, and the refit finds nothing to mend. Neither changes anything that a declaration
+describes rightly: what each reader makes of the stream and what enters each writer stay the same number for number,
+and the stream itself is turned by the basis. So both models run side by side, and the first value that differs tells
+where the declaration is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import PluginError
 from slicecli.slicing.basis import Basis, centred_frame
-from slicecli.slicing.blocks import first_tensor
+from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
 from slicecli.slicing.folding import project
 from slicecli.slicing.maps import stream_scale
+from slicecli.slicing.pipeline import Batches, DenseModel, Silent, Target, collect_basis, refit
 
 __all__ = [
     "ModelWeights",
@@ -28,9 +32,11 @@ __all__ = [
     "logits",
     "projected_model",
     "prove_accounting",
+    "prove_refit",
     "prove_rotation",
     "random_basis",
     "relative_error",
+    "slice_in_memory",
 ]
 
 
@@ -41,12 +47,14 @@ class ModelWeights:
         self._model = model
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one parameter."""
-        return self._model.get_parameter(name).detach()
+        """Return one parameter or persistent buffer."""
+        path, _, leaf = name.rpartition(".")
+        found: torch.Tensor = getattr(self._model.get_submodule(path), leaf)
+        return found.detach()
 
     def module(self, path: str) -> dict[str, torch.Tensor]:
-        """Return all parameters below a module, by their names inside it."""
-        return {name: value.detach() for name, value in self._model.get_submodule(path).named_parameters()}
+        """Return all parameters and persistent buffers below a module, by their names inside it."""
+        return {name: value.detach() for name, value in self._model.get_submodule(path).state_dict().items()}
 
 
 def identity_basis(dimensions: Dimensions, device: torch.device | None = None) -> Basis:
@@ -77,20 +85,33 @@ def projected_model(model: Any, dimensions: Dimensions, basis: Basis, dim: int |
         basis: The basis, on the model's device.
         dim: k; `None` keeps the full width, for which every family's own class will do.
     """
-    adapter = dimensions.adapter
-    fields = model.config.to_dict() | {"tie_word_embeddings": False}
-    if dim is not None:
-        fields |= {adapter.names.get("hidden_size", "hidden_size"): dim, "head_dim": dimensions.head_dim}
-    config = type(model.config).from_dict(fields)
-    config._attn_implementation = model.config._attn_implementation
-    sliced = type(model)(config).to(device=model.device, dtype=model.dtype).eval()
-    if sliced._can_set_experts_implementation():
-        sliced.set_experts_implementation("eager")
+    sliced = _empty_like(model, dimensions, dim)
     tensors: dict[str, torch.Tensor] = {}
     project(dimensions, ModelWeights(model), basis, dim or dimensions.hidden_size, model.dtype, tensors.__setitem__)
-    buffers = {name: value for name, value in model.named_buffers() if name in sliced.state_dict()}
+    buffers = {name: ModelWeights(model).tensor(name) for name in persistent_buffers(model)}
     sliced.load_state_dict(buffers | tensors, strict=True)
     return sliced
+
+
+def _empty_like(model: Any, dimensions: Dimensions, dim: int | None = None, on_meta: bool = False) -> Any:
+    """Return a model of the same class and device with weights of no meaning, its head apart from its embeddings.
+
+    Args:
+        model: The model.
+        dimensions: Its sizes.
+        dim: Its hidden size; `None` keeps the model's.
+        on_meta: Make no weights at all.
+    """
+    fields = model.config.to_dict() | {"tie_word_embeddings": False}
+    if dim is not None and dim != dimensions.hidden_size:
+        fields |= {dimensions.adapter.names.get("hidden_size", "hidden_size"): dim, "head_dim": dimensions.head_dim}
+    config = type(model.config).from_dict(fields)
+    config._attn_implementation = model.config._attn_implementation
+    with init_empty_weights() if on_meta else nullcontext():
+        made = type(model)(config)
+    if made._can_set_experts_implementation():
+        made.set_experts_implementation("eager")
+    return made.eval() if on_meta else made.to(device=model.device, dtype=model.dtype).eval()
 
 
 @torch.no_grad()
@@ -168,22 +189,95 @@ def prove_rotation(
     """
     basis = random_basis(dimensions, seed, model.device)
     rotated = projected_model(model, dimensions, basis)
+    return _prove_same(model, rotated, dimensions, basis, token_ids, tolerance, "a rotation of the stream")
+
+
+def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:
+    """Check on a model that the refit at full width finds nothing to mend.
+
+    It does where a declaration hides what the rotation cannot show: what multiplies a branch, and which stream a
+    branch reads.
+
+    Args:
+        model: The dense model, with weights.
+        dimensions: Its sizes.
+        token_ids: Calibration rows, shape (rows, sequence length), on the model's device.
+        tolerance: The largest relative error that passes.
+
+    Returns:
+        The relative error of the logits.
+
+    Raises:
+        PluginError: Something differs; the message names the first module at fault.
+    """
+    (sliced,), basis = slice_in_memory(model, dimensions, token_ids, dimensions.hidden_size)
+    return _prove_same(model, sliced, dimensions, basis, token_ids, tolerance, "the refit at full width")
+
+
+def slice_in_memory(
+    model: Any, dimensions: Dimensions, token_ids: torch.Tensor, *dims: int, batch_rows: int = 8
+) -> tuple[list[Any], Basis]:
+    """Slice a model that is in memory, by the refit; nothing is read or written.
+
+    Args:
+        model: The dense model, with weights.
+        dimensions: Its sizes.
+        token_ids: Calibration rows, shape (rows, sequence length).
+        *dims: The dims; at full width any family will do, below only those whose own class can describe a slice.
+        batch_rows: Rows that go through the model at a time.
+
+    Returns:
+        The slices, in the model's dtype, and their basis.
+    """
+    tensors: list[dict[str, torch.Tensor]] = [{} for _ in dims]
+    made = [_empty_like(model, dimensions, dim) for dim in dims]
+    dense = DenseModel(
+        _empty_like(model, dimensions, on_meta=True),
+        ModelWeights(model),
+        dimensions.adapter,
+        dimensions,
+        model.device,
+        model.dtype,
+    )
+    targets = [
+        Target(dim, _empty_like(model, dimensions, dim, on_meta=True), model.dtype, found.__setitem__)
+        for dim, found in zip(dims, tensors, strict=True)
+    ]
+    batches = Batches(token_ids, batch_rows)
+    with Float64Throughout():
+        basis = collect_basis(dense, batches, Silent())
+        refit(dense, basis, targets, batches, Silent())
+    for sliced, found in zip(made, tensors, strict=True):
+        sliced.load_state_dict(found, strict=True)
+    return made, basis
+
+
+def _prove_same(
+    model: Any,
+    sliced: Any,
+    dimensions: Dimensions,
+    basis: Basis,
+    token_ids: torch.Tensor,
+    tolerance: float,
+    what: str,
+) -> float:
+    """Compare a model with its slice at full width, step by step."""
     leading = basis.leading(dimensions.hidden_size)
     turn = (stream_scale(leading) * leading).to(model.dtype)
-    for dense, sliced in zip(_run(model, dimensions, token_ids), _run(rotated, dimensions, token_ids), strict=True):
+    for dense, other in zip(_run(model, dimensions, token_ids), _run(sliced, dimensions, token_ids), strict=True):
         # a LayerNorm's stream is known but for its mean
         expected = dense.value @ turn if dense.is_stream else dense.value
-        found = sliced.value
+        found = other.value
         if dense.is_stream and basis.is_centred:
             found = found - found.mean(-1, keepdim=True)
         error = relative_error(found, expected)
         if error > tolerance:
             raise PluginError(
-                f"Adapter {dimensions.adapter.name!r} does not describe this model: after a rotation of the stream, "
-                f"{dense.label} differs (relative error {error:.1e}).",
+                f"Adapter {dimensions.adapter.name!r} does not describe this model: after {what}, {dense.label} "
+                f"differs (relative error {error:.1e}).",
                 dense.hint,
             )
-    return relative_error(logits(rotated, token_ids), logits(model, token_ids))
+    return relative_error(logits(sliced, token_ids), logits(model, token_ids))
 
 
 @torch.no_grad()

@@ -259,11 +259,13 @@ class DenseWeights:
                 f"The checkpoint of {source.name} lacks {len(missing)} tensors, the first of them {missing[0]}.",
                 "Download it again, or check that config.json belongs to it.",
             )
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+        own = dict(self._model.named_parameters())
+        shared = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - own.keys()
+        self._names = [name for name in self._model.state_dict() if name not in shared]
         self.dtype: torch.dtype = self._model.dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one parameter, on the CPU, in the checkpoint's dtype.
+        """Read one parameter or persistent buffer, on the CPU, in the checkpoint's dtype.
 
         Raises:
             WeightsError: It cannot be read, or holds NaN or infinity.
@@ -288,9 +290,9 @@ class DenseWeights:
         return tensor
 
     def module(self, path: str) -> dict[str, torch.Tensor]:
-        """Read all parameters below a module, by their names inside it."""
+        """Read all parameters and persistent buffers below a module, by their names inside it."""
         prefix = f"{path}."
-        return {name[len(prefix) :]: self.tensor(name) for name in self.shapes if name.startswith(prefix)}
+        return {name[len(prefix) :]: self.tensor(name) for name in self._names if name.startswith(prefix)}
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:

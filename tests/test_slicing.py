@@ -9,24 +9,12 @@ import torch
 from conftest import VOCABULARY, tiny_config, tiny_model
 
 from slicecli.adapters import select_adapter
-from slicecli.engine import Silent, sliced_config
+from slicecli.engine import sliced_config
 from slicecli.errors import WeightsError
 from slicecli.plugins import plugins
-from slicecli.slicing.pipeline import Batches, DenseModel, Target, collect_basis, refit
+from slicecli.proof import ModelWeights
+from slicecli.slicing.pipeline import Batches, DenseModel, Silent, Target, collect_basis, refit
 from slicecli.source import empty_model
-
-
-class MemoryWeights:
-    """Serves the parameters of a model that is in memory."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def tensor(self, name):
-        return self.model.get_parameter(name).detach()
-
-    def module(self, path):
-        return {name: value.detach() for name, value in self.model.get_submodule(path).named_parameters()}
 
 
 def random_rows(rows=40, length=24, seed=1):
@@ -39,7 +27,7 @@ def slice_in_memory(model, *dims, rows=None, dtype=torch.float32, batch=8):
     adapter = select_adapter(config.to_dict(), plugins().adapters)
     dimensions = adapter.dimensions(config.to_dict())
     shell = empty_model(config)
-    dense = DenseModel(shell, MemoryWeights(model), adapter, dimensions, torch.device("cpu"), dtype)
+    dense = DenseModel(shell, ModelWeights(model), adapter, dimensions, torch.device("cpu"), dtype)
     batches = Batches(random_rows() if rows is None else rows, batch)
     basis = collect_basis(dense, batches, Silent())
     tensors = [{} for _ in dims]
@@ -151,7 +139,7 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
     adapter = select_adapter(config.to_dict(), plugins().adapters)
     dimensions = adapter.dimensions(config.to_dict())
     dense = DenseModel(
-        empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+        empty_model(config), ModelWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
     )
     batches = Batches(random_rows(), 8)
     found = {}
@@ -177,7 +165,7 @@ def test_every_parameter_is_written_once_and_contiguous(family):
     adapter = select_adapter(config.to_dict(), plugins().adapters)
     dimensions = adapter.dimensions(config.to_dict())
     dense = DenseModel(
-        empty_model(config), MemoryWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+        empty_model(config), ModelWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
     )
     batches = Batches(random_rows(rows=10), 4)
     names = []

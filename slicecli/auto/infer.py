@@ -26,7 +26,7 @@ from torch import nn
 from slicecli.adapters import Adapter, Block, Branch, Embedding, Experts, Kept, Linear, Norm
 from slicecli.auto.observe import Call, Observation, observe
 from slicecli.errors import SlicecliError, UnsupportedModelError, reason_of
-from slicecli.proof import prove_accounting, prove_rotation
+from slicecli.proof import prove_accounting, prove_refit, prove_rotation
 from slicecli.slicing.moments import normalise
 from slicecli.tiny import HEAD_DIM, SIZES, random_model, tiny_config
 
@@ -588,7 +588,8 @@ class _Inferring:
         real.require_declared(_shapes(self._config, self._trusted))
         if self._has_head_dim:
             prove_accounting({self._width: shapes, 2 * self._width: self._wider_shapes}, dimensions)
-        self.error = max(prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2))
+        errors = [prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2)]
+        self.error = max(*errors, prove_refit(self._model, dimensions, self._ids, TOLERANCE))
 
     def _declare(self, block: Block) -> Adapter:
         kind = type(self._config)

@@ -97,8 +97,8 @@ def command(
         show.note(f"A slice needs the custom-code layout: {document['stock_obstacle']}")
     if inference is not None:
         show.note(
-            f"No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, and "
-            f"a rotation of a small model's stream changes its logits by {inference.error:.0e}."
+            "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "
+            f"and a rotation of a small model's stream changes its logits by {inference.error:.0e}."
         )
 
 

@@ -102,7 +102,7 @@ def size(count: int) -> str:
 def progress(is_quiet: bool) -> Iterator[Progress]:
     """Show progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
     if is_quiet:
-        from slicecli.engine import Silent
+        from slicecli.slicing.pipeline import Silent
 
         yield Silent()
     elif sys.stderr.isatty():

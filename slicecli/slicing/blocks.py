@@ -30,6 +30,7 @@ __all__ = [
     "fill",
     "first_tensor",
     "move_buffers",
+    "persistent_buffers",
     "record_calls",
     "run_block",
     "silenced",
@@ -95,6 +96,20 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
     for name, buffer in list(module.named_buffers()):
         if buffer.device != device:
             set_module_tensor_to_device(module, name, device, value=buffer)
+
+
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that a checkpoint of a module holds beside its parameters.
+
+    Raises:
+        PluginError: One is not of floating type.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    found = {name: value for name, value in module.state_dict().items() if name not in parameters}
+    for name, value in found.items():
+        if not value.is_floating_point():
+            raise PluginError(f"The buffer {name} is of type {value.dtype}; only floating ones can be copied.")
+    return list(found)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

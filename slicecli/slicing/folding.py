@@ -44,14 +44,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 class WeightReader(Protocol):
-    """Reads dense parameters by module name."""
+    """Reads dense parameters and persistent buffers by their names in the model."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one parameter."""
+        """Return one of them."""
         ...
 
     def module(self, path: str) -> Tensors:
-        """Return all parameters below a module, by their names inside it."""
+        """Return all of them below a module, by their names inside it."""
         ...
 
 

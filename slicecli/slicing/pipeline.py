@@ -43,7 +43,7 @@ from slicecli.slicing.maps import projection_for_readers, stream_scale
 from slicecli.slicing.moments import Moments, add_outer, inverse_scale, normalise, widen
 from slicecli.slicing.ridge import Correction, solve_ridge
 
-__all__ = ["Batches", "DenseModel", "Progress", "Target", "collect_basis", "refit"]
+__all__ = ["Batches", "DenseModel", "Progress", "Silent", "Target", "collect_basis", "refit"]
 
 READER_ROWS = 8192
 HELD_OUT_EVERY = 5
@@ -59,6 +59,16 @@ class Progress(Protocol):
     def advance(self, detail: str = "") -> None:
         """One step is done; `detail` is a short remark on it."""
         ...
+
+
+class Silent:
+    """A progress that nobody watches."""
+
+    def start(self, phase: str, total: int) -> None:
+        """Ignore the beginning of a phase."""
+
+    def advance(self, detail: str = "") -> None:
+        """Ignore a step."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +247,16 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
             for parameter_name, parameter in sliced_block.named_parameters():
                 target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
+            for buffer_name in running.persistent_buffers(sliced_block):
+                target.sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", target.dtype))
             running.clear(sliced_block)
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
         _fit_head(dense, target, streams, bases[target.dim], held_out)
+        for name in running.persistent_buffers(target.shell):
+            if not name.startswith(f"{dense.adapter.blocks}."):
+                target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
         target._stream.clear()
     progress.advance()
 
@@ -604,8 +619,9 @@ def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, ba
 def _prepare_block(
     dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Fill what needs no fit: norms lose their effect, parameters apart from the stream are copied."""
-    values = {kept.path: weights[kept.path].to(target.dtype) for kept in declared.kept}
+    """Fill what needs no fit: norms lose their effect, what does not touch the stream is copied."""
+    names = [kept.path for kept in declared.kept] + running.persistent_buffers(block)
+    values = {name: weights[name].to(target.dtype) for name in names}
     for path in declared.norms:
         values |= neutral_norm(dense.dimensions, path, target.dim)
     running.fill(block, values, dense.device, dense.dtype)
