@@ -1,0 +1,398 @@
+"""The conformance suite of a declaration: one class, every property that must hold.
+
+A failing test names the parameter or module at fault. Tests that make sense for some declarations only say what they
+require (`slicecli_requires`), and are skipped elsewhere: whether a family is stock follows from its declaration.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from slicecli.adapters import Adapter
+from slicecli.dimensions import Dimensions
+from slicecli.engine import SliceOptions, find_adapter, full_fields, plan_slices, quiet_libraries, run_slices
+from slicecli.errors import RequestError, UnsupportedModelError
+from slicecli.plan import Width
+from slicecli.proof import (
+    identity_basis,
+    logits,
+    projected_model,
+    prove_accounting,
+    prove_refit,
+    prove_rotation,
+    relative_error,
+    slice_in_memory,
+)
+from slicecli.source import Source, empty_model
+from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
+from slicecli.tiny import random_model, tiny_config
+
+__all__ = ["AdapterTests", "Subject", "make_subject", "tiny_of"]
+
+FLOAT64, FLOAT32 = 1e-9, 1e-4
+ROWS, LENGTH = 40, 24
+
+
+class Subject:
+    """The model that a declaration is tested on, and what is made of it; everything is made once, when it is needed.
+
+    Attributes:
+        adapter: The declaration.
+        model: The model with weights, in float32.
+        fields: The fields of its config.
+        dimensions: Its sizes.
+        is_real: It is a checkpoint that was named, not a tiny random model.
+    """
+
+    def __init__(
+        self, adapter: Adapter, model: Any, folder: Path, is_real: bool, fields: Mapping[str, Any] | None = None
+    ) -> None:
+        self.adapter = adapter
+        self.model = model
+        self.fields = model.config.to_dict() if fields is None else fields
+        self.adapter.require_sliceable(self.fields)
+        self.dimensions: Dimensions = adapter.dimensions(self.fields)
+        self.is_real = is_real
+        self._folder = folder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        found: torch.device = self.model.device
+        return found
+
+    @functools.cached_property
+    def exact(self) -> Any:
+        """The model in float64."""
+        model = type(self.model)(self.model.config).to(self.device, torch.float64).eval()
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")
+        model.load_state_dict(self.model.state_dict())
+        return model
+
+    @functools.cached_property
+    def token_ids(self) -> torch.Tensor:
+        """Random tokens, shape (rows, sequence length)."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (8 if self.is_real else ROWS, LENGTH)
+        return torch.randint(2, min(self.dimensions.vocabulary, 258), shape, generator=generator).to(self.device)
+
+    @property
+    def dim(self) -> int:
+        """A legal dim near three quarters of the hidden size."""
+        return self.dimensions.nearest_legal(self.dimensions.hidden_size * 3 // 4)[0]
+
+    @functools.cached_property
+    def checkpoint(self) -> Path:
+        """The model as a folder."""
+        if self.is_real:
+            return self._folder
+        return save_checkpoint(self.model, self._folder / f"tiny-{self.adapter.name}")
+
+    @functools.cached_property
+    def sliced(self) -> Path:
+        """A slice of the model, made as the command makes it."""
+        parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
+        text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
+        options = SliceOptions(
+            calibration=str(text), samples=24, sequence_length=32, dtype="float32", device=str(self.device)
+        )
+        with quiet_libraries(), _registered(self.adapter):
+            run_slices(plan_slices(str(self.checkpoint), [Width(self.dim)], [output], options))
+        return output
+
+    @functools.cached_property
+    def loaded(self) -> Any:
+        """The slice, loaded as anybody would."""
+        return transformers.AutoModelForCausalLM.from_pretrained(self.sliced, dtype=torch.float32).eval()
+
+    @property
+    def capabilities(self) -> set[str]:
+        """What the declaration says of the model, as words that tests can require."""
+        blocks = self.dimensions.declared_blocks
+        branches = [branch for block in blocks for branch in block.branches]
+        linears = [linear for branch in branches for linear in (*branch.readers, branch.writer) if linear is not None]
+        found = {
+            self.adapter.layout(self.fields): True,
+            "tied": self.dimensions.is_tied,
+            "biases": any(self.dimensions.has_bias(linear) for linear in linears),
+            "parallel": any(block.is_parallel for block in blocks),
+            "experts": any(branch.experts is not None for branch in branches),
+            "layer-norm": self.adapter.norm.kind == "layer",
+            "transposed": any(linear.is_transposed for linear in linears),
+        }
+        return {name for name, holds in found.items() if holds}
+
+
+def make_subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
+    """Make the subject of a test class: the checkpoint of `--slicecli-model`, else a tiny model of the class's adapter.
+
+    Args:
+        request: The request for the fixture `slicecli_subject`; its parameter, where it has one, is an adapter and a
+            config, and stands for the class's own.
+        folder: A folder for what is written.
+    """
+    name, device = request.config.getoption("slicecli_model"), request.config.getoption("slicecli_device")
+    if name:
+        source = Source.find(name)
+        source.fetch_weights()
+        adapter = find_adapter(source, request.config.getoption("slicecli_adapter"))[0]
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+        return Subject(adapter, model.to(device), source.folder, is_real=True, fields=full_fields(source))
+    adapter, config = getattr(request, "param", None) or (request.cls.adapter, request.cls.tiny_config)
+    if adapter is None:
+        pytest.fail(f"{request.cls.__name__} names no adapter: set the attribute `adapter`")
+    if config is None or isinstance(config, dict):
+        config = tiny_of(adapter, adapter.model_types[0], **(config or {}))
+    return Subject(adapter, random_model(config).to(device), folder, is_real=False)
+
+
+def tiny_of(adapter: Adapter, model_type: str, **changes: Any) -> Any:
+    """Return the config of a tiny model of one of an adapter's types.
+
+    Args:
+        adapter: The adapter.
+        model_type: The type.
+        **changes: Config fields to change.
+    """
+    return tiny_config(model_type, has_head_dim=adapter.layout(changes) == "stock", **changes)
+
+
+@pytest.mark.slicecli_suite
+class AdapterTests:
+    """Every property of a declaration. Subclass it and name the adapter.
+
+    Attributes:
+        adapter: The declaration under test.
+        tiny_config: The transformers config of a small model of the family, or a dict of fields to change in the
+            one that `slicecli.tiny` makes, which does for most.
+
+    Example:
+        >>> class TestMine(AdapterTests):
+        ...     adapter = ADAPTER
+    """
+
+    adapter: Adapter | None = None
+    tiny_config: Any = None
+
+    @pytest.fixture
+    def subject(self, request: pytest.FixtureRequest, slicecli_subject: Subject) -> Subject:
+        """The model under test; skips what the declaration does not have."""
+        for marker in request.node.iter_markers("slicecli_requires"):
+            missing = sorted(set(marker.args) - slicecli_subject.capabilities)
+            if missing:
+                pytest.skip(f"adapter {slicecli_subject.adapter.name} is not {', '.join(missing)} here")
+        return slicecli_subject
+
+    # the declaration
+
+    def test_it_names_every_parameter_with_its_size(self, subject: Subject) -> None:
+        """Nothing is forgotten, nothing invented, every width and bias is right."""
+        subject.dimensions.require_declared(_shapes(subject.model))
+
+    def test_counts_equal_the_model(self, subject: Subject) -> None:
+        """The count that needs no model equals the model's."""
+        assert subject.dimensions.parameters() == sum(value.numel() for value in subject.model.parameters())
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_exactly_what_touches_the_stream_grows_with_it(self, subject: Subject) -> None:
+        """A parameter has an axis of hidden size if and only if it is declared to touch the stream."""
+        shapes = {
+            size: _shapes(empty_model(_resized(subject, size)))
+            for size in (subject.dimensions.hidden_size, subject.dimensions.hidden_size * 2)
+        }
+        prove_accounting(shapes, subject.dimensions)
+
+    # what a rotation must leave alone
+
+    def test_folding_the_norms_leaves_logits_unchanged(self, subject: Subject, record_property: Any) -> None:
+        """Norm weights and biases move into the readers exactly."""
+        basis = identity_basis(subject.dimensions, subject.device)
+        folded = projected_model(subject.exact, subject.dimensions, basis)
+        error = relative_error(logits(folded, subject.token_ids), logits(subject.exact, subject.token_ids))
+        record_property("relative_error", error)
+        assert error <= FLOAT64, (
+            f"folding the norms ({subject.adapter.norm}) into their readers changes the logits by {error:.1e}"
+        )
+
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_a_rotation_leaves_logits_unchanged_in_float64(
+        self, subject: Subject, seed: int, record_property: Any
+    ) -> None:
+        """Rotating the stream changes no number that a reader, writer or head sees."""
+        error = prove_rotation(subject.exact, subject.dimensions, subject.token_ids, FLOAT64, seed)
+        record_property("relative_error", error)
+
+    def test_a_rotation_leaves_logits_unchanged_in_float32(self, subject: Subject, record_property: Any) -> None:
+        """The same in the precision that models are run in."""
+        error = prove_rotation(subject.model, subject.dimensions, subject.token_ids, FLOAT32)
+        record_property("relative_error", error)
+
+    def test_the_refit_at_full_width_finds_nothing_to_mend(self, subject: Subject, record_property: Any) -> None:
+        """Multipliers, gates and the order of branches are as declared."""
+        error = prove_refit(subject.exact, subject.dimensions, subject.token_ids, FLOAT64)
+        record_property("relative_error", error)
+
+    # the dims
+
+    def test_illegal_dims_are_refused_with_the_legal_neighbours(self, subject: Subject) -> None:
+        """A refusal names what would do instead."""
+        dimensions = subject.dimensions
+        legal = dimensions.legal_dims()
+        for dim in (-1, 0, dimensions.hidden_size, dimensions.hidden_size + 1, *_between(legal)):
+            with pytest.raises(RequestError) as refused:
+                dimensions.check_dim(dim)
+            for neighbour in dimensions.nearest_legal(dim):
+                assert str(neighbour) in str(refused.value), f"the refusal of dim {dim} does not name {neighbour}"
+        assert legal, "no dim at all is legal"
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_the_config_class_takes_the_legal_dims_and_no_others(self, subject: Subject) -> None:
+        """The rule on dims is the class's own."""
+        legal = subject.dimensions.legal_dims()
+        for dim in (legal[0], legal[-1], subject.dim):
+            _resized(subject, dim)
+        for dim in _between(legal)[:1]:
+            try:
+                _resized(subject, dim)
+            except Exception:  # config classes raise what they like
+                continue
+            pytest.fail(f"the config class takes a hidden size of {dim}, which dim_divisors rules out")
+
+    # slices
+
+    @pytest.mark.slicecli_requires("custom-code")
+    def test_what_its_own_class_cannot_describe_is_refused_with_the_reason(self, subject: Subject) -> None:
+        """Until there is another layout to write, the family is refused by name of the reason."""
+        reason = subject.adapter.why_not_stock(subject.fields)
+        with _registered(subject.adapter), pytest.raises(UnsupportedModelError) as refused:
+            plan_slices(str(subject.checkpoint), [Width(subject.dim)], [None], SliceOptions())
+        assert reason in str(refused.value)
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_wider_slice_is_closer_to_the_model(self, subject: Subject, record_property: Any) -> None:
+        """The refit gains by every dimension that it is given."""
+        width, legal = subject.dimensions.hidden_size, subject.dimensions.legal_dims()
+        dims = [subject.dimensions.nearest_legal(width * part // 8)[0] for part in (4, 6, 7)]
+        slices, _ = slice_in_memory(subject.model, subject.dimensions, subject.token_ids, *dims)
+        dense = logits(subject.model, subject.token_ids)
+        errors = [relative_error(logits(made, subject.token_ids), dense) for made in slices]
+        record_property("relative_errors", dict(zip(dims, errors, strict=True)))
+        assert legal
+        assert errors == sorted(errors, reverse=True), f"relative errors at dims {dims} are {errors}"
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_slice_has_the_parameters_that_were_predicted(self, subject: Subject) -> None:
+        """Count and files agree, to the parameter."""
+        predicted = subject.dimensions.parameters(subject.dim)
+        assert sum(value.numel() for value in subject.loaded.parameters()) == predicted
+        stored = sum(
+            tensor.numel() for file in subject.sliced.glob("*.safetensors") for tensor in load_file(file).values()
+        )
+        buffers = sum(value.numel() for value in subject.loaded.state_dict().values()) - predicted
+        assert stored == predicted + buffers
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_slice_loads_in_the_stock_class_without_custom_code(self, subject: Subject) -> None:
+        """Nothing is missing, nothing is left over, nothing is executed."""
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            subject.sliced, trust_remote_code=False, output_loading_info=True
+        )
+        assert type(model) is type(subject.model)
+        for kind, names in report.items():
+            assert not names, f"{kind}: {sorted(names)}"
+        assert not list(subject.sliced.glob("*.py"))
+        assert "auto_map" not in json.loads((subject.sliced / "config.json").read_text(encoding="utf-8"))
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_saving_and_loading_a_slice_keeps_its_logits(self, subject: Subject, tmp_path: Path) -> None:
+        """A round trip through another folder changes nothing."""
+        subject.loaded.save_pretrained(tmp_path / "again")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+        ids = subject.token_ids.cpu()
+        assert torch.equal(logits(again, ids), logits(subject.loaded, ids))
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_generation_with_cache_equals_generation_without(self, subject: Subject) -> None:
+        """Greedy tokens are the same either way."""
+        ids = subject.token_ids[:3, :8].cpu()
+        cached, plain = (_generate(subject.loaded, ids, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, plain), f"with cache {cached.tolist()}, without {plain.tolist()}"
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_padded_batch_equals_single_rows(self, subject: Subject) -> None:
+        """Padding on the left changes nothing for the rows that need it."""
+        rows = [subject.token_ids[index, : 5 + 3 * index].cpu() for index in range(3)]
+        longest = max(len(row) for row in rows)
+        ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.int64), row]) for row in rows])
+        mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+        together = _generate(subject.loaded, ids, attention_mask=mask)[:, longest:]
+        for index, row in enumerate(rows):
+            alone = _generate(subject.loaded, row[None])[0, len(row) :]
+            assert torch.equal(together[index], alone), f"row {index}: padded {together[index]}, alone {alone}"
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_slice_runs_in_bfloat16(self, subject: Subject, record_property: Any) -> None:
+        """In half precision it computes about the same."""
+        half = transformers.AutoModelForCausalLM.from_pretrained(subject.sliced, dtype=torch.bfloat16).eval()
+        ids = subject.token_ids.cpu()
+        error = relative_error(logits(half, ids).float(), logits(subject.loaded, ids))
+        record_property("relative_error", error)
+        assert error < 0.1, f"in bfloat16 the logits differ by {error:.2f}"
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def _resized(subject: Subject, size: int) -> Any:
+    """Return the config with another hidden size."""
+    name = subject.adapter.names.get("hidden_size", "hidden_size")
+    changes = {name: size, "head_dim": subject.dimensions.head_dim}
+    return type(subject.model.config).from_dict(subject.model.config.to_dict() | changes)
+
+
+def _between(legal: range) -> list[int]:
+    """Return dims inside the range of the legal ones that are not legal."""
+    return [dim for dim in range(legal[0] + 1, legal[-1]) if dim not in legal][:2] if legal else []
+
+
+def _generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Continue rows greedily; none ends early."""
+    options = {"attention_mask": torch.ones_like(ids), **options}
+    with torch.no_grad():
+        made: torch.Tensor = model.generate(
+            ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **options
+        )
+    return made
+
+
+class _registered:
+    """Let the engine find a declaration that no installed plugin registers, for a while."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __enter__(self) -> None:
+        from slicecli.plugins import plugins
+
+        self._adapters = plugins().adapters
+        self._before = dict(self._adapters)
+        for name, other in self._before.items():
+            if set(other.model_types) & set(self._adapter.model_types):
+                del self._adapters[name]
+        self._adapters[self._adapter.name] = self._adapter
+
+    def __exit__(self, *_exception: object) -> None:
+        self._adapters.clear()
+        self._adapters.update(self._before)

@@ -1,0 +1,199 @@
+"""Gating a slice: whole, loadable, deterministic, and as good as its record says."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from slicecli.checkpoint import RECORD_FILE, file_digest
+from slicecli.record import read_record
+from slicecli.source import Source
+
+if TYPE_CHECKING:
+    from slicecli.evaluation.perplexity import PerplexityResult
+
+__all__ = ["SliceTests", "SliceUnderTest"]
+
+RECORD_FIELDS = (
+    "record_version",
+    "slicecli_version",
+    "source",
+    "adapter",
+    "method",
+    "layout",
+    "hidden_size",
+    "dim",
+    "sparsity",
+    "dtype",
+    "parameters",
+    "bytes",
+    "calibration",
+    "energy",
+    "results",
+    "weights",
+    "versions",
+)
+CARD_FIELDS = ("library_name", "pipeline_tag", "tags")
+
+
+@dataclass(frozen=True)
+class SliceUnderTest:
+    """A slice, and how good it must be.
+
+    Attributes:
+        source: The slice as a model.
+        record: Its record.
+        text: Text for its perplexity; `None` takes the one in the record.
+        tolerance: How much worse than recorded the perplexity may be, as a fraction.
+        max_perplexity: The largest perplexity that passes; `None` takes the recorded one.
+        device: Where to compute.
+    """
+
+    source: Source
+    record: dict[str, Any]
+    text: str | None = None
+    tolerance: float = 0.02
+    max_perplexity: float | None = None
+    device: str = "cpu"
+
+    @classmethod
+    def find(cls, name: str, **options: Any) -> SliceUnderTest:
+        """Find a slice by folder or Hub id, with its weights.
+
+        Raises:
+            SlicecliError: It does not exist or cannot be reached.
+        """
+        source = Source.find(name)
+        record = read_record(source.folder)
+        if record is None:
+            pytest.fail(f"{source.name} has no readable {RECORD_FILE}: it is not a slice, or its record is damaged")
+        source.fetch_weights()
+        return cls(source, record, **options)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder with its files."""
+        return self.source.folder
+
+    @property
+    def model(self) -> Any:
+        """The slice, loaded without custom code."""
+        return _load(self.folder, self.device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.source.tokenizer()
+
+    @property
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The perplexities in the record, by text."""
+        found = self.record.get("results", {}).get("perplexity", {})
+        return found if isinstance(found, dict) else {}
+
+    def perplexity(self) -> tuple[PerplexityResult, float]:
+        """Measure the perplexity as it was recorded, and return it with the largest that passes."""
+        from slicecli.api import perplexities
+
+        name = self.text
+        if name is None:
+            name = next(iter(self.recorded), None)
+        if name is None:
+            pytest.fail(
+                "the record has no perplexity to compare with: enter one with `slicecli eval DIR --record`, or give a "
+                "text and max_perplexity to the marker"
+            )
+        entry = self.recorded.get(name) or self.recorded.get(Path(name).name)
+        limit = self.max_perplexity
+        if limit is None:
+            if entry is None:
+                pytest.fail(f"the record has no perplexity on {name}, only on {', '.join(self.recorded) or 'nothing'}")
+            limit = float(entry["value"]) * (1 + self.tolerance)
+        # the same rows as were recorded, be they the whole text or only its beginning
+        length = int(entry["seq_len"]) if entry else None
+        samples = int(entry["tokens"]) // (int(entry["seq_len"]) - 1) if entry else None
+        (measured,) = perplexities(
+            str(self.folder), [name], samples=samples, sequence_length=length, device_map=self.device
+        )
+        return measured, limit
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, device: str) -> Any:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto")
+    return model.eval().to(device)
+
+
+@pytest.mark.slicecli_suite
+class SliceTests:
+    """Everything that a slice must be before it is published or served."""
+
+    def test_its_record_is_complete(self, slice_under_test: SliceUnderTest) -> None:
+        """The record says where the slice comes from and how it can be made again."""
+        record = slice_under_test.record
+        missing = [name for name in RECORD_FIELDS if name not in record]
+        assert not missing, f"{RECORD_FILE} lacks {', '.join(missing)}"
+        assert record["source"].get("model"), "the record names no source"
+        assert re.fullmatch("[0-9a-f]{64}", str(record["calibration"].get("sha256"))), "the calibration has no hash"
+
+    def test_its_weights_are_those_of_the_record(self, slice_under_test: SliceUnderTest) -> None:
+        """Every weight file is there, has the recorded hash, and is recorded."""
+        recorded, folder = slice_under_test.record["weights"], slice_under_test.folder
+        present = {file.name for file in folder.glob("*.safetensors")}
+        assert present == set(recorded), f"present {sorted(present)}, recorded {sorted(recorded)}"
+        for name, digest in recorded.items():
+            assert file_digest(folder / name) == digest, f"{name} is not the file that was recorded"
+
+    def test_its_card_is_complete(self, slice_under_test: SliceUnderTest) -> None:
+        """The card can be parsed, says what the slice is, and how it was made."""
+        from huggingface_hub import ModelCard
+
+        card = ModelCard.load(slice_under_test.folder / "README.md", ignore_metadata_errors=False)
+        data = card.data.to_dict()
+        missing = [name for name in CARD_FIELDS if not data.get(name)]
+        assert not missing, f"the card's metadata lacks {', '.join(missing)}"
+        record = slice_under_test.record
+        if record["source"].get("commit"):
+            assert data.get("base_model") == record["source"]["model"], "the card names another base model"
+        for word in (str(record["dim"]), "slicecli slice", record["calibration"]["sha256"]):
+            assert word in card.text, f"the card does not say {word!r}"
+
+    def test_it_loads_without_custom_code_as_the_record_says(self, slice_under_test: SliceUnderTest) -> None:
+        """A stock slice loads in the family's own class and has the recorded size and parameters."""
+        record, model = slice_under_test.record, slice_under_test.model
+        if record["layout"] != "stock":
+            pytest.skip(f"the layout is {record['layout']}")
+        assert type(model).__module__.startswith("transformers."), f"{type(model)} is not a class of transformers"
+        assert model.get_input_embeddings().weight.shape[1] == record["dim"], "the hidden size is not the recorded dim"
+        count = sum(value.numel() for value in model.parameters())
+        assert count == record["parameters"]["sliced"], f"{count:,} parameters, {record['parameters']} recorded"
+
+    def test_generation_is_deterministic(self, slice_under_test: SliceUnderTest) -> None:
+        """Greedy text is the same twice, and the same with and without cache."""
+        import torch
+
+        model = slice_under_test.model
+        ids = slice_under_test.tokenizer("The", return_tensors="pt")["input_ids"].to(model.device)
+        options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            first, second = (model.generate(ids, **options) for _ in range(2))
+            plain = model.generate(ids, use_cache=False, **options)
+        assert torch.equal(first, second), "two greedy runs differ"
+        if model.dtype == torch.float32:
+            assert torch.equal(first, plain), "greedy text with and without cache differs"
+
+    def test_its_perplexity_is_no_worse_than_recorded(
+        self, slice_under_test: SliceUnderTest, record_property: Any
+    ) -> None:
+        """Measured again on the recorded text and rows, it is within the tolerance."""
+        measured, limit = slice_under_test.perplexity()
+        record_property("perplexity", measured.value)
+        record_property("limit", limit)
+        assert measured.value <= limit, f"perplexity {measured.value:.3f} on {measured.text}, the limit is {limit:.3f}"
