@@ -4,7 +4,8 @@
     ├── RequestError             the command or call asks for something impossible (exit code 2)
     ├── SourceError              the model cannot be found, reached or read
     │   ├── UnsupportedModelError    it was read, and this program does not slice such a model
-    │   │   └── NoAdapterError           because no adapter serves its type
+    │   │   ├── NoAdapterError           because no adapter serves its type
+    │   │   └── NotInferredError         and none could be inferred and proved
     │   └── WeightsError             its weights are missing, damaged, unsafe or not finite
     ├── TextError                a calibration or evaluation text cannot be found or is too short
     ├── OutputError              the result cannot be written
@@ -16,8 +17,12 @@ traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "NoAdapterError",
+    "NotInferredError",
     "OutputError",
     "PluginError",
     "RequestError",
@@ -62,6 +67,20 @@ class UnsupportedModelError(SourceError):
 
 class NoAdapterError(UnsupportedModelError):
     """No adapter serves the model's type; one may be inferred."""
+
+
+class NotInferredError(UnsupportedModelError):
+    """No adapter serves the model's type, and none could be inferred and proved.
+
+    Attributes:
+        check: The check that failed.
+        found: What had been found until then, by name.
+    """
+
+    def __init__(self, cause: str, check: str, found: Mapping[str, Any]) -> None:
+        super().__init__(cause, "Describe the family in a plugin, see docs/plugins.md.")
+        self.check = check
+        self.found = dict(found)
 
 
 class WeightsError(SourceError):

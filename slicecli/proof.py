@@ -244,7 +244,8 @@ def slice_in_memory(
         for dim, found in zip(dims, tensors, strict=True)
     ]
     batches = Batches(token_ids, batch_rows)
-    with Float64Throughout():
+    # only there: a narrower model's weights are rounded on purpose
+    with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
         basis = collect_basis(dense, batches, Silent())
         refit(dense, basis, targets, batches, Silent())
     for sliced, found in zip(made, tensors, strict=True):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE
+from slicecli.errors import OutputError
 from slicecli.plan import SlicePlan
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from slicecli.slicing.basis import Basis
     from slicecli.source import Source
 
-__all__ = ["build_record", "package_versions", "read_record", "write_record"]
+__all__ = ["build_record", "enter_perplexities", "package_versions", "read_record", "write_record"]
 
 RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
@@ -96,6 +98,30 @@ def package_versions() -> dict[str, str]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write a record into a slice's folder."""
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def enter_perplexities(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Enter measured perplexities into the record of a slice, beside those that are there.
+
+    Args:
+        folder: The slice.
+        measured: What `PerplexityResult.to_json` returns, by text.
+
+    Raises:
+        OutputError: The folder has no record, or it cannot be written.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
+    results = record.get("results") or {}
+    known = results.get("perplexity") or {}
+    record["results"] = {**results, "perplexity": {**known, **measured}, "versions": package_versions()}
+    partial = folder / f".{RECORD_FILE}.incomplete"
+    try:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / RECORD_FILE)
+    except OSError as error:
+        raise OutputError(f"The record of {folder.name!r} cannot be written: {error.strerror}.") from error
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from slicecli.slicing.exact import Float64Throughout
 __all__ = ["Call", "Observation", "observe"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """The first call of one module.
 
@@ -25,32 +25,41 @@ class Call:
         path: Its path in the model.
         module: The module.
         order: Place in the order in which calls ended.
-        entering: The first floating tensor it was given, as (tokens, width); `None` without one.
+        entering: The first floating tensor it was given, as (tokens, width); empty without one.
         leaving: The first floating tensor it returned, likewise.
     """
 
     path: str
     module: nn.Module
     order: int
-    entering: torch.Tensor | None
-    leaving: torch.Tensor | None
+    entering: torch.Tensor
+    leaving: torch.Tensor
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether the module holds parameters itself, not only in modules inside it."""
+        return any(True for _ in self.module.parameters(recurse=False))
 
 
+@dataclass(frozen=True)
 class Observation:
-    """The calls of one run.
+    """One run of a model.
 
     Attributes:
         model: The model.
         calls: First call of each module that was called, by path, in the order in which they ended.
     """
 
-    def __init__(self, model: Any, calls: dict[str, Call]) -> None:
-        self.model = model
-        self.calls = calls
+    model: Any
+    calls: dict[str, Call]
 
     def below(self, path: str) -> list[Call]:
         """Return the calls of modules below a path, in order."""
         return [call for name, call in self.calls.items() if name.startswith(f"{path}.")]
+
+    def outside(self, path: str) -> list[Call]:
+        """Return the calls of modules that are not below a path, in order."""
+        return [call for name, call in self.calls.items() if not name.startswith(f"{path}.")]
 
 
 @torch.no_grad()
@@ -84,13 +93,9 @@ def observe(model: Any, token_ids: torch.Tensor) -> Observation:
     return Observation(model, calls)
 
 
-def _first_floating(values: Any) -> torch.Tensor | None:
-    """Return the first floating tensor among values, as (tokens, width)."""
-    if isinstance(values, torch.Tensor):
-        values = (values,)
-    if not isinstance(values, (tuple, list)):
-        return None
-    for value in values:
+def _first_floating(values: Any) -> torch.Tensor:
+    """Return the first floating tensor among values, as (tokens, width); an empty one where there is none."""
+    for value in values if isinstance(values, (tuple, list)) else (values,):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
             return value.detach().reshape(-1, value.shape[-1]).clone()
-    return None
+    return torch.empty(0, 0, dtype=torch.float64)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from slicecli import __version__
-from slicecli.errors import SlicecliError, UnsupportedModelError
+from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError
 
 __all__ = ["group", "main"]
 
@@ -63,7 +63,8 @@ class LazyGroup(click.Group):
                 from slicecli.cli.output import warn_of_broken_plugins
 
                 warn_of_broken_plugins()
-                _say_what_was_found(getattr(error, "found", {}))
+            if isinstance(error, NotInferredError):
+                _say_what_was_found(error.found)
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 

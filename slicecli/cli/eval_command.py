@@ -28,6 +28,9 @@ from slicecli.cli import output as show
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON here."
 )
+@click.option(
+    "--record", "is_recorded", is_flag=True, help="Enter the result in the record of MODEL, a slice's folder."
+)
 @shared.model_options
 @shared.format_option
 @click.pass_obj
@@ -41,6 +44,7 @@ def command(
     seq_len: int | None,
     device_map: str,
     output: Path | None,
+    is_recorded: bool,
     revision: str | None,
     token: str | None,
     trust_remote_code: bool,
@@ -53,8 +57,13 @@ def command(
       slicecli eval ./my-slice --perplexity wikitext2 --perplexity questions.jsonl
     """
     from slicecli.api import perplexities
-    from slicecli.record import package_versions
+    from slicecli.errors import RequestError
+    from slicecli.record import enter_perplexities, package_versions, read_record
 
+    if is_recorded and (not Path(model).is_dir() or read_record(Path(model)) is None):
+        raise RequestError(
+            f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
+        )
     with show.progress(context["quiet"]) as watcher:
         results = perplexities(
             model,
@@ -69,7 +78,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=watcher,
         )
-    document = {
+    document: dict[str, Any] = {
         "model": model,
         "perplexity": {result.text: result.to_json() for result in results},
         "tasks": {},
@@ -77,6 +86,8 @@ def command(
     }
     if output is not None:
         show.write_json(output, document)
+    if is_recorded:
+        enter_perplexities(Path(model), document["perplexity"])
     if output_format == "json":
         show.print_json(document)
         return

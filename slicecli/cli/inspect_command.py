@@ -29,7 +29,7 @@ def command(
     with the check that failed.
     """
     from slicecli.engine import find_adapter, full_fields
-    from slicecli.errors import UnsupportedModelError
+    from slicecli.errors import NotInferredError
     from slicecli.record import read_record
     from slicecli.source import Source
 
@@ -37,8 +37,8 @@ def command(
     source.check_is_decoder()
     try:
         chosen, inference = find_adapter(source, adapter)
-    except UnsupportedModelError as error:
-        if output_format == "json" and hasattr(error, "found"):
+    except NotInferredError as error:
+        if output_format == "json":
             kind = source.fields.get("model_type")
             found = {"check": error.check, "reason": error.cause, "found": error.found}
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
