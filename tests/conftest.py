@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
+from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
+from slicecli.tiny import random_model
+
+pytest_plugins = ["pytester"]
 
 # the models are tiny: threads would only wait for each other, badly so where several test runs share a machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,38 +62,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """Return a random model in which every parameter matters: no bias is zero and no norm weight is one."""
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter.copy_(noise * (0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5))
-    return model
-
-
-def byte_tokenizer(adds_bos: bool = True) -> Any:
-    """Return a tokenizer of single bytes with `<s>` first, so that no tokenizer has to be shipped."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    """Return a random model in which every parameter matters."""
+    return random_model(tiny_config(family, **changes), seed)
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
@@ -105,12 +79,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def make(family: str = "llama") -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp("models") / f"tiny-{family}"
-            model = tiny_model(family)
-            model.save_pretrained(folder)
-            byte_tokenizer().save_pretrained(folder)
-            (folder / "LICENSE.txt").write_text("Do as you please.\n")
-            (folder / "chat_template.jinja").write_text("{{ messages }}\n")
-            made[family] = folder
+            made[family] = save_checkpoint(tiny_model(family), folder)
         return made[family]
 
     return make
@@ -127,17 +96,7 @@ def checkpoint_copy(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of readable nonsense, enough for a few hundred rows of 32 bytes."""
-    import random
-
-    generator = random.Random(0)
-    words = "the a stream block norm head basis reads writes keeps small wide of and to"
-    path = tmp_path_factory.mktemp("text") / "nonsense.jsonl"
-    lines = [
-        json.dumps({"text": " ".join(generator.choices(words.split(), k=generator.randint(10, 40))) + "."})
-        for _ in range(120)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return nonsense_text(tmp_path_factory.mktemp("text") / "nonsense.jsonl")
 
 
 @pytest.fixture

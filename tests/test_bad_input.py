@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
+
+from slicecli.testing import byte_tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -176,22 +177,26 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"kept": "none"}, "does not cover model.layers.0.self_attn.k_norm.weight"),
-        ({"blocks": "model.blocks"}, "the model has no model.blocks.0"),
-        ({"kept": "wide"}, "counts"),
+        ("no kept", "does not cover model.layers.0.self_attn.k_norm.weight"),
+        ("other blocks", "the model has no model.blocks.0"),
+        ("wide kept", "self_attn.q_norm.weight has 16 elements, not 64"),
     ],
 )
-def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, changes, message):
+def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, change, message):
     import dataclasses
 
     from slicecli.plugins import plugins
 
     qwen3 = plugins().adapters["qwen3"]
-    widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.kept)
-    changes = {name: {"none": (), "wide": widened}.get(value, value) for name, value in changes.items()}
-    monkeypatch.setitem(plugins().adapters, "qwen3", dataclasses.replace(qwen3, **changes))
+    widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.block.kept)
+    changes = {
+        "no kept": {"block": dataclasses.replace(qwen3.block, kept=())},
+        "wide kept": {"block": dataclasses.replace(qwen3.block, kept=widened)},
+        "other blocks": {"blocks": "model.blocks"},
+    }
+    monkeypatch.setitem(plugins().adapters, "qwen3", dataclasses.replace(qwen3, **changes[change]))
     assert message in refused(checkpoints("qwen3"))
 
 

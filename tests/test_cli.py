@@ -253,7 +253,9 @@ def test_eval_measures_and_writes_json(run, checkpoints, text_file, tmp_path):
 def test_inspect_shows_who_reads_and_writes(run, checkpoints):
     document = json.loads(run("inspect", checkpoints("phi3"), "--format", "json").stdout)
     assert document["adapter"] == "phi3"
-    assert document["declaration"]["branches"][0]["readers"] == ["self_attn.qkv_proj"]
+    (kind,) = document["declaration"]["block_kinds"]
+    assert kind["blocks"] == [0, 1, 2]
+    assert [reader["path"] for reader in kind["branches"][0]["readers"]] == ["self_attn.qkv_proj"]
     shown = run("inspect", checkpoints()).stdout
     for word in ("self_attn.q_proj", "mlp.down_proj", "multiples of 4, 4 to 44"):
         assert word in shown

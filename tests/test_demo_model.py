@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import transformers
-from test_slicing import MemoryWeights, slice_in_memory
+from test_slicing import slice_in_memory
 
 from slicecli.calibration import calibration_rows, evaluation_rows
 from slicecli.demo import MODEL_FOLDER, documents
@@ -112,7 +112,7 @@ def as_phi3(model):
 
 def test_fused_projections_are_sliced_like_separate_ones(model, calibration, held_out, slices):
     twin = as_phi3(model)
-    assert MemoryWeights(twin).tensor("model.layers.0.self_attn.qkv_proj.weight").shape[1] == 96
+    assert twin.get_parameter("model.layers.0.self_attn.qkv_proj.weight").shape[1] == 96
     ids = held_out.ids[:4]
     with torch.no_grad():
         torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)

@@ -147,8 +147,9 @@ def test_an_adapter_can_be_named():
 
 def test_phi3_with_long_rope_is_refused_and_says_why():
     fields = {**PHI_3_MINI, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}}
-    with pytest.raises(UnsupportedModelError, match="LongRoPE"):
-        dimensions(fields)
+    with pytest.raises(UnsupportedModelError, match=r"custom-code layout.*LongRoPE"):
+        plugins().adapters["phi3"].require_stock(fields)
+    plugins().adapters["phi3"].require_stock(PHI_3_MINI)
 
 
 @pytest.mark.parametrize("value", [None, "4096", 0, -1, 3.5, True])

@@ -9,16 +9,17 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from slicecli.errors import RequestError
+from slicecli.adapters import select_adapter
+from slicecli.errors import NoAdapterError, RequestError, UnsupportedModelError
 from slicecli.plugins import load_plugins
 
 SOUND = """
 import slicecli
-from slicecli.adapters import Adapter, Branch, Linear
+from slicecli.adapters import Adapter, Block, Branch, Linear, Refusal
 
 @slicecli.hookimpl
 def slicecli_register_adapters(register):
-    register(Adapter("{name}", ("{model_type}",), (Branch("mlp", "norm", (), Linear("mlp.down", "query")),)))
+    register(Adapter("{name}", ("{model_type}",), Block((Branch("norm", (), Linear("mlp.down", "query"), "mlp"),))))
 """
 COMMAND = """
 import click
@@ -61,6 +62,11 @@ def test_a_plugin_registers_its_adapter(plugin):
         (SOUND.format(name="x", model_type="b") + "    raise ValueError('late')", "late"),
         (SOUND.format(name="x", model_type="a"), "'a' is served by adapter 'good'"),
         (SOUND.format(name="good", model_type="b"), "'good' is registered already"),
+        (SOUND.format(name="auto", model_type="b"), "'auto' is registered already"),
+        (
+            SOUND.format(name="x", model_type="b") + '    register(Refusal(("a",), "It cannot."))',
+            "served by adapter 'good'",
+        ),
         ("import slicecli\n@slicecli.hookimpl\ndef slicecli_no_such_hook(): pass", "unknown hook"),
     ],
 )
@@ -77,6 +83,16 @@ def test_a_broken_plugin_is_reported_and_the_others_work(plugin, source, reason)
     assert broken.name == "b_bad"
     assert reason in broken.error
     found.manager.hook.slicecli_register_adapters(register=lambda adapter: None)
+
+
+def test_a_plugin_can_refuse_a_family(plugin):
+    source = SOUND.format(name="one", model_type="a") + '    register(Refusal(("b", "c"), "It cannot."))'
+    found = load_plugins([plugin("one", source)])
+    assert found.refusals[0].model_types == ("b", "c")
+    with pytest.raises(UnsupportedModelError, match="'c' cannot be sliced: It cannot"):
+        select_adapter({"model_type": "c"}, found.adapters, refusals=found.refusals)
+    with pytest.raises(NoAdapterError):
+        select_adapter({"model_type": "d"}, found.adapters, refusals=found.refusals)
 
 
 def test_only_wanted_plugins_are_imported(plugin):

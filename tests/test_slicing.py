@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_config, tiny_model
 
+from slicecli import proof
 from slicecli.adapters import select_adapter
 from slicecli.engine import sliced_config
 from slicecli.errors import WeightsError
 from slicecli.plugins import plugins
-from slicecli.proof import ModelWeights
+from slicecli.proof import ModelWeights, relative_error
 from slicecli.slicing.pipeline import Batches, DenseModel, Silent, Target, collect_basis, refit
 from slicecli.source import empty_model
 
@@ -21,37 +22,20 @@ def random_rows(rows=40, length=24, seed=1):
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def slice_in_memory(model, *dims, rows=None, dtype=torch.float32, batch=8):
+def slice_in_memory(model, *dims, rows=None, batch=8):
     """Slice a model at several dims in one pass; return the sliced models and the basis."""
-    config = model.config
-    adapter = select_adapter(config.to_dict(), plugins().adapters)
-    dimensions = adapter.dimensions(config.to_dict())
-    shell = empty_model(config)
-    dense = DenseModel(shell, ModelWeights(model), adapter, dimensions, torch.device("cpu"), dtype)
-    batches = Batches(random_rows() if rows is None else rows, batch)
-    basis = collect_basis(dense, batches, Silent())
-    tensors = [{} for _ in dims]
-    configs = [sliced_config(config, dimensions, dim, str(dtype).removeprefix("torch.")) for dim in dims]
-    targets = [
-        Target(dim, empty_model(changed), dtype, found.__setitem__)
-        for dim, changed, found in zip(dims, configs, tensors, strict=True)
-    ]
-    refit(dense, basis, targets, batches, Silent())
-    sliced = []
-    for changed, found in zip(configs, tensors, strict=True):
-        made = type(model)(changed).to(dtype).eval()
-        made.load_state_dict(found, strict=True)
-        sliced.append(made)
-    return sliced, basis
+    rows = random_rows() if rows is None else rows
+    return proof.slice_in_memory(model, dimensions_of(model.config), rows, *dims, batch_rows=batch)
+
+
+def dimensions_of(config):
+    fields = config.to_dict()
+    return select_adapter(fields, plugins().adapters).dimensions(fields)
 
 
 @torch.no_grad()
 def logits(model, rows=None):
     return model(random_rows(seed=7) if rows is None else rows).logits
-
-
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 def test_full_dim_gives_the_dense_logits(family):
@@ -136,10 +120,9 @@ def test_what_shares_the_epsilon_of_the_stream_is_untouched():
 def test_bfloat16_weights_are_fitted_as_they_are_stored():
     model = tiny_model("llama").to(torch.bfloat16).float()
     config = model.config
-    adapter = select_adapter(config.to_dict(), plugins().adapters)
-    dimensions = adapter.dimensions(config.to_dict())
+    dimensions = dimensions_of(config)
     dense = DenseModel(
-        empty_model(config), ModelWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+        empty_model(config), ModelWeights(model), dimensions.adapter, dimensions, torch.device("cpu"), torch.float32
     )
     batches = Batches(random_rows(), 8)
     found = {}
@@ -162,10 +145,9 @@ def test_infinite_activations_name_the_block():
 def test_every_parameter_is_written_once_and_contiguous(family):
     model = tiny_model(family)
     config = model.config
-    adapter = select_adapter(config.to_dict(), plugins().adapters)
-    dimensions = adapter.dimensions(config.to_dict())
+    dimensions = dimensions_of(config)
     dense = DenseModel(
-        empty_model(config), ModelWeights(model), adapter, dimensions, torch.device("cpu"), torch.float32
+        empty_model(config), ModelWeights(model), dimensions.adapter, dimensions, torch.device("cpu"), torch.float32
     )
     batches = Batches(random_rows(rows=10), 4)
     names = []
@@ -182,7 +164,6 @@ def test_every_parameter_is_written_once_and_contiguous(family):
 
 def test_counts_equal_the_instantiated_models(family):
     config = tiny_config(family)
-    adapter = select_adapter(config.to_dict(), plugins().adapters)
-    dimensions = adapter.dimensions(config.to_dict())
+    dimensions = dimensions_of(config)
     model = tiny_model(family)
     assert dimensions.parameters() == sum(parameter.numel() for parameter in model.parameters())

@@ -121,8 +121,9 @@ class ConfigProbe:
         Raises:
             UnsupportedModelError: No field of the config gives it.
         """
+        sizes: dict[str, int] = self._sizes
         for factor in (1, 2, 3, 4):
-            for name, value in self._sizes.items():
+            for name, value in sizes.items():
                 # a width that is the hidden size itself would not be told from the stream
                 if factor * value == size and (factor > 1 or name != "hidden_size"):
                     return name if factor == 1 else f"{factor}*{name}"
@@ -158,7 +159,8 @@ class ConfigProbe:
 
     def bias(self, path: str, has_bias: bool) -> bool | str:
         """Return the field that switches a module's bias on and off, or whether it has one."""
-        for name, switched in self._bias_switches.items():
+        switches: dict[str, set[str]] = self._bias_switches
+        for name, switched in switches.items():
             if path in switched:
                 return name
         return has_bias
