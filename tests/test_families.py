@@ -1,0 +1,90 @@
+"""Every shipped adapter against the conformance suite, on each of its model types and arrangements."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from slicecli.plugins import plugins
+from slicecli.testing import AdapterTests
+from slicecli.testing.adapter_tests import tiny_of
+
+# arrangements that a config can ask for, besides the type's own default
+VARIANTS = {
+    "llama": [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}],
+    "internlm3": [{"attention_bias": True, "mlp_bias": True}],
+    "qwen3": [{"attention_bias": True}],
+    "gemma": [{"attention_bias": True, "tie_word_embeddings": False}],
+    "granite": [
+        {
+            "residual_multiplier": 0.22,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
+            "mlp_bias": True,
+        }
+    ],
+    "smollm3": [{"attention_bias": True, "mlp_bias": True}],
+    "olmo": [{"attention_bias": True, "clip_qkv": 4.0}],
+    "starcoder2": [{"use_bias": False}],
+    "nemotron": [{"attention_bias": True, "mlp_bias": True}],
+    "arcee": [{"attention_bias": True, "mlp_bias": True}],
+    "seed_oss": [{"attention_out_bias": True, "mlp_bias": True}],
+    "ernie4_5": [{"use_bias": True}],
+    "hunyuan_v1_dense": [{"attention_bias": True}],
+    "phi": [{"qk_layernorm": True}],
+    "cohere": [{"use_qk_norm": True, "attention_bias": True}],
+    "stablelm": [{"use_parallel_residual": True, "use_qkv_bias": True}, {"qk_layernorm": True}],
+    "gpt_neox": [{"use_parallel_residual": False}, {"attention_bias": False, "tie_word_embeddings": True}],
+    "falcon": [
+        {"new_decoder_architecture": True, "bias": True},
+        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        {"parallel_attn": False, "alibi": True, "bias": True, "multi_query": False, "num_kv_heads": 4},
+    ],
+    "opt": [{"enable_bias": False}, {"tie_word_embeddings": False}],
+    "gpt2": [{"n_inner": 100, "tie_word_embeddings": False}],
+    "qwen2_moe": [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0], "norm_topk_prob": True}],
+    "qwen3_moe": [{"decoder_sparse_step": 2, "attention_bias": True}],
+}
+
+
+def cases():
+    """Return a name for each case, with its adapter and config."""
+    found = {}
+    for adapter in plugins().adapters.values():
+        for model_type in adapter.model_types:
+            for changes in ({}, *VARIANTS.get(model_type, ())):
+                name = " ".join([model_type, *(f"{field}={value}" for field, value in changes.items())])
+                found[name] = (adapter, tiny_of(adapter, model_type, **changes))
+    return found
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("slicecli_subject", list(CASES.values()), ids=list(CASES), indirect=True, scope="class")
+class TestFamily(AdapterTests):
+    """One family in one arrangement."""
+
+
+def test_every_variant_is_of_a_shipped_type():
+    types = {model_type for adapter in plugins().adapters.values() for model_type in adapter.model_types}
+    assert VARIANTS.keys() <= types
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 512}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("gpt2", {"add_cross_attention": True}),
+    ],
+)
+def test_arrangements_that_cannot_be_sliced_are_refused(name, fields):
+    adapter = plugins().adapters[name]
+    config = transformers.CONFIG_MAPPING[name]().to_dict()
+    adapter.require_sliceable(config)
+    assert adapter.dimensions(config).parameters() > 1e8
+    with pytest.raises(Exception, match=r"This (OPT|GPT-2) config"):
+        adapter.require_sliceable(config | fields)
