@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any
 from slicecli.errors import PluginError, RequestError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from slicecli.adapters import Adapter, Block, Linear
 
-__all__ = ["Dimensions"]
+__all__ = ["Dimensions", "Shape"]
+
+Shape: TypeAlias = "tuple[int | None, ...]"
+"""Shape of a parameter; `None` stands for the axis of hidden size."""
 
 
 class Dimensions:
@@ -118,17 +123,13 @@ class Dimensions:
             raise UnsupportedModelError(f"config.json gives {name} = {value!r}, where a number is needed.")
         return float(value)
 
-    def stream_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Return every declared parameter that touches the stream: its name, and its sizes besides the stream's.
+    def stream_parameters(self) -> dict[str, Shape]:
+        """Return the shape of every declared parameter with an axis of hidden size, by name; that axis is `None`."""
+        return {name: shape for name, shape in self._parameters() if None in shape}
 
-        The sizes are those of the parameter's axes without the one of hidden size. A bias of a reader, which has
-        no such axis, is not here; `other_parameters` has it.
-        """
-        return {name: sizes for name, sizes, is_stream in self._parameters() if is_stream}
-
-    def other_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Return every declared parameter without an axis of hidden size, with its number of elements."""
-        return {name: sizes for name, sizes, is_stream in self._parameters() if not is_stream}
+    def other_parameters(self) -> dict[str, Shape]:
+        """Return the shape of every declared parameter without such an axis (of what is kept, its elements)."""
+        return {name: shape for name, shape in self._parameters() if None not in shape}
 
     def parameters(self, dim: int | None = None) -> int:
         """Count the parameters: of the dense model as shipped, or of its slice at `dim`.
@@ -139,11 +140,7 @@ class Dimensions:
         stream = self.hidden_size if dim is None else dim
         head = f"{self.adapter.head.path}.weight"
         is_tied = self.is_tied and dim is None
-        return sum(
-            math.prod(sizes) * (stream if is_stream else 1)
-            for name, sizes, is_stream in self._parameters()
-            if not (is_tied and name == head)
-        )
+        return sum(_elements(shape, stream) for name, shape in self._parameters() if not (is_tied and name == head))
 
     def largest_regression(self) -> int:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
@@ -154,41 +151,41 @@ class Dimensions:
                 sizes += [self.width(branch.experts.writer_width) for branch in step if branch.experts is not None]
         return max(sizes)
 
-    def _parameters(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Yield name, sizes besides the stream's, and whether it has the stream's axis, of every declared parameter."""
+    def _parameters(self) -> Iterator[tuple[str, Shape]]:
+        """Yield the name and shape of every declared parameter."""
         adapter = self.adapter
         for table in adapter.embeddings:
-            yield f"{table.path}.weight", (self.width(table.rows) + table.extra_rows,), True
+            yield f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None)
         for index, block in enumerate(self.declared_blocks):
             prefix = f"{adapter.blocks}.{index}."
             for path in block.norms:
                 yield from self._norm_parameters(prefix + path)
             for kept in block.kept:
-                yield prefix + kept.path, (self.width(kept.width),), False
+                yield prefix + kept.path, (self.width(kept.width),)
             for branch in block.branches:
                 for linear in branch.readers:
-                    yield f"{prefix}{linear.path}.weight", (self.width(linear.width),), True
-                    if self.has_bias(linear):
-                        yield f"{prefix}{linear.path}.bias", (self.width(linear.width),), False
+                    yield from self._linear_parameters(prefix, linear, (self.width(linear.width), None))
                 if branch.writer is not None:
-                    yield f"{prefix}{branch.writer.path}.weight", (self.width(branch.writer.width),), True
-                    if self.has_bias(branch.writer):
-                        yield f"{prefix}{branch.writer.path}.bias", (), True
+                    yield from self._linear_parameters(prefix, branch.writer, (None, self.width(branch.writer.width)))
                 if branch.experts is not None:
                     experts = branch.experts
                     count = self.width(experts.count)
-                    yield prefix + experts.reader_path, (count, self.width(experts.reader_width)), True
-                    yield prefix + experts.writer_path, (count, self.width(experts.writer_width)), True
+                    yield prefix + experts.reader_path, (count, self.width(experts.reader_width), None)
+                    yield prefix + experts.writer_path, (count, None, self.width(experts.writer_width))
         yield from self._norm_parameters(adapter.final_norm)
-        yield f"{adapter.head.path}.weight", (self.width(adapter.head.width),), True
-        if self.has_bias(adapter.head):
-            yield f"{adapter.head.path}.bias", (self.width(adapter.head.width),), False
+        yield from self._linear_parameters("", adapter.head, (self.width(adapter.head.width), None))
 
-    def _norm_parameters(self, path: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    def _linear_parameters(self, prefix: str, linear: Linear, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        """Yield weight and bias of a linear whose weight has a shape (outputs, inputs)."""
+        yield f"{prefix}{linear.path}.weight", shape[::-1] if linear.is_transposed else shape
+        if self.has_bias(linear):
+            yield f"{prefix}{linear.path}.bias", shape[:1]
+
+    def _norm_parameters(self, path: str) -> Iterator[tuple[str, Shape]]:
         if self.adapter.norm.has_weight:
-            yield f"{path}.weight", (), True
+            yield f"{path}.weight", (None,)
         if self.adapter.norm.has_bias:
-            yield f"{path}.bias", (), True
+            yield f"{path}.bias", (None,)
 
     def declaration(self) -> dict[str, Any]:
         """Return the declaration as it applies to this model, as plain data: names with their sizes.
@@ -300,19 +297,25 @@ class Dimensions:
         Raises:
             PluginError: They differ; the message names the parameters.
         """
-        declared = {name: (sizes, is_stream) for name, sizes, is_stream in self._parameters()}
+        declared = dict(self._parameters())
+        kept = {
+            f"{self.adapter.blocks}.{index}.{kept.path}"
+            for index, block in enumerate(self.declared_blocks)
+            for kept in block.kept
+        }
         if self.is_tied:
             # whether the shared table is listed under the head's name too depends on how the model was built
             head = f"{self.adapter.head.path}.weight"
             shapes = {name: shape for name, shape in shapes.items() if name != head}
             declared.pop(head)
         missing, extra = sorted(shapes.keys() - declared.keys()), sorted(declared.keys() - shapes.keys())
-        wrong = [
-            f"{name} has {math.prod(shapes[name]):,} elements, not {math.prod(sizes) * size:,}"
-            for name, (sizes, is_stream) in declared.items()
-            if name in shapes
-            and math.prod(shapes[name]) != math.prod(sizes) * (size := self.hidden_size if is_stream else 1)
-        ]
+        wrong = []
+        for name, shape in declared.items():
+            expected = tuple(self.hidden_size if size is None else size for size in shape)
+            found = shapes.get(name, expected)
+            # of what is kept only the number of elements is declared
+            if (math.prod(found) != math.prod(expected)) if name in kept else (found != expected):
+                wrong.append(f"{name} is {' x '.join(map(str, found))}, not {' x '.join(map(str, expected))}")
         parts = [f"it does not cover {', '.join(missing)}"] if missing else []
         parts += [f"the model has no {', '.join(extra)}"] if extra else []
         parts += wrong[:3]
@@ -321,3 +324,8 @@ class Dimensions:
                 f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",
                 "Mend the adapter, or choose another with --adapter.",
             )
+
+
+def _elements(shape: Shape, stream: int) -> int:
+    """Return the number of elements of a parameter where the stream has a width."""
+    return math.prod(stream if size is None else size for size in shape)

@@ -32,6 +32,7 @@ __all__ = [
     "logits",
     "projected_model",
     "prove_accounting",
+    "prove_embeddings",
     "prove_refit",
     "prove_rotation",
     "random_basis",
@@ -190,6 +191,42 @@ def prove_rotation(
     basis = random_basis(dimensions, seed, model.device)
     rotated = projected_model(model, dimensions, basis)
     return _prove_same(model, rotated, dimensions, basis, token_ids, tolerance, "a rotation of the stream")
+
+
+def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, dim: int, tolerance: float) -> float:
+    """Check that the stream of a slice starts as the projection of the dense one.
+
+    A rotation cannot show what depends on the hidden size itself: a factor that the model multiplies the embeddings by.
+
+    Args:
+        model: The dense model, with weights, of a family whose own class can describe a slice.
+        dimensions: Its sizes.
+        token_ids: Shape (rows, sequence length), on the model's device.
+        dim: k.
+        tolerance: The largest relative error that passes.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        PluginError: It does not; the message names the tables.
+    """
+    basis = random_basis(dimensions, 0, model.device)
+    leading = basis.leading(dim)
+    dense, sliced = (
+        _run(one, dimensions, token_ids)[0].value for one in (model, projected_model(model, dimensions, basis, dim))
+    )
+    if basis.is_centred:
+        sliced = sliced - sliced.mean(-1, keepdim=True)
+    error = relative_error(sliced, dense @ (stream_scale(leading) * leading).to(dense.dtype))
+    if error > tolerance:
+        tables = ", ".join(table.path for table in dimensions.adapter.embeddings)
+        raise PluginError(
+            f"Adapter {dimensions.adapter.name!r} does not describe this model: at dim {dim} the stream that {tables} "
+            f"start is not the projection of the dense one (relative error {error:.1e}).",
+            "Check scales_embeddings_by_width.",
+        )
+    return error
 
 
 def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:

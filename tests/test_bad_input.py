@@ -181,7 +181,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
     [
         ("no kept", "does not cover model.layers.0.self_attn.k_norm.weight"),
         ("other blocks", "the model has no model.blocks.0"),
-        ("wide kept", "self_attn.q_norm.weight has 16 elements, not 64"),
+        ("wide kept", "self_attn.q_norm.weight is 16, not 64"),
     ],
 )
 def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, change, message):

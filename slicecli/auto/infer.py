@@ -372,8 +372,8 @@ class _Inferring:
         except Exception:  # config and model classes raise what they like
             obstacle = f"{type(self._config).__name__} refuses a head width that is not hidden size over heads."
         else:
-            wanted = {name: math.prod(sizes) * dim for name, sizes in dimensions.stream_parameters().items()}
-            wanted |= {name: math.prod(sizes) for name, sizes in dimensions.other_parameters().items()}
+            declared = dimensions.stream_parameters() | dimensions.other_parameters()
+            wanted = {name: math.prod(size or dim for size in shape) for name, shape in declared.items()}
             tied = [name for name, shape in sliced.items() if math.prod(shape) != wanted.get(name)]
             if tied:
                 obstacle = f"its class takes the size of {tied[0]} from the hidden size."

@@ -28,6 +28,7 @@ from slicecli.proof import (
     logits,
     projected_model,
     prove_accounting,
+    prove_embeddings,
     prove_refit,
     prove_rotation,
     relative_error,
@@ -241,6 +242,13 @@ class AdapterTests:
     def test_the_refit_at_full_width_finds_nothing_to_mend(self, subject: Subject, record_property: Any) -> None:
         """Multipliers, gates and the order of branches are as declared."""
         error = prove_refit(subject.exact, subject.dimensions, subject.token_ids, FLOAT64)
+        record_property("relative_error", error)
+
+    @pytest.mark.slicecli_requires("stock")
+    def test_a_slice_starts_from_the_projection_of_the_stream(self, subject: Subject, record_property: Any) -> None:
+        """Nothing that depends on the hidden size itself changes the embeddings."""
+        # models hold such a factor in float32
+        error = prove_embeddings(subject.exact, subject.dimensions, subject.token_ids, subject.dim, FLOAT32)
         record_property("relative_error", error)
 
     # the dims

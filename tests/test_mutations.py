@@ -1,0 +1,236 @@
+"""The conformance suite against adapters that are deliberately wrong: every mutation is caught, and named.
+
+Each row damages one thing in a shipped declaration. The suite is run on it as an author would run it; it must fail,
+and a message must name the module or parameter at fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slicecli.adapters import Adapter, Block, Embedding, Norm
+from slicecli.plugins import plugins
+
+SUITE = """
+from slicecli.testing import AdapterTests
+from test_mutations import MUTATIONS, mutant, sound
+
+for number, (name, mutation) in enumerate(MUTATIONS.items()):
+    globals()[f"TestMutant{number}"] = type(
+        f"TestMutant{number}", (AdapterTests,), {"adapter": mutant(name), "tiny_config": mutation.changes}
+    )
+for family in sorted({mutation.family for mutation in MUTATIONS.values()}):
+    globals()[f"TestSound_{family}"] = type(f"TestSound_{family}", (AdapterTests,), {"adapter": sound(family)})
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One way to be wrong.
+
+    Attributes:
+        family: The adapter that is damaged.
+        damage: Makes the damaged one of it.
+        names: What a message must name.
+        changes: Config fields of the tiny model.
+    """
+
+    family: str
+    damage: Callable[[Adapter], Adapter]
+    names: str
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def in_block(change: Callable[[Block], Block]) -> Callable[[Adapter], Adapter]:
+    """Return a damage to the block, whether it is one or a function."""
+
+    def damage(adapter: Adapter) -> Adapter:
+        block = adapter.block
+        if callable(block):
+            return replace(adapter, block=lambda dimensions, index: change(block(dimensions, index)))
+        return replace(adapter, block=change(block))
+
+    return damage
+
+
+def in_branch(number: int, **changes: Any) -> Callable[[Adapter], Adapter]:
+    """Return a damage to one branch; a function among the changes is applied to the old value."""
+
+    def change(block: Block) -> Block:
+        branches = list(block.branches)
+        old = branches[number]
+        new = {name: value(getattr(old, name)) if callable(value) else value for name, value in changes.items()}
+        branches[number] = replace(old, **new)
+        return replace(block, branches=tuple(branches))
+
+    return in_block(change)
+
+
+def without_bias(linears):
+    return tuple(replace(linear, bias=False) for linear in linears)
+
+
+MUTATIONS = {
+    # norms
+    "norm of another kind: a LayerNorm declared as RMSNorm": Mutation(
+        "starcoder2", lambda a: replace(a, norm=replace(a.norm, kind="rms")), "model.layers.0.self_attn.q_proj"
+    ),
+    "centred RMSNorm stream": Mutation(
+        "llama", lambda a: replace(a, norm=replace(a.norm, kind="layer")), "model.layers.0.self_attn.q_proj"
+    ),
+    "norm weight without its offset": Mutation(
+        "gemma", lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)), "model.layers.0.self_attn.q_proj"
+    ),
+    "norm of the other branch": Mutation(
+        "llama", in_branch(0, norm="post_attention_layernorm"), "model.layers.0.input_layernorm"
+    ),
+    "norm weight undeclared": Mutation(
+        "llama", lambda a: replace(a, norm=replace(a.norm, has_weight=False)), "model.layers.0.input_layernorm.weight"
+    ),
+    "norm bias undeclared": Mutation(
+        "phi", lambda a: replace(a, norm=replace(a.norm, has_bias=False)), "model.layers.0.input_layernorm.bias"
+    ),
+    "wrong epsilon": Mutation("olmo", lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)), "norm"),
+    "final norm of a block": Mutation(
+        "llama", lambda a: replace(a, final_norm="model.layers.0.input_layernorm"), "model.norm.weight"
+    ),
+    # readers
+    "missed reader": Mutation(
+        "llama", in_branch(0, readers=lambda readers: readers[:2]), "model.layers.0.self_attn.v_proj.weight"
+    ),
+    "reader of a width it has not": Mutation(
+        "llama",
+        in_branch(1, readers=lambda readers: tuple(replace(one, width="query") for one in readers)),
+        "model.layers.0.mlp.gate_proj.weight",
+    ),
+    "missed router": Mutation("mixtral", in_branch(1, readers=()), "model.layers.0.mlp.gate.weight"),
+    "transposed weight not said to be": Mutation(
+        "gpt2",
+        in_branch(1, readers=lambda readers: tuple(replace(one, is_transposed=False) for one in readers)),
+        "transformer.h.0.mlp.c_fc.weight",
+    ),
+    # biases
+    "forgotten bias of readers": Mutation(
+        "qwen2", in_branch(0, readers=without_bias), "model.layers.0.self_attn.q_proj.bias"
+    ),
+    "forgotten bias of a writer": Mutation(
+        "phi", in_branch(1, writer=lambda writer: replace(writer, bias=False)), "model.layers.0.mlp.fc2.bias"
+    ),
+    "invented bias": Mutation(
+        "llama",
+        in_branch(1, writer=lambda writer: replace(writer, bias=True)),
+        "the model has no model.layers.0.mlp.down_proj.bias",
+    ),
+    "forgotten bias of the head": Mutation(
+        "phi", lambda a: replace(a, head=replace(a.head, bias=False)), "lm_head.bias"
+    ),
+    # writers and branches
+    "missed writer": Mutation("llama", in_branch(1, writer=None), "model.layers.0.mlp.down_proj.weight"),
+    "forgotten multiplier": Mutation(
+        "granite", in_branch(0, multiplier=""), "model.layers.0", {"residual_multiplier": 0.22}
+    ),
+    "forgotten gate": Mutation(
+        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0"
+    ),
+    "parallel block declared as sequential": Mutation(
+        "gpt_neox", in_block(lambda block: replace(block, is_parallel=False)), "gpt_neox.layers.0"
+    ),
+    "sequential block declared as parallel": Mutation(
+        "llama", in_block(lambda block: replace(block, is_parallel=True)), "model.layers.0"
+    ),
+    "branch in a module that is not there": Mutation("llama", in_branch(1, module="feed_forward"), "feed_forward"),
+    "experts of another width": Mutation(
+        "mixtral",
+        in_branch(1, experts=lambda experts: replace(experts, writer_width="query")),
+        "model.layers.0.mlp.experts.down_proj",
+    ),
+    "missed experts": Mutation("qwen2_moe", in_branch(1, experts=None), "model.layers.0.mlp.experts.gate_up_proj"),
+    # embeddings and what is kept
+    "untouched position embedding": Mutation(
+        "opt", lambda a: replace(a, embeddings=a.embeddings[:1]), "model.decoder.embed_positions.weight"
+    ),
+    "untouched token embedding": Mutation(
+        "gpt2", lambda a: replace(a, embeddings=a.embeddings[1:]), "transformer.wte.weight"
+    ),
+    "too few rows of an embedding": Mutation(
+        "opt",
+        lambda a: replace(a, embeddings=(a.embeddings[0], Embedding(a.embeddings[1].path, "max_position_embeddings"))),
+        "model.decoder.embed_positions.weight",
+    ),
+    "embeddings not said to grow with the width": Mutation(
+        "gemma",
+        lambda a: replace(a, scales_embeddings_by_width=False),
+        "the stream that model.embed_tokens start",
+    ),
+    "embeddings said to grow with the width": Mutation(
+        "llama",
+        lambda a: replace(a, scales_embeddings_by_width=True),
+        "the stream that model.embed_tokens start",
+    ),
+    "forgotten parameter apart from the stream": Mutation(
+        "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
+    ),
+    # sizes and dims
+    "rule on dims forgotten": Mutation("llama", lambda a: replace(a, dim_divisors=()), "hidden size"),
+    "rule on dims invented": Mutation(
+        "qwen2", lambda a: replace(a, dim_divisors=("num_attention_heads",)), "dim_divisors rules out"
+    ),
+    "a tied class declared as stock": Mutation(
+        "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention"
+    ),
+}
+
+
+def sound(family: str) -> Adapter:
+    """Return a shipped adapter."""
+    return plugins().adapters[family]
+
+
+def mutant(name: str) -> Adapter:
+    """Return the damaged adapter of a row."""
+    return MUTATIONS[name].damage(sound(MUTATIONS[name].family))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The report of one run of the suite on all mutants, and on the same adapters unharmed."""
+    folder = tmp_path_factory.mktemp("mutants")
+    (folder / "test_mutants.py").write_text(SUITE)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    words = ["-q", "-p", "no:cacheprovider", "--slicecli-report", "report.json", "test_mutants.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    return json.loads((folder / "report.json").read_text())["tests"]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_declaration_is_caught_and_the_fault_is_named(name, report):
+    own = f"::TestMutant{list(MUTATIONS).index(name)}::"
+    failed = [test for test in report if own in test["name"] and test["outcome"] == "failed"]
+    assert failed, "no test failed"
+    messages = [test["message"] for test in failed]
+    assert any(MUTATIONS[name].names in message for message in messages), "\n".join(messages)
+
+
+@pytest.mark.parametrize("family", sorted({mutation.family for mutation in MUTATIONS.values()}))
+def test_without_a_mutation_the_same_suite_passes(family, report):
+    outcomes = [test["outcome"] for test in report if f"::TestSound_{family}::" in test["name"]]
+    assert outcomes.count("passed") > 8
+    assert "failed" not in outcomes
