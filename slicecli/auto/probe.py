@@ -56,7 +56,7 @@ class ConfigProbe:
         epsilons = [name for name in floats if "eps" in name]
         multipliers = [name for name in floats if "multiplier" in name]
         self.epsilons = {name: EPSILON_STEP * (index + 1) for index, name in enumerate(epsilons)}
-        self._floats = self.epsilons | {
+        self._floats: dict[str, float] = self.epsilons | {
             name: FIRST_MULTIPLIER + MULTIPLIER_STEP * index for index, name in enumerate(multipliers)
         }
         self.tiny = self.changed()
