@@ -27,6 +27,11 @@ def test_the_command_line_page_is_the_help_of_the_commands():
     assert page.split() == load_tool("write_cli_page").page().split()
 
 
+def test_the_page_of_families_is_what_the_adapters_declare():
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert page == load_tool("write_families_page").page()
+
+
 def test_every_public_name_exists_and_every_hook_is_documented():
     for name in slicecli.__all__:
         assert getattr(slicecli, name) is not None

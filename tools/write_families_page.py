@@ -1,0 +1,88 @@
+"""Write docs/families.md from the installed adapters, so that the page cannot differ from the program.
+
+Usage: python tools/write_families_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slicecli.adapters import Adapter
+from slicecli.plugins import plugins
+from slicecli.testing.adapter_tests import tiny_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+HEAD = """\
+# Model families
+
+What the shipped adapters declare. Any other type is [inferred](auto.md), or declared in a [plugin](plugins.md). This
+page is written by `python tools/write_families_page.py`.
+
+**Layout.** *Stock*: a slice is a checkpoint of the family's own class with a smaller hidden size. *Custom code*: the
+class takes other sizes from the hidden size, so a slice needs code of its own; until that layout is written, `slice`
+refuses these families with the reason.
+
+**Checked.** All adapters pass the [conformance suite](testing.md) on tiny random models of each type and arrangement:
+every parameter accounted for; folded norms, rotations and a refit at full width leave the logits unchanged (float64,
+1e-9). Of *stock* families slices are made, counted, loaded without custom code, saved again, run in bfloat16, and
+generate with and without cache and padding. On trained weights: Llama, and the same weights rewritten as Phi-3 (fused
+projections), as OLMo (LayerNorms) and as Mixtral (experts), whose slices are as good as Llama's or better.
+"""
+CHECKS = {
+    "stock": "rotation, refit, slices made and loaded",
+    "custom-code": "rotation, refit at full width",
+}
+
+
+def describe(adapter: Adapter) -> str:
+    """Return what is special about a family's block, read off its declaration."""
+    dimensions = adapter.dimensions(tiny_of(adapter, adapter.model_types[0]).to_dict())
+    branches = [branch for block in dimensions.declared_blocks for branch in block.branches]
+    norm = adapter.norm
+    words = ["LayerNorm" if norm.kind == "layer" else "RMSNorm"]
+    words += ["1 + weight"] if norm.weight_offset else []
+    words += ["no weight"] if not norm.has_weight else []
+    words += ["parallel"] if any(block.is_parallel for block in dimensions.declared_blocks) else []
+    words += ["experts"] if any(branch.experts for branch in branches) else []
+    words += ["multipliers"] if any(branch.multiplier for branch in branches) else []
+    words += ["embeddings times root of width"] if adapter.scales_embeddings_by_width else []
+    words += ["learned positions"] if len(adapter.embeddings) > 1 else []
+    words += ["norms on queries"] if any(block.kept for block in dimensions.declared_blocks) else []
+    words += ["varies with the config"] if callable(adapter.block) else []
+    return ", ".join(words)
+
+
+def page() -> str:
+    """Return the page."""
+    rows = ["| adapter | model types | block | layout | dim must be | checked |", "|---|---|---|---|---|---|"]
+    reasons = []
+    for _, adapter in sorted(plugins().adapters.items()):
+        layout = adapter.layout({})
+        rule = " and ".join(f"a multiple of `{name}`" for name in adapter.dim_divisors) or "any"
+        types = ", ".join(f"`{name}`" for name in adapter.model_types)
+        shown = layout.replace("-", " ")
+        if callable(adapter.stock_obstacle):
+            shown += " (depends on the config)"
+        elif adapter.stock_obstacle:
+            reasons.append(f"- {adapter.name}: {adapter.stock_obstacle}")
+        rows.append(f"| {adapter.name} | {types} | {describe(adapter)} | {shown} | {rule} | {CHECKS[layout]} |")
+    refused = [
+        f"- {', '.join(f'`{name}`' for name in refusal.model_types)}: {refusal.reason}"
+        for refusal in plugins().refusals
+    ]
+    return "\n".join(
+        [
+            HEAD,
+            *rows,
+            "\n## Why custom code\n",
+            *reasons,
+            "\nPhi-3 with LongRoPE and Phi with norms on queries need it too; the message says why.",
+            "\n## Refused by name\n",
+            *refused,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
