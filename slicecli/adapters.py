@@ -12,9 +12,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import NoAdapterError, RequestError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ __all__ = [
     "Linear",
     "Norm",
     "Refusal",
+    "Sizes",
     "attention",
     "gated_mlp",
     "mlp",
@@ -43,6 +43,26 @@ AUTO_ADAPTER = "auto"
 
 Fields: TypeAlias = Mapping[str, Any]
 """The fields of a config: the content of `config.json`."""
+
+
+class Sizes(Protocol):
+    """The sizes of one model, as a declaration may ask for them; `slicecli.dimensions.Dimensions` answers.
+
+    Attributes:
+        heads: Attention heads.
+        key_value_heads: Key/value heads.
+    """
+
+    heads: int
+    key_value_heads: int
+
+    def value(self, name: str, otherwise: Any = None) -> Any:
+        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`."""
+        ...
+
+    def number(self, name: str, otherwise: int | None = None) -> int:
+        """Return a config field that must be a positive integer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -286,7 +306,7 @@ class Adapter:
 
     name: str
     model_types: tuple[str, ...]
-    block: Block | Callable[[Dimensions, int], Block]
+    block: Block | Callable[[Sizes, int], Block]
     blocks: str = "model.layers"
     embeddings: tuple[Embedding, ...] = (Embedding("model.embed_tokens"),)
     final_norm: str = "model.norm"
@@ -299,14 +319,6 @@ class Adapter:
     dim_divisors: tuple[str, ...] = ()
     stock_obstacle: str | Callable[[Fields], str] = ""
     obstacle: str | Callable[[Fields], str] = ""
-
-    def dimensions(self, config: Fields) -> Dimensions:
-        """Read the sizes that matter out of a config's fields (the content of `config.json`).
-
-        Raises:
-            UnsupportedModelError: A needed field is missing or is not a positive integer.
-        """
-        return Dimensions(self, config)
 
     def require_sliceable(self, config: Fields) -> None:
         """Refuse a config whose residual stream cannot be sliced.

@@ -30,7 +30,7 @@ from slicecli.source import Source
 
 if TYPE_CHECKING:
     from slicecli.evaluation.perplexity import PerplexityResult
-    from slicecli.slicing.pipeline import Progress
+    from slicecli.slicing.state import Progress
 
 __all__ = ["load_model", "perplexities", "perplexity", "slice_model"]
 

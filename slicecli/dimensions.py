@@ -29,6 +29,10 @@ Shape: TypeAlias = "tuple[int | None, ...]"
 class Dimensions:
     """The sizes of one model.
 
+    Args:
+        adapter: The declaration of its family.
+        config: The fields of its config: the content of `config.json`.
+
     Attributes:
         hidden_size: d, the width of the residual stream.
         blocks: L, the number of blocks.
@@ -38,6 +42,9 @@ class Dimensions:
         head_dim: Width of one head.
         is_tied: Whether the head shares the embedding table.
         dim_multiple: Every legal dim is a multiple of it.
+
+    Raises:
+        UnsupportedModelError: A needed field is missing or is not a positive integer.
     """
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:

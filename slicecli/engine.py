@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
     from slicecli.slicing.basis import Basis
-    from slicecli.slicing.pipeline import Progress, Target
+    from slicecli.slicing.state import Progress, Target
 
 __all__ = [
     "Job",
@@ -150,7 +150,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     adapter, inference = find_adapter(source, options.adapter)
     fields = source.fields if inference is None else full_fields(source)
     adapter.require_stock(fields)
-    dimensions = adapter.dimensions(fields)
+    dimensions = Dimensions(adapter, fields)
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
     dims = [width.resolve(dimensions, DTYPE_BYTES[dtype]) for width in widths]
@@ -162,7 +162,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     pick_device(options.device)
 
     config = source.config()
-    dimensions = adapter.dimensions(full_fields(source))
+    dimensions = Dimensions(adapter, full_fields(source))
     slices = []
     for dim, output in zip(dims, outputs, strict=True):
         plan = SlicePlan(
@@ -236,7 +236,8 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
-    from slicecli.slicing.pipeline import Batches, DenseModel, Silent, collect_basis, refit
+    from slicecli.slicing.pipeline import collect_basis, refit
+    from slicecli.slicing.state import Batches, DenseModel, Silent
 
     started = time.perf_counter()
     progress = progress or Silent()
@@ -434,7 +435,7 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
     """Make the empty sliced model and lay out its weight files."""
     import torch
 
-    from slicecli.slicing.pipeline import Target
+    from slicecli.slicing.state import Target
 
     shell = empty_model(config, options.trust_remote_code)
     count = sum(parameter.numel() for parameter in shell.parameters())

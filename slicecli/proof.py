@@ -24,7 +24,8 @@ from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
 from slicecli.slicing.folding import project
 from slicecli.slicing.maps import stream_scale
-from slicecli.slicing.pipeline import Batches, DenseModel, Silent, Target, collect_basis, refit
+from slicecli.slicing.pipeline import collect_basis, refit
+from slicecli.slicing.state import Batches, DenseModel, Silent, Target
 
 __all__ = [
     "ModelWeights",

@@ -15,6 +15,7 @@ from slicecli.auto.explain import classify_norm, explain_change, linear_form
 from slicecli.auto.infer import infer_adapter
 from slicecli.auto.observe import Call
 from slicecli.auto.scaffold import package_files, structural_switches, write_package
+from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, OutputError
 from slicecli.plugins import plugins
 from slicecli.testing import save_checkpoint
@@ -40,12 +41,12 @@ def test_the_inferred_declaration_equals_the_written_one(model_type):
     config = transformers.CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))
     inferred, written = infer_adapter(config).adapter, adapter_of(model_type)
     fields = config.to_dict()
-    assert inferred.dimensions(fields).declaration() == written.dimensions(fields).declaration()
+    assert Dimensions(inferred, fields).declaration() == Dimensions(written, fields).declaration()
     assert inferred.layout(fields) == written.layout(fields)
     assert inferred.norm == written.norm
-    dims = (inferred.dimensions(fields).hidden_size // 2, None)
-    assert [inferred.dimensions(fields).parameters(dim) for dim in dims] == [
-        written.dimensions(fields).parameters(dim) for dim in dims
+    dims = (Dimensions(inferred, fields).hidden_size // 2, None)
+    assert [Dimensions(inferred, fields).parameters(dim) for dim in dims] == [
+        Dimensions(written, fields).parameters(dim) for dim in dims
     ]
 
 
@@ -63,8 +64,8 @@ def test_the_inferred_declaration_equals_the_written_one(model_type):
 def test_the_inference_sees_how_the_config_arranges_the_model(model_type, changes):
     config = transformers.CONFIG_MAPPING[model_type](**changes)
     fields = config.to_dict()
-    inferred = infer_adapter(config).adapter.dimensions(fields)
-    assert inferred.declaration() == adapter_of(model_type).dimensions(fields).declaration()
+    inferred = Dimensions(infer_adapter(config).adapter, fields)
+    assert inferred.declaration() == Dimensions(adapter_of(model_type), fields).declaration()
 
 
 def test_a_bias_is_tied_to_the_field_that_switches_it():
@@ -242,7 +243,7 @@ def test_the_scaffold_says_what_it_has_seen_and_no_more():
     names: dict = {}
     exec(package_files(adapter, switches)["slicecli_stablelm/__init__.py"], names)
     made = names["ADAPTER"]
-    assert made.dimensions(config.to_dict()).declaration() == adapter.dimensions(config.to_dict()).declaration()
+    assert Dimensions(made, config.to_dict()).declaration() == Dimensions(adapter, config.to_dict()).declaration()
     made.require_sliceable(config.to_dict())
     with pytest.raises(Exception, match="use_parallel_residual = True"):
         made.require_sliceable({**config.to_dict(), "use_parallel_residual": True})

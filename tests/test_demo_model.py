@@ -14,7 +14,7 @@ from test_slicing import slice_in_memory
 from slicecli.calibration import calibration_rows, evaluation_rows
 from slicecli.demo import MODEL_FOLDER, documents
 from slicecli.evaluation.perplexity import measure_perplexity
-from slicecli.slicing import pipeline
+from slicecli.slicing import step
 from slicecli.slicing.basis import centred_frame
 from slicecli.slicing.ridge import solve_ridge
 from slicecli.text import read_text
@@ -54,7 +54,7 @@ def slices(model, calibration):
     """Dim and slice: two refitted, and one merely projected."""
     (wide, narrow), _ = slice_in_memory(model, 84, 72, rows=calibration, batch=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
+        patch.setattr(step, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
         (projected,), _ = slice_in_memory(model, 72, rows=calibration, batch=16)
     return {"84": wide, "72": narrow, "72 projected": projected}
 

@@ -10,6 +10,7 @@ import pytest
 
 import slicecli
 from slicecli import hookspecs
+from slicecli.dimensions import Dimensions
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +58,7 @@ def test_the_plugin_in_the_documentation_registers_its_adapter():
         "intermediate_size": 3,
     }
     # embedding and head, two norms and a final one, four attention matrices with a writer's bias, two of the MLP
-    assert adapter.dimensions({**fields, "attention_bias": True}).parameters(4) == 40 + 12 + 4 * 32 + 4 + 24
+    assert Dimensions(adapter, {**fields, "attention_bias": True}).parameters(4) == 40 + 12 + 4 * 32 + 4 + 24
 
 
 def test_every_link_between_pages_leads_somewhere():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
+from slicecli.dimensions import Dimensions
 from slicecli.plugins import plugins
 from slicecli.testing import AdapterTests
 from slicecli.testing.adapter_tests import tiny_of
@@ -85,6 +86,6 @@ def test_arrangements_that_cannot_be_sliced_are_refused(name, fields):
     adapter = plugins().adapters[name]
     config = transformers.CONFIG_MAPPING[name]().to_dict()
     adapter.require_sliceable(config)
-    assert adapter.dimensions(config).parameters() > 1e8
+    assert Dimensions(adapter, config).parameters() > 1e8
     with pytest.raises(Exception, match=r"This (OPT|GPT-2) config"):
         adapter.require_sliceable(config | fields)

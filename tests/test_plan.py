@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slicecli.adapters import select_adapter
+from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.plan import Width, parse_bytes, parse_count
 from slicecli.plugins import plugins
@@ -29,7 +30,7 @@ PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size
 
 
 def dimensions(fields):
-    return select_adapter(fields, plugins().adapters).dimensions(fields)
+    return Dimensions(select_adapter(fields, plugins().adapters), fields)
 
 
 @pytest.mark.parametrize(

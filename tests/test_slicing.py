@@ -10,11 +10,13 @@ from conftest import VOCABULARY, tiny_config, tiny_model
 
 from slicecli import proof
 from slicecli.adapters import select_adapter
+from slicecli.dimensions import Dimensions
 from slicecli.engine import sliced_config
 from slicecli.errors import WeightsError
 from slicecli.plugins import plugins
 from slicecli.proof import ModelWeights, relative_error
-from slicecli.slicing.pipeline import Batches, DenseModel, Silent, Target, collect_basis, refit
+from slicecli.slicing.pipeline import collect_basis, refit
+from slicecli.slicing.state import Batches, DenseModel, Silent, Target
 from slicecli.source import empty_model
 
 
@@ -30,7 +32,7 @@ def slice_in_memory(model, *dims, rows=None, batch=8):
 
 def dimensions_of(config):
     fields = config.to_dict()
-    return select_adapter(fields, plugins().adapters).dimensions(fields)
+    return Dimensions(select_adapter(fields, plugins().adapters), fields)
 
 
 @torch.no_grad()
@@ -94,13 +96,13 @@ def test_a_wider_slice_is_closer_to_the_dense_model(family):
 
 def test_the_refit_beats_the_plain_projection(monkeypatch):
     """Random tokens repeat in calibration and check only in distribution, so this is no memorising."""
-    from slicecli.slicing import pipeline
+    from slicecli.slicing import step
     from slicecli.slicing.ridge import solve_ridge
 
     model = tiny_model("llama")
     rows = random_rows(rows=400)
     (fitted,), _ = slice_in_memory(model, 36, rows=rows)
-    monkeypatch.setattr(pipeline, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
+    monkeypatch.setattr(step, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
     (projected,), _ = slice_in_memory(model, 36, rows=rows)
     assert relative_error(logits(fitted), logits(model)) < 0.9 * relative_error(logits(projected), logits(model))
 

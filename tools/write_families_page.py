@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slicecli.adapters import Adapter
+from slicecli.dimensions import Dimensions
 from slicecli.plugins import plugins
 from slicecli.testing.adapter_tests import tiny_of
 
@@ -36,7 +37,7 @@ CHECKS = {
 
 def describe(adapter: Adapter) -> str:
     """Return what is special about a family's block, read off its declaration."""
-    dimensions = adapter.dimensions(tiny_of(adapter, adapter.model_types[0]).to_dict())
+    dimensions = Dimensions(adapter, tiny_of(adapter, adapter.model_types[0]).to_dict())
     branches = [branch for block in dimensions.declared_blocks for branch in block.branches]
     norm = adapter.norm
     words = ["LayerNorm" if norm.kind == "layer" else "RMSNorm"]

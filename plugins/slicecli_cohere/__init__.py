@@ -6,18 +6,17 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Norm, attention, gated_mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Kept, Norm, Sizes, attention, gated_mlp
 
 QUERY_NORMS = (Kept("self_attn.q_norm.weight", "query"), Kept("self_attn.k_norm.weight", "key_value"))
 
 
-def block(dimensions: Dimensions, _index: int) -> Block:
+def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block; norms on queries and keys are there if the config says so."""
     return Block(
         (attention("attention_bias", "attention_bias"), gated_mlp(norm="input_layernorm")),
         is_parallel=True,
-        kept=QUERY_NORMS if dimensions.value("use_qk_norm") else (),
+        kept=QUERY_NORMS if sizes.value("use_qk_norm") else (),
     )
 
 

@@ -7,18 +7,17 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Branch, Embedding, Linear, Norm, mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Branch, Embedding, Linear, Norm, Sizes, mlp
 
 
-def block(dimensions: Dimensions, _index: int) -> Block:
+def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block as the config arranges it."""
-    is_new = bool(dimensions.value("new_decoder_architecture"))
-    is_parallel = is_new or bool(dimensions.value("parallel_attn"))
+    is_new = bool(sizes.value("new_decoder_architecture"))
+    is_parallel = is_new or bool(sizes.value("parallel_attn"))
     attention_norm, mlp_norm = "input_layernorm", "input_layernorm"
     if not is_parallel:
         mlp_norm = "post_attention_layernorm"
-    elif is_new and dimensions.value("num_ln_in_parallel_attn", 2) == 2:
+    elif is_new and sizes.value("num_ln_in_parallel_attn", 2) == 2:
         attention_norm, mlp_norm = "ln_attn", "ln_mlp"
     attention = Branch(
         norm=attention_norm,

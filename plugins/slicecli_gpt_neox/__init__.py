@@ -6,11 +6,10 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Branch, Embedding, Linear, Norm, mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Branch, Embedding, Linear, Norm, Sizes, mlp
 
 
-def block(dimensions: Dimensions, _index: int) -> Block:
+def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block, parallel unless the config says otherwise."""
     attention = Branch(
         norm="input_layernorm",
@@ -19,7 +18,7 @@ def block(dimensions: Dimensions, _index: int) -> Block:
         module="attention",
     )
     feed_forward = mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", bias=True)
-    return Block((attention, feed_forward), is_parallel=bool(dimensions.value("use_parallel_residual")))
+    return Block((attention, feed_forward), is_parallel=bool(sizes.value("use_parallel_residual")))
 
 
 ADAPTER = Adapter(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Linear, Norm, attention, mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Kept, Linear, Norm, Sizes, attention, mlp
 
 QUERY_NORMS = tuple(
     Kept(f"self_attn.{norm}.{parameter}", "head_dim")
@@ -16,12 +15,12 @@ QUERY_NORMS = tuple(
 )
 
 
-def block(dimensions: Dimensions, _index: int) -> Block:
+def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block; norms on queries and keys are there if the config says so."""
     return Block(
         (attention(True, True, writer="dense"), mlp("mlp.fc1", "mlp.fc2", norm="input_layernorm", bias=True)),
         is_parallel=True,
-        kept=QUERY_NORMS if dimensions.value("qk_layernorm") else (),
+        kept=QUERY_NORMS if sizes.value("qk_layernorm") else (),
     )
 
 

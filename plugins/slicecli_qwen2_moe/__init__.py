@@ -6,8 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Branch, Experts, Linear, attention, gated_mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Branch, Experts, Linear, Sizes, attention, gated_mlp
 
 EXPERTS = Branch(
     norm="post_attention_layernorm",
@@ -23,10 +22,10 @@ EXPERTS = Branch(
 )
 
 
-def block(dimensions: Dimensions, index: int) -> Block:
+def block(sizes: Sizes, index: int) -> Block:
     """Declare a block: every `decoder_sparse_step`-th has experts, but for those listed in `mlp_only_layers`."""
-    is_dense = index in (dimensions.value("mlp_only_layers") or ())
-    has_experts = not is_dense and (index + 1) % dimensions.number("decoder_sparse_step") == 0
+    is_dense = index in (sizes.value("mlp_only_layers") or ())
+    has_experts = not is_dense and (index + 1) % sizes.number("decoder_sparse_step") == 0
     return Block((attention(bias="qkv_bias"), EXPERTS if has_experts else gated_mlp()))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Branch, Experts, Kept, Linear, attention, gated_mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Branch, Experts, Kept, Linear, Sizes, attention, gated_mlp
 
 QUERY_NORMS = (Kept("self_attn.q_norm.weight", "head_dim"), Kept("self_attn.k_norm.weight", "head_dim"))
 
@@ -20,10 +19,10 @@ EXPERTS = Branch(
 )
 
 
-def block(dimensions: Dimensions, index: int) -> Block:
+def block(sizes: Sizes, index: int) -> Block:
     """Declare a block: every `decoder_sparse_step`-th has experts, but for those listed in `mlp_only_layers`."""
-    is_dense = index in (dimensions.value("mlp_only_layers") or ())
-    has_experts = not is_dense and (index + 1) % dimensions.number("decoder_sparse_step") == 0
+    is_dense = index in (sizes.value("mlp_only_layers") or ())
+    has_experts = not is_dense and (index + 1) % sizes.number("decoder_sparse_step") == 0
     attend = attention(bias="attention_bias", writer_bias="attention_bias")
     return Block((attend, EXPERTS if has_experts else gated_mlp()), kept=QUERY_NORMS)
 

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Norm, attention, gated_mlp
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Adapter, Block, Kept, Norm, Sizes, attention, gated_mlp
 
 
-def block(dimensions: Dimensions, _index: int) -> Block:
+def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block as the config arranges it."""
-    is_parallel = bool(dimensions.value("use_parallel_residual"))
+    is_parallel = bool(sizes.value("use_parallel_residual"))
     norm = "input_layernorm" if is_parallel else "post_attention_layernorm"
     kept: tuple[Kept, ...] = ()
-    if dimensions.value("qk_layernorm"):
-        heads = {"q_layernorm": dimensions.heads, "k_layernorm": dimensions.key_value_heads}
+    if sizes.value("qk_layernorm"):
+        heads = {"q_layernorm": sizes.heads, "k_layernorm": sizes.key_value_heads}
         kept = tuple(
             Kept(f"self_attn.{name}.norms.{head}.weight", "head_dim")
             for name, count in heads.items()

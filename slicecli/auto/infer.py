@@ -35,6 +35,7 @@ from slicecli.auto.explain import (
 )
 from slicecli.auto.observe import Call, Observation, observe
 from slicecli.auto.probe import ConfigProbe
+from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError, reason_of
 from slicecli.proof import prove_accounting, prove_refit, prove_rotation
 from slicecli.tiny import HEAD_DIM, SIZES, random_model
@@ -343,7 +344,7 @@ class _Inferring:
     def check_parameters(self) -> None:
         """Put the declaration together, and account for every parameter of the tiny model."""
         self.adapter = self._declare(self._block)
-        dimensions = self.adapter.dimensions(self._probe.fields)
+        dimensions = Dimensions(self.adapter, self._probe.fields)
         declared = dimensions.stream_parameters() | dimensions.other_parameters()
         kept, prefix = [], f"{self._blocks}.0."
         for name, shape in self._shapes.items():
@@ -363,7 +364,7 @@ class _Inferring:
 
     def check_layout(self) -> None:
         """Find the legal dims, and whether the family's own class can describe a slice."""
-        probe, dimensions = self._probe, self.adapter.dimensions(self._probe.fields)
+        probe, dimensions = self._probe, Dimensions(self.adapter, self._probe.fields)
         dim = self._width - 2 * SIZES["num_attention_heads"]
         changes = {probe.own_name("hidden_size"): dim, "head_dim": dimensions.head_dim, "tie_word_embeddings": False}
         obstacle = ""
@@ -382,9 +383,9 @@ class _Inferring:
 
     def check_proof(self) -> None:
         """Prove the declaration: on the tiny model, and on the parameters of the real config."""
-        dimensions = self.adapter.dimensions(self._probe.fields)
+        dimensions = Dimensions(self.adapter, self._probe.fields)
         dimensions.require_declared(self._shapes)
-        self.adapter.dimensions(self._config.to_dict()).require_declared(self._probe.shapes(self._config))
+        Dimensions(self.adapter, self._config.to_dict()).require_declared(self._probe.shapes(self._config))
         if self._probe.has_head_dim:
             # where heads have no width of their own, what a head computes grows with the hidden size too
             shapes = {self._width: self._shapes, 2 * self._width: self._probe.shapes(self._probe.wider())}

@@ -28,6 +28,7 @@ def command(
     For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
     with the check that failed.
     """
+    from slicecli.dimensions import Dimensions
     from slicecli.engine import find_adapter, full_fields
     from slicecli.errors import NotInferredError
     from slicecli.record import read_record
@@ -44,7 +45,7 @@ def command(
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
         raise
     fields = source.fields if inference is None else full_fields(source)
-    dimensions = chosen.dimensions(fields)
+    dimensions = Dimensions(chosen, fields)
     legal = dimensions.legal_dims()
     record = read_record(source.folder)
     document: dict[str, Any] = {

@@ -14,7 +14,7 @@ import click
 from slicecli.errors import OutputError
 
 if TYPE_CHECKING:
-    from slicecli.slicing.pipeline import Progress
+    from slicecli.slicing.state import Progress
 
 __all__ = [
     "note",
@@ -102,7 +102,7 @@ def size(count: int) -> str:
 def progress(is_quiet: bool) -> Iterator[Progress]:
     """Show progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
     if is_quiet:
-        from slicecli.slicing.pipeline import Silent
+        from slicecli.slicing.state import Silent
 
         yield Silent()
     elif sys.stderr.isatty():

@@ -1,5 +1,6 @@
-"""Slicing proper: second moments, the basis, the refit, and the pass over the blocks.
+"""Slicing proper: second moments, the basis, the refit, and the passes over the blocks.
 
-`moments`, `basis` and `ridge` are pure functions on tensors. `blocks` runs the model's own modules. `pipeline`
-ties them together and knows nothing of files: weights come in through a reader and go out through a sink.
+`moments`, `basis`, `ridge` and `maps` are pure functions on tensors; `folding` knows which tensors go through which
+map. `blocks` runs the model's own modules. `step` fits what reads and writes the stream at one place, `pipeline` goes
+over the whole model with the `state` of a pass. None of them reads or writes files.
 """

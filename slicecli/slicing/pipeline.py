@@ -2,161 +2,40 @@
 
 Blocks are filled with weights one at a time and freed again, so the whole model is never in memory; what lives
 through a pass are the streams, (tokens, width) numbers each. Several slices of one model share the dense half of
-the refit pass. Weights come from a `WeightReader`, sliced tensors go to each target's `sink`; no files here.
+the refit pass.
 
-Legend: d hidden size, k dim kept, Q basis (d, k), x dense stream, y sliced stream, n the norm without its weight,
-z what enters a writer, A and B the refitted maps of readers and writers, A₀ and B₀ the plain projections they
-start from. A step is what reads the stream at one place: a branch of a sequential block, all branches of a parallel
-one. Formulas: least squares as in "ours" of `docs/method.md`.
+Legend: d hidden size, Q basis (d, k), C and M the two matrices of `slicecli.slicing.basis`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from slicecli.adapters import Adapter, Block, Branch, Linear
-from slicecli.dimensions import Dimensions
+from slicecli.adapters import Block
 from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, reader_basis
-from slicecli.slicing.blocks import Call, Routing
+from slicecli.slicing.blocks import Call
 from slicecli.slicing.folding import (
-    WeightReader,
     final_norm_weight_and_bias,
     fold_head,
-    fold_readers,
     matrix_of,
     neutral_norm,
     norm_weight_and_bias,
     project_embeddings,
-    project_writers,
-    stored_form,
 )
-from slicecli.slicing.maps import projection_for_readers, stream_scale
-from slicecli.slicing.moments import Moments, add_outer, inverse_scale, normalise, widen
-from slicecli.slicing.ridge import Correction, solve_ridge
+from slicecli.slicing.moments import add_outer, widen
+from slicecli.slicing.state import Batches, DenseModel, Progress, Target
+from slicecli.slicing.step import Step, fit_reading
 
-__all__ = ["Batches", "DenseModel", "Progress", "Silent", "Target", "collect_basis", "refit"]
+__all__ = ["collect_basis", "refit"]
 
 READER_ROWS = 8192
-HELD_OUT_EVERY = 5
-
-
-class Progress(Protocol):
-    """Hears how far a pass has come."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` steps begins."""
-        ...
-
-    def advance(self, detail: str = "") -> None:
-        """One step is done; `detail` is a short remark on it."""
-        ...
-
-
-class Silent:
-    """A progress that nobody watches."""
-
-    def start(self, phase: str, total: int) -> None:
-        """Ignore the beginning of a phase."""
-
-    def advance(self, detail: str = "") -> None:
-        """Ignore a step."""
-
-
-@dataclass(frozen=True)
-class DenseModel:
-    """The dense model as the passes see it: an empty shell, its weights, and where to compute.
-
-    Attributes:
-        shell: The transformers model with all parameters on `meta`.
-        weights: Reads its parameters.
-        adapter: The family's declaration.
-        dimensions: Its sizes.
-        device: Where blocks run.
-        dtype: Dtype of blocks and streams.
-    """
-
-    shell: Any
-    weights: WeightReader
-    adapter: Adapter
-    dimensions: Dimensions
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def is_centred(self) -> bool:
-        """Whether the norms that read the stream subtract its mean."""
-        return self.adapter.norm.kind == "layer"
-
-    def normalise(self, stream: torch.Tensor) -> torch.Tensor:
-        """Return n(x), what a norm passes on before its weight and bias."""
-        return normalise(stream, self.dimensions.epsilon, self.is_centred)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The empty blocks in order."""
-        return list(self.shell.get_submodule(self.adapter.blocks))
-
-    def block_name(self, index: int) -> str:
-        """Return the path of a block in the model."""
-        return f"{self.adapter.blocks}.{index}"
-
-
-@dataclass
-class Target:
-    """One slice in the making.
-
-    Attributes:
-        dim: k.
-        shell: The empty model of the sliced config.
-        dtype: Dtype in which its tensors are written.
-        sink: Takes each finished tensor: parameter name and value on the CPU.
-    """
-
-    dim: int
-    shell: Any
-    dtype: torch.dtype
-    sink: Callable[[str, torch.Tensor], None]
-    _stream: list[torch.Tensor] = field(default_factory=list, repr=False)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Calibration rows in batches, with the tokens set apart to choose ridges.
-
-    Attributes:
-        rows: Token ids, int64 of shape (rows, sequence length).
-        size: Rows per batch.
-    """
-
-    rows: torch.Tensor
-    size: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.size)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self.rows.split(self.size))
-
-    def held_out(self) -> list[torch.Tensor]:
-        """Say for each batch which of its tokens are held out, bool of shape (rows * sequence length,).
-
-        Every fifth row is; of fewer than five rows, the last fifth of each.
-        """
-        is_held_out = torch.zeros(self.rows.shape, dtype=torch.bool)
-        if len(self.rows) >= HELD_OUT_EVERY:
-            is_held_out[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
-        else:
-            is_held_out[:, -(self.rows.shape[1] // HELD_OUT_EVERY) :] = True
-        return [batch.flatten() for batch in is_held_out.split(self.size)]
 
 
 @torch.no_grad()
@@ -236,12 +115,12 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
             others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
             silent = {module: lengths[module] for module in others if module}
             for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-                fitting = _Step(
+                fitting = Step(
                     dense, target, sliced_block, branches, weights, block_calls, lengths, silent, is_last, held_out
                 )
                 errors.append(fitting.fit_readers(before[position], bases[target.dim]))
                 fitting.fit_writers(after, bases[target.dim])
-                for stream in target._stream:
+                for stream in target.stream:
                     _require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
             before[position].clear()
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
@@ -257,7 +136,7 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
         for name in running.persistent_buffers(target.shell):
             if not name.startswith(f"{dense.adapter.blocks}."):
                 target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
-        target._stream.clear()
+        target.stream.clear()
     progress.advance()
 
 
@@ -307,290 +186,6 @@ class _Statistics:
             self.metric += metric / seen
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A linear writer's place in the regression of its step.
-
-    Attributes:
-        writer: The writer.
-        multiplier: What multiplies its branch.
-        width: Its inputs.
-        has_bias: Whether it has a bias, which is one more input.
-    """
-
-    writer: Linear
-    multiplier: float
-    width: int
-    has_bias: bool
-
-    def gain(self, seen: running.WriterInputs, dtype: torch.dtype) -> torch.Tensor | float:
-        """Return what multiplies the writer's output: one number, or one for each token, shape (tokens, 1)."""
-        if not self.writer.gate:
-            return self.multiplier
-        return self.multiplier * torch.sigmoid(seen.gates[self.writer.gate].to(dtype))
-
-    def columns(self, seen: running.WriterInputs, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return what enters the writer as it counts in the stream: (tokens, width), and (tokens, 1) for a bias."""
-        entering, gain = seen.linear[self.writer.path].to(dtype), self.gain(seen, dtype)
-        constant = [entering.new_ones(len(entering), 1) * gain] if self.has_bias else []
-        return [entering * gain, *constant]
-
-
-@dataclass(frozen=True)
-class _Goals:
-    """What the writers of a step are fitted to, batch by batch.
-
-    Attributes:
-        dense: The dense model.
-        after: The dense stream after the step.
-        streams: The sliced stream before it.
-        basis: Q, float64 of shape (d, k).
-    """
-
-    dense: DenseModel
-    after: Sequence[torch.Tensor]
-    streams: Sequence[torch.Tensor]
-    basis: torch.Tensor
-
-    def residual(self, number: int) -> torch.Tensor:
-        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k)."""
-        after = widen(self.after[number]).flatten(0, -2)
-        leading = (stream_scale(self.basis) * self.basis).to(after)
-        return after @ leading - widen(self.streams[number]).flatten(0, -2)
-
-    def root(self, number: int) -> torch.Tensor:
-        """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""
-        after = widen(self.after[number]).flatten(0, -2)
-        return inverse_scale(after, self.dense.dimensions.epsilon, self.dense.is_centred)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step of one block of one target: fits its readers, then its writers, then moves the stream on.
-
-    Attributes:
-        dense: The dense model.
-        target: The slice in the making.
-        block: Its block.
-        branches: The branches of the step.
-        weights: Dense parameters by name inside the block.
-        calls: How the model calls the block, by batch shape.
-        lengths: What each branch's module returns, see `slicecli.slicing.blocks.BlockRun`.
-        silent: Modules of the block's other branches, likewise.
-        is_last: Whether the block ends with this step.
-        held_out: Which tokens of each batch are held out.
-    """
-
-    dense: DenseModel
-    target: Target
-    block: nn.Module
-    branches: tuple[Branch, ...]
-    weights: dict[str, torch.Tensor]
-    calls: dict[tuple[int, ...], Call]
-    lengths: dict[str, int]
-    silent: dict[str, int]
-    is_last: bool
-    held_out: Sequence[torch.Tensor]
-
-    def fit_readers(self, dense_inputs: Sequence[torch.Tensor], basis: torch.Tensor) -> float:
-        """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
-
-        Returns:
-            The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
-        """
-        norm = self.block.get_submodule(self.branches[0].norm)
-        matrix, lost = _fit_reading(self.dense, norm, dense_inputs, self.target._stream, basis, self.held_out)
-        self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
-        return lost
-
-    def fit_writers(self, dense_after: Sequence[torch.Tensor], basis: torch.Tensor) -> None:
-        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream."""
-        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
-        self._set_writers(projected)
-        goals = _Goals(self.dense, dense_after, self.target._stream, basis)
-        entries = list(self._entries())
-        with_experts = [branch for branch in self.branches if branch.experts is not None]
-        kept: dict[str, list[torch.Tensor]] = {entry.writer.path: [] for entry in entries if self._is_kept(entry)}
-        if entries:
-            self._fit_linear(entries, projected, goals, kept)
-        for branch in with_experts:
-            self._fit_experts(branch, projected, goals)
-        self._move_on(entries, kept)
-
-    def _entries(self) -> Iterator[_Entry]:
-        for branch in self.branches:
-            if branch.writer is not None:
-                width = self.dense.dimensions.width(branch.writer.width)
-                has_bias = self.dense.dimensions.has_bias(branch.writer)
-                yield _Entry(branch.writer, self._multiplier(branch), width, has_bias)
-
-    def _multiplier(self, branch: Branch) -> float:
-        return self.dense.dimensions.multiplier(branch.multiplier)
-
-    def _is_kept(self, entry: _Entry) -> bool:
-        """Say whether a writer's input is held in memory: a wide one costs less to compute again.
-
-        A branch that is not its block's last step cannot be computed apart where a later one has no module.
-        """
-        is_narrow = entry.width <= 2 * self.dense.dimensions.hidden_size
-        return not entry.writer.gate and (is_narrow or not self.is_last)
-
-    def _seen(self, stream: torch.Tensor) -> running.WriterInputs:
-        return running.writer_inputs(self.block, self._call(stream), stream, self.branches, self.silent)
-
-    def _fit_linear(
-        self,
-        entries: Sequence[_Entry],
-        projected: Mapping[str, torch.Tensor],
-        goals: _Goals,
-        kept: Mapping[str, list[torch.Tensor]],
-    ) -> None:
-        """Fit the linear writers of the step together; experts beside them count as their projections make them."""
-        parts = []
-        for entry in entries:
-            parts.append(projected[f"{entry.writer.path}.weight"])
-            if entry.has_bias:
-                parts.append(projected[f"{entry.writer.path}.bias"][:, None])
-        start = torch.cat(parts, dim=1)
-        wide = torch.promote_types(self.dense.dtype, torch.float32)
-        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
-        for number, stream in enumerate(self.target._stream):
-            seen = self._seen(stream)
-            for path, held in kept.items():
-                held.append(seen.linear[path])
-            flat = torch.cat([column for entry in entries for column in entry.columns(seen, wide)], dim=1)
-            residual = goals.residual(number) - flat @ start.to(wide).T - self._experts_add(seen)
-            root = goals.root(number)
-            moments.add(flat * root, residual * root, self.held_out[number])
-        matrix = start + solve_ridge(moments).matrix
-        del moments
-        widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
-        solved = iter(matrix.split(widths, dim=1))
-        for entry in entries:
-            fitted = {f"{entry.writer.path}.weight": next(solved)}
-            if entry.has_bias:
-                fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
-            self._set_writers(fitted)
-
-    def _fit_experts(self, branch: Branch, projected: Mapping[str, torch.Tensor], goals: _Goals) -> None:
-        """Fit the experts' writers one after the other, each to what the others leave of the goal."""
-        declared = branch.experts
-        assert declared is not None
-        module = self.block.get_submodule(declared.module)
-        multiplier = self._multiplier(branch)
-        wide = torch.promote_types(self.dense.dtype, torch.float32)
-        width = self.dense.dimensions.width(declared.writer_width)
-        routings: list[Routing] = []
-        residuals: list[torch.Tensor] = []
-        for number, stream in enumerate(self.target._stream):
-            seen = self._seen(stream)
-            routings.append(seen.routings[declared.module])
-            residual = goals.residual(number) - self._experts_add(seen)
-            for entry in self._entries():
-                written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
-                residual -= entry.gain(seen, wide) * widen(written)
-            residuals.append(residual)
-        starts, fitted = projected[declared.writer_path], []
-        for expert, start in enumerate(starts):
-            moments = Moments(width, self.target.dim, self.dense.device)
-            shares = []
-            for number, routing in enumerate(routings):
-                is_chosen = routing.index == expert
-                tokens = is_chosen.any(-1).nonzero().squeeze(-1)
-                gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
-                inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
-                inputs, root = inner * gain, goals.root(number)[tokens]
-                moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
-                shares.append((tokens, inputs))
-            correction = solve_ridge(moments).matrix
-            for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
-                residual[tokens] -= inputs @ correction.to(wide).T
-            fitted.append(_store(start + correction, self.target))
-        self._set({declared.writer_path: torch.stack(fitted)})
-
-    def _experts_add(self, seen: running.WriterInputs) -> torch.Tensor | float:
-        """Return what the experts of the step add to the stream with their writers as they are, shape (tokens, k)."""
-        total: torch.Tensor | float = 0.0
-        for branch in self.branches:
-            if branch.experts is not None:
-                routing = seen.routings[branch.experts.module]
-                module = self.block.get_submodule(branch.experts.module)
-                added = module(routing.tokens, routing.index, routing.weights)
-                total = total + self._multiplier(branch) * widen(added)
-        return total
-
-    def _move_on(self, entries: Sequence[_Entry], kept: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Add the step to the sliced stream."""
-        held = [entry for entry in entries if entry.writer.path in kept]
-        is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
-        modules = [branch.module for branch in self.branches if branch.writer and branch.writer.path in kept]
-        silent = self.silent | {module: self.lengths[module] for module in modules if module}
-        for number, stream in enumerate(self.target._stream):
-            moved = stream
-            if not is_complete:
-                with running.silenced(self.block, silent, stream):
-                    moved = running.first_tensor(self._call(stream)(self.block, stream))
-            for entry in held:
-                added = self.block.get_submodule(entry.writer.path)(kept[entry.writer.path][number])
-                moved = moved + entry.multiplier * added.reshape(stream.shape)
-            self.target._stream[number] = moved
-
-    def _call(self, stream: torch.Tensor) -> Call:
-        return self.calls[tuple(stream.shape[:2])]
-
-    def _set_writers(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill writers whose weights are given as (outputs, inputs)."""
-        writers = {branch.writer.path: branch.writer for branch in self.branches if branch.writer is not None}
-        stored = {}
-        for name, tensor in tensors.items():
-            linear = writers.get(name.removesuffix(".weight"))
-            stored[name] = tensor if linear is None else stored_form(linear, tensor)
-        self._set(stored)
-
-    def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        stored = {name: _store(value, self.target) for name, value in tensors.items()}
-        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
-
-
-def _fit_reading(
-    dense: DenseModel,
-    norm: nn.Module,
-    dense_inputs: Sequence[torch.Tensor],
-    sliced_inputs: Sequence[torch.Tensor],
-    basis: torch.Tensor,
-    held_out: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, float]:
-    """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
-
-    Args:
-        dense: The dense model.
-        norm: The sliced norm, without effect of its own (`slicecli.slicing.folding.neutral_norm`).
-        dense_inputs: x, batch by batch.
-        sliced_inputs: y, likewise.
-        basis: Q.
-        held_out: Which tokens of each batch are held out.
-
-    Returns:
-        A, float64 of shape (d, k), and the share of Σ |n(x)|² over held-out tokens that it leaves.
-    """
-    width, dim = basis.shape
-    start = projection_for_readers(basis)
-    moments = Moments(dim, width, dense.device)
-    energy = torch.zeros((), dtype=torch.float64, device=dense.device)
-    for dense_input, sliced_input, mask in zip(dense_inputs, sliced_inputs, held_out, strict=True):
-        goal = dense.normalise(dense_input).flatten(0, -2)
-        given = widen(norm(sliced_input)).flatten(0, -2)
-        moments.add(given, goal - given @ start.to(given).T, mask)
-        energy += goal[mask].double().square().sum()
-    correction: Correction = solve_ridge(moments)
-    lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
-    fitted = start + correction.matrix
-    if dense.is_centred:
-        # n'(y) has no mean but for rounding; the place must be free for the norms' biases
-        fitted = fitted - fitted.mean(1, keepdim=True)
-    return fitted, lost
-
-
 def _fit_head(
     dense: DenseModel,
     target: Target,
@@ -602,7 +197,7 @@ def _fit_head(
     path = dense.adapter.final_norm
     norm = target.shell.get_submodule(path)
     running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
-    matrix, _ = _fit_reading(dense, norm, streams, target._stream, basis, held_out)
+    matrix, _ = fit_reading(dense, norm, streams, target.stream, basis, held_out)
     running.clear(norm)
     for name, tensor in fold_head(dense.dimensions, dense.weights, matrix, target.dtype).items():
         target.sink(name, tensor.to("cpu", target.dtype))
@@ -611,7 +206,7 @@ def _fit_head(
 def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
     """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
     tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
-    target._stream, _ = _enter(dense, target.shell, tables, batches)
+    target.stream, _ = _enter(dense, target.shell, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
 
@@ -682,11 +277,6 @@ def _filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor
 def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors by their names inside a module."""
     return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}
-
-
-def _store(value: torch.Tensor, target: Target) -> torch.Tensor:
-    """Round a value to what will be written, so that later fits see and repair the rounding too."""
-    return value.to(target.dtype).contiguous()
 
 
 def _require_finite(tensor: torch.Tensor, what: str) -> None:

@@ -62,7 +62,7 @@ class Subject:
         self.model = model
         self.fields = model.config.to_dict() if fields is None else fields
         self.adapter.require_sliceable(self.fields)
-        self.dimensions: Dimensions = adapter.dimensions(self.fields)
+        self.dimensions: Dimensions = Dimensions(adapter, self.fields)
         self.is_real = is_real
         self._folder = folder
 

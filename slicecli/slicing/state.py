@@ -1,0 +1,136 @@
+"""What the passes work on: the dense model and its slices in the making, the calibration rows, and who watches.
+
+Plain data. Weights come from a `WeightReader`, sliced tensors go to each target's `sink`; no files here.
+
+Legend: d hidden size, k dim kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from slicecli.adapters import Adapter
+from slicecli.dimensions import Dimensions
+from slicecli.slicing.folding import WeightReader
+from slicecli.slicing.moments import normalise
+
+__all__ = ["Batches", "DenseModel", "Progress", "Silent", "Target"]
+
+HELD_OUT_EVERY = 5
+
+
+class Progress(Protocol):
+    """Hears how far a pass has come."""
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase of `total` steps begins."""
+        ...
+
+    def advance(self, detail: str = "") -> None:
+        """One step is done; `detail` is a short remark on it."""
+        ...
+
+
+class Silent:
+    """A progress that nobody watches."""
+
+    def start(self, phase: str, total: int) -> None:
+        """Ignore the beginning of a phase."""
+
+    def advance(self, detail: str = "") -> None:
+        """Ignore a step."""
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model as the passes see it: an empty shell, its weights, and where to compute.
+
+    Attributes:
+        shell: The transformers model with all parameters on `meta`.
+        weights: Reads its parameters.
+        adapter: The family's declaration.
+        dimensions: Its sizes.
+        device: Where blocks run.
+        dtype: Dtype of blocks and streams.
+    """
+
+    shell: Any
+    weights: WeightReader
+    adapter: Adapter
+    dimensions: Dimensions
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the norms that read the stream subtract its mean."""
+        return self.adapter.norm.kind == "layer"
+
+    def normalise(self, stream: torch.Tensor) -> torch.Tensor:
+        """Return n(x), what a norm passes on before its weight and bias."""
+        return normalise(stream, self.dimensions.epsilon, self.is_centred)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The empty blocks in order."""
+        return list(self.shell.get_submodule(self.adapter.blocks))
+
+    def block_name(self, index: int) -> str:
+        """Return the path of a block in the model."""
+        return f"{self.adapter.blocks}.{index}"
+
+
+@dataclass
+class Target:
+    """One slice in the making.
+
+    Attributes:
+        dim: k.
+        shell: The empty model of the sliced config.
+        dtype: Dtype in which its tensors are written.
+        sink: Takes each finished tensor: parameter name and value on the CPU.
+        stream: y, batch by batch, as far as the pass has come.
+    """
+
+    dim: int
+    shell: Any
+    dtype: torch.dtype
+    sink: Callable[[str, torch.Tensor], None]
+    stream: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Calibration rows in batches, with the tokens set apart to choose ridges.
+
+    Attributes:
+        rows: Token ids, int64 of shape (rows, sequence length).
+        size: Rows per batch.
+    """
+
+    rows: torch.Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.rows.split(self.size))
+
+    def held_out(self) -> list[torch.Tensor]:
+        """Say for each batch which of its tokens are held out, bool of shape (rows * sequence length,).
+
+        Every fifth row is; of fewer than five rows, the last fifth of each.
+        """
+        is_held_out = torch.zeros(self.rows.shape, dtype=torch.bool)
+        if len(self.rows) >= HELD_OUT_EVERY:
+            is_held_out[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+        else:
+            is_held_out[:, -(self.rows.shape[1] // HELD_OUT_EVERY) :] = True
+        return [batch.flatten() for batch in is_held_out.split(self.size)]

@@ -1,0 +1,334 @@
+"""One step of the refit: what reads the stream at one place, and what is then written to it.
+
+A step is a branch of a sequential block, or all branches of a parallel one. Its readers are fitted first, then its
+writers with the readers as they are now, then the sliced stream moves on. Linear writers are fitted together, experts
+one after the other.
+
+Legend: d hidden size, k dim kept, Q basis (d, k), x dense stream, y sliced stream, n the norm without its weight,
+z what enters a writer, A and B the refitted maps of readers and writers, A₀ and B₀ the plain projections they
+start from. Formulas: least squares as in "ours" of `docs/method.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from slicecli.adapters import Branch, Linear
+from slicecli.slicing import blocks as running
+from slicecli.slicing.blocks import Call, Routing
+from slicecli.slicing.folding import fold_readers, project_writers, stored_form
+from slicecli.slicing.maps import projection_for_readers, stream_scale
+from slicecli.slicing.moments import Moments, inverse_scale, widen
+from slicecli.slicing.ridge import Correction, solve_ridge
+from slicecli.slicing.state import DenseModel, Target
+
+__all__ = ["Step", "fit_reading"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A linear writer's place in the regression of its step.
+
+    Attributes:
+        writer: The writer.
+        module: The module of the block that holds its branch.
+        multiplier: What multiplies its branch.
+        width: Its inputs.
+        has_bias: Whether it has a bias, which is one more input.
+    """
+
+    writer: Linear
+    module: str
+    multiplier: float
+    width: int
+    has_bias: bool
+
+    def gain(self, seen: running.WriterInputs, dtype: torch.dtype) -> torch.Tensor | float:
+        """Return what multiplies the writer's output: one number, or one for each token, shape (tokens, 1)."""
+        if not self.writer.gate:
+            return self.multiplier
+        return self.multiplier * torch.sigmoid(seen.gates[self.writer.gate].to(dtype))
+
+    def columns(self, seen: running.WriterInputs, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return what enters the writer as it counts in the stream: (tokens, width), and (tokens, 1) for a bias."""
+        entering, gain = seen.linear[self.writer.path].to(dtype), self.gain(seen, dtype)
+        constant = [entering.new_ones(len(entering), 1) * gain] if self.has_bias else []
+        is_plain = isinstance(gain, float) and gain == 1.0
+        return [entering if is_plain else entering * gain, *constant]
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What the writers of a step are fitted to, batch by batch.
+
+    Attributes:
+        dense: The dense model.
+        after: The dense stream after the step.
+        streams: The sliced stream before it.
+        basis: Q, float64 of shape (d, k).
+    """
+
+    dense: DenseModel
+    after: Sequence[torch.Tensor]
+    streams: Sequence[torch.Tensor]
+    basis: torch.Tensor
+
+    @functools.cached_property
+    def _turn(self) -> torch.Tensor:
+        """What the dense stream is multiplied by, in the dtype for products."""
+        return (stream_scale(self.basis) * self.basis).to(torch.promote_types(self.dense.dtype, torch.float32))
+
+    def residual(self, number: int) -> torch.Tensor:
+        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k)."""
+        after = widen(self.after[number]).flatten(0, -2)
+        return after @ self._turn.to(after) - widen(self.streams[number]).flatten(0, -2)
+
+    def root(self, number: int) -> torch.Tensor:
+        """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""
+        after = widen(self.after[number]).flatten(0, -2)
+        return inverse_scale(after, self.dense.dimensions.epsilon, self.dense.is_centred)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one block of one target: fits its readers, then its writers, then moves the stream on.
+
+    Attributes:
+        dense: The dense model.
+        target: The slice in the making.
+        block: Its block.
+        branches: The branches of the step.
+        weights: Dense parameters by name inside the block.
+        calls: How the model calls the block, by batch shape.
+        lengths: What each branch's module returns, see `slicecli.slicing.blocks.BlockRun`.
+        silent: Modules of the block's other branches, likewise.
+        is_last: Whether the block ends with this step.
+        held_out: Which tokens of each batch are held out.
+    """
+
+    dense: DenseModel
+    target: Target
+    block: nn.Module
+    branches: tuple[Branch, ...]
+    weights: dict[str, torch.Tensor]
+    calls: dict[tuple[int, ...], Call]
+    lengths: dict[str, int]
+    silent: dict[str, int]
+    is_last: bool
+    held_out: Sequence[torch.Tensor]
+
+    def fit_readers(self, dense_inputs: Sequence[torch.Tensor], basis: torch.Tensor) -> float:
+        """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
+
+        Returns:
+            The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
+        """
+        norm = self.block.get_submodule(self.branches[0].norm)
+        matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.held_out)
+        self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
+        return lost
+
+    def fit_writers(self, dense_after: Sequence[torch.Tensor], basis: torch.Tensor) -> None:
+        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream."""
+        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
+        self._set_writers(projected)
+        goals = Goals(self.dense, dense_after, self.target.stream, basis)
+        entries = list(self._entries())
+        with_experts = [branch for branch in self.branches if branch.experts is not None]
+        kept: dict[str, list[torch.Tensor]] = {entry.writer.path: [] for entry in entries if self._is_kept(entry)}
+        if entries:
+            self._fit_linear(entries, projected, goals, kept)
+        for branch in with_experts:
+            self._fit_experts(branch, projected, goals)
+        self._move_on(entries, kept)
+
+    def _entries(self) -> Iterator[Entry]:
+        for branch in self.branches:
+            if branch.writer is not None:
+                width = self.dense.dimensions.width(branch.writer.width)
+                has_bias = self.dense.dimensions.has_bias(branch.writer)
+                yield Entry(branch.writer, branch.module, self._multiplier(branch), width, has_bias)
+
+    def _multiplier(self, branch: Branch) -> float:
+        return self.dense.dimensions.multiplier(branch.multiplier)
+
+    def _is_kept(self, entry: Entry) -> bool:
+        """Say whether a writer's input is held in memory: a wide one costs less to compute again.
+
+        Before the block's last step there is no choice, because a later branch may have no module that could be
+        left out of the run; beside others of its step only a branch that has one can be left out itself.
+        """
+        is_narrow = entry.width <= 2 * self.dense.dimensions.hidden_size
+        can_be_left_out = bool(entry.module) or len(self.branches) == 1
+        return not entry.writer.gate and can_be_left_out and (is_narrow or not self.is_last)
+
+    def _seen(self, stream: torch.Tensor) -> running.WriterInputs:
+        return running.writer_inputs(self.block, self._call(stream), stream, self.branches, self.silent)
+
+    def _fit_linear(
+        self,
+        entries: Sequence[Entry],
+        projected: Mapping[str, torch.Tensor],
+        goals: Goals,
+        kept: Mapping[str, list[torch.Tensor]],
+    ) -> None:
+        """Fit the linear writers of the step together; experts beside them count as their projections make them."""
+        parts = []
+        for entry in entries:
+            parts.append(projected[f"{entry.writer.path}.weight"])
+            if entry.has_bias:
+                parts.append(projected[f"{entry.writer.path}.bias"][:, None])
+        wide = torch.promote_types(self.dense.dtype, torch.float32)
+        start = _beside(parts)
+        start_wide = start.to(wide)
+        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
+        for number, stream in enumerate(self.target.stream):
+            seen = self._seen(stream)
+            for path, held in kept.items():
+                held.append(seen.linear[path])
+            flat = _beside([column for entry in entries for column in entry.columns(seen, wide)])
+            residual = goals.residual(number) - flat @ start_wide.T - self._experts_add(seen)
+            root = goals.root(number)
+            moments.add(flat * root, residual * root, self.held_out[number])
+        del start_wide
+        matrix = start + solve_ridge(moments).matrix
+        del moments
+        widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
+        solved = iter(matrix.split(widths, dim=1))
+        for entry in entries:
+            fitted = {f"{entry.writer.path}.weight": next(solved)}
+            if entry.has_bias:
+                fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
+            self._set_writers(fitted)
+
+    def _fit_experts(self, branch: Branch, projected: Mapping[str, torch.Tensor], goals: Goals) -> None:
+        """Fit the experts' writers one after the other, each to what the others leave of the goal."""
+        declared = branch.experts
+        assert declared is not None
+        module = self.block.get_submodule(declared.module)
+        multiplier = self._multiplier(branch)
+        wide = torch.promote_types(self.dense.dtype, torch.float32)
+        width = self.dense.dimensions.width(declared.writer_width)
+        routings: list[Routing] = []
+        residuals: list[torch.Tensor] = []
+        for number, stream in enumerate(self.target.stream):
+            seen = self._seen(stream)
+            routings.append(seen.routings[declared.module])
+            residual = goals.residual(number) - self._experts_add(seen)
+            for entry in self._entries():
+                written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
+                residual -= entry.gain(seen, wide) * widen(written)
+            residuals.append(residual)
+        starts, fitted = projected[declared.writer_path], []
+        for expert, start in enumerate(starts):
+            moments = Moments(width, self.target.dim, self.dense.device)
+            shares = []
+            for number, routing in enumerate(routings):
+                is_chosen = routing.index == expert
+                tokens = is_chosen.any(-1).nonzero().squeeze(-1)
+                gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
+                inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
+                inputs, root = inner * gain, goals.root(number)[tokens]
+                moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
+                shares.append((tokens, inputs))
+            correction = solve_ridge(moments).matrix
+            for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
+                residual[tokens] -= inputs @ correction.to(wide).T
+            fitted.append(_store(start + correction, self.target))
+        self._set({declared.writer_path: torch.stack(fitted)})
+
+    def _experts_add(self, seen: running.WriterInputs) -> torch.Tensor | float:
+        """Return what the experts of the step add to the stream with their writers as they are, shape (tokens, k)."""
+        total: torch.Tensor | float = 0.0
+        for branch in self.branches:
+            if branch.experts is not None:
+                routing = seen.routings[branch.experts.module]
+                module = self.block.get_submodule(branch.experts.module)
+                added = module(routing.tokens, routing.index, routing.weights)
+                total = total + self._multiplier(branch) * widen(added)
+        return total
+
+    def _move_on(self, entries: Sequence[Entry], kept: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Add the step to the sliced stream."""
+        held = [entry for entry in entries if entry.writer.path in kept]
+        is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
+        silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
+        for number, stream in enumerate(self.target.stream):
+            moved = stream
+            if not is_complete:
+                with running.silenced(self.block, silent, stream):
+                    moved = running.first_tensor(self._call(stream)(self.block, stream))
+            for entry in held:
+                added = self.block.get_submodule(entry.writer.path)(kept[entry.writer.path][number])
+                moved = moved + entry.multiplier * added.reshape(stream.shape)
+            self.target.stream[number] = moved
+
+    def _call(self, stream: torch.Tensor) -> Call:
+        return self.calls[tuple(stream.shape[:2])]
+
+    def _set_writers(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill writers whose weights are given as (outputs, inputs)."""
+        writers = {branch.writer.path: branch.writer for branch in self.branches if branch.writer is not None}
+        stored = {}
+        for name, tensor in tensors.items():
+            linear = writers.get(name.removesuffix(".weight"))
+            stored[name] = tensor if linear is None else stored_form(linear, tensor)
+        self._set(stored)
+
+    def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        stored = {name: _store(value, self.target) for name, value in tensors.items()}
+        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
+
+
+def fit_reading(
+    dense: DenseModel,
+    norm: nn.Module,
+    dense_inputs: Sequence[torch.Tensor],
+    sliced_inputs: Sequence[torch.Tensor],
+    basis: torch.Tensor,
+    held_out: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, float]:
+    """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
+
+    Args:
+        dense: The dense model.
+        norm: The sliced norm, without effect of its own (`slicecli.slicing.folding.neutral_norm`).
+        dense_inputs: x, batch by batch.
+        sliced_inputs: y, likewise.
+        basis: Q.
+        held_out: Which tokens of each batch are held out.
+
+    Returns:
+        A, float64 of shape (d, k), and the share of Σ |n(x)|² over held-out tokens that it leaves.
+    """
+    width, dim = basis.shape
+    start = projection_for_readers(basis)
+    moments = Moments(dim, width, dense.device)
+    energy = torch.zeros((), dtype=torch.float64, device=dense.device)
+    for dense_input, sliced_input, mask in zip(dense_inputs, sliced_inputs, held_out, strict=True):
+        goal = dense.normalise(dense_input).flatten(0, -2)
+        given = widen(norm(sliced_input)).flatten(0, -2)
+        moments.add(given, goal - given @ start.to(given).T, mask)
+        energy += goal[mask].double().square().sum()
+    correction: Correction = solve_ridge(moments)
+    lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
+    fitted = start + correction.matrix
+    if dense.is_centred:
+        # n'(y) has no mean but for rounding; the place must be free for the norms' biases
+        fitted = fitted - fitted.mean(1, keepdim=True)
+    return fitted, lost
+
+
+def _beside(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return matrices side by side, without a copy where there is but one."""
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)
+
+
+def _store(value: torch.Tensor, target: Target) -> torch.Tensor:
+    """Round a value to what will be written, so that later fits see and repair the rounding too."""
+    return value.to(target.dtype).contiguous()
