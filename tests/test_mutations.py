@@ -22,8 +22,23 @@ from slicecli.adapters import Adapter, Block, Embedding, Norm
 from slicecli.plugins import plugins
 
 SUITE = """
+import pytest
 from slicecli.testing import AdapterTests
-from test_mutations import MUTATIONS, mutant, sound
+from test_mutations import DAMAGES, MUTATIONS, mutant, sound
+
+class Damaged(AdapterTests):
+    adapter = sound("llama")
+
+    @pytest.fixture
+    def subject(self, slicecli_subject):
+        if not hasattr(slicecli_subject, "is_damaged"):
+            slicecli_subject.is_damaged = True
+            self.damage(slicecli_subject)
+        return slicecli_subject
+
+for number, (damage, _) in enumerate(DAMAGES.values()):
+    globals()[f"TestDamaged{number}"] = type(f"TestDamaged{number}", (Damaged,), {"damage": staticmethod(damage)})
+del Damaged
 
 for number, (name, mutation) in enumerate(MUTATIONS.items()):
     globals()[f"TestMutant{number}"] = type(
@@ -181,12 +196,88 @@ MUTATIONS = {
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
     ),
     # sizes and dims
+    "rule on dims that none keeps": Mutation(
+        "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal"
+    ),
     "rule on dims forgotten": Mutation("llama", lambda a: replace(a, dim_divisors=()), "hidden size"),
     "rule on dims invented": Mutation(
         "qwen2", lambda a: replace(a, dim_divisors=("num_attention_heads",)), "dim_divisors rules out"
     ),
     "a tied class declared as stock": Mutation(
         "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention"
+    ),
+}
+
+
+# what can be wrong with a slice though its declaration is right; the test that must notice
+
+
+def ignores_the_attention_mask(subject):
+    forward = subject.loaded.forward
+    subject.loaded.forward = lambda *args, attention_mask=None, position_ids=None, **kwargs: forward(*args, **kwargs)
+
+
+def answers_differently_with_a_cache(subject):
+    forward = subject.loaded.forward
+
+    def forward_with_cache(*args, **kwargs):
+        found = forward(*args, **kwargs)
+        if kwargs["input_ids"].shape[1] == 1:
+            found.logits = -found.logits
+        return found
+
+    subject.loaded.forward = forward_with_cache
+
+
+def saves_other_weights(subject):
+    save = subject.loaded.save_pretrained
+
+    def save_and_change(folder):
+        save(folder)
+        subject.loaded.lm_head.weight.data *= 2
+
+    subject.loaded.save_pretrained = save_and_change
+
+
+def computes_otherwise_in_half_precision(subject):
+    subject.loaded.lm_head.weight.data *= 2
+
+
+def lacks_a_tensor(subject):
+    from safetensors.torch import load_file, save_file
+
+    path = subject.sliced / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def brings_code(subject):
+    (subject.sliced / "modeling_mine.py").write_text("")
+
+
+def has_a_parameter_more(subject):
+    import torch
+
+    subject.loaded.register_parameter("more", torch.nn.Parameter(torch.ones(1)))
+
+
+DAMAGES = {
+    "a slice that ignores the attention mask": (ignores_the_attention_mask, "test_a_padded_batch_equals_single_rows"),
+    "a slice that answers differently with a cache": (
+        answers_differently_with_a_cache,
+        "test_generation_with_cache_equals_generation_without",
+    ),
+    "a slice that saves other weights": (saves_other_weights, "test_saving_and_loading_a_slice_keeps_its_logits"),
+    "a slice that computes otherwise in half precision": (
+        computes_otherwise_in_half_precision,
+        "test_a_slice_runs_in_bfloat16",
+    ),
+    "a slice that lacks a tensor": (lacks_a_tensor, "test_a_slice_loads_in_the_stock_class_without_custom_code"),
+    "a slice that brings code": (brings_code, "test_a_slice_loads_in_the_stock_class_without_custom_code"),
+    "a slice that has a parameter more": (
+        has_a_parameter_more,
+        "test_a_slice_has_the_parameters_that_were_predicted",
     ),
 }
 
@@ -227,6 +318,23 @@ def test_a_wrong_declaration_is_caught_and_the_fault_is_named(name, report):
     assert failed, "no test failed"
     messages = [test["message"] for test in failed]
     assert any(MUTATIONS[name].names in message for message in messages), "\n".join(messages)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_slice_of_a_sound_declaration_is_caught(name, report):
+    own = f"::TestDamaged{list(DAMAGES).index(name)}::"
+    failed = [
+        test["name"].rpartition("::")[2] for test in report if own in test["name"] and test["outcome"] == "failed"
+    ]
+    assert DAMAGES[name][1] in failed
+    assert len(failed) < 4
+
+
+def test_every_test_of_the_suite_catches_something(report):
+    names = {test["name"].rpartition("::")[2].partition("[")[0] for test in report}
+    caught = {test["name"].rpartition("::")[2].partition("[")[0] for test in report if test["outcome"] == "failed"}
+    # what is refused in `slice` does not depend on a declaration being right
+    assert names - caught <= {"test_what_its_own_class_cannot_describe_is_refused_with_the_reason"}
 
 
 @pytest.mark.parametrize("family", sorted({mutation.family for mutation in MUTATIONS.values()}))
