@@ -428,6 +428,8 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     words += ["--dtype", plan.dtype]
     if plan.adapter == AUTO_ADAPTER:
         words += ["--adapter", AUTO_ADAPTER]
+    if job.source.code_files():
+        words += ["--trust-remote-code"]
     return shlex.join(words)
 
 
@@ -467,10 +469,10 @@ def _complete_folder(
     from slicecli.hub.card import render_card
     from slicecli.record import build_record, write_record
 
-    for file in job.source.companion_files():
-        shutil.copyfile(file, folder / file.name)
     config.architectures = job.config.architectures
     config.save_pretrained(folder)
+    for file in (*job.source.companion_files(), *job.source.code_files()):
+        shutil.copyfile(file, folder / file.name)
     record = build_record(plan, job.source, rows, job.options.seed, basis, digests)
     write_record(folder, record)
     card = render_card(record, job.source.folder, reproduce_command(job, plan))

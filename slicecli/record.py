@@ -55,6 +55,7 @@ def build_record(
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
+        "needs_remote_code": bool(source.code_files()),
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,

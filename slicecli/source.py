@@ -174,6 +174,12 @@ class Source:
         found = {path for pattern in COMPANION_FILES for path in self.folder.glob(pattern) if path.is_file()}
         yield from sorted(found)
 
+    def code_files(self) -> list[Path]:
+        """Return the Python files that the model's classes come from; none where they are transformers' own."""
+        if not (self.trust_remote_code and self.fields.get("auto_map")):
+            return []
+        return sorted(path for path in self.folder.glob("*.py") if path.is_file())
+
     def weight_files(self) -> list[str]:
         """Return the names of the safetensors files of the checkpoint.
 

@@ -186,6 +186,46 @@ def test_experts_are_stored_as_their_family_stores_them(run, unknown, slice_word
     assert before.keys() == after.keys()
 
 
+CODE = {
+    "configuration_mine.py": """
+from transformers import LlamaConfig
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+""",
+    "modeling_mine.py": """
+from transformers import LlamaForCausalLM
+from .configuration_mine import MineConfig
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+""",
+}
+
+
+def test_a_model_with_code_of_its_own_is_sliced_on_request_and_keeps_it(run, checkpoint_copy, slice_words, tmp_path):
+    path = checkpoint_copy / "config.json"
+    maps = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    changes = {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": maps}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for name, text in CODE.items():
+        (checkpoint_copy / name).write_text(text)
+    words = ["slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", *slice_words]
+    refused = run(*words)
+    assert refused.exit_code == 1
+    assert "'mine' are not supported" in refused.stderr
+    done = run(*words, "--trust-remote-code")
+    assert done.exit_code == 0, done.output
+    for name in CODE:
+        assert (tmp_path / "out" / name).read_bytes() == (checkpoint_copy / name).read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "MineForCausalLM"
+    assert loaded.config.hidden_size == 36
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "no custom code" not in card
+
+
 def test_inspect_shows_an_inferred_declaration(run, unknown):
     model = unknown("vaultgemma")
     document = json.loads(run("inspect", model, "--format", "json").stdout)

@@ -90,7 +90,7 @@ def command(
                 f"{dimensions.vocabulary:,}{' (head tied to the embeddings)' if dimensions.is_tied else ''}",
             ],
             ["parameters", f"{dimensions.parameters():,}"],
-            ["legal dims", f"multiples of {dimensions.dim_multiple}, {legal[0]} to {legal[-1]}" if legal else "none"],
+            ["legal dims", _legal_dims(legal)],
         ],
     )
     _print_declaration(document["declaration"])
@@ -101,6 +101,13 @@ def command(
             "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "
             f"and a rotation of a small model's stream changes its logits by {inference.error:.0e}."
         )
+
+
+def _legal_dims(legal: range) -> str:
+    """Return the legal dims as a person reads them."""
+    if not legal:
+        return "none"
+    return f"{'any' if legal.step == 1 else f'multiples of {legal.step}'}, {legal[0]} to {legal[-1]}"
 
 
 def _print_declaration(declaration: dict[str, Any]) -> None:

@@ -70,6 +70,12 @@ def _body(record: dict[str, Any], command: str, has_license: bool) -> str:
     license_note = (
         "" if has_license else "\nThe licence of the base model is not stated in its card; find it out before use.\n"
     )
+    trust = ", trust_remote_code=True" if record["needs_remote_code"] else ""
+    classes = (
+        "It runs the code of its base model, which lies beside the weights: read it before you trust it."
+        if trust
+        else f"It is a stock `{source['model_type']}` checkpoint: no custom code is needed."
+    )
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return f"""\
 # {name.rpartition("/")[2]}, sliced to hidden size {dim}
@@ -80,13 +86,13 @@ nothing was trained.
 {license_note}
 ## Use
 
-It is a stock `{source["model_type"]}` checkpoint: no custom code is needed.
+{classes}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY", dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY"{trust})
 ```
 
 ## Before and after
