@@ -148,7 +148,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     adapter, inference = find_adapter(source, options.adapter)
-    fields = source.fields if inference is None else full_fields(source)
+    fields = source.fields if inference is None else full_fields(source, source.config())
     adapter.require_stock(fields)
     dimensions = Dimensions(adapter, fields)
     dense_dtype = source.stored_dtype()
@@ -162,7 +162,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     pick_device(options.device)
 
     config = source.config()
-    dimensions = Dimensions(adapter, full_fields(source))
+    dimensions = Dimensions(adapter, full_fields(source, config))
     slices = []
     for dim, output in zip(dims, outputs, strict=True):
         plan = SlicePlan(
@@ -212,14 +212,14 @@ def find_adapter(source: Source, name: str | None = None) -> tuple[Adapter, Infe
         return _infer_adapter(source, config)
 
 
-def full_fields(source: Source) -> dict[str, Any]:
+def full_fields(source: Source, config: Any) -> dict[str, Any]:
     """Return the fields of a model's config, those that config.json leaves out as the config class has them.
 
-    Raises:
-        SourceError: transformers refuses the config.
+    Args:
+        source: The model.
+        config: Its transformers config.
     """
-    known = {name: value for name, value in source.config().to_dict().items() if value is not None}
-    return {**source.fields, **known}
+    return {**source.fields, **{name: value for name, value in config.to_dict().items() if value is not None}}
 
 
 def _infer_adapter(source: Source, config: Any) -> tuple[Adapter, Inference]:

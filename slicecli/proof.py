@@ -128,7 +128,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return |found - expected| / |expected|, in the Frobenius norm; infinity where `found` is not finite."""
     if found.shape != expected.shape:
         return float("inf")
-    error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-300))
+    found, expected = found.detach().double(), expected.detach().double()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-300))
     return error if error == error else float("inf")
 
 

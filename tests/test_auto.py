@@ -300,6 +300,7 @@ def test_the_source_of_a_scaffold_is_the_adapter(model_type):
 def test_the_scaffold_replaces_nothing(tmp_path):
     config = transformers.CONFIG_MAPPING["apertus"]()
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
     with pytest.raises(OutputError, match="'mine' exists"):
         write_package(config, tmp_path / "mine")
     with pytest.raises(NotInferredError):

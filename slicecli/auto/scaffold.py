@@ -15,7 +15,8 @@ from typing import Any
 from slicecli import __version__
 from slicecli.adapters import Adapter
 from slicecli.auto.infer import infer_adapter
-from slicecli.errors import OutputError, SlicecliError, UnsupportedModelError
+from slicecli.checkpoint import check_output, whole_folder
+from slicecli.errors import SlicecliError, UnsupportedModelError
 
 __all__ = ["package_files", "structural_switches", "write_package"]
 
@@ -125,17 +126,14 @@ def write_package(config: Any, folder: Path, trust_remote_code: bool = False) ->
             "built for the package's test.",
             "Write the plugin by hand, see docs/plugins.md.",
         )
-    if folder.exists():
-        raise OutputError(f"The output {folder.name!r} exists.", "Give another with --output.")
+    check_output(folder, overwrite=False)
     adapter = infer_adapter(config, trust_remote_code).adapter
     files = package_files(adapter, structural_switches(config, adapter, trust_remote_code))
-    try:
+    with whole_folder(folder) as partial:
         for name, text in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = partial / name
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"The output {folder.name!r} cannot be written: {error.strerror}.") from error
     return adapter
 
 

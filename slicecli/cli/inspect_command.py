@@ -12,7 +12,9 @@ from slicecli.cli import output as show
 
 @click.command("inspect")
 @click.argument("model")
-@click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
+@click.option(
+    "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
+)
 @shared.model_options
 @shared.format_option
 def command(
@@ -44,7 +46,7 @@ def command(
             found = {"check": error.check, "reason": error.cause, "found": error.found}
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
         raise
-    fields = source.fields if inference is None else full_fields(source)
+    fields = source.fields if inference is None else full_fields(source, source.config())
     dimensions = Dimensions(chosen, fields)
     legal = dimensions.legal_dims()
     record = read_record(source.folder)

@@ -45,7 +45,9 @@ from slicecli.cli import output as show
     "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
-@click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
+@click.option(
+    "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
+)
 @shared.model_options
 @shared.format_option
 @click.pass_obj

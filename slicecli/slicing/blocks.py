@@ -394,8 +394,11 @@ def _submodule(block: nn.Module, path: str) -> nn.Module:
 @contextmanager
 def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give a module another forward for a while."""
+    own = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if own is not None:  # a library had put its own there
+            module.forward = own

@@ -149,7 +149,9 @@ def make_subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
         source.fetch_weights()
         adapter = find_adapter(source, request.config.getoption("slicecli_adapter"))[0]
         model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-        return Subject(adapter, model.to(device), source.folder, is_real=True, fields=full_fields(source))
+        return Subject(
+            adapter, model.to(device), source.folder, is_real=True, fields=full_fields(source, source.config())
+        )
     adapter, config = getattr(request, "param", None) or (request.cls.adapter, request.cls.tiny_config)
     if adapter is None:
         pytest.fail(f"{request.cls.__name__} names no adapter: set the attribute `adapter`")
