@@ -83,6 +83,11 @@ class Norm:
     has_bias: bool = False
     weight_offset: float = 0.0
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether it subtracts the mean of its input."""
+        return self.kind == "layer"
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -183,6 +188,23 @@ class Branch:
     module: str = ""
     multiplier: str = ""
     experts: Experts | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its readers, then its writer where it has one."""
+        return self.readers if self.writer is None else (*self.readers, self.writer)
+
+    @property
+    def reader_paths(self) -> list[str]:
+        """Paths inside the block of all that reads, experts too."""
+        experts = [] if self.experts is None else [self.experts.reader_path]
+        return [reader.path for reader in self.readers] + experts
+
+    @property
+    def writer_paths(self) -> list[str]:
+        """Paths inside the block of all that writes, experts too."""
+        experts = [] if self.experts is None else [self.experts.writer_path]
+        return ([] if self.writer is None else [self.writer.path]) + experts
 
 
 @dataclass(frozen=True)

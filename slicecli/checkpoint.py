@@ -23,7 +23,7 @@ from slicecli.plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ShardWriter", "file_digest", "require_disk_space", "whole_folder"]
+__all__ = ["ShardWriter", "file_digest", "require_disk_space", "whole_folder", "write_whole_file"]
 
 RECORD_FILE = "slicecli.json"
 
@@ -57,6 +57,22 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         raise _writing_error(output, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole_file(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.incomplete")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise _writing_error(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -257,10 +257,22 @@ class Dimensions:
             "gate": linear.gate,
         }
 
+    def sliced_fields(self, dim: int) -> dict[str, Any]:
+        """Return the config fields that a slice changes, with their values at `dim`.
+
+        The width of a head is stated, because the class would otherwise derive it from the new hidden size; the
+        head is refitted and no longer shares the embedding table.
+        """
+        return {
+            self.adapter.names.get("hidden_size", "hidden_size"): dim,
+            "head_dim": self.head_dim,
+            "tie_word_embeddings": False,
+        }
+
     def legal_dims(self) -> range:
         """Return the dims a slice of this model may have, in ascending order."""
         smallest = self.dim_multiple
-        if self.adapter.norm.kind == "layer":
+        if self.adapter.norm.is_centred:
             smallest = max(smallest, 2)  # one direction is taken by the mean
         first = -(-smallest // self.dim_multiple) * self.dim_multiple
         return range(first, self.hidden_size, self.dim_multiple)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from slicecli.errors import NoAdapterError, PluginError, RequestError, SourceErr
 from slicecli.memory import peak_memory_bytes
 from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
 from slicecli.plugins import plugins
-from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model
+from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model, parameter_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from slicecli.slicing.state import Progress, Target
 
 __all__ = [
+    "ChosenAdapter",
     "Job",
     "SliceOptions",
     "SliceReport",
@@ -147,10 +148,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
-    adapter, inference = find_adapter(source, options.adapter)
-    fields = source.fields if inference is None else full_fields(source, source.config())
-    adapter.require_stock(fields)
-    dimensions = Dimensions(adapter, fields)
+    chosen = find_adapter(source, options.adapter)
+    adapter, inference = chosen.adapter, chosen.inference
+    adapter.require_stock(chosen.fields)
+    dimensions = Dimensions(adapter, chosen.fields)
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
     dims = [width.resolve(dimensions, DTYPE_BYTES[dtype]) for width in widths]
@@ -185,15 +186,28 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
 
 
-def find_adapter(source: Source, name: str | None = None) -> tuple[Adapter, Inference | None]:
+@dataclass(frozen=True)
+class ChosenAdapter:
+    """The adapter of a model.
+
+    Attributes:
+        adapter: The adapter.
+        fields: The fields of the config to read it with: of `config.json` alone, unless the config class had to be
+            asked anyway.
+        inference: How the adapter was inferred, if it was.
+    """
+
+    adapter: Adapter
+    fields: Mapping[str, Any]
+    inference: Inference | None = None
+
+
+def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
     """Choose the adapter for a model, or infer one where no plugin knows its type.
 
     Args:
         source: The model.
         name: Name of an adapter; `auto` infers in any case; `None` chooses by the model's type.
-
-    Returns:
-        The adapter, and how it was inferred if it was.
 
     Raises:
         RequestError: No adapter has the name.
@@ -203,7 +217,7 @@ def find_adapter(source: Source, name: str | None = None) -> tuple[Adapter, Infe
     if name == AUTO_ADAPTER:
         return _infer_adapter(source, source.config())
     try:
-        return select_adapter(source.fields, found.adapters, name, found.refusals), None
+        return ChosenAdapter(select_adapter(source.fields, found.adapters, name, found.refusals), source.fields)
     except NoAdapterError as unknown:
         try:
             config = source.config()
@@ -222,12 +236,12 @@ def full_fields(source: Source, config: Any) -> dict[str, Any]:
     return {**source.fields, **{name: value for name, value in config.to_dict().items() if value is not None}}
 
 
-def _infer_adapter(source: Source, config: Any) -> tuple[Adapter, Inference]:
+def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
     from slicecli.auto.infer import infer_adapter
 
     with quiet_libraries():
         inference = infer_adapter(config, source.trust_remote_code)
-    return inference.adapter, inference
+    return ChosenAdapter(inference.adapter, full_fields(source, config), inference)
 
 
 def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
@@ -247,8 +261,8 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     device = pick_device(options.device)
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, options.trust_remote_code)
-    job.dimensions.require_declared({name: tuple(value.shape) for name, value in shell.named_parameters()})
-    dense = DenseModel(shell, weights, job.adapter, job.dimensions, device, compute_dtype(weights.dtype, device))
+    job.dimensions.require_declared(parameter_shapes(shell))
+    dense = DenseModel(shell, weights, job.dimensions, device, compute_dtype(weights.dtype, device))
     batches = Batches(rows.ids, options.batch_size or batch_rows(device, rows.sequence_length))
     reports = []
     with ExitStack() as stack:
@@ -285,15 +299,7 @@ def sliced_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> 
     Raises:
         RequestError: The family's config class refuses the dim.
     """
-    adapter = dimensions.adapter
-    fields = config.to_dict()
-    fields |= {
-        adapter.names.get("hidden_size", "hidden_size"): dim,
-        # stated, because the class would otherwise derive it from the new hidden size
-        "head_dim": dimensions.head_dim,
-        "tie_word_embeddings": False,
-        "dtype": dtype,
-    }
+    fields = config.to_dict() | dimensions.sliced_fields(dim) | {"dtype": dtype}
     for local in ("_name_or_path", "transformers_version"):
         fields.pop(local, None)
     try:

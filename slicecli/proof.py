@@ -23,9 +23,10 @@ from slicecli.slicing.basis import Basis, centred_frame
 from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
 from slicecli.slicing.folding import project
-from slicecli.slicing.maps import stream_scale
+from slicecli.slicing.maps import projection_of_stream
 from slicecli.slicing.pipeline import collect_basis, refit
 from slicecli.slicing.state import Batches, DenseModel, Silent, Target
+from slicecli.source import with_plain_experts
 
 __all__ = [
     "ModelWeights",
@@ -61,7 +62,7 @@ class ModelWeights:
 
 def identity_basis(dimensions: Dimensions, device: torch.device | None = None) -> Basis:
     """Return the basis that turns nothing: with it a projection at full width only folds the norms."""
-    size, is_centred = dimensions.hidden_size, dimensions.adapter.norm.kind == "layer"
+    size, is_centred = dimensions.hidden_size, dimensions.adapter.norm.is_centred
     identity = torch.eye(size, dtype=torch.float64, device=device)
     vectors = centred_frame(size, device) if is_centred else identity
     ones = torch.ones(vectors.shape[1], dtype=torch.float64, device=device)
@@ -104,16 +105,17 @@ def _empty_like(model: Any, dimensions: Dimensions, dim: int | None = None, on_m
         dim: Its hidden size; `None` keeps the model's.
         on_meta: Make no weights at all.
     """
-    fields = model.config.to_dict() | {"tie_word_embeddings": False}
-    if dim is not None and dim != dimensions.hidden_size:
-        fields |= {dimensions.adapter.names.get("hidden_size", "hidden_size"): dim, "head_dim": dimensions.head_dim}
+    fields = model.config.to_dict()
+    if dim is None or dim == dimensions.hidden_size:
+        # a class that ties the heads to the hidden size would not know what to do with a width of their own
+        fields |= {"tie_word_embeddings": False}
+    else:
+        fields |= dimensions.sliced_fields(dim)
     config = type(model.config).from_dict(fields)
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights() if on_meta else nullcontext():
         made = type(model)(config)
-    if made._can_set_experts_implementation():
-        made.set_experts_implementation("eager")
-    return made.eval() if on_meta else made.to(device=model.device, dtype=model.dtype).eval()
+    return with_plain_experts(made if on_meta else made.to(device=model.device, dtype=model.dtype)).eval()
 
 
 @torch.no_grad()
@@ -214,13 +216,10 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
         PluginError: It does not; the message names the tables.
     """
     basis = random_basis(dimensions, 0, model.device)
-    leading = basis.leading(dim)
     dense, sliced = (
         _run(one, dimensions, token_ids)[0].value for one in (model, projected_model(model, dimensions, basis, dim))
     )
-    if basis.is_centred:
-        sliced = sliced - sliced.mean(-1, keepdim=True)
-    error = relative_error(sliced, dense @ (stream_scale(leading) * leading).to(dense.dtype))
+    error = _stream_error(sliced, dense, basis, dim)
     if error > tolerance:
         tables = ", ".join(table.path for table in dimensions.adapter.embeddings)
         raise PluginError(
@@ -273,7 +272,6 @@ def slice_in_memory(
     dense = DenseModel(
         _empty_like(model, dimensions, on_meta=True),
         ModelWeights(model),
-        dimensions.adapter,
         dimensions,
         model.device,
         model.dtype,
@@ -302,15 +300,11 @@ def _prove_same(
     what: str,
 ) -> float:
     """Compare a model with its slice at full width, step by step."""
-    leading = basis.leading(dimensions.hidden_size)
-    turn = (stream_scale(leading) * leading).to(model.dtype)
     for dense, other in zip(_run(model, dimensions, token_ids), _run(sliced, dimensions, token_ids), strict=True):
-        # a LayerNorm's stream is known but for its mean
-        expected = dense.value @ turn if dense.is_stream else dense.value
-        found = other.value
-        if dense.is_stream and basis.is_centred:
-            found = found - found.mean(-1, keepdim=True)
-        error = relative_error(found, expected)
+        if dense.is_stream:
+            error = _stream_error(other.value, dense.value, basis, dimensions.hidden_size)
+        else:
+            error = relative_error(other.value, dense.value)
         if error > tolerance:
             raise PluginError(
                 f"Adapter {dimensions.adapter.name!r} does not describe this model: after {what}, {dense.label} "
@@ -318,6 +312,14 @@ def _prove_same(
                 dense.hint,
             )
     return relative_error(logits(sliced, token_ids), logits(model, token_ids))
+
+
+def _stream_error(sliced: torch.Tensor, dense: torch.Tensor, basis: Basis, dim: int) -> float:
+    """Return the relative error of a sliced stream against the projection of the dense one."""
+    if basis.is_centred:
+        # a LayerNorm's stream is known but for its mean
+        sliced = sliced - sliced.mean(-1, keepdim=True)
+    return relative_error(sliced, dense @ projection_of_stream(basis.leading(dim)).to(dense.dtype))
 
 
 @torch.no_grad()
@@ -345,17 +347,15 @@ def _run(model: Any, dimensions: Dimensions, token_ids: torch.Tensor) -> list[_S
             tables = ", ".join(table.path for table in adapter.embeddings)
             hint = f"Check the embeddings ({tables}) and scales_embeddings_by_width."
             watch(path, f"the stream that enters {path}", hint, is_stream=True, is_input=True)
-        writers = []
         for branch in block.branches:
             norm_hint = f"Check the norm {branch.norm!r} (declared as {adapter.norm}) and the readers behind it."
             for reader in branch.readers:
                 watch(f"{path}.{reader.path}", f"what {path}.{reader.path} makes of it", norm_hint)
             if branch.writer is not None:
-                writers.append(branch.writer.path)
-                hint = f"Something between norm and writer reads the stream undeclared; declared: {_names(branch)}."
+                declared = ", ".join(branch.reader_paths)
+                hint = f"Something between norm and writer reads the stream undeclared; declared: {declared}."
                 watch(f"{path}.{branch.writer.path}", f"what enters {path}.{branch.writer.path}", hint, is_input=True)
-            if branch.experts is not None:
-                writers.append(branch.experts.writer_path)
+        writers = [path for branch in block.branches for path in branch.writer_paths]
         hint = f"Check the writers ({', '.join(writers)}), their multipliers, and whether the block is parallel."
         watch(path, f"the stream that leaves {path}", hint, is_stream=True)
     hint = f"Check the final norm ({adapter.final_norm}) and the head ({adapter.head.path})."
@@ -367,7 +367,3 @@ def _run(model: Any, dimensions: Dimensions, token_ids: torch.Tensor) -> list[_S
         for handle in handles:
             handle.remove()
     return seen
-
-
-def _names(branch: Any) -> str:
-    return ", ".join(reader.path for reader in branch.readers)

@@ -7,7 +7,7 @@ there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 SUITE = "slicecli_suite"
-PACKAGES = ("slicecli", "torch", "transformers", "accelerate", "safetensors")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -97,15 +96,10 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from slicecli import __version__
+    from slicecli.record import package_versions
 
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"slicecli": __version__, **package_versions()}
 
 
 class _Report:
@@ -168,14 +162,16 @@ def tiny_model() -> Callable[..., Any]:
     parameter of the model matters: no bias is zero and no norm weight is one.
     """
     from slicecli.plugins import plugins
+    from slicecli.testing.adapter_tests import tiny_of
     from slicecli.tiny import random_model, tiny_config
 
     def make(name: str, seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
         adapters = plugins().adapters
         adapter = adapters.get(name) or next((one for one in adapters.values() if name in one.model_types), None)
-        model_type = name if adapter is None or name in adapter.model_types else adapter.model_types[0]
-        has_head_dim = adapter is None or adapter.layout(changes) == "stock"
-        return random_model(tiny_config(model_type, has_head_dim, **changes), seed, dtype)
+        if adapter is None:
+            return random_model(tiny_config(name, **changes), seed, dtype)
+        model_type = name if name in adapter.model_types else adapter.model_types[0]
+        return random_model(tiny_of(adapter, model_type, **changes), seed, dtype)
 
     return make
 
@@ -232,7 +228,7 @@ def isolated_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def slice_under_test(request: pytest.FixtureRequest) -> Iterator[SliceUnderTest]:
+def slice_under_test(request: pytest.FixtureRequest) -> SliceUnderTest:
     """The slice named by the marker `slicecli_slice`, or else by `--slicecli-slice`."""
     from slicecli.testing.slice_tests import SliceUnderTest
 
@@ -243,7 +239,7 @@ def slice_under_test(request: pytest.FixtureRequest) -> Iterator[SliceUnderTest]
     if name is None:
         pytest.skip("no slice is named: give --slicecli-slice, or the marker slicecli_slice")
     tolerance = given.get("tolerance")
-    yield SliceUnderTest.find(
+    return SliceUnderTest.find(
         str(name),
         text=given.get("text") or option("slicecli_text"),
         tolerance=option("slicecli_tolerance") if tolerance is None else tolerance,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import RECORD_FILE
+from slicecli.checkpoint import RECORD_FILE, write_whole_file
 from slicecli.errors import OutputError
 from slicecli.plan import SlicePlan
 
@@ -117,12 +117,7 @@ def enter_perplexities(folder: Path, measured: Mapping[str, Mapping[str, Any]]) 
     results = record.get("results") or {}
     known = results.get("perplexity") or {}
     record["results"] = {**results, "perplexity": {**known, **measured}, "versions": package_versions()}
-    partial = folder / f".{RECORD_FILE}.incomplete"
-    try:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / RECORD_FILE)
-    except OSError as error:
-        raise OutputError(f"The record of {folder.name!r} cannot be written: {error.strerror}.") from error
+    write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from slicecli.plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "Source", "checkpoint_tensors", "empty_model"]
+__all__ = ["DenseWeights", "Source", "checkpoint_tensors", "empty_model", "parameter_shapes", "with_plain_experts"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -317,10 +317,19 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
         raise SourceError(
             f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
         ) from error
+    return with_plain_experts(model.eval())
+
+
+def with_plain_experts(model: Any) -> Any:
+    """Let a model's experts, if it has any, run in the plain loop, whose parts can be looked at; return the model."""
     if model._can_set_experts_implementation():
-        # the plain loop over experts, whose parts can be looked at
         model.set_experts_implementation("eager")
-    return model.eval()
+    return model
+
+
+def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by name."""
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from slicecli.errors import SourceError, reason_of
+from slicecli.source import with_plain_experts
 
 __all__ = ["SIZES", "random_model", "tiny_config"]
 
@@ -109,8 +110,6 @@ def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remot
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(f"transformers cannot build a small model of this type: {reason_of(error)}.") from error
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -123,4 +122,4 @@ def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remot
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
-    return model.to(getattr(torch, dtype)).eval()
+    return with_plain_experts(model.to(getattr(torch, dtype)).eval())

@@ -123,9 +123,7 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
     model = tiny_model("llama").to(torch.bfloat16).float()
     config = model.config
     dimensions = dimensions_of(config)
-    dense = DenseModel(
-        empty_model(config), ModelWeights(model), dimensions.adapter, dimensions, torch.device("cpu"), torch.float32
-    )
+    dense = DenseModel(empty_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32)
     batches = Batches(random_rows(), 8)
     found = {}
     target = Target(
@@ -148,9 +146,7 @@ def test_every_parameter_is_written_once_and_contiguous(family):
     model = tiny_model(family)
     config = model.config
     dimensions = dimensions_of(config)
-    dense = DenseModel(
-        empty_model(config), ModelWeights(model), dimensions.adapter, dimensions, torch.device("cpu"), torch.float32
-    )
+    dense = DenseModel(empty_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32)
     batches = Batches(random_rows(rows=10), 4)
     names = []
 

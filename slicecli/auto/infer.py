@@ -38,6 +38,7 @@ from slicecli.auto.probe import ConfigProbe
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError, reason_of
 from slicecli.proof import prove_accounting, prove_refit, prove_rotation
+from slicecli.source import parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, random_model
 
 __all__ = ["Inference", "infer_adapter"]
@@ -67,10 +68,6 @@ class _Step:
 
     norms: tuple[Call, ...]
     written: tuple[Written, ...]
-
-
-class _Unexplained(UnsupportedModelError):
-    """Something that was seen does not fit any declaration."""
 
 
 def infer_adapter(config: Any, trust_remote_code: bool = False) -> Inference:
@@ -138,23 +135,23 @@ class _Inferring:
             if isinstance(module, nn.ModuleList) and len(module) == count and f"{path}.0" in self._seen.calls
         ]
         if not lists:
-            raise _Unexplained(f"the model has no list of {count} blocks")
+            raise UnsupportedModelError(f"the model has no list of {count} blocks")
         self._blocks = lists[0]
         self.found["blocks"] = self._blocks
         self._block_calls = [self._seen.calls[f"{self._blocks}.{index}"] for index in range(count)]
         for call in self._block_calls:
             if call.entering.shape[-1] != self._width or call.leaving.shape != call.entering.shape:
-                raise _Unexplained(f"{call.path} does not take and return a stream of {self._width} numbers")
+                raise UnsupportedModelError(f"{call.path} does not take and return a stream of {self._width} numbers")
         for before, after in itertools.pairwise(self._block_calls):
             if not is_close(before.leaving, after.entering):
-                raise _Unexplained(f"what leaves {before.path} is not what enters {after.path}")
+                raise UnsupportedModelError(f"what leaves {before.path} is not what enters {after.path}")
 
     def _run_tiny(self, has_head_dim: bool) -> tuple[ConfigProbe, Observation]:
         probe = ConfigProbe(self._config, has_head_dim, self._trusted)
         model = random_model(probe.tiny, dtype="float64", trust_remote_code=self._trusted)
         sizes = {size for parameter in model.parameters() for size in parameter.shape}
         if has_head_dim and HEAD_DIM * SIZES["num_attention_heads"] not in sizes:
-            raise _Unexplained("the class takes no notice of head_dim")
+            raise UnsupportedModelError("the class takes no notice of head_dim")
         return probe, observe(model, self._ids)
 
     def check_head(self) -> None:
@@ -162,10 +159,10 @@ class _Inferring:
         head = self._model.get_output_embeddings()
         call = next((call for call in self._seen.calls.values() if call.module is head), None)
         if call is None:
-            raise _Unexplained("the model has no head that is called")
+            raise UnsupportedModelError("the model has no head that is called")
         form = linear_form(call)
         if form is None:
-            raise _Unexplained(f"the head {call.path} is not a linear map")
+            raise UnsupportedModelError(f"the head {call.path} is not a linear map")
         self._head = Linear(call.path, "vocab_size", form.has_bias, form.is_transposed)
         self.found["head"] = call.path
         last = self._block_calls[-1].leaving
@@ -175,10 +172,10 @@ class _Inferring:
             if is_close(one.entering, last) and is_close(one.leaving, call.entering)
         ]
         if not between:
-            raise _Unexplained(f"no norm lies between the last block and {call.path}")
+            raise UnsupportedModelError(f"no norm lies between the last block and {call.path}")
         norm = classify_norm(between[0], self._width, self._probe.epsilons)
         if norm is None:
-            raise _Unexplained(f"{between[0].path} is neither an RMSNorm nor a LayerNorm")
+            raise UnsupportedModelError(f"{between[0].path} is neither an RMSNorm nor a LayerNorm")
         self._final_norm, self._norm = between[0].path, norm
         self.found["final_norm"], self.found["norm"] = self._final_norm, str(norm)
 
@@ -195,7 +192,9 @@ class _Inferring:
         growth = self._embedding_scale(observe(wider, self._ids), paths) / self._embedding_scale(self._seen, paths)
         self._is_scaled = abs(growth - math.sqrt(2)) < 1e-6
         if not self._is_scaled and abs(growth - 1) > 1e-6:
-            raise _Unexplained("what multiplies the embeddings depends on the hidden size, and not as its root")
+            raise UnsupportedModelError(
+                "what multiplies the embeddings depends on the hidden size, and not as its root"
+            )
         tokens = self._model.get_input_embeddings()
         self._tables = tuple(
             Embedding(
@@ -217,7 +216,7 @@ class _Inferring:
             )
         scale = float((stream * total).sum() / total.square().sum().clamp_min(TOLERANCE))
         if not is_close(stream, scale * total):
-            raise _Unexplained(
+            raise UnsupportedModelError(
                 "the stream that enters the first block is not a multiple of the sum of "
                 f"{', '.join(paths) or 'any tables'}: something changes the embeddings on their way"
             )
@@ -230,7 +229,7 @@ class _Inferring:
         blocks = [self._declare_block(call, self._steps(call)) for call in self._block_calls]
         self.found["block"] = _describe(blocks[0])
         if any(block != blocks[0] for block in blocks[1:]):
-            raise _Unexplained("its blocks differ from one another")
+            raise UnsupportedModelError("its blocks differ from one another")
         self._block = blocks[0]
 
     def _steps(self, block: Call) -> list[_Step]:
@@ -246,7 +245,7 @@ class _Inferring:
         steps: list[_Step] = []
         stream, group = block.entering, [norm for norm in norms if is_close(norm.entering, block.entering)]
         if not group:
-            raise _Unexplained(f"no norm of {block.path} sees the stream as it enters")
+            raise UnsupportedModelError(f"no norm of {block.path} sees the stream as it enters")
         for norm in norms:
             if norm in group:
                 continue
@@ -265,11 +264,13 @@ class _Inferring:
         passed = explain_change(change, [*leaves, *norms]) or []
         names = [one.call.path for one in passed if one.call in norms]
         if names:
-            raise _Unexplained(
+            raise UnsupportedModelError(
                 f"what {block.path} adds to the stream passes through {' and '.join(names)}, and a norm's weight does "
                 "not commute with a rotation"
             )
-        raise _Unexplained(f"what {block.path} adds to the stream is not the sum of what its linear maps return")
+        raise UnsupportedModelError(
+            f"what {block.path} adds to the stream is not the sum of what its linear maps return"
+        )
 
     def _declare_block(self, block: Call, steps: Sequence[_Step]) -> Block:
         """Put what was seen of a block into a declaration."""
@@ -278,10 +279,10 @@ class _Inferring:
         for step in steps:
             modules = dict.fromkeys(_module_of(one.call.path, prefix) for one in step.written)
             if len(steps) > 1 and (len(modules) > 1 or len(step.norms) > 1):
-                raise _Unexplained(f"{block.path} is neither sequential nor parallel")
+                raise UnsupportedModelError(f"{block.path} is neither sequential nor parallel")
             branches += [self._declare_branch(prefix, module, step) for module in modules]
         if any(not branch.module for branch in branches[:-1]):
-            raise _Unexplained(f"the branches of {block.path} do not each lie in a module")
+            raise UnsupportedModelError(f"the branches of {block.path} do not each lie in a module")
         return Block(tuple(branches), is_parallel=len(branches) > len(steps))
 
     def _declare_branch(self, prefix: str, module: str, step: _Step) -> Branch:
@@ -298,9 +299,9 @@ class _Inferring:
         writers = [one for one in written if not _holds_experts(one.call)]
         multipliers = {round(one.multiplier, 9) for one in written}
         if len({norm.path for norm, _ in reading}) != 1 or len(multipliers) != 1:
-            raise _Unexplained(f"the branch {name} has no single norm and multiplier")
+            raise UnsupportedModelError(f"the branch {name} has no single norm and multiplier")
         if len(writers) > 1 or len(experts) > 1:
-            raise _Unexplained(f"the branch {name} has several writers")
+            raise UnsupportedModelError(f"the branch {name} has several writers")
         return Branch(
             norm=reading[0][0].path.removeprefix(prefix),
             readers=tuple(self._declare_linear(prefix, call) for _, call in reading if call not in experts),
@@ -314,7 +315,9 @@ class _Inferring:
         """Declare a reader, or a writer where `written` says what it wrote."""
         form = linear_form(call)
         if form is None:
-            raise _Unexplained(f"{call.path} {'writes to' if written else 'reads'} the stream and is not a linear map")
+            raise UnsupportedModelError(
+                f"{call.path} {'writes to' if written else 'reads'} the stream and is not a linear map"
+            )
         return Linear(
             path=call.path.removeprefix(prefix),
             width=self._probe.size_name(form.inputs if written else form.outputs, call.path),
@@ -328,7 +331,9 @@ class _Inferring:
         readers = [name for name, value in three.items() if value.shape[2] == self._width]
         writers = [name for name, value in three.items() if value.shape[1] == self._width]
         if len(three) != 2 or len(readers) != 1 or len(writers) != 1:
-            raise _Unexplained(f"{call.path} does not hold its experts in two tensors (experts, outputs, inputs)")
+            raise UnsupportedModelError(
+                f"{call.path} does not hold its experts in two tensors (experts, outputs, inputs)"
+            )
         reader, writer = three[readers[0]], three[writers[0]]
         return Experts(
             module=call.path.removeprefix(prefix),
@@ -347,29 +352,24 @@ class _Inferring:
         dimensions = Dimensions(self.adapter, self._probe.fields)
         declared = dimensions.stream_parameters() | dimensions.other_parameters()
         kept, prefix = [], f"{self._blocks}.0."
-        for name, shape in self._shapes.items():
+        for name, shape in parameter_shapes(self._model).items():
             if name in declared:
                 continue
             if not name.startswith(f"{self._blocks}."):
-                raise _Unexplained(f"nothing explains the parameter {name}")
+                raise UnsupportedModelError(f"nothing explains the parameter {name}")
             if name.startswith(prefix):
                 kept.append(Kept(name.removeprefix(prefix), self._probe.size_name(math.prod(shape), name)))
         self._block = dataclasses.replace(self._block, kept=tuple(kept))
         self.found["block"] = _describe(self._block)
         self.adapter = self._declare(self._block)
 
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self._model.named_parameters()}
-
     def check_layout(self) -> None:
         """Find the legal dims, and whether the family's own class can describe a slice."""
         probe, dimensions = self._probe, Dimensions(self.adapter, self._probe.fields)
         dim = self._width - 2 * SIZES["num_attention_heads"]
-        changes = {probe.own_name("hidden_size"): dim, "head_dim": dimensions.head_dim, "tie_word_embeddings": False}
         obstacle = ""
         try:
-            sliced = probe.shapes(type(probe.tiny).from_dict(probe.fields | changes))
+            sliced = probe.shapes(type(probe.tiny).from_dict(probe.fields | dimensions.sliced_fields(dim)))
         except Exception:  # config and model classes raise what they like
             obstacle = f"{type(self._config).__name__} refuses a head width that is not hidden size over heads."
         else:
@@ -384,12 +384,13 @@ class _Inferring:
     def check_proof(self) -> None:
         """Prove the declaration: on the tiny model, and on the parameters of the real config."""
         dimensions = Dimensions(self.adapter, self._probe.fields)
-        dimensions.require_declared(self._shapes)
+        shapes = parameter_shapes(self._model)
+        dimensions.require_declared(shapes)
         Dimensions(self.adapter, self._config.to_dict()).require_declared(self._probe.shapes(self._config))
         if self._probe.has_head_dim:
             # where heads have no width of their own, what a head computes grows with the hidden size too
-            shapes = {self._width: self._shapes, 2 * self._width: self._probe.shapes(self._probe.wider())}
-            prove_accounting(shapes, dimensions)
+            wider = self._probe.shapes(self._probe.wider())
+            prove_accounting({self._width: shapes, 2 * self._width: wider}, dimensions)
         errors = [prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2)]
         self.error = max(*errors, prove_refit(self._model, dimensions, self._ids, TOLERANCE))
 
@@ -397,8 +398,7 @@ class _Inferring:
         names = {name: own for name in sorted(_sizes_used(block)) if (own := self._probe.own_name(name)) != name}
         used = {"num_key_value_heads", "head_dim", "tie_word_embeddings", self._norm.epsilon}
         for branch in block.branches:
-            linears = [*branch.readers, *([branch.writer] if branch.writer else [])]
-            used |= {branch.multiplier, *(linear.bias for linear in linears)}
+            used |= {branch.multiplier, *(linear.bias for linear in branch.linears)}
         return Adapter(
             name=str(self._config.model_type),
             model_types=(str(self._config.model_type),),
@@ -419,7 +419,7 @@ def _sizes_used(block: Block) -> set[str]:
     widths = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     widths += ["max_position_embeddings", *(kept.width for kept in block.kept)]
     for branch in block.branches:
-        widths += [linear.width for linear in (*branch.readers, branch.writer) if linear is not None]
+        widths += [linear.width for linear in branch.linears]
         if branch.experts is not None:
             widths += [branch.experts.count, branch.experts.reader_width, branch.experts.writer_width]
     return {width.rpartition("*")[2] for width in widths}
@@ -429,13 +429,9 @@ def _describe(block: Block) -> list[str]:
     """Describe a block in a line for each branch, for people."""
     lines = []
     for branch in block.branches:
-        readers = [reader.path for reader in branch.readers]
-        writers = [branch.writer.path] if branch.writer is not None else []
-        if branch.experts is not None:
-            readers.append(branch.experts.reader_path)
-            writers.append(branch.experts.writer_path)
         times = f" times {branch.multiplier}" if branch.multiplier else ""
-        lines.append(f"{branch.norm}: read by {', '.join(readers)}; written by {', '.join(writers)}{times}")
+        readers, writers = ", ".join(branch.reader_paths), ", ".join(branch.writer_paths)
+        lines.append(f"{branch.norm}: read by {readers}; written by {writers}{times}")
     if block.is_parallel:
         lines.append("in parallel")
     return lines + [f"kept: {kept.path}" for kept in block.kept]

@@ -31,7 +31,7 @@ def command(
     with the check that failed.
     """
     from slicecli.dimensions import Dimensions
-    from slicecli.engine import find_adapter, full_fields
+    from slicecli.engine import find_adapter
     from slicecli.errors import NotInferredError
     from slicecli.record import read_record
     from slicecli.source import Source
@@ -39,14 +39,14 @@ def command(
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()
     try:
-        chosen, inference = find_adapter(source, adapter)
+        found_adapter = find_adapter(source, adapter)
     except NotInferredError as error:
         if output_format == "json":
             kind = source.fields.get("model_type")
             found = {"check": error.check, "reason": error.cause, "found": error.found}
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
         raise
-    fields = source.fields if inference is None else full_fields(source, source.config())
+    chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
     dimensions = Dimensions(chosen, fields)
     legal = dimensions.legal_dims()
     record = read_record(source.folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slicecli.errors import OutputError
+from slicecli.checkpoint import write_whole_file
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -40,12 +40,7 @@ def write_json(path: Path, document: Any) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.incomplete")
-    try:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path.name!r} cannot be written: {error.strerror}.", "Give another file.") from error
+    write_whole_file(path, json.dumps(document, indent=2) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], is_numeric: bool = True) -> None:

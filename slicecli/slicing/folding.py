@@ -38,6 +38,7 @@ __all__ = [
     "project_embeddings",
     "project_writers",
     "stored_form",
+    "stored_writers",
 ]
 
 Tensors = dict[str, torch.Tensor]
@@ -171,6 +172,12 @@ def project_writers(
     return tensors
 
 
+def stored_writers(branches: Sequence[Branch], tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return the tensors of writers, whose weights are given as (outputs, inputs), as their modules store them."""
+    writers = {f"{branch.writer.path}.weight": branch.writer for branch in branches if branch.writer is not None}
+    return {name: stored_form(writers[name], tensor) if name in writers else tensor for name, tensor in tensors.items()}
+
+
 def project_embeddings(
     dimensions: Dimensions, weights: WeightReader, basis: torch.Tensor, dtype: torch.dtype
 ) -> Tensors:
@@ -219,10 +226,7 @@ def project(
         path = f"{adapter.blocks}.{index}"
         dense = weights.module(path)
         tensors = fold_readers(dimensions, block.branches, dense, matrix, dtype)
-        writers = {branch.writer.path: branch.writer for branch in block.branches if branch.writer is not None}
-        for name, tensor in project_writers(dimensions, block.branches, dense, leading).items():
-            linear = writers.get(name.removesuffix(".weight"))
-            tensors[name] = tensor if linear is None else stored_form(linear, tensor)
+        tensors |= stored_writers(block.branches, project_writers(dimensions, block.branches, dense, leading))
         tensors |= {kept.path: dense[kept.path] for kept in block.kept}
         for name, tensor in tensors.items():
             sink(f"{path}.{name}", tensor.to(dtype))

@@ -29,6 +29,7 @@ __all__ = [
     "projected_table",
     "projected_writer",
     "projection_for_readers",
+    "projection_of_stream",
     "stream_scale",
 ]
 
@@ -44,6 +45,15 @@ def stream_scale(basis: torch.Tensor) -> float:
     """
     width, dim = basis.shape
     return math.sqrt(dim / width)
+
+
+def projection_of_stream(basis: torch.Tensor) -> torch.Tensor:
+    """Return sqrt(k/d) Q, which turns x, as a row, into y.
+
+    Args:
+        basis: Q, float64 of shape (d, k).
+    """
+    return stream_scale(basis) * basis
 
 
 def projection_for_readers(basis: torch.Tensor) -> torch.Tensor:
@@ -104,7 +114,7 @@ def projected_writer(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (..., k, inputs), or (k,), float64.
     """
-    return stream_scale(basis) * (basis.T @ weight.double())
+    return projection_of_stream(basis).T @ weight.double()
 
 
 def projected_table(
@@ -122,7 +132,7 @@ def projected_table(
     Returns:
         Shape (rows, k).
     """
-    return _rows_times(table, basis if is_scaled_by_width else stream_scale(basis) * basis, dtype)
+    return _rows_times(table, basis if is_scaled_by_width else projection_of_stream(basis), dtype)
 
 
 def _rows_times(table: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:

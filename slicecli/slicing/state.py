@@ -54,23 +54,26 @@ class DenseModel:
     Attributes:
         shell: The transformers model with all parameters on `meta`.
         weights: Reads its parameters.
-        adapter: The family's declaration.
-        dimensions: Its sizes.
+        dimensions: Its sizes, and with them the family's declaration.
         device: Where blocks run.
         dtype: Dtype of blocks and streams.
     """
 
     shell: Any
     weights: WeightReader
-    adapter: Adapter
     dimensions: Dimensions
     device: torch.device
     dtype: torch.dtype
 
     @property
+    def adapter(self) -> Adapter:
+        """The family's declaration."""
+        return self.dimensions.adapter
+
+    @property
     def is_centred(self) -> bool:
         """Whether the norms that read the stream subtract its mean."""
-        return self.adapter.norm.kind == "layer"
+        return self.adapter.norm.is_centred
 
     def normalise(self, stream: torch.Tensor) -> torch.Tensor:
         """Return n(x), what a norm passes on before its weight and bias."""

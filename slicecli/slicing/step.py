@@ -21,8 +21,8 @@ from torch import nn
 from slicecli.adapters import Branch, Linear
 from slicecli.slicing import blocks as running
 from slicecli.slicing.blocks import Call, Routing
-from slicecli.slicing.folding import fold_readers, project_writers, stored_form
-from slicecli.slicing.maps import projection_for_readers, stream_scale
+from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
+from slicecli.slicing.maps import projection_for_readers, projection_of_stream
 from slicecli.slicing.moments import Moments, inverse_scale, widen
 from slicecli.slicing.ridge import Correction, solve_ridge
 from slicecli.slicing.state import DenseModel, Target
@@ -81,12 +81,12 @@ class Goals:
     @functools.cached_property
     def _turn(self) -> torch.Tensor:
         """What the dense stream is multiplied by, in the dtype for products."""
-        return (stream_scale(self.basis) * self.basis).to(torch.promote_types(self.dense.dtype, torch.float32))
+        return projection_of_stream(self.basis).to(torch.promote_types(self.dense.dtype, torch.float32))
 
     def residual(self, number: int) -> torch.Tensor:
         """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k)."""
         after = widen(self.after[number]).flatten(0, -2)
-        return after @ self._turn.to(after) - widen(self.streams[number]).flatten(0, -2)
+        return after @ self._turn - widen(self.streams[number]).flatten(0, -2)
 
     def root(self, number: int) -> torch.Tensor:
         """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""
@@ -224,6 +224,7 @@ class Step:
                 written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
                 residual -= entry.gain(seen, wide) * widen(written)
             residuals.append(residual)
+        roots = [goals.root(number) for number in range(len(residuals))]
         starts, fitted = projected[declared.writer_path], []
         for expert, start in enumerate(starts):
             moments = Moments(width, self.target.dim, self.dense.device)
@@ -233,7 +234,7 @@ class Step:
                 tokens = is_chosen.any(-1).nonzero().squeeze(-1)
                 gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
                 inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
-                inputs, root = inner * gain, goals.root(number)[tokens]
+                inputs, root = inner * gain, roots[number][tokens]
                 moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
                 shares.append((tokens, inputs))
             correction = solve_ridge(moments).matrix
@@ -273,12 +274,7 @@ class Step:
 
     def _set_writers(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill writers whose weights are given as (outputs, inputs)."""
-        writers = {branch.writer.path: branch.writer for branch in self.branches if branch.writer is not None}
-        stored = {}
-        for name, tensor in tensors.items():
-            linear = writers.get(name.removesuffix(".weight"))
-            stored[name] = tensor if linear is None else stored_form(linear, tensor)
-        self._set(stored)
+        self._set(stored_writers(self.branches, tensors))
 
     def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
         stored = {name: _store(value, self.target) for name, value in tensors.items()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from slicecli.dimensions import Dimensions
 from slicecli.engine import SliceOptions, find_adapter, full_fields, plan_slices, quiet_libraries, run_slices
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.plan import Width
+from slicecli.plugins import plugins
 from slicecli.proof import (
     identity_basis,
     logits,
@@ -34,7 +36,7 @@ from slicecli.proof import (
     relative_error,
     slice_in_memory,
 )
-from slicecli.source import Source, empty_model
+from slicecli.source import Source, empty_model, parameter_shapes, with_plain_experts
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.tiny import random_model, tiny_config
 
@@ -76,10 +78,8 @@ class Subject:
     def exact(self) -> Any:
         """The model in float64."""
         model = type(self.model)(self.model.config).to(self.device, torch.float64).eval()
-        if model._can_set_experts_implementation():
-            model.set_experts_implementation("eager")
         model.load_state_dict(self.model.state_dict())
-        return model
+        return with_plain_experts(model)
 
     @functools.cached_property
     def token_ids(self) -> torch.Tensor:
@@ -122,14 +122,14 @@ class Subject:
         """What the declaration says of the model, as words that tests can require."""
         blocks = self.dimensions.declared_blocks
         branches = [branch for block in blocks for branch in block.branches]
-        linears = [linear for branch in branches for linear in (*branch.readers, branch.writer) if linear is not None]
+        linears = [linear for branch in branches for linear in branch.linears]
         found = {
             self.adapter.layout(self.fields): True,
             "tied": self.dimensions.is_tied,
             "biases": any(self.dimensions.has_bias(linear) for linear in linears),
             "parallel": any(block.is_parallel for block in blocks),
             "experts": any(branch.experts is not None for branch in branches),
-            "layer-norm": self.adapter.norm.kind == "layer",
+            "layer-norm": self.adapter.norm.is_centred,
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -147,7 +147,7 @@ def make_subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
     if name:
         source = Source.find(name)
         source.fetch_weights()
-        adapter = find_adapter(source, request.config.getoption("slicecli_adapter"))[0]
+        adapter = find_adapter(source, request.config.getoption("slicecli_adapter")).adapter
         model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         return Subject(
             adapter, model.to(device), source.folder, is_real=True, fields=full_fields(source, source.config())
@@ -201,7 +201,7 @@ class AdapterTests:
 
     def test_it_names_every_parameter_with_its_size(self, subject: Subject) -> None:
         """Nothing is forgotten, nothing invented, every width and bias is right."""
-        subject.dimensions.require_declared(_shapes(subject.model))
+        subject.dimensions.require_declared(parameter_shapes(subject.model))
 
     def test_counts_equal_the_model(self, subject: Subject) -> None:
         """The count that needs no model equals the model's."""
@@ -211,7 +211,7 @@ class AdapterTests:
     def test_exactly_what_touches_the_stream_grows_with_it(self, subject: Subject) -> None:
         """A parameter has an axis of hidden size if and only if it is declared to touch the stream."""
         shapes = {
-            size: _shapes(empty_model(_resized(subject, size)))
+            size: parameter_shapes(empty_model(_resized(subject, size)))
             for size in (subject.dimensions.hidden_size, subject.dimensions.hidden_size * 2)
         }
         prove_accounting(shapes, subject.dimensions)
@@ -361,15 +361,10 @@ class AdapterTests:
         assert error < 0.1, f"in bfloat16 the logits differ by {error:.2f}"
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
-
-
 def _resized(subject: Subject, size: int) -> Any:
     """Return the config with another hidden size."""
-    name = subject.adapter.names.get("hidden_size", "hidden_size")
-    changes = {name: size, "head_dim": subject.dimensions.head_dim}
-    return type(subject.model.config).from_dict(subject.model.config.to_dict() | changes)
+    fields = subject.model.config.to_dict() | subject.dimensions.sliced_fields(size)
+    return type(subject.model.config).from_dict(fields)
 
 
 def _between(legal: range) -> list[int]:
@@ -387,22 +382,17 @@ def _generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     return made
 
 
-class _registered:
+@contextmanager
+def _registered(adapter: Adapter) -> Iterator[None]:
     """Let the engine find a declaration that no installed plugin registers, for a while."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
-
-    def __enter__(self) -> None:
-        from slicecli.plugins import plugins
-
-        self._adapters = plugins().adapters
-        self._before = dict(self._adapters)
-        for name, other in self._before.items():
-            if set(other.model_types) & set(self._adapter.model_types):
-                del self._adapters[name]
-        self._adapters[self._adapter.name] = self._adapter
-
-    def __exit__(self, *_exception: object) -> None:
-        self._adapters.clear()
-        self._adapters.update(self._before)
+    adapters = plugins().adapters
+    before = dict(adapters)
+    for name, other in before.items():
+        if set(other.model_types) & set(adapter.model_types):
+            del adapters[name]
+    adapters[adapter.name] = adapter
+    try:
+        yield
+    finally:
+        adapters.clear()
+        adapters.update(before)

@@ -125,10 +125,9 @@ class SliceUnderTest:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str) -> Any:
-    import transformers
+    from slicecli.api import load_model
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto")
-    return model.eval().to(device)
+    return load_model(Source.find(str(folder)), device_map=device)
 
 
 @pytest.mark.slicecli_suite
