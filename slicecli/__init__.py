@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slicecli.hookspecs import hookimpl
+from slicecli.modeling import register_when_needed
 
 if TYPE_CHECKING:
     from slicecli.api import perplexity, slice_model
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "hookimpl", "perplexity", "slice_model"]
 
 __version__ = "0.1.0"
+
+register_when_needed()
 
 
 def __getattr__(name: str) -> Any:

@@ -178,6 +178,7 @@ class Branch:
         writer: The linear whose output is added to the stream; `None` where only experts write.
         module: Path of the module inside the block that holds the branch; it is left out of the run while
             another branch is looked at. Only a block's last branch may do without.
+        activation: Where there is no such module: path of the function between its one reader and its writer.
         multiplier: Config field that multiplies what the branch adds.
         experts: Experts that read and write besides.
     """
@@ -186,6 +187,7 @@ class Branch:
     readers: tuple[Linear, ...]
     writer: Linear | None
     module: str = ""
+    activation: str = ""
     multiplier: str = ""
     experts: Experts | None = None
 
@@ -288,6 +290,7 @@ def mlp(
     bias: bool | str = False,
     width: str = "intermediate_size",
     module: str = "mlp",
+    activation: str = "",
 ) -> Branch:
     """Declare an MLP branch of two maps.
 
@@ -298,8 +301,9 @@ def mlp(
         bias: Bias of both.
         width: Size between them.
         module: Path of the module that holds them; empty where they hang on the block itself.
+        activation: Path of the function between them, where they do.
     """
-    return Branch(norm, (Linear(reader, width, bias),), Linear(writer, width, bias), module)
+    return Branch(norm, (Linear(reader, width, bias),), Linear(writer, width, bias), module, activation)
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,7 @@ class Dimensions:
                         "writer_width": self.width(branch.experts.writer_width),
                     },
                     "module": branch.module,
+                    "activation": branch.activation,
                     "multiplier": self.multiplier(branch.multiplier),
                 }
                 for branch in block.branches

@@ -27,7 +27,15 @@ ADAPTER = Adapter(
     block=Block(
         (
             attention("enable_bias", "enable_bias", writer="out_proj", norm="self_attn_layer_norm"),
-            mlp("fc1", "fc2", norm="final_layer_norm", bias="enable_bias", width="ffn_dim", module=""),
+            mlp(
+                "fc1",
+                "fc2",
+                norm="final_layer_norm",
+                bias="enable_bias",
+                width="ffn_dim",
+                module="",
+                activation="activation_fn",
+            ),
         )
     ),
     blocks="model.decoder.layers",
