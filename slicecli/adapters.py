@@ -321,6 +321,8 @@ class Adapter:
         head: The head.
         norm: Kind of every norm that reads the stream.
         scales_embeddings_by_width: The embeddings are multiplied by sqrt(hidden size) on their way into the stream.
+        keeps_width: The family's model gives the stream before the head the width that it has behind the embeddings,
+            whatever its blocks return.
         names: The family's own names of config fields, by the usual name (`hidden_size`: `n_embd`).
         defaults: Values of the config class for fields that a config file may leave out, by the usual name.
         derived: Fields that follow from others, by the usual name: functions of the config's fields.
@@ -339,6 +341,7 @@ class Adapter:
     head: Linear = Linear("lm_head", "vocab_size")
     norm: Norm = Norm()
     scales_embeddings_by_width: bool = False
+    keeps_width: bool = False
     names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=lambda: MappingProxyType({}))
@@ -356,25 +359,12 @@ class Adapter:
         if reason:
             raise UnsupportedModelError(reason)
 
-    def require_stock(self, config: Fields) -> None:
-        """Refuse a config whose slices the family's own class cannot describe.
-
-        Raises:
-            UnsupportedModelError: It cannot; the message says why.
-        """
-        reason = self.why_not_stock(config)
-        if reason:
-            raise UnsupportedModelError(
-                f"A slice of this model needs the custom-code layout: {reason}",
-                "That layout is not written yet; `slicecli adapters` lists the families that need none.",
-            )
-
     def why_not_stock(self, config: Fields) -> str:
         """Say why the family's own class cannot describe a slice of a config; empty where it can."""
         return _reason(self.stock_obstacle, config)
 
-    def layout(self, config: Fields) -> str:
-        """Return how a slice of a config is written: `stock` or `custom-code`."""
+    def layout(self, config: Fields) -> Literal["stock", "custom-code"]:
+        """Return how the refit writes a slice of a config: in the family's own class, or with code of its own."""
         return "custom-code" if self.why_not_stock(config) else "stock"
 
 

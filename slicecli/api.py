@@ -42,6 +42,7 @@ def slice_model(
     sparsity: float | None = None,
     target_parameters: int | None = None,
     memory: int | None = None,
+    schedule: str | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -54,6 +55,7 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: the most parameters the slice may have.
         memory: Instead: the most bytes its weights may take.
+        schedule: Instead, with `method="slicegpt"`: see `slicecli.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Hears how far the work has come.
         **options: Fields of `slicecli.engine.SliceOptions`.
@@ -64,7 +66,7 @@ def slice_model(
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
-    width = Width(dim, sparsity, target_parameters, memory)
+    width = Width(dim, sparsity, target_parameters, memory, schedule)
     folder = None if output is None else Path(output).expanduser()
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.errors import PluginError, RequestError, UnsupportedModelError
 
@@ -20,10 +21,32 @@ if TYPE_CHECKING:
 
     from slicecli.adapters import Adapter, Block, Linear
 
-__all__ = ["Dimensions", "Shape"]
+__all__ = ["Dimensions", "Parameter", "Shape"]
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter of a model.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its shape (of what is kept, its elements).
+        role: What it does for the stream.
+        place: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
+            or reads; of what writes, the number of the next one.
+    """
+
+    name: str
+    shape: Shape
+    role: Literal["embedding", "norm", "reader", "writer", "experts", "kept"]
+    place: int
+
+    def elements(self, width: int) -> int:
+        """Count its elements where the stream has a width."""
+        return math.prod(width if size is None else size for size in self.shape)
 
 
 class Dimensions:
@@ -41,6 +64,7 @@ class Dimensions:
         key_value_heads: Key/value heads.
         head_dim: Width of one head.
         is_tied: Whether the head shares the embedding table.
+        layout: How the refit writes a slice: `stock` or `custom-code`.
         dim_multiple: Every legal dim is a multiple of it.
 
     Raises:
@@ -50,6 +74,7 @@ class Dimensions:
     def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
         self.adapter = adapter
         self._config = config
+        self.layout = adapter.layout(config)
         self.hidden_size = self.number("hidden_size")
         self.blocks = self.number("num_hidden_layers")
         self.vocabulary = self.number("vocab_size")
@@ -57,7 +82,9 @@ class Dimensions:
         self.key_value_heads = self.number("num_key_value_heads", self.heads)
         self.head_dim = self.number("head_dim", self.hidden_size // self.heads)
         self.is_tied = bool(self.value("tie_word_embeddings", False))
-        self.dim_multiple = math.lcm(1, *(self.number(name) for name in adapter.dim_divisors))
+        # a slice with code of its own keeps the dense config, whose class then has nothing to refuse
+        divisors = adapter.dim_divisors if self.layout == "stock" else ()
+        self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
 
     def value(self, name: str, otherwise: Any = None) -> Any:
         """Return a config field by its usual name; where it has none, the family's default, then `otherwise`."""
@@ -132,11 +159,11 @@ class Dimensions:
 
     def stream_parameters(self) -> dict[str, Shape]:
         """Return the shape of every declared parameter with an axis of hidden size, by name; that axis is `None`."""
-        return {name: shape for name, shape in self._parameters() if None in shape}
+        return {one.name: one.shape for one in self.declared_parameters() if None in one.shape}
 
     def other_parameters(self) -> dict[str, Shape]:
         """Return the shape of every declared parameter without such an axis (of what is kept, its elements)."""
-        return {name: shape for name, shape in self._parameters() if None not in shape}
+        return {one.name: one.shape for one in self.declared_parameters() if None not in one.shape}
 
     def parameters(self, dim: int | None = None) -> int:
         """Count the parameters: of the dense model as shipped, or of its slice at `dim`.
@@ -147,7 +174,7 @@ class Dimensions:
         stream = self.hidden_size if dim is None else dim
         head = f"{self.adapter.head.path}.weight"
         is_tied = self.is_tied and dim is None
-        return sum(_elements(shape, stream) for name, shape in self._parameters() if not (is_tied and name == head))
+        return sum(one.elements(stream) for one in self.declared_parameters() if not (is_tied and one.name == head))
 
     def largest_regression(self) -> int:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
@@ -158,41 +185,53 @@ class Dimensions:
                 sizes += [self.width(branch.experts.writer_width) for branch in step if branch.experts is not None]
         return max(sizes)
 
-    def _parameters(self) -> Iterator[tuple[str, Shape]]:
-        """Yield the name and shape of every declared parameter."""
+    def declared_parameters(self) -> Iterator[Parameter]:
+        """Yield every declared parameter, a tied head too."""
         adapter = self.adapter
         for table in adapter.embeddings:
-            yield f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None)
+            yield Parameter(f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None), "embedding", 0)
+        place = 0
         for index, block in enumerate(self.declared_blocks):
             prefix = f"{adapter.blocks}.{index}."
-            for path in block.norms:
-                yield from self._norm_parameters(prefix + path)
             for kept in block.kept:
-                yield prefix + kept.path, (self.width(kept.width),)
-            for branch in block.branches:
-                for linear in branch.readers:
-                    yield from self._linear_parameters(prefix, linear, (self.width(linear.width), None))
-                if branch.writer is not None:
-                    yield from self._linear_parameters(prefix, branch.writer, (None, self.width(branch.writer.width)))
-                if branch.experts is not None:
-                    experts = branch.experts
-                    count = self.width(experts.count)
-                    yield prefix + experts.reader_path, (count, self.width(experts.reader_width), None)
-                    yield prefix + experts.writer_path, (count, None, self.width(experts.writer_width))
-        yield from self._norm_parameters(adapter.final_norm)
-        yield from self._linear_parameters("", adapter.head, (self.width(adapter.head.width), None))
+                yield Parameter(prefix + kept.path, (self.width(kept.width),), "kept", place)
+            norms: set[str] = set()
+            for step in block.steps:
+                for branch in step:
+                    if branch.norm not in norms:
+                        yield from self._norm_parameters(prefix + branch.norm, place)
+                    norms.add(branch.norm)
+                    for linear in branch.readers:
+                        yield from self._linear_parameters(prefix, linear, "reader", place)
+                    if branch.writer is not None:
+                        yield from self._linear_parameters(prefix, branch.writer, "writer", place + 1)
+                    if branch.experts is not None:
+                        experts = branch.experts
+                        count = self.width(experts.count)
+                        reads = (count, self.width(experts.reader_width), None)
+                        writes = (count, None, self.width(experts.writer_width))
+                        yield Parameter(prefix + experts.reader_path, reads, "experts", place)
+                        yield Parameter(prefix + experts.writer_path, writes, "experts", place + 1)
+                place += 1
+        yield from self._norm_parameters(adapter.final_norm, place)
+        yield from self._linear_parameters("", adapter.head, "reader", place)
 
-    def _linear_parameters(self, prefix: str, linear: Linear, shape: Shape) -> Iterator[tuple[str, Shape]]:
-        """Yield weight and bias of a linear whose weight has a shape (outputs, inputs)."""
-        yield f"{prefix}{linear.path}.weight", shape[::-1] if linear.is_transposed else shape
+    def _linear_parameters(
+        self, prefix: str, linear: Linear, role: Literal["reader", "writer"], place: int
+    ) -> Iterator[Parameter]:
+        """Yield weight and bias of a linear."""
+        width = self.width(linear.width)
+        shape: Shape = (width, None) if role == "reader" else (None, width)
+        weight = shape[::-1] if linear.is_transposed else shape
+        yield Parameter(f"{prefix}{linear.path}.weight", weight, role, place)
         if self.has_bias(linear):
-            yield f"{prefix}{linear.path}.bias", shape[:1]
+            yield Parameter(f"{prefix}{linear.path}.bias", shape[:1], role, place)
 
-    def _norm_parameters(self, path: str) -> Iterator[tuple[str, Shape]]:
+    def _norm_parameters(self, path: str, place: int) -> Iterator[Parameter]:
         if self.adapter.norm.has_weight:
-            yield f"{path}.weight", (None,)
+            yield Parameter(f"{path}.weight", (None,), "norm", place)
         if self.adapter.norm.has_bias:
-            yield f"{path}.bias", (None,)
+            yield Parameter(f"{path}.bias", (None,), "norm", place)
 
     def declaration(self) -> dict[str, Any]:
         """Return the declaration as it applies to this model, as plain data: names with their sizes.
@@ -297,7 +336,7 @@ class Dimensions:
             cause = f"A dim of {dim} is not a width: it must be positive and below {self.hidden_size}."
         elif dim >= self.hidden_size:
             cause = f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}."
-        elif not self.adapter.dim_divisors:
+        elif self.dim_multiple == 1:
             cause = (
                 f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract takes one direction."
             )
@@ -317,7 +356,7 @@ class Dimensions:
         Raises:
             PluginError: They differ; the message names the parameters.
         """
-        declared = dict(self._parameters())
+        declared = {one.name: one.shape for one in self.declared_parameters()}
         kept = {
             f"{self.adapter.blocks}.{index}.{kept.path}"
             for index, block in enumerate(self.declared_blocks)
@@ -344,8 +383,3 @@ class Dimensions:
                 f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",
                 "Mend the adapter, or choose another with --adapter.",
             )
-
-
-def _elements(shape: Shape, stream: int) -> int:
-    """Return the number of elements of a parameter where the stream has a width."""
-    return math.prod(stream if size is None else size for size in shape)

@@ -17,10 +17,21 @@ from typing import TYPE_CHECKING, Any
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
 from slicecli.dimensions import Dimensions
-from slicecli.errors import NoAdapterError, PluginError, RequestError, SourceError, reason_of
+from slicecli.errors import (
+    NoAdapterError,
+    PluginError,
+    RequestError,
+    SourceError,
+    UnsupportedModelError,
+    reason_of,
+)
+from slicecli.layouts import custom_code_config, stock_config
 from slicecli.memory import peak_memory_bytes
-from slicecli.plan import DTYPE_BYTES, SlicePlan, Width
+from slicecli.modeling import CODE_FILES
+from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
+from slicecli.record import Energy
+from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model, parameter_shapes
 
 if TYPE_CHECKING:
@@ -30,7 +41,7 @@ if TYPE_CHECKING:
 
     from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
-    from slicecli.slicing.basis import Basis
+    from slicecli.slicing.published import Orientation
     from slicecli.slicing.state import Progress, Target
 
 __all__ = [
@@ -56,6 +67,10 @@ class SliceOptions:
     """Everything about a slice that is not its model and width.
 
     Attributes:
+        method: How the weights are made.
+        orientation: Of the published method: `pca`, or `random` to turn the kept directions among themselves.
+        slice_head: Of the published method: whether the input of the head is sliced too; `None` leaves it whole
+            where that is possible.
         calibration: Name of the calibration text, see `slicecli.text.read_text`.
         samples: Rows of calibration text.
         sequence_length: Tokens per row; `None` takes 2048, or what the model can do if that is less.
@@ -71,6 +86,9 @@ class SliceOptions:
         overwrite: Replace an existing slice.
     """
 
+    method: Method = "refit"
+    orientation: Orientation = "pca"
+    slice_head: bool | None = None
     calibration: str = "wikitext2"
     samples: int = 128
     sequence_length: int | None = None
@@ -119,7 +137,7 @@ class SliceReport:
         plan: What was decided.
         output: The folder.
         revision: Commit hash of the source, where it has one.
-        energy_kept: Share of the normalised stream's energy in the basis.
+        energy_kept: Share of the stream's energy in the basis (of the normalised stream, by the refit).
         seconds: Wall-clock time, all slices of the job together.
         peak_memory_bytes: Peak resident memory of the process.
         warnings: What the user should know.
@@ -150,11 +168,18 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source.check_is_decoder()
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
-    adapter.require_stock(chosen.fields)
     dimensions = Dimensions(adapter, chosen.fields)
+    check_method(options, widths)
+    has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
+    if has_own_code and source.code_files():
+        raise UnsupportedModelError(
+            f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
+            "transformers.",
+            "Slice it with --method refit if its family is stock.",
+        )
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
-    dims = [width.resolve(dimensions, DTYPE_BYTES[dtype]) for width in widths]
+    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
     if options.samples <= 0:
         raise RequestError(f"{options.samples} calibration samples are too few.", "Give --samples 1 or more.")
     if options.batch_size is not None and options.batch_size <= 0:
@@ -164,8 +189,15 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
 
     config = source.config()
     dimensions = Dimensions(adapter, full_fields(source, config))
+    output_length = 0
+    if options.method == "slicegpt":
+        from slicecli.proof import prove_shortcuts
+
+        with quiet_libraries():
+            output_length = prove_shortcuts(adapter, config, slices_head(dimensions, options.slice_head))
     slices = []
-    for dim, output in zip(dims, outputs, strict=True):
+    for (dim, schedule), output in zip(requests, outputs, strict=True):
+        sliced_parameters = dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions))
         plan = SlicePlan(
             model=source.name,
             model_type=str(source.fields.get("model_type")),
@@ -174,16 +206,76 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=dimensions.parameters(dim),
+            sliced_parameters=sliced_parameters,
             dense_dtype=dense_dtype,
+            method=options.method,
+            layout="custom-code" if has_own_code else "stock",
+            schedule=schedule,
         )
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         check_output(folder, options.overwrite)
-        slices.append((plan, sliced_config(config, dimensions, dim, dtype), folder))
+        slices.append((plan, config_of(plan, config, dimensions, output_length), folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
         require_disk_space(folder, needed)
     return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
+
+
+def check_method(options: SliceOptions, widths: Sequence[Width]) -> None:
+    """Refuse options of the published method where it is not asked for.
+
+    Raises:
+        RequestError: One is given.
+    """
+    if options.method == "slicegpt":
+        return
+    given = {
+        "--schedule": any(width.schedule is not None for width in widths),
+        "--slice-head": options.slice_head is not None,
+        "--final-orientation": options.orientation != "pca",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise RequestError(
+                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
+            )
+
+
+def resolve(
+    width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
+) -> tuple[int, Schedule | None]:
+    """Return the dim that meets a wish, and for the published method the width at every place.
+
+    Raises:
+        RequestError: The wish cannot be met.
+        UnsupportedModelError: The method cannot slice this model.
+    """
+    if options.method == "refit":
+        return width.resolve(dimensions, bytes_per_parameter), None
+    if width.schedule is not None:
+        schedule = read_schedule(width.schedule, dimensions, options.slice_head)
+        return schedule.dim, schedule
+    sizes = PublishedSizes(dimensions, options.slice_head)
+    dim = width.resolve(sizes, bytes_per_parameter)
+    schedule = sizes.schedule(dim)
+    schedule.check(dimensions)
+    return dim, schedule
+
+
+def config_of(plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0) -> Any:
+    """Return the config of a planned slice.
+
+    Args:
+        plan: The plan.
+        config: The dense model's config.
+        dimensions: Its sizes.
+        block_output_length: What `slicecli.proof.prove_shortcuts` found.
+    """
+    if plan.layout == "stock":
+        return stock_config(config, dimensions, plan.dim, plan.dtype)
+    schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)
+    has_shortcuts = plan.schedule is not None
+    return custom_code_config(config, dimensions, schedule, has_shortcuts, block_output_length, plan.dtype)
 
 
 @dataclass(frozen=True)
@@ -245,12 +337,15 @@ def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
 
 
 def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
-    """Do a job: one statistics pass, one refit pass for all its slices, and a whole folder for each.
+    """Do a job, and write a whole folder for each of its slices.
+
+    The refit makes one pass for statistics and one for all the slices; the published method a pass for each.
 
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
     from slicecli.slicing.pipeline import collect_basis, refit
+    from slicecli.slicing.published import slice_published
     from slicecli.slicing.state import Batches, DenseModel, Silent
 
     started = time.perf_counter()
@@ -273,39 +368,35 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
             stack.callback(writer.close)
             targets.append(target)
             writers.append(writer)
-        basis = collect_basis(dense, batches, progress)
-        refit(dense, basis, targets, batches, progress)
-        for (plan, config, _), folder, writer in zip(job.slices, folders, writers, strict=True):
-            _complete_folder(job, plan, config, folder, rows, basis, writer.finish())
+        energies: list[Energy]
+        if options.method == "refit":
+            basis = collect_basis(dense, batches, progress)
+            refit(dense, basis, targets, batches, progress)
+            energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
+        else:
+            energies = []
+            for (plan, _, _), target in zip(job.slices, targets, strict=True):
+                assert plan.schedule is not None
+                spectrum = slice_published(
+                    dense, target, plan.schedule, options.orientation, options.seed, batches, progress
+                )
+                energies.append(Energy.of_spectrum(spectrum, plan))
+        for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
+            _complete_folder(job, plan, config, folder, rows, energy, writer.finish())
         seconds = time.perf_counter() - started
-        for plan, _, output in job.slices:
+        for (plan, _, output), energy in zip(job.slices, energies, strict=True):
             reports.append(
                 SliceReport(
                     plan=plan,
                     output=output,
                     revision=job.source.commit,
-                    energy_kept=basis.energy_kept(plan.dim),
+                    energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
                     warnings=warnings + _growth_warning(plan),
                 )
             )
     return reports
-
-
-def sliced_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> Any:
-    """Return the config of a stock slice.
-
-    Raises:
-        RequestError: The family's config class refuses the dim.
-    """
-    fields = config.to_dict() | dimensions.sliced_fields(dim) | {"dtype": dtype}
-    for local in ("_name_or_path", "transformers_version"):
-        fields.pop(local, None)
-    try:
-        return type(config).from_dict(fields)
-    except Exception as error:  # config classes raise what they like
-        raise RequestError(f"{type(config).__name__} refuses a hidden size of {dim}: {reason_of(error)}.") from error
 
 
 def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
@@ -329,7 +420,7 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
             f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
         )
     unknowns = job.dimensions.largest_regression()
-    if rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
+    if options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
         warnings.append(
             f"The refit has {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; it gains up to "
             f"{TOKENS_PER_UNKNOWN * unknowns:,} and more (--samples, --seq-len)."
@@ -423,7 +514,9 @@ def quiet_libraries() -> Iterator[None]:
 def reproduce_command(job: Job, plan: SlicePlan) -> str:
     """Return the command line that makes a slice again; a text file appears by its name only."""
     options = job.options
-    words = ["slicecli", "slice", plan.model, "--dim", str(plan.dim)]
+    words = ["slicecli", "slice", plan.model, *_width_words(plan)]
+    if plan.method != "refit":
+        words += ["--method", plan.method, "--final-orientation", options.orientation]
     if job.source.commit:
         words += ["--revision", job.source.commit]
     words += [
@@ -437,6 +530,16 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     if job.source.code_files():
         words += ["--trust-remote-code"]
     return shlex.join(words)
+
+
+def _width_words(plan: SlicePlan) -> list[str]:
+    """Return the options that say how wide a slice is."""
+    if plan.schedule is None:
+        return ["--dim", str(plan.dim)]
+    if set(plan.schedule.places[:-1]) == {plan.dim} and plan.schedule.head in {plan.dim, plan.hidden_size}:
+        is_sliced = plan.schedule.head == plan.dim
+        return ["--dim", str(plan.dim), "--slice-head" if is_sliced else "--no-slice-head"]
+    return ["--schedule", "schedule.json"]
 
 
 def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptions) -> tuple[Target, ShardWriter]:
@@ -469,17 +572,19 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
 
 
 def _complete_folder(
-    job: Job, plan: SlicePlan, config: Any, folder: Path, rows: Rows, basis: Basis, digests: dict[str, str]
+    job: Job, plan: SlicePlan, config: Any, folder: Path, rows: Rows, energy: Energy, digests: dict[str, str]
 ) -> None:
     """Put everything but the weights into a slice's folder."""
     from slicecli.hub.card import render_card
     from slicecli.record import build_record, write_record
 
-    config.architectures = job.config.architectures
+    if plan.layout == "stock":
+        config.architectures = job.config.architectures
     config.save_pretrained(folder)
-    for file in (*job.source.companion_files(), *job.source.code_files()):
+    own_code = CODE_FILES if plan.layout == "custom-code" else job.source.code_files()
+    for file in (*job.source.companion_files(), *own_code):
         shutil.copyfile(file, folder / file.name)
-    record = build_record(plan, job.source, rows, job.options.seed, basis, digests)
+    record = build_record(plan, job.source, rows, job.options.seed, energy, digests)
     write_record(folder, record)
     card = render_card(record, job.source.folder, reproduce_command(job, plan))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -490,5 +595,10 @@ def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:
         return ()
     return (
         f"This slice has more parameters than the dense model ({plan.sliced_parameters:,} against "
-        f"{plan.dense_parameters:,}): its head is refitted, so it no longer shares the embedding table.",
+        f"{plan.dense_parameters:,}): "
+        + (
+            "its head is refitted, so it no longer shares the embedding table."
+            if plan.method == "refit"
+            else "its shortcut matrices, and a head of its own, weigh more than the slicing saves."
+        ),
     )

@@ -11,11 +11,27 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
+from slicecli.schedule import Schedule
 
-__all__ = ["DTYPE_BYTES", "DTYPE_CODES", "SlicePlan", "Width", "parse_bytes", "parse_count"]
+__all__ = [
+    "DTYPE_BYTES",
+    "DTYPE_CODES",
+    "METHODS",
+    "Layout",
+    "Method",
+    "SlicePlan",
+    "SliceSizes",
+    "Width",
+    "parse_bytes",
+    "parse_count",
+]
+
+Method = Literal["refit", "slicegpt"]
+Layout = Literal["stock", "custom-code"]
+METHODS: tuple[Method, ...] = ("refit", "slicegpt")
 
 # dtypes by their names in safetensors files
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -30,6 +46,32 @@ _BYTE_SUFFIXES = {"": 1} | {
 }
 
 
+class SliceSizes(Protocol):
+    """What a slice of a model may be and weighs, for one method: `Dimensions` for the refit, or `PublishedSizes`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """The hidden size of the dense model."""
+        ...
+
+    @property
+    def dim_multiple(self) -> int:
+        """What every legal dim is a multiple of."""
+        ...
+
+    def legal_dims(self) -> range:
+        """Return the dims a slice may have, in ascending order."""
+        ...
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse a dim that is not legal."""
+        ...
+
+    def parameters(self, dim: int | None = None) -> int:
+        """Count the parameters: of the dense model as shipped, or of its slice at `dim`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Width:
     """How wide the slice shall be, in the user's units; exactly one field is given.
@@ -39,38 +81,41 @@ class Width:
         sparsity: Fraction of the hidden size to remove, between 0 and 1.
         target_parameters: The most parameters the slice may have.
         memory: The most bytes its weights may take.
+        schedule: A width for each block, as `slicecli.schedule.read_schedule` takes it.
     """
 
     dim: int | None = None
     sparsity: float | None = None
     target_parameters: int | None = None
     memory: int | None = None
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.dim, self.sparsity, self.target_parameters, self.memory) if value is not None]
+        wishes = (self.dim, self.sparsity, self.target_parameters, self.memory, self.schedule)
+        given = [value for value in wishes if value is not None]
         if len(given) != 1:
             raise RequestError(
                 f"{'No width is' if not given else 'More than one width is'} given.",
-                "Give exactly one of --dim, --sparsity, --target-params and --memory.",
+                "Give exactly one of --dim, --sparsity, --target-params, --memory and a --schedule.",
             )
 
-    def resolve(self, dimensions: Dimensions, bytes_per_parameter: int) -> int:
-        """Return the legal dim that meets the wish.
+    def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
+        """Return the legal dim that meets the wish, of all but a schedule.
 
         A dim is taken as it is or refused. A sparsity goes to the nearest legal dim, a target to the largest
         that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
 
         Args:
-            dimensions: The model's sizes.
+            sizes: What a slice of the model may be.
             bytes_per_parameter: Of the dtype that will be written.
 
         Raises:
             RequestError: No legal dim meets the wish.
         """
         if self.dim is not None:
-            dimensions.check_dim(self.dim)
+            sizes.check_dim(self.dim)
             return self.dim
-        legal = _preferred_dims(dimensions)
+        legal = _preferred_dims(sizes)
         if not legal:
             raise RequestError("This model has no legal dim below its hidden size.")
         if self.sparsity is not None:
@@ -78,15 +123,15 @@ class Width:
                 raise RequestError(
                     f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
                 )
-            wish = (1 - self.sparsity) * dimensions.hidden_size
+            wish = (1 - self.sparsity) * sizes.hidden_size
             return min(legal, key=lambda dim: (abs(dim - wish), dim))
         limit, what = self.target_parameters, "parameters"
         if limit is None:
             assert self.memory is not None
             limit, what = self.memory // bytes_per_parameter, "parameters' worth of memory"
-        fitting = [dim for dim in legal if dimensions.parameters(dim) <= limit]
+        fitting = [dim for dim in legal if sizes.parameters(dim) <= limit]
         if not fitting:
-            smallest = dimensions.parameters(legal[0])
+            smallest = sizes.parameters(legal[0])
             raise RequestError(
                 f"No slice of this model has only {limit:,} {what}.",
                 f"The smallest, of dim {legal[0]}, has {smallest:,} parameters.",
@@ -102,14 +147,15 @@ class SlicePlan:
         model: Hub id or folder name.
         model_type: Its `model_type`.
         adapter: Name of the adapter.
-        method: How weights are made.
-        layout: `stock`, a checkpoint that transformers loads without custom code.
+        method: How weights are made: by the `refit`, or as SliceGPT does.
+        layout: `stock`, a checkpoint that transformers loads without custom code, or `custom-code`.
         hidden_size: d.
-        dim: k.
+        dim: k; of a schedule of several widths, their mean.
         dtype: Dtype of the written weights.
         dense_parameters: Parameters of the dense model as shipped.
         sliced_parameters: Parameters of the slice.
         dense_dtype: Dtype of the dense checkpoint.
+        schedule: The widths of the published method; `None` for the refit, which has one.
     """
 
     model: str
@@ -121,8 +167,9 @@ class SlicePlan:
     dense_parameters: int
     sliced_parameters: int
     dense_dtype: str
-    method: str = "refit"
-    layout: str = "stock"
+    method: Method = "refit"
+    layout: Layout = "stock"
+    schedule: Schedule | None = None
 
     @property
     def sparsity(self) -> float:
@@ -140,12 +187,12 @@ class SlicePlan:
         return self.sliced_parameters * DTYPE_BYTES[self.dtype]
 
 
-def _preferred_dims(dimensions: Dimensions) -> list[int]:
+def _preferred_dims(sizes: SliceSizes) -> list[int]:
     """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
-    tile = math.lcm(dimensions.dim_multiple, TILE)
-    if tile * 32 > dimensions.hidden_size:
-        return list(dimensions.legal_dims())
-    return list(range(tile, dimensions.hidden_size, tile))
+    tile = math.lcm(sizes.dim_multiple, TILE)
+    if tile * 32 > sizes.hidden_size:
+        return list(sizes.legal_dims())
+    return list(range(tile, sizes.hidden_size, tile))
 
 
 def parse_count(text: str) -> int:

@@ -17,19 +17,25 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
-from slicecli.errors import PluginError
-from slicecli.slicing.basis import Basis, centred_frame
+from slicecli.errors import PluginError, reason_of
+from slicecli.layouts import custom_code_config, stock_config
+from slicecli.schedule import Schedule
+from slicecli.slicing.basis import Basis, centred_frame, random_rotation
 from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
 from slicecli.slicing.folding import project
 from slicecli.slicing.maps import projection_of_stream
 from slicecli.slicing.pipeline import collect_basis, refit
+from slicecli.slicing.published import Orientation, slice_published
 from slicecli.slicing.state import Batches, DenseModel, Silent, Target
 from slicecli.source import with_plain_experts
+from slicecli.tiny import SIZES, random_model, tiny_config
 
 __all__ = [
     "ModelWeights",
+    "block_output_length",
     "identity_basis",
     "logits",
     "projected_model",
@@ -37,10 +43,15 @@ __all__ = [
     "prove_embeddings",
     "prove_refit",
     "prove_rotation",
+    "prove_shortcuts",
+    "published_in_memory",
     "random_basis",
     "relative_error",
     "slice_in_memory",
 ]
+
+# what rounding leaves of a model in float64
+PROOF_TOLERANCE = 1e-9
 
 
 class ModelWeights:
@@ -73,9 +84,7 @@ def random_basis(dimensions: Dimensions, seed: int, device: torch.device | None 
     """Return a basis drawn uniformly from all rotations (a Gaussian matrix made orthonormal)."""
     start = identity_basis(dimensions, device)
     size = start.vectors.shape[1]
-    gaussian = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rotation, triangle = torch.linalg.qr(gaussian)
-    rotation = (rotation * torch.sign(triangle.diagonal())).to(start.vectors.device)
+    rotation = random_rotation(size, torch.Generator().manual_seed(seed)).to(start.vectors.device)
     return Basis(start.vectors @ rotation, start.energies, start.importances, start.is_centred)
 
 
@@ -96,26 +105,47 @@ def projected_model(model: Any, dimensions: Dimensions, basis: Basis, dim: int |
     return sliced
 
 
-def _empty_like(model: Any, dimensions: Dimensions, dim: int | None = None, on_meta: bool = False) -> Any:
-    """Return a model of the same class and device with weights of no meaning, its head apart from its embeddings.
+def _empty_like(
+    model: Any,
+    dimensions: Dimensions,
+    dim: int | None = None,
+    on_meta: bool = False,
+    schedule: Schedule | None = None,
+    block_output_length: int = 0,
+) -> Any:
+    """Return a model of the same device with weights of no meaning, its head apart from its embeddings.
 
     Args:
         model: The model.
         dimensions: Its sizes.
         dim: Its hidden size; `None` keeps the model's.
         on_meta: Make no weights at all.
+        schedule: Instead: a width for each place, with shortcuts between them.
+        block_output_length: As `slicecli.layouts.custom_code_config` takes it.
     """
-    fields = model.config.to_dict()
-    if dim is None or dim == dimensions.hidden_size:
+    dtype = str(model.dtype).removeprefix("torch.")
+    cls = type(model)
+    if schedule is not None:
+        config = custom_code_config(model.config, dimensions, schedule, True, block_output_length, dtype)
+        cls = _sliced_class()
+    elif dim is None or dim == dimensions.hidden_size:
         # a class that ties the heads to the hidden size would not know what to do with a width of their own
-        fields |= {"tie_word_embeddings": False}
+        config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": False})
+    elif dimensions.layout == "stock":
+        config = stock_config(model.config, dimensions, dim, dtype)
     else:
-        fields |= dimensions.sliced_fields(dim)
-    config = type(model.config).from_dict(fields)
+        config = custom_code_config(model.config, dimensions, Schedule.constant(dimensions, dim), False, 0, dtype)
+        cls = _sliced_class()
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights() if on_meta else nullcontext():
-        made = type(model)(config)
+        made = cls(config)
     return with_plain_experts(made if on_meta else made.to(device=model.device, dtype=model.dtype)).eval()
+
+
+def _sliced_class() -> Any:
+    from slicecli.modeling.modeling_slicecli import SlicedForCausalLM
+
+    return SlicedForCausalLM
 
 
 @torch.no_grad()
@@ -288,6 +318,112 @@ def slice_in_memory(
     for sliced, found in zip(made, tensors, strict=True):
         sliced.load_state_dict(found, strict=True)
     return made, basis
+
+
+def published_in_memory(
+    model: Any,
+    dimensions: Dimensions,
+    token_ids: torch.Tensor,
+    schedule: Schedule,
+    orientation: Orientation = "pca",
+    seed: int = 0,
+    batch_rows: int = 8,
+) -> Any:
+    """Slice a model that is in memory by the published method; nothing is read or written.
+
+    Args:
+        model: The dense model, with weights.
+        dimensions: Its sizes.
+        token_ids: Calibration rows, shape (rows, sequence length).
+        schedule: The widths; the full one at every place gives a model that computes the same.
+        orientation: How the kept directions are turned.
+        seed: Seed of random orientations.
+        batch_rows: Rows that go through the model at a time.
+
+    Returns:
+        The slice, in the model's dtype.
+    """
+    length = block_output_length(model, dimensions)
+    tensors: dict[str, torch.Tensor] = {}
+    made = _empty_like(model, dimensions, schedule=schedule, block_output_length=length)
+    dense = DenseModel(
+        _empty_like(model, dimensions, on_meta=True), ModelWeights(model), dimensions, model.device, model.dtype
+    )
+    shell = _empty_like(model, dimensions, on_meta=True, schedule=schedule, block_output_length=length)
+    target = Target(schedule.dim, shell, model.dtype, tensors.__setitem__)
+    with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
+        slice_published(dense, target, schedule, orientation, seed, Batches(token_ids, batch_rows), Silent())
+    made.load_state_dict(tensors, strict=True)
+    return made
+
+
+@torch.no_grad()
+def block_output_length(model: Any, dimensions: Dimensions) -> int:
+    """Return the length of the tuple that a model's blocks return; 0 where they return a tensor."""
+    lengths: list[int] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        lengths.append(len(output) if isinstance(output, tuple) else 0)
+
+    handle = model.get_submodule(f"{dimensions.adapter.blocks}.0").register_forward_hook(hook)
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return lengths[0]
+
+
+def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool = False) -> int:
+    """Check on a small model of a config's class that blocks with shortcuts compute what the family's do.
+
+    At full width the published method only turns the stream at every place, which changes nothing; at a smaller one
+    the model must run.
+
+    Args:
+        adapter: The declaration.
+        config: The transformers config of the model that shall be sliced.
+        slices_head: Whether its head is sliced.
+
+    Returns:
+        The length of the tuple that a block returns; 0 for a tensor.
+
+    Raises:
+        PluginError: The logits differ, or the narrow model does not run.
+    """
+    small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
+    model = random_model(small, dtype="float64")
+    dimensions = Dimensions(adapter, small.to_dict())
+    token_ids = torch.randint(2, dimensions.vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
+    schedule = Schedule.constant(dimensions, dimensions.hidden_size)
+    sliced = published_in_memory(model, dimensions, token_ids, schedule)
+    error = relative_error(logits(sliced, token_ids), logits(model, token_ids))
+    if error > PROOF_TOLERANCE:
+        raise PluginError(
+            f"Blocks of {type(model).__name__} do more than adapter {adapter.name!r} says: with shortcuts, a small "
+            f"model's logits change by {error:.1e} at full width.",
+            "Slice with --method refit, which runs the family's own blocks.",
+        )
+    width, half = dimensions.hidden_size, dimensions.hidden_size // 2
+    narrow = Schedule.constant(dimensions, half, half if slices_head else width)
+    try:
+        logits(published_in_memory(model, dimensions, token_ids, narrow), token_ids)
+    except RuntimeError as error:
+        raise PluginError(
+            f"{type(model).__name__} does not run with a stream of {half} coordinates whose head "
+            f"{'is' if slices_head else 'is not'} sliced: {reason_of(error)}.",
+            "Give --slice-head." if not slices_head else "Slice with --method refit.",
+        ) from error
+    return block_output_length(model, dimensions)
+
+
+def _ungrouped(config: Any) -> dict[str, int]:
+    """Return the fields that give a small model a key/value head per query head where the large one has that."""
+    names = ("num_key_value_heads", "num_kv_heads")
+    return {
+        name: SIZES["num_attention_heads"]
+        for name in names
+        if getattr(config, name, None) == config.num_attention_heads
+    }
 
 
 def _prove_same(

@@ -6,9 +6,11 @@ and no local path: a model from a folder is named by the folder's own name, a te
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +23,59 @@ from slicecli.plan import SlicePlan
 if TYPE_CHECKING:
     from slicecli.calibration import Rows
     from slicecli.slicing.basis import Basis
+    from slicecli.slicing.published import Spectrum
     from slicecli.source import Source
 
-__all__ = ["build_record", "enter_perplexities", "package_versions", "read_record", "write_record"]
+__all__ = ["Energy", "build_record", "enter_perplexities", "package_versions", "read_record", "write_record"]
 
 RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
 
 
+@dataclass(frozen=True)
+class Energy:
+    """How much of the stream's energy a slice keeps, and others would.
+
+    Attributes:
+        kept: Share in the slice.
+        fields: What the record says of it.
+    """
+
+    kept: float
+    fields: dict[str, Any]
+
+    @classmethod
+    def of_basis(cls, basis: Basis, plan: SlicePlan) -> Energy:
+        """Return that of a basis for all places: of the normalised stream."""
+        fields = {
+            "of": "normalised stream",
+            "kept": basis.energy_kept(plan.dim),
+            "importance_kept": basis.importance_kept(plan.dim),
+            "spectrum": [
+                {"dim": dim, "kept": basis.energy_kept(dim), "importance_kept": basis.importance_kept(dim)}
+                for dim in _spectrum_dims(plan)
+            ],
+        }
+        return cls(basis.energy_kept(plan.dim), fields)
+
+    @classmethod
+    def of_spectrum(cls, spectrum: Spectrum, plan: SlicePlan) -> Energy:
+        """Return that of a basis at every place: of the stream as it is there, the mean over the places."""
+        fields = {
+            "of": "stream",
+            "kept": spectrum.kept,
+            "spectrum": [{"dim": dim, "kept": spectrum.energy_kept(dim)} for dim in _spectrum_dims(plan)],
+        }
+        return cls(spectrum.kept, fields)
+
+
+def _spectrum_dims(plan: SlicePlan) -> range:
+    step = max(1, plan.hidden_size // SPECTRUM_POINTS)
+    return range(step, plan.hidden_size + 1, step)
+
+
 def build_record(
-    plan: SlicePlan, source: Source, rows: Rows, seed: int, basis: Basis, weights: dict[str, str]
+    plan: SlicePlan, source: Source, rows: Rows, seed: int, energy: Energy, weights: dict[str, str]
 ) -> dict[str, Any]:
     """Put a record together.
 
@@ -39,10 +84,9 @@ def build_record(
         source: The dense model.
         rows: The calibration rows.
         seed: Seed of their draw.
-        basis: The shared basis, for its energy spectrum.
+        energy: What it keeps of the stream.
         weights: SHA-256 of each weight file.
     """
-    step = max(1, plan.hidden_size // SPECTRUM_POINTS)
     return {
         "record_version": RECORD_VERSION,
         "slicecli_version": __version__,
@@ -55,10 +99,11 @@ def build_record(
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
-        "needs_remote_code": bool(source.code_files()),
+        "needs_remote_code": plan.layout == "custom-code" or bool(source.code_files()),
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
+        "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "dtype": plan.dtype,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
@@ -70,14 +115,7 @@ def build_record(
             "seed": seed,
             "sha256": rows.digest,
         },
-        "energy": {
-            "kept": basis.energy_kept(plan.dim),
-            "importance_kept": basis.importance_kept(plan.dim),
-            "spectrum": [
-                {"dim": dim, "kept": basis.energy_kept(dim), "importance_kept": basis.importance_kept(dim)}
-                for dim in range(step, plan.hidden_size + 1, step)
-            ],
-        },
+        "energy": energy.fields,
         "results": {},
         "curve": None,
         "weights": weights,

@@ -40,6 +40,7 @@ ADAPTER = Adapter(
     embeddings=(Embedding("transformer.wte"), Embedding("transformer.wpe", "max_position_embeddings")),
     final_norm="transformer.ln_f",
     norm=Norm("layer", epsilon="layer_norm_epsilon", has_bias=True),
+    keeps_width=True,
     names=MappingProxyType(
         {
             "hidden_size": "n_embd",

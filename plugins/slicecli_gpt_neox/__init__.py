@@ -30,7 +30,6 @@ ADAPTER = Adapter(
     final_norm="gpt_neox.final_layer_norm",
     norm=Norm("layer", epsilon="layer_norm_eps", has_bias=True),
     defaults=MappingProxyType({"attention_bias": True, "use_parallel_residual": True}),
-    dim_divisors=("num_attention_heads",),
     stock_obstacle="GPTNeoXAttention takes the width of a head from hidden_size / num_attention_heads.",
 )
 

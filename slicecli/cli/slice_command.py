@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,29 @@ from slicecli.cli import output as show
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @click.option(
     "--method",
-    type=click.Choice(["refit"]),
+    type=click.Choice(["refit", "slicegpt"]),
     default="refit",
     show_default=True,
-    help="refit: one shared basis, every map refitted by least squares, a stock checkpoint.",
+    help="refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family allows it. "
+    "slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
+)
+@click.option(
+    "--final-orientation",
+    type=click.Choice(["pca", "random"]),
+    default="pca",
+    show_default=True,
+    help="slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
+)
+@click.option(
+    "--slice-head/--no-slice-head",
+    default=None,
+    help="slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
+)
+@click.option(
+    "--schedule",
+    metavar="constant|linear:S0:S1|FILE.json",
+    help="slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
+    "width at each step of each block.  [default: constant]",
 )
 @click.option(
     "--calibration",
@@ -61,7 +81,10 @@ def command(
     output: Path | None,
     overwrite: bool,
     dry_run: bool,
-    method: str,
+    method: Any,
+    final_orientation: Any,
+    slice_head: bool | None,
+    schedule: str | None,
     calibration: str,
     samples: int,
     seed: int,
@@ -82,16 +105,20 @@ def command(
     Examples:
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
       slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
+      slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
     """
     from slicecli.plan import Width
 
-    width = Width(dim, sparsity, target_params, memory)
+    width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
     shared.check_shard_size(max_shard_size)
 
     from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
     from slicecli.memory import return_freed_memory_at_once
 
     settings = SliceOptions(
+        method=method,
+        orientation=final_orientation,
+        slice_head=slice_head,
         calibration=calibration,
         samples=samples,
         sequence_length=seq_len,
@@ -151,6 +178,7 @@ def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
+        "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "adapter": plan.adapter,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,12 +37,13 @@ class _Sliced(PreTrainedModel):
 
     def __new__(cls, config: SlicedConfig, *args: Any, **kwargs: Any) -> _Sliced:
         """Choose the class by the dense model's config."""
-        return object.__new__(_with_family(cls, cls.family_classes[type(config.text_config)]))
+        family, ours = cls.family_classes[type(config.text_config)], cast("Any", cls)
+        return object.__new__(_with_family(ours, family))
 
     def __init__(self, config: SlicedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the dense model and cut it."""
         super().__init__(config.text_config, *args, **kwargs)
-        _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
+        _slice(self, config.slicing or {}, f"{self.base_model_prefix}." if self.base_model is self else "")
         self.config = config
 
 
@@ -61,16 +63,16 @@ SlicedModel.register_for_auto_class("AutoModel")
 SlicedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-@functools.lru_cache(maxsize=None)
-def _with_family(cls: type, family: type) -> type:
+@functools.cache
+def _with_family(cls: Any, family: Any) -> Any:
     """Return the class derived from one of ours and one of the family's, under our name, by which it is saved."""
     if issubclass(cls, family):
         return cls
-    own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": SlicedConfig}
+    own: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": SlicedConfig}
     return type(cls.__name__, (cls, family), own)
 
 
-def _slice(model: nn.Module, slicing: dict[str, Any], own_prefix: str) -> None:
+def _slice(model: Any, slicing: dict[str, Any], own_prefix: str) -> None:
     """Cut a dense model to the widths of a slice.
 
     Args:
@@ -95,10 +97,11 @@ def _slice(model: nn.Module, slicing: dict[str, Any], own_prefix: str) -> None:
     blocks = model.get_submodule(inside(declared["blocks"]))
     kinds = {index: kind for kind in declared["block_kinds"] for index in kind["blocks"]}
     following = [steps[0] for steps in widths[1:]] + [head_width]
-    for index, (block, steps, last) in enumerate(zip(blocks, widths, following)):
+    block: Any
+    for index, (block, steps, last) in enumerate(zip(blocks, widths, following, strict=True)):
         branches = kinds[index]["branches"]
         groups = [branches] if kinds[index]["is_parallel"] else [[branch] for branch in branches]
-        for group, entering, leaving in zip(groups, steps, [*steps[1:], last]):
+        for group, entering, leaving in zip(groups, steps, [*steps[1:], last], strict=True):
             for branch in group:
                 _slice_norm(block, branch["norm"], entering, divisor)
                 for reader in branch["readers"]:
@@ -109,7 +112,7 @@ def _slice(model: nn.Module, slicing: dict[str, Any], own_prefix: str) -> None:
                     _slice_parameter(block, branch["experts"]["reader"], 2, entering)
                     _slice_parameter(block, branch["experts"]["writer"], 1, leaving)
         if has_shortcuts:
-            block.__class__ = _with_shortcuts(type(block))
+            block.__class__ = _with_shortcuts(block.__class__)
             block.set_steps(groups, [*steps, last], slicing["block_output_length"])
 
     _slice_norm(model, inside(declared["final_norm"]), head_width, divisor)
@@ -123,7 +126,7 @@ def _slice_norm(parent: nn.Module, path: str, width: int, divisor: tuple[int, fl
         _, _, name = path.rpartition(".")
         parent.get_submodule(path.removesuffix(name).removesuffix(".")).add_module(name, SlicedNorm(*divisor))
         return
-    norm = parent.get_submodule(path)
+    norm: Any = parent.get_submodule(path)
     for name, parameter in list(norm.named_parameters(recurse=False)):
         setattr(norm, name, _cut(parameter, 0, width))
     if hasattr(norm, "normalized_shape"):
@@ -140,11 +143,9 @@ def _slice_linear(parent: nn.Module, declared: dict[str, Any], axis: int, width:
         width: What that side becomes.
         needs_bias: It gets a bias if it has none.
     """
-    linear = parent.get_submodule(declared["path"])
+    linear: Any = parent.get_submodule(declared["path"])
     linear.weight = _cut(linear.weight, 1 - axis if declared["is_transposed"] else axis, width)
-    for name in (("out_features", "nf"), ("in_features", "nx"))[axis]:
-        if hasattr(linear, name):
-            setattr(linear, name, width)
+    _say_width(linear, ("out_features", "nf") if axis == 0 else ("in_features", "nx", "hidden_dim"), width)
     if axis == 0 and linear.bias is not None:
         linear.bias = _cut(linear.bias, 0, width)
     if needs_bias and linear.bias is None:
@@ -156,6 +157,14 @@ def _slice_parameter(parent: nn.Module, path: str, axis: int, width: int) -> Non
     module_path, _, name = path.rpartition(".")
     module = parent.get_submodule(module_path)
     setattr(module, name, _cut(module.get_parameter(name), axis, width))
+    _say_width(module, ("hidden_dim",), width)
+
+
+def _say_width(module: Any, names: tuple[str, ...], width: int) -> None:
+    """Set those of a module's attributes, among the usual ones, that say its width."""
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, width)
 
 
 def _cut(parameter: nn.Parameter, axis: int, width: int) -> nn.Parameter:
@@ -190,7 +199,7 @@ class SlicedNorm(nn.Module):
         return f"dense_width={self.dense_width}, epsilon={self.epsilon}"
 
 
-class _WithShortcuts:
+class _WithShortcuts(nn.Module):
     """A family's block whose stream changes its basis, and may change its width, at every step."""
 
     family_parameters: dict[str, inspect.Parameter]
@@ -206,19 +215,17 @@ class _WithShortcuts:
         """
         self.steps = groups
         self.output_length = output_length
-        self.shortcuts = nn.ModuleList(
-            nn.Linear(before, after, bias=False) for before, after in zip(widths, widths[1:])
-        )
+        self.shortcuts = nn.ModuleList(nn.Linear(before, after, bias=False) for before, after in pairwise(widths))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take each step: the stream through its shortcut, plus what the branches make of the stream.
 
         The arguments are those of the family's block; each branch's module is given those it knows.
         """
-        given = dict(zip(self.family_parameters, args)) | kwargs
+        given = dict(zip(self.family_parameters, args, strict=False)) | kwargs
         stream = given.pop(next(iter(self.family_parameters)))
         others: tuple[Any, ...] = ()
-        for branches, shortcut in zip(self.steps, self.shortcuts):
+        for branches, shortcut in zip(self.steps, self.shortcuts, strict=True):
             norms = dict.fromkeys(branch["norm"] for branch in branches)
             normalised = {path: self.get_submodule(path)(stream) for path in norms}
             stream = shortcut(stream)
@@ -234,8 +241,8 @@ class _WithShortcuts:
     def _run(self, branch: dict[str, Any], normalised: torch.Tensor, given: dict[str, Any]) -> Any:
         """Run one branch on the normalised stream."""
         if branch["module"]:
-            module = self.get_submodule(branch["module"])
-            known = _parameters(type(module))
+            module: Any = self.get_submodule(branch["module"])
+            known = _parameters(module.__class__)
             takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
             return module(normalised, **{name: value for name, value in given.items() if takes_all or name in known})
         (reader,) = branch["readers"]
@@ -243,15 +250,19 @@ class _WithShortcuts:
         return self.get_submodule(branch["writer"]["path"])(inner)
 
 
-@functools.lru_cache(maxsize=None)
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+@functools.cache
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     """Return the parameters of a module class's forward but `self`."""
     parameters = inspect.signature(cls.forward).parameters
     return {name: parameter for name, parameter in parameters.items() if name != "self"}
 
 
-@functools.lru_cache(maxsize=None)
-def _with_shortcuts(family: type) -> type:
+@functools.cache
+def _with_shortcuts(family: Any) -> Any:
     """Return the class of a family's blocks with shortcuts, under its own name, by which devices are assigned."""
-    own = {"__module__": __name__, "__doc__": _WithShortcuts.__doc__, "family_parameters": _parameters(family)}
+    own: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": _WithShortcuts.__doc__,
+        "family_parameters": _parameters(family),
+    }
     return type(family.__name__, (_WithShortcuts, family), own)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Basis", "centred_frame", "reader_basis"]
+__all__ = ["Basis", "centred_frame", "principal_basis", "random_rotation", "reader_basis"]
 
 # share of the identity in M, relative to M's mean eigenvalue
 IDENTITY_SHARE = 0.1
@@ -119,9 +119,41 @@ def reader_basis(second_moment: torch.Tensor, metric: torch.Tensor, is_centred: 
     energies = ((moment @ basis) * basis).sum(0).clamp_min(0.0)
     if frame is not None:
         basis = frame @ basis
-    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    basis = basis * torch.where(largest < 0, -1.0, 1.0)
-    return Basis(basis, energies, importances.flip(0).clamp_min(0.0), is_centred)
+    return Basis(_with_fixed_signs(basis), energies, importances.flip(0).clamp_min(0.0), is_centred)
+
+
+def principal_basis(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the eigenvectors of a second moment, the largest first, with their eigenvalues: PCA without a mean.
+
+    Args:
+        second_moment: C, symmetric, shape (d, d).
+
+    Returns:
+        Orthonormal columns, float64 of shape (d, d), signs fixed as `reader_basis` does; and their energies,
+        float64, descending and not negative.
+    """
+    energies, vectors = torch.linalg.eigh(second_moment.double())
+    return _with_fixed_signs(vectors.flip(1)), energies.flip(0).clamp_min(0.0)
+
+
+def random_rotation(size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return an orthogonal matrix drawn uniformly (Haar): a Gaussian matrix made orthonormal, float64 on the CPU.
+
+    Args:
+        size: Its rows and columns.
+        generator: Where the draw comes from.
+    """
+    gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    rotation, triangle = torch.linalg.qr(gaussian)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    turned: torch.Tensor = rotation * signs
+    return turned
+
+
+def _with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
+    """Turn columns so that the largest component of each is positive."""
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def _share(values: torch.Tensor, dim: int) -> float:

@@ -30,9 +30,11 @@ __all__ = [
     "fill",
     "first_tensor",
     "move_buffers",
+    "passing_through",
     "persistent_buffers",
     "record_calls",
     "run_block",
+    "run_experts",
     "silenced",
     "writer_inputs",
 ]
@@ -237,6 +239,15 @@ def silenced(block: nn.Module, tuple_lengths: Mapping[str, int], like: torch.Ten
         yield
 
 
+@contextmanager
+def passing_through(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules return what they are given instead of running."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_answering(module, lambda given: given))
+        yield
+
+
 @dataclass(frozen=True)
 class Routing:
     """What a module of experts is called with.
@@ -369,6 +380,31 @@ def expert_activations(
     weights = torch.ones(len(tokens), 1, dtype=tokens.dtype, device=tokens.device)
     inner: torch.Tensor = torch.func.functional_call(module, alone, (tokens, index, weights))
     return inner[:, :width]
+
+
+def run_experts(
+    module: nn.Module, declared: Experts, routing: Routing, reader: torch.Tensor, writer: torch.Tensor
+) -> torch.Tensor:
+    """Return what a module of experts makes of routed tokens with other weights, which may write another width.
+
+    The module returns the width that it reads, so tokens and first maps are padded with zeros where the second maps
+    write more.
+
+    Args:
+        module: The module of experts.
+        declared: Its declaration.
+        routing: What it is called with.
+        reader: All first maps, shape (experts, inner width, width of the tokens).
+        writer: All second maps, shape (experts, width, inner width), at least as wide.
+
+    Returns:
+        Shape (tokens, width).
+    """
+    padding = writer.shape[1] - routing.tokens.shape[-1]
+    tokens, wide = (nn.functional.pad(value, (0, padding)) for value in (routing.tokens, reader))
+    weights = {declared.reader: wide, declared.writer: writer}
+    made: torch.Tensor = torch.func.functional_call(module, weights, (tokens, routing.index, routing.weights))
+    return made
 
 
 def _sort_routing(tensors: Sequence[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

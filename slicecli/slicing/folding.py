@@ -37,6 +37,7 @@ __all__ = [
     "project",
     "project_embeddings",
     "project_writers",
+    "published_reader",
     "stored_form",
     "stored_writers",
 ]
@@ -146,6 +147,36 @@ def fold_head(dimensions: Dimensions, weights: WeightReader, matrix: torch.Tenso
     tensors: Tensors = {}
     carries_bias = _fold_linear(tensors, dimensions, head, dense, weight, bias, matrix, dtype)
     return tensors | neutral_norm(dimensions, adapter.final_norm, matrix.shape[1], float(carries_bias))
+
+
+def published_reader(
+    dimensions: Dimensions,
+    reader: Linear,
+    weights: Mapping[str, torch.Tensor],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    basis: torch.Tensor,
+    dtype: torch.dtype,
+) -> Tensors:
+    """Return a reader behind a norm of the dense width: W diag(g) Q, and b + W β wherever the family's norms have a β.
+
+    Args:
+        dimensions: The dense model's sizes.
+        reader: The reader.
+        weights: Its dense weight and bias by name.
+        norm_weight: g, shape (d,); `None` stands for ones.
+        norm_bias: β, shape (d,), where the family's norms have one.
+        basis: Q at this place, float64 of shape (d, k).
+        dtype: Dtype to round to.
+    """
+    dense = matrix_of(reader, weights)
+    # the bias goes into a bias of its own, which the reader gets if it has none
+    folded = fold_reader(dense, norm_weight, None, basis, has_bias=True, dtype=dtype)
+    tensors = {f"{reader.path}.weight": stored_form(reader, folded)}
+    if dimensions.has_bias(reader) or norm_bias is not None:
+        own = weights[f"{reader.path}.bias"] if dimensions.has_bias(reader) else dense.new_zeros(len(dense))
+        tensors[f"{reader.path}.bias"] = fold_bias(own, dense, norm_bias).to(dtype)
+    return tensors
 
 
 def project_writers(

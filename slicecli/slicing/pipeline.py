@@ -9,18 +9,14 @@ Legend: d hidden size, Q basis (d, k), C and M the two matrices of `slicecli.sli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from slicecli.adapters import Block
-from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, reader_basis
-from slicecli.slicing.blocks import Call
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
     fold_head,
@@ -32,6 +28,15 @@ from slicecli.slicing.folding import (
 from slicecli.slicing.moments import add_outer, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress, Target
 from slicecli.slicing.step import Step, fit_reading
+from slicecli.slicing.walk import (
+    embedding_tables,
+    enter,
+    filled,
+    hand_over_block,
+    hand_over_buffers,
+    read_block,
+    require_finite,
+)
 
 __all__ = ["collect_basis", "refit"]
 
@@ -48,16 +53,16 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
     adapter = dense.adapter
     statistics = _Statistics(dense)
     progress.start("statistics", len(dense.blocks) + 1)
-    streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
+    streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
-        weights = _read_block(dense, dense.block_name(index))
-        with _filled(dense, block, weights):
+        weights = read_block(dense, dense.block_name(index))
+        with filled(dense, block, weights):
             moments = {path: statistics.empty() for path in declared.norms}
             for number, stream in enumerate(streams):
                 call = calls[tuple(stream.shape[:2])][index]
                 run = running.run_block(block, call, stream, declared.branches)
                 streams[number] = run.output
-                _require_finite(run.output, f"the activations after block {index}")
+                require_finite(run.output, f"the activations after block {index}")
                 for path, moment in moments.items():
                     statistics.add_tokens(moment, run.norm_inputs[path])
             for path, moment in moments.items():
@@ -85,23 +90,23 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
     """
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
-    streams, calls = _enter(dense, dense.shell, _embedding_tables(dense), batches)
+    streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     bases = {target.dim: basis.leading(target.dim) for target in targets}
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
 
     for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
         name = dense.block_name(index)
-        weights = _read_block(dense, name)
+        weights = read_block(dense, name)
         block_calls = {shape: some[index] for shape, some in calls.items()}
         steps = declared.steps
         # the stream as each step reads it, batch by batch
         before: list[list[torch.Tensor]] = [[] for _ in steps]
         lengths: dict[str, int] = {}
-        with _filled(dense, block, weights):
+        with filled(dense, block, weights):
             for number, stream in enumerate(streams):
                 run = running.run_block(block, block_calls[tuple(stream.shape[:2])], stream, declared.branches)
-                _require_finite(run.output, f"the activations after block {index}")
+                require_finite(run.output, f"the activations after block {index}")
                 streams[number], lengths = run.output, run.tuple_lengths
                 for inputs, step in zip(before, steps, strict=True):
                     inputs.append(run.norm_inputs[step[0].norm])
@@ -121,21 +126,15 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
                 errors.append(fitting.fit_readers(before[position], bases[target.dim]))
                 fitting.fit_writers(after, bases[target.dim])
                 for stream in target.stream:
-                    _require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
+                    require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
             before[position].clear()
-        for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-            for parameter_name, parameter in sliced_block.named_parameters():
-                target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
-            for buffer_name in running.persistent_buffers(sliced_block):
-                target.sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", target.dtype))
-            running.clear(sliced_block)
+        for target in targets:
+            hand_over_block(dense, target, name, weights)
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
         _fit_head(dense, target, streams, bases[target.dim], held_out)
-        for name in running.persistent_buffers(target.shell):
-            if not name.startswith(f"{dense.adapter.blocks}."):
-                target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
+        hand_over_buffers(dense, target)
         target.stream.clear()
     progress.advance()
 
@@ -206,7 +205,7 @@ def _fit_head(
 def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
     """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
     tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
-    target.stream, _ = _enter(dense, target.shell, tables, batches)
+    target.stream, _ = enter(dense, target.shell, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
 
@@ -233,54 +232,6 @@ def _reader_matrices(declared: Block, norm: str, weights: Mapping[str, torch.Ten
     return matrices
 
 
-def _embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
-    """Read the embedding tables that add into the stream, by parameter name."""
-    names = [f"{table.path}.weight" for table in dense.adapter.embeddings]
-    return {name: dense.weights.tensor(name).to(dense.device) for name in names}
-
-
-def _enter(
-    dense: DenseModel, shell: Any, tables: dict[str, torch.Tensor], batches: Batches
-) -> tuple[list[torch.Tensor], dict[tuple[int, ...], list[Call]]]:
-    """Run a model's embeddings over all batches.
-
-    Returns:
-        The stream that enters the first block, per batch, and the calls of the blocks per batch shape.
-    """
-    running.move_buffers(shell, dense.device)
-    running.fill(shell, tables, dense.device, dense.dtype)
-    blocks = list(shell.get_submodule(dense.adapter.blocks))
-    streams, calls = [], {}
-    for batch in batches:
-        stream, calls[tuple(batch.shape)] = running.record_calls(shell, blocks, batch.to(dense.device))
-        streams.append(stream)
-    for table in dense.adapter.embeddings:
-        running.clear(shell.get_submodule(table.path))
-    return streams, calls
-
-
-def _read_block(dense: DenseModel, name: str) -> dict[str, torch.Tensor]:
-    """Read a block's weights onto the device, in the checkpoint's dtype."""
-    return {key: value.to(dense.device) for key, value in dense.weights.module(name).items()}
-
-
-@contextmanager
-def _filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Fill a block of the dense model for as long as it runs."""
-    running.fill(block, weights, dense.device, dense.dtype)
-    try:
-        yield
-    finally:
-        running.clear(block)
-
-
 def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors by their names inside a module."""
     return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}
-
-
-def _require_finite(tensor: torch.Tensor, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise WeightsError(
-            f"NaN or infinity appeared in {what}.", "Try --dtype float32; if it stays, the checkpoint is damaged."
-        )

@@ -1,0 +1,102 @@
+"""What every pass over the blocks does: run the embeddings, read a block, fill it for a while, check the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from slicecli.errors import WeightsError
+from slicecli.slicing import blocks as running
+from slicecli.slicing.blocks import Call
+from slicecli.slicing.state import Batches, DenseModel, Target
+
+__all__ = [
+    "embedding_tables",
+    "enter",
+    "filled",
+    "hand_over_block",
+    "hand_over_buffers",
+    "read_block",
+    "require_finite",
+]
+
+
+def embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
+    """Read the embedding tables that add into the stream, by parameter name."""
+    names = [f"{table.path}.weight" for table in dense.adapter.embeddings]
+    return {name: dense.weights.tensor(name).to(dense.device) for name in names}
+
+
+def enter(
+    dense: DenseModel, shell: Any, tables: dict[str, torch.Tensor], batches: Batches
+) -> tuple[list[torch.Tensor], dict[tuple[int, ...], list[Call]]]:
+    """Run a model's embeddings over all batches.
+
+    Returns:
+        The stream that enters the first block, per batch, and the calls of the blocks per batch shape.
+    """
+    running.move_buffers(shell, dense.device)
+    running.fill(shell, tables, dense.device, dense.dtype)
+    blocks = list(shell.get_submodule(dense.adapter.blocks))
+    streams, calls = [], {}
+    for batch in batches:
+        stream, calls[tuple(batch.shape)] = running.record_calls(shell, blocks, batch.to(dense.device))
+        streams.append(stream)
+    for table in dense.adapter.embeddings:
+        running.clear(shell.get_submodule(table.path))
+    return streams, calls
+
+
+def read_block(dense: DenseModel, name: str) -> dict[str, torch.Tensor]:
+    """Read a block's weights onto the device, in the checkpoint's dtype."""
+    return {key: value.to(dense.device) for key, value in dense.weights.module(name).items()}
+
+
+@contextmanager
+def filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Fill a block of the dense model for as long as it runs."""
+    running.fill(block, weights, dense.device, dense.dtype)
+    try:
+        yield
+    finally:
+        running.clear(block)
+
+
+def hand_over_block(dense: DenseModel, target: Target, name: str, weights: dict[str, torch.Tensor]) -> None:
+    """Give a finished block's tensors to the sink and free it.
+
+    Args:
+        dense: The dense model.
+        target: The slice.
+        name: Path of the block.
+        weights: The dense block's tensors by name inside it, for its persistent buffers.
+    """
+    block = target.shell.get_submodule(name)
+    for parameter_name, parameter in block.named_parameters():
+        target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
+    for buffer_name in running.persistent_buffers(block):
+        target.sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", target.dtype))
+    running.clear(block)
+
+
+def hand_over_buffers(dense: DenseModel, target: Target) -> None:
+    """Give the persistent buffers outside the blocks to the sink."""
+    for name in running.persistent_buffers(target.shell):
+        if not name.startswith(f"{dense.adapter.blocks}."):
+            target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
+
+
+def require_finite(tensor: torch.Tensor, what: str) -> None:
+    """Stop where a stream is damaged.
+
+    Raises:
+        WeightsError: It holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise WeightsError(
+            f"NaN or infinity appeared in {what}.", "Try --dtype float32; if it stays, the checkpoint is damaged."
+        )
