@@ -25,7 +25,20 @@ from .configuration_slicecli import SlicedConfig
 __all__ = ["SlicedForCausalLM", "SlicedModel"]
 
 
-class _Sliced(PreTrainedModel):
+class _Derived:
+    """A class made here from a family's: copies and pickles cannot find it by its name, so they make it again."""
+
+    made_from: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, self.made_from, self.__dict__
+
+
+def _blank(make: Any, *bases: Any) -> Any:
+    return object.__new__(make(*bases))
+
+
+class _Sliced(_Derived, PreTrainedModel):
     """Makes the sliced model of whatever family the config names.
 
     An instance is of a class derived from this one and from the family's, so all that transformers does with a
@@ -42,9 +55,13 @@ class _Sliced(PreTrainedModel):
 
     def __init__(self, config: SlicedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the dense model and cut it."""
+        if config.slicing is None:
+            raise ValueError("The config does not say how the stream is sliced (`slicing`).")
         super().__init__(config.text_config, *args, **kwargs)
-        _slice(self, config.slicing or {}, f"{self.base_model_prefix}." if self.base_model is self else "")
+        _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
         self.config = config
+        if self.base_model is not self:
+            self.base_model.__class__ = _inner(self.base_model.__class__)
 
 
 class SlicedModel(_Sliced):
@@ -68,8 +85,23 @@ def _with_family(cls: Any, family: Any) -> Any:
     """Return the class derived from one of ours and one of the family's, under our name, by which it is saved."""
     if issubclass(cls, family):
         return cls
-    own: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": SlicedConfig}
+    own = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "config_class": SlicedConfig,
+        "made_from": (_with_family, cls, family),
+    }
     return type(cls.__name__, (cls, family), own)
+
+
+@functools.cache
+def _inner(family: Any) -> Any:
+    """Return the class of the model inside one with a head.
+
+    It is the family's, but counts as custom code: transformers would read and write some families' weights under other
+    names than those of the modules, and only where it knows the outermost class.
+    """
+    return type(family.__name__, (_Derived, family), {"__module__": __name__, "made_from": (_inner, family)})
 
 
 def _slice(model: Any, slicing: dict[str, Any], own_prefix: str) -> None:
@@ -199,7 +231,7 @@ class SlicedNorm(nn.Module):
         return f"dense_width={self.dense_width}, epsilon={self.epsilon}"
 
 
-class _WithShortcuts(nn.Module):
+class _WithShortcuts(_Derived, nn.Module):
     """A family's block whose stream changes its basis, and may change its width, at every step."""
 
     family_parameters: dict[str, inspect.Parameter]
@@ -214,6 +246,8 @@ class _WithShortcuts(nn.Module):
             output_length: Length of the tuple that the family's block returns; 0 for a tensor.
         """
         self.steps = groups
+        modules = {branch["module"] for branches in groups for branch in branches if branch["module"]}
+        self.known_arguments = {path: _known_arguments(self.get_submodule(path)) for path in modules}
         self.output_length = output_length
         self.shortcuts = nn.ModuleList(nn.Linear(before, after, bias=False) for before, after in pairwise(widths))
 
@@ -241,16 +275,22 @@ class _WithShortcuts(nn.Module):
     def _run(self, branch: dict[str, Any], normalised: torch.Tensor, given: dict[str, Any]) -> Any:
         """Run one branch on the normalised stream."""
         if branch["module"]:
-            module: Any = self.get_submodule(branch["module"])
-            known = _parameters(module.__class__)
-            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-            return module(normalised, **{name: value for name, value in given.items() if takes_all or name in known})
+            known = self.known_arguments[branch["module"]]
+            arguments = given if known is None else {name: given[name] for name in known if name in given}
+            return self.get_submodule(branch["module"])(normalised, **arguments)
         (reader,) = branch["readers"]
         inner = self.get_submodule(branch["activation"])(self.get_submodule(reader["path"])(normalised))
         return self.get_submodule(branch["writer"]["path"])(inner)
 
 
-@functools.cache
+def _known_arguments(module: Any) -> list[str] | None:
+    """Return the names of the arguments that a module takes beside its input; `None` if it takes any."""
+    known = _parameters(module.__class__)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return None
+    return list(known)[1:]
+
+
 def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     """Return the parameters of a module class's forward but `self`."""
     parameters = inspect.signature(cls.forward).parameters
@@ -260,9 +300,10 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
 @functools.cache
 def _with_shortcuts(family: Any) -> Any:
     """Return the class of a family's blocks with shortcuts, under its own name, by which devices are assigned."""
-    own: dict[str, Any] = {
+    own = {
         "__module__": __name__,
         "__doc__": _WithShortcuts.__doc__,
         "family_parameters": _parameters(family),
+        "made_from": (_with_shortcuts, family),
     }
     return type(family.__name__, (_WithShortcuts, family), own)
