@@ -373,7 +373,7 @@ def block_output_length(model: Any, dimensions: Dimensions) -> int:
     return lengths[0]
 
 
-def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool = False) -> int:
+def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool) -> int:
     """Check on a small model of a config's class that blocks with shortcuts compute what the family's do.
 
     At full width the published method only turns the stream at every place, which changes nothing; at a smaller one

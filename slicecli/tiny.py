@@ -63,6 +63,8 @@ _MAY_BE_NULL = ("num_key_value_heads",)
 # what a class wants to be equal to the hidden size unless it is told otherwise
 _FOLLOWS_WIDTH = ("word_embed_proj_dim",)
 
+_ROTATIONS = ("rope_parameters", "rope_scaling")
+
 
 def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
     """Return a config of the same class with small sizes.
@@ -84,11 +86,21 @@ def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
     fields |= {name: size for name, size in SIZES.items() if fields.get(name) is not None}
     fields |= {name: SIZES[name] for name in _MAY_BE_NULL if name in fields}
     fields |= {name: None for name in _FOLLOWS_WIDTH if fields.get(name) == like.hidden_size}
+    fields |= {name: _short_factors(fields[name], has_head_dim) for name in _ROTATIONS if fields.get(name)}
     fields |= {"pad_token_id": None, **({"head_dim": HEAD_DIM} if has_head_dim else {}), **changes}
     try:
         return type(like).from_dict(fields)
     except Exception as error:  # config classes raise what they like
         raise SourceError(f"{type(like).__name__} refuses small sizes: {reason_of(error)}.") from error
+
+
+def _short_factors(rotation: Any, has_head_dim: bool) -> Any:
+    """Return how positions rotate, a list with a factor for each frequency cut to those of a tiny head."""
+    if not isinstance(rotation, dict):
+        return rotation
+    head_dim = HEAD_DIM if has_head_dim else SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    count = int(head_dim * rotation.get("partial_rotary_factor", 1.0)) // 2
+    return {name: value[:count] if isinstance(value, list) else value for name, value in rotation.items()}
 
 
 def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remote_code: bool = False) -> Any:

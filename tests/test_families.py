@@ -10,6 +10,13 @@ from slicecli.plugins import plugins
 from slicecli.testing import AdapterTests
 from slicecli.testing.adapter_tests import tiny_of
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + index / 8 for index in range(8)],
+    "long_factor": [2.0 + index for index in range(8)],
+    "original_max_position_embeddings": 60,
+}
 # arrangements that a config can ask for, besides the type's own default
 VARIANTS = {
     "llama": [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}],
@@ -34,6 +41,7 @@ VARIANTS = {
     "ernie4_5": [{"use_bias": True}],
     "hunyuan_v1_dense": [{"attention_bias": True}],
     "phi": [{"qk_layernorm": True}],
+    "phi3": [{"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 60}],
     "cohere": [{"use_qk_norm": True, "attention_bias": True}],
     "stablelm": [{"use_parallel_residual": True, "use_qkv_bias": True}, {"qk_layernorm": True}],
     "gpt_neox": [{"use_parallel_residual": False}, {"attention_bias": False, "tie_word_embeddings": True}],
@@ -55,9 +63,13 @@ def cases():
     for adapter in plugins().adapters.values():
         for model_type in adapter.model_types:
             for changes in ({}, *VARIANTS.get(model_type, ())):
-                name = " ".join([model_type, *(f"{field}={value}" for field, value in changes.items())])
+                name = " ".join([model_type, *(f"{field}={_short(value)}" for field, value in changes.items())])
                 found[name] = (adapter, tiny_of(adapter, model_type, **changes))
     return found
+
+
+def _short(value):
+    return value.get("rope_type") if isinstance(value, dict) else value
 
 
 CASES = cases()

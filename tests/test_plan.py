@@ -146,11 +146,12 @@ def test_an_adapter_can_be_named():
         select_adapter(LLAMA_3_8B, adapters, "lama")
 
 
-def test_phi3_with_long_rope_is_refused_and_says_why():
+def test_phi3_with_long_rope_needs_code_of_its_own_and_says_why():
     fields = {**PHI_3_MINI, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}}
-    with pytest.raises(UnsupportedModelError, match=r"custom-code layout.*LongRoPE"):
-        plugins().adapters["phi3"].require_stock(fields)
-    plugins().adapters["phi3"].require_stock(PHI_3_MINI)
+    adapter = plugins().adapters["phi3"]
+    assert adapter.layout(fields) == "custom-code"
+    assert "LongRoPE" in adapter.why_not_stock(fields)
+    assert adapter.layout(PHI_3_MINI) == "stock"
 
 
 @pytest.mark.parametrize("value", [None, "4096", 0, -1, 3.5, True])

@@ -11,8 +11,8 @@ from conftest import VOCABULARY, tiny_config, tiny_model
 from slicecli import proof
 from slicecli.adapters import select_adapter
 from slicecli.dimensions import Dimensions
-from slicecli.engine import sliced_config
 from slicecli.errors import WeightsError
+from slicecli.layouts import stock_config
 from slicecli.plugins import plugins
 from slicecli.proof import ModelWeights, relative_error
 from slicecli.slicing.pipeline import collect_basis, refit
@@ -127,7 +127,7 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
     batches = Batches(random_rows(), 8)
     found = {}
     target = Target(
-        40, empty_model(sliced_config(config, dimensions, 40, "bfloat16")), torch.bfloat16, found.__setitem__
+        40, empty_model(stock_config(config, dimensions, 40, "bfloat16")), torch.bfloat16, found.__setitem__
     )
     refit(dense, collect_basis(dense, batches, Silent()), [target], batches, Silent())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -154,7 +154,7 @@ def test_every_parameter_is_written_once_and_contiguous(family):
         assert tensor.is_contiguous(), name
         names.append(name)
 
-    shell = empty_model(sliced_config(config, dimensions, 36, "float32"))
+    shell = empty_model(stock_config(config, dimensions, 36, "float32"))
     refit(dense, collect_basis(dense, batches, Silent()), [Target(36, shell, torch.float32, sink)], batches, Silent())
     assert sorted(names) == sorted(name for name, _ in shell.named_parameters())
     assert sum(parameter.numel() for parameter in shell.parameters()) == dimensions.parameters(36)

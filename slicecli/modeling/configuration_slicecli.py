@@ -35,16 +35,20 @@ class SlicedConfig(PreTrainedConfig):
     model_type = "slicecli"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    hidden_size: int = 0
-    slicing: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Make the dense config of its family's class."""
-        if isinstance(self.text_config, dict):
-            self.text_config = AutoConfig.for_model(**self.text_config)
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        hidden_size: int = 0,
+        slicing: dict[str, Any] | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.hidden_size = hidden_size
+        self.slicing = slicing
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         dense = self.__dict__.get("text_config")

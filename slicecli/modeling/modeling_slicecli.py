@@ -59,6 +59,10 @@ class _Sliced(_Derived, PreTrainedModel):
             raise ValueError("The config does not say how the stream is sliced (`slicing`).")
         super().__init__(config.text_config, *args, **kwargs)
         _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
+        for kind in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            # chosen by the library for the config that the family's class was given
+            if hasattr(config.text_config, kind):
+                setattr(config, kind, getattr(config.text_config, kind))
         self.config = config
         if self.base_model is not self:
             self.base_model.__class__ = _inner(self.base_model.__class__)
