@@ -27,7 +27,7 @@ from slicecli.errors import (
 )
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.memory import peak_memory_bytes
-from slicecli.modeling import CODE_FILES
+from slicecli.modeling import CODE_FILES, CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.record import Energy
@@ -305,6 +305,11 @@ def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
         RequestError: No adapter has the name.
         UnsupportedModelError: The model cannot be sliced, or no adapter for it could be inferred and proved.
     """
+    if source.fields.get("model_type") == CONFIG_TYPE:
+        raise UnsupportedModelError(
+            f"{source.name} is a slice already, with code of its own, which is not sliced again.",
+            "Slice the model it was made from.",
+        )
     found = plugins()
     if name == AUTO_ADAPTER:
         return _infer_adapter(source, source.config())

@@ -71,22 +71,16 @@ def _body(record: dict[str, Any], command: str, has_license: bool) -> str:
         "" if has_license else "\nThe licence of the base model is not stated in its card; find it out before use.\n"
     )
     trust = ", trust_remote_code=True" if record["needs_remote_code"] else ""
-    classes = (
-        "It runs the code of its base model, which lies beside the weights: read it before you trust it."
-        if trust
-        else f"It is a stock `{source['model_type']}` checkpoint: no custom code is needed."
-    )
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return f"""\
 # {name.rpartition("/")[2]}, sliced to hidden size {dim}
 
 This is `{name}`{commit} with its hidden size sliced from {hidden_size} to {dim} by slicecli
-{record["slicecli_version"]}. Every matrix that reads or writes the residual stream was refitted by least squares;
-nothing was trained.
+{record["slicecli_version"]}. {_method_sentence(record)}
 {license_note}
 ## Use
 
-{classes}
+{_layout_sentence(record)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +97,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY"{trust})
 | parameters | {parameters["dense"]:,} | {parameters["sliced"]:,} |
 | bytes of weights | {size["dense"]:,} | {size["sliced"]:,} |
 
-The basis keeps {record["energy"]["kept"]:.2%} of the energy of the normalised residual stream on the calibration text.
+{_energy_sentence(record)}
 
 ## How it was made
 
@@ -117,3 +111,39 @@ record, with the SHA-256 of each weight file.
 
 A slice is worse than the model it comes from; measure it on your own task before you rely on it.
 """
+
+
+def _method_sentence(record: dict[str, Any]) -> str:
+    if record["method"] == "refit":
+        return (
+            "Every matrix that reads or writes the residual stream\nwas refitted by least squares; nothing was trained."
+        )
+    return (
+        "The stream is projected on the principal directions of each\n"
+        "place it is read at, as published ([SliceGPT](https://arxiv.org/abs/2401.15024)); nothing was refitted or "
+        "trained."
+    )
+
+
+def _layout_sentence(record: dict[str, Any]) -> str:
+    model_type = record["source"]["model_type"]
+    if record["layout"] == "custom-code":
+        return (
+            f"It is a `{model_type}` model with a narrower residual stream than that class can describe, so it brings\n"
+            "`configuration_slicecli.py` and `modeling_slicecli.py`, which need torch and transformers only: read them "
+            "before you\ntrust them. After `import slicecli` transformers takes the installed ones instead, and the "
+            "flag is not needed. Made with\n"
+            f"transformers {record['versions']['transformers']}."
+        )
+    if record["needs_remote_code"]:
+        return "It runs the code of its base model, which lies beside the weights: read it before you trust it."
+    return f"It is a stock `{model_type}` checkpoint: no custom code is needed."
+
+
+def _energy_sentence(record: dict[str, Any]) -> str:
+    kept = record["energy"]["kept"]
+    if record["method"] == "refit":
+        return f"The basis keeps {kept:.2%} of the energy of the normalised residual stream on the calibration text."
+    return (
+        f"The bases keep {kept:.2%} of the energy of the residual stream on the calibration text, the mean over places."
+    )
