@@ -196,7 +196,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         with quiet_libraries():
             output_length = prove_shortcuts(adapter, config, slices_head(dimensions, options.slice_head))
     slices = []
-    for (dim, schedule), output in zip(requests, outputs, strict=True):
+    for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
         sliced_parameters = dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions))
         plan = SlicePlan(
             model=source.name,
@@ -211,6 +211,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             method=options.method,
             layout="custom-code" if has_own_code else "stock",
             schedule=schedule,
+            schedule_name=Path(width.schedule or "").name,
         )
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         check_output(folder, options.overwrite)
@@ -519,7 +520,7 @@ def quiet_libraries() -> Iterator[None]:
 def reproduce_command(job: Job, plan: SlicePlan) -> str:
     """Return the command line that makes a slice again; a text file appears by its name only."""
     options = job.options
-    words = ["slicecli", "slice", plan.model, *_width_words(plan)]
+    words = ["slicecli", "slice", plan.model, *_width_words(plan, options.slice_head)]
     if plan.method != "refit":
         words += ["--method", plan.method, "--final-orientation", options.orientation]
     if job.source.commit:
@@ -537,14 +538,12 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     return shlex.join(words)
 
 
-def _width_words(plan: SlicePlan) -> list[str]:
+def _width_words(plan: SlicePlan, slice_head: bool | None) -> list[str]:
     """Return the options that say how wide a slice is."""
     if plan.schedule is None:
         return ["--dim", str(plan.dim)]
-    if set(plan.schedule.places[:-1]) == {plan.dim} and plan.schedule.head in {plan.dim, plan.hidden_size}:
-        is_sliced = plan.schedule.head == plan.dim
-        return ["--dim", str(plan.dim), "--slice-head" if is_sliced else "--no-slice-head"]
-    return ["--schedule", "schedule.json"]
+    words = ["--schedule", plan.schedule_name] if plan.schedule_name else ["--dim", str(plan.dim)]
+    return [*words, *([] if slice_head is None else ["--slice-head" if slice_head else "--no-slice-head"])]
 
 
 def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptions) -> tuple[Target, ShardWriter]:

@@ -156,6 +156,7 @@ class SlicePlan:
         sliced_parameters: Parameters of the slice.
         dense_dtype: Dtype of the dense checkpoint.
         schedule: The widths of the published method; `None` for the refit, which has one.
+        schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
     """
 
     model: str
@@ -170,6 +171,7 @@ class SlicePlan:
     method: Method = "refit"
     layout: Layout = "stock"
     schedule: Schedule | None = None
+    schedule_name: str = ""
 
     @property
     def sparsity(self) -> float:

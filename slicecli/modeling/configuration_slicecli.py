@@ -52,7 +52,7 @@ class SlicedConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         dense = self.__dict__.get("text_config")
-        if name.startswith("_") or not isinstance(dense, PreTrainedConfig):
+        if name.startswith("_") or not isinstance(dense, PreTrainedConfig) or not hasattr(dense, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(dense, name)
 

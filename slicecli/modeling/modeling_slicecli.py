@@ -64,8 +64,9 @@ class _Sliced(_Derived, PreTrainedModel):
             if hasattr(config.text_config, kind):
                 setattr(config, kind, getattr(config.text_config, kind))
         self.config = config
-        if self.base_model is not self:
-            self.base_model.__class__ = _inner(self.base_model.__class__)
+        # transformers reads and writes some families' weights under other names than those of their modules, but for
+        # custom code; so must it be for the family's model inside ours, or it would depend on what stands around it
+        self.base_model.is_custom_code = _is_custom_code
 
 
 class SlicedModel(_Sliced):
@@ -98,14 +99,8 @@ def _with_family(cls: Any, family: Any) -> Any:
     return type(cls.__name__, (cls, family), own)
 
 
-@functools.cache
-def _inner(family: Any) -> Any:
-    """Return the class of the model inside one with a head.
-
-    It is the family's, but counts as custom code: transformers would read and write some families' weights under other
-    names than those of the modules, and only where it knows the outermost class.
-    """
-    return type(family.__name__, (_Derived, family), {"__module__": __name__, "made_from": (_inner, family)})
+def _is_custom_code() -> bool:
+    return True
 
 
 def _slice(model: Any, slicing: dict[str, Any], own_prefix: str) -> None:
