@@ -329,6 +329,8 @@ class Adapter:
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
         stock_obstacle: Why the family's own class cannot describe a slice, which then needs code of its own: a
             sentence, or a function of the config's fields that returns one; empty where it can.
+        shortcut_obstacle: Why blocks cannot be taken apart into the stream and what the branches add to it, which the
+            published method needs: likewise.
         obstacle: Why the stream cannot be sliced at all: likewise.
     """
 
@@ -347,6 +349,7 @@ class Adapter:
     derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=lambda: MappingProxyType({}))
     dim_divisors: tuple[str, ...] = ()
     stock_obstacle: str | Callable[[Fields], str] = ""
+    shortcut_obstacle: str | Callable[[Fields], str] = ""
     obstacle: str | Callable[[Fields], str] = ""
 
     def require_sliceable(self, config: Fields) -> None:
@@ -362,6 +365,10 @@ class Adapter:
     def why_not_stock(self, config: Fields) -> str:
         """Say why the family's own class cannot describe a slice of a config; empty where it can."""
         return _reason(self.stock_obstacle, config)
+
+    def why_no_shortcuts(self, config: Fields) -> str:
+        """Say why the published method cannot slice a config; empty where it can."""
+        return _reason(self.shortcut_obstacle, config)
 
     def layout(self, config: Fields) -> Literal["stock", "custom-code"]:
         """Return how the refit writes a slice of a config: in the family's own class, or with code of its own."""

@@ -65,6 +65,7 @@ class Dimensions:
         head_dim: Width of one head.
         is_tied: Whether the head shares the embedding table.
         layout: How the refit writes a slice: `stock` or `custom-code`.
+        shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
         dim_multiple: Every legal dim is a multiple of it.
 
     Raises:
@@ -75,6 +76,7 @@ class Dimensions:
         self.adapter = adapter
         self._config = config
         self.layout = adapter.layout(config)
+        self.shortcut_obstacle = adapter.why_no_shortcuts(config)
         self.hidden_size = self.number("hidden_size")
         self.blocks = self.number("num_hidden_layers")
         self.vocabulary = self.number("vocab_size")

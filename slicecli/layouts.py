@@ -57,7 +57,7 @@ def custom_code_config(
     dense.pop("architectures", None)
     return SlicedConfig(
         text_config=dense,
-        hidden_size=schedule.places[0],
+        embedding_size=schedule.places[0],
         slicing={
             "hidden_size": dimensions.hidden_size,
             "declaration": dimensions.declaration(),

@@ -251,6 +251,11 @@ def _require_published(dimensions: Dimensions) -> None:
     Raises:
         UnsupportedModelError: They cannot; the message says why.
     """
+    if dimensions.shortcut_obstacle:
+        raise UnsupportedModelError(
+            f"The published method cannot slice this model: {dimensions.shortcut_obstacle}",
+            "Slice with --method refit.",
+        )
     for block in dimensions.declared_blocks:
         for branch in block.branches:
             if branch.experts is not None and dimensions.adapter.norm.has_bias:

@@ -43,6 +43,8 @@ def test_the_inferred_declaration_equals_the_written_one(model_type):
     fields = config.to_dict()
     assert Dimensions(inferred, fields).declaration() == Dimensions(written, fields).declaration()
     assert inferred.layout(fields) == written.layout(fields)
+    assert inferred.keeps_width == written.keeps_width
+    assert inferred.shortcut_obstacle == written.shortcut_obstacle
     assert inferred.norm == written.norm
     dims = (Dimensions(inferred, fields).hidden_size // 2, None)
     assert [Dimensions(inferred, fields).parameters(dim) for dim in dims] == [

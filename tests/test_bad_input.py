@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -154,14 +153,6 @@ def test_a_config_that_is_no_config(refused, checkpoint_copy, content):
 def test_a_model_that_cannot_be_sliced(refused, checkpoint_copy, changes, message):
     edit_config(checkpoint_copy, **changes)
     assert message in refused(checkpoint_copy)
-
-
-def test_a_phi3_with_long_rope(refused, checkpoints, tmp_path):
-    import shutil
-
-    folder = Path(shutil.copytree(checkpoints("phi3"), tmp_path / "copy"))
-    edit_config(folder, rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0] * 6})
-    assert "LongRoPE" in refused(folder)
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_copy):

@@ -154,8 +154,8 @@ def test_the_folder_has_the_code_that_is_installed(folder):
 
 def test_the_config_answers_for_the_dense_one(model):
     config = model.config
-    assert config.hidden_size == 48
-    assert config.text_config.hidden_size == 64
+    assert config.embedding_size == model.get_input_embeddings().embedding_dim == 48
+    assert config.hidden_size == config.text_config.hidden_size == 64
     assert config.num_hidden_layers == config.get_text_config().num_hidden_layers == 2
     assert config.vocab_size == 304
     with pytest.raises(AttributeError, match="SlicedConfig"):

@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -37,7 +38,8 @@ from slicecli.auto.observe import Call, Observation, observe
 from slicecli.auto.probe import ConfigProbe
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError, reason_of
-from slicecli.proof import prove_accounting, prove_refit, prove_rotation
+from slicecli.proof import prove_accounting, prove_refit, prove_rotation, prove_shortcuts
+from slicecli.schedule import slices_head
 from slicecli.source import parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, random_model
 
@@ -302,14 +304,26 @@ class _Inferring:
             raise UnsupportedModelError(f"the branch {name} has no single norm and multiplier")
         if len(writers) > 1 or len(experts) > 1:
             raise UnsupportedModelError(f"the branch {name} has several writers")
+        readers = [call for _, call in reading if call not in experts]
         return Branch(
             norm=reading[0][0].path.removeprefix(prefix),
-            readers=tuple(self._declare_linear(prefix, call) for _, call in reading if call not in experts),
+            readers=tuple(self._declare_linear(prefix, call) for call in readers),
             writer=self._declare_linear(prefix, writers[0].call, writers[0]) if writers else None,
             module=module,
+            activation="" if module else self._find_activation(prefix, readers, writers),
             multiplier=self._probe.multiplier_name(multipliers.pop()),
             experts=self._declare_experts(prefix, experts[0]) if experts else None,
         )
+
+    def _find_activation(self, prefix: str, readers: Sequence[Call], writers: Sequence[Written]) -> str:
+        """Return the path of the module between one reader and one writer; empty where there is none to be found."""
+        if len(readers) != 1 or len(writers) != 1:
+            return ""
+        for call in self._seen.below(prefix[:-1]):
+            takes_it = is_close(call.entering, readers[0].leaving)
+            if takes_it and is_close(call.leaving, writers[0].call.entering) and not call.has_parameters:
+                return call.path.removeprefix(prefix)
+        return ""
 
     def _declare_linear(self, prefix: str, call: Call, written: Written | None = None) -> Linear:
         """Declare a reader, or a writer where `written` says what it wrote."""
@@ -393,6 +407,22 @@ class _Inferring:
             prove_accounting({self._width: shapes, 2 * self._width: wider}, dimensions)
         errors = [prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2)]
         self.error = max(*errors, prove_refit(self._model, dimensions, self._ids, TOLERANCE))
+        self._try_shortcuts(dimensions)
+
+    def _try_shortcuts(self, dimensions: Dimensions) -> None:
+        """Find out whether the published method can slice the model too, and whether it wants its width kept."""
+        wants_sliced_head = slices_head(dimensions, None)
+        try:
+            prove_shortcuts(self.adapter, self._config, wants_sliced_head)
+            return
+        except SlicecliError as error:
+            obstacle = error.cause
+        if not wants_sliced_head:
+            with suppress(SlicecliError):
+                prove_shortcuts(self.adapter, self._config, slices_head=True)
+                self.adapter = replace(self.adapter, keeps_width=True)
+                return
+        self.adapter = replace(self.adapter, shortcut_obstacle=obstacle)
 
     def _declare(self, block: Block) -> Adapter:
         names = {name: own for name in sorted(_sizes_used(block)) if (own := self._probe.own_name(name)) != name}

@@ -7,6 +7,7 @@ person: only what differs from the defaults of a declaration is written.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,7 +221,7 @@ def _source(value: Any, indent: int) -> str:
     if isinstance(value, tuple):
         parts = [_source(item, indent + 4) for item in value]
         return _joined("(", parts, ",)" if len(parts) == 1 else ")", indent)
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _call(name: str, fields: Mapping[str, Any], indent: int) -> str:

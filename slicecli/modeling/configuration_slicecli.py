@@ -20,7 +20,8 @@ class SlicedConfig(PreTrainedConfig):
 
     Attributes:
         text_config: Config of the dense model, of its family's own class.
-        hidden_size: Width of the embeddings of the slice.
+        embedding_size: Width of the embeddings of the slice; `hidden_size` is the dense model's, from which the code of
+            its family may take the width of a head.
         slicing: How the stream is sliced:
 
             * `hidden_size`: width of the dense stream;
@@ -38,7 +39,7 @@ class SlicedConfig(PreTrainedConfig):
     def __init__(
         self,
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
-        hidden_size: int = 0,
+        embedding_size: int = 0,
         slicing: dict[str, Any] | None = None,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -46,7 +47,7 @@ class SlicedConfig(PreTrainedConfig):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
-        self.hidden_size = hidden_size
+        self.embedding_size = embedding_size
         self.slicing = slicing
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

@@ -142,6 +142,10 @@ def _slice(model: Any, slicing: dict[str, Any], own_prefix: str) -> None:
                 if branch["experts"] is not None:
                     _slice_parameter(block, branch["experts"]["reader"], 2, entering)
                     _slice_parameter(block, branch["experts"]["writer"], 1, leaving)
+                    # the module around them gives its output the shape it thinks its input has
+                    _say_width(
+                        block.get_submodule(branch["module"]), ("hidden_dim", "hidden_size", "input_size"), leaving
+                    )
         if has_shortcuts:
             block.__class__ = _with_shortcuts(block.__class__)
             block.set_steps(groups, [*steps, last], slicing["block_output_length"])

@@ -23,7 +23,7 @@ from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
 from slicecli.engine import SliceOptions, find_adapter, full_fields, plan_slices, quiet_libraries, run_slices
 from slicecli.errors import RequestError
-from slicecli.plan import METHODS, Method, SliceSizes, Width
+from slicecli.plan import Method, SliceSizes, Width
 from slicecli.plugins import plugins
 from slicecli.proof import (
     identity_basis,
@@ -147,6 +147,7 @@ class Subject:
             "parallel": any(block.is_parallel for block in blocks),
             "experts": any(branch.experts is not None for branch in branches),
             "layer-norm": self.adapter.norm.is_centred,
+            "slicegpt": not self.dimensions.shortcut_obstacle,
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -188,7 +189,8 @@ def tiny_of(adapter: Adapter, model_type: str, **changes: Any) -> Any:
     return tiny_config(model_type, has_head_dim=adapter.layout(changes) == "stock", **changes)
 
 
-methods = pytest.mark.parametrize("method", METHODS)
+needs_shortcuts = pytest.mark.slicecli_requires("slicegpt")
+methods = pytest.mark.parametrize("method", ["refit", pytest.param("slicegpt", marks=needs_shortcuts)])
 
 
 @pytest.mark.slicecli_suite
@@ -308,6 +310,7 @@ class AdapterTests:
         slices, _ = slice_in_memory(subject.model, subject.dimensions, subject.token_ids, *dims)
         _check_order(subject, dims, slices, record_property)
 
+    @needs_shortcuts
     def test_a_wider_published_slice_is_closer_to_the_model(self, subject: Subject, record_property: Any) -> None:
         """So does the published method."""
         sizes = PublishedSizes(subject.dimensions)
@@ -318,6 +321,7 @@ class AdapterTests:
         ]
         _check_order(subject, dims, slices, record_property)
 
+    @needs_shortcuts
     @pytest.mark.parametrize("orientation", ["pca", "random"])
     def test_the_published_method_at_full_width_leaves_logits_unchanged(
         self, subject: Subject, orientation: Orientation, record_property: Any
