@@ -30,6 +30,7 @@ __all__ = [
     "projected_writer",
     "projection_for_readers",
     "projection_of_stream",
+    "rows_times",
     "stream_scale",
 ]
 
@@ -89,7 +90,7 @@ def fold_reader(
     inner = matrix if norm_weight is None else norm_weight.double()[:, None] * matrix
     if norm_bias is not None and not has_bias:
         inner = inner + norm_bias.double()[:, None] / matrix.shape[1]
-    return _rows_times(weight, inner, dtype)
+    return rows_times(weight, inner, dtype)
 
 
 def fold_bias(bias: torch.Tensor, weight: torch.Tensor, norm_bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +102,7 @@ def fold_bias(bias: torch.Tensor, weight: torch.Tensor, norm_bias: torch.Tensor 
         norm_bias: β, shape (d,); `None` stands for zeros.
     """
     folded = bias.double()
-    return folded if norm_bias is None else folded + _rows_times(weight, norm_bias.double()[:, None]).squeeze(-1)
+    return folded if norm_bias is None else folded + rows_times(weight, norm_bias.double()[:, None]).squeeze(-1)
 
 
 def projected_writer(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -132,11 +133,17 @@ def projected_table(
     Returns:
         Shape (rows, k).
     """
-    return _rows_times(table, basis if is_scaled_by_width else projection_of_stream(basis), dtype)
+    return rows_times(table, basis if is_scaled_by_width else projection_of_stream(basis), dtype)
 
 
-def _rows_times(table: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Return table @ matrix, computed in float64 a few thousand rows at a time: a vocabulary is large."""
+def rows_times(table: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return table @ matrix, computed in float64 a few thousand rows at a time: a vocabulary is large.
+
+    Args:
+        table: Shape (..., rows, d).
+        matrix: Float64 of shape (d, k).
+        dtype: Dtype to round the result to.
+    """
     rows = table.reshape(-1, table.shape[-1])
     product = torch.cat([(part.double() @ matrix).to(dtype) for part in rows.split(TABLE_ROWS)])
     return product.reshape(*table.shape[:-1], matrix.shape[1])

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 from slicecli.adapters import Block
 from slicecli.slicing import blocks as running
@@ -31,6 +30,7 @@ from slicecli.slicing.step import Step, fit_reading
 from slicecli.slicing.walk import (
     embedding_tables,
     enter,
+    fill_kept,
     filled,
     hand_over_block,
     hand_over_buffers,
@@ -113,7 +113,11 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
         errors = []
         sliced_blocks = [target.shell.get_submodule(name) for target in targets]
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-            _prepare_block(dense, target, declared, sliced_block, weights)
+            fill_kept(dense, target, declared, sliced_block, weights)
+            norms: dict[str, torch.Tensor] = {}
+            for path in declared.norms:
+                norms |= neutral_norm(dense.dimensions, path, target.dim)
+            running.fill(sliced_block, norms, dense.device, dense.dtype)
         for position, branches in enumerate(steps):
             is_last = position + 1 == len(steps)
             after = streams if is_last else before[position + 1]
@@ -129,7 +133,7 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
                     require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
             before[position].clear()
         for target in targets:
-            hand_over_block(dense, target, name, weights)
+            hand_over_block(target, name, weights)
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
@@ -208,17 +212,6 @@ def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, ba
     target.stream, _ = enter(dense, target.shell, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
-
-
-def _prepare_block(
-    dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
-) -> None:
-    """Fill what needs no fit: norms lose their effect, what does not touch the stream is copied."""
-    names = [kept.path for kept in declared.kept] + running.persistent_buffers(block)
-    values = {name: weights[name].to(target.dtype) for name in names}
-    for path in declared.norms:
-        values |= neutral_norm(dense.dimensions, path, target.dim)
-    running.fill(block, values, dense.device, dense.dtype)
 
 
 def _reader_matrices(declared: Block, norm: str, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from slicecli.adapters import Branch
+from slicecli.adapters import Block, Branch
 from slicecli.schedule import Schedule
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import principal_basis, random_rotation
@@ -33,11 +33,13 @@ from slicecli.slicing.folding import (
     published_reader,
     stored_form,
 )
+from slicecli.slicing.maps import fold_reader, rows_times
 from slicecli.slicing.moments import add_outer, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress, Target
 from slicecli.slicing.walk import (
     embedding_tables,
     enter,
+    fill_kept,
     hand_over_block,
     hand_over_buffers,
     read_block,
@@ -125,10 +127,8 @@ def slice_published(
     wide, _ = enter(dense, dense.shell, embedding_tables(dense), batches)
     basis = bases.find([_without_mean(dense, stream) for stream in wide], schedule.blocks[0][0])
     del wide
-    tables = {
-        name: (_without_mean(dense, table.double()) @ basis).to(target.dtype)
-        for name, table in embedding_tables(dense).items()
-    }
+    turn = _without_mean(dense, basis, axis=0)
+    tables = {name: rows_times(table, turn, target.dtype) for name, table in embedding_tables(dense).items()}
     target.stream, calls = enter(dense, target.shell, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
@@ -138,29 +138,18 @@ def slice_published(
         name = dense.block_name(index)
         weights = read_block(dense, name)
         block = target.shell.get_submodule(name)
-        kept = [one.path for one in declared.kept] + running.persistent_buffers(block)
-        running.fill(block, {one: weights[one].to(target.dtype) for one in kept}, dense.device, dense.dtype)
-        shortcuts: list[nn.Module] = list(block.get_submodule("shortcuts").children())
-        steps = declared.steps
-        for position, branches in enumerate(steps):
-            others = [one.module for step in steps[:position] + steps[position + 1 :] for one in step if one.module]
-            _fill(dense, target, block, _readers(dense, target, branches, weights, basis))
-            writers = _Writers(dense, block, branches, weights)
-            for number, stream in enumerate(target.stream):
-                call = calls[tuple(stream.shape[:2])][index]
-                with running.passing_through(shortcuts):
-                    seen = running.writer_inputs(block, call, stream, branches, dict.fromkeys(others, 0))
-                after = widen(stream).flatten(0, -2) @ basis.T.to(widen(stream).dtype) + writers.add(seen)
-                require_finite(after, f"the sliced activations of block {index} ({branches[-1].norm})")
-                target.stream[number] = after.reshape(*stream.shape[:-1], -1).to(dense.dtype)
-            _, width = schedule.shortcuts(index)[position]
+        fill_kept(dense, target, declared, block, weights)
+        block_calls = {shape: some[index] for shape, some in calls.items()}
+        for position, (_, width) in enumerate(schedule.shortcuts(index)):
+            step = _Step(dense, target, block, declared, position, weights)
+            step.set_readers(basis)
+            step.widen_stream(block_calls, basis, f"the sliced activations of block {index}, step {position + 1}")
             following = bases.find(target.stream, width)
-            shortcut = {f"shortcuts.{position}.weight": following.T @ basis}
-            _fill(dense, target, block, writers.rotated(following) | shortcut)
-            basis = following
-            turn = basis.to(torch.promote_types(dense.dtype, torch.float32))
+            step.set_writers(basis, following)
+            turn = following.to(torch.promote_types(dense.dtype, torch.float32))
             target.stream = [(widen(stream) @ turn).to(dense.dtype) for stream in target.stream]
-        hand_over_block(dense, target, name, weights)
+            basis = following
+        hand_over_block(target, name, weights)
         progress.advance()
 
     _hand_over_head(dense, target, basis)
@@ -170,76 +159,109 @@ def slice_published(
     return bases.spectrum()
 
 
-class _Writers:
-    """The writers of a step: what they add to the stream of dense width, and how they look in a new basis."""
+@dataclass(frozen=True)
+class _Step:
+    """One step of one block: from the basis of its place to that of the next.
 
-    def __init__(
-        self, dense: DenseModel, block: nn.Module, branches: Sequence[Branch], weights: dict[str, torch.Tensor]
-    ) -> None:
-        self._dense = dense
-        self._block = block
-        self._branches = branches
-        self._weights = weights
+    Attributes:
+        dense: The dense model.
+        target: The slice in the making.
+        block: Its block, with shortcuts.
+        declared: The block's declaration.
+        position: Which of its steps this is.
+        weights: The dense block's tensors by name inside it.
+    """
 
-    def add(self, seen: running.WriterInputs) -> torch.Tensor:
+    dense: DenseModel
+    target: Target
+    block: nn.Module
+    declared: Block
+    position: int
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of the step."""
+        return self.declared.steps[self.position]
+
+    def set_readers(self, basis: torch.Tensor) -> None:
+        """Fill everything that reads behind the norms of the step, in the basis of its place."""
+        dimensions, dtype = self.dense.dimensions, self.target.dtype
+        tensors: dict[str, torch.Tensor] = {}
+        for branch in self.branches:
+            gain, bias = norm_weight_and_bias(dimensions, branch.norm, self.weights)
+            for reader in branch.readers:
+                tensors |= published_reader(dimensions, reader, self.weights, gain, bias, basis, dtype)
+            if branch.experts is not None:
+                name = branch.experts.reader_path
+                tensors[name] = fold_reader(self.weights[name], gain, None, basis, has_bias=True, dtype=dtype)
+        self._fill(tensors)
+
+    def widen_stream(self, calls: Mapping[tuple[int, ...], running.Call], basis: torch.Tensor, what: str) -> None:
+        """Run the step up to its writers, and make of the stream what the dense writers would, at full width.
+
+        Args:
+            calls: How the model calls the block, by batch shape.
+            basis: Q at this place.
+            what: What the stream is called where it is damaged.
+        """
+        steps = self.declared.steps
+        others = [step for position, step in enumerate(steps) if position != self.position]
+        silent = {branch.module: 0 for step in others for branch in step if branch.module}
+        shortcuts = list(self.block.get_submodule("shortcuts").children())
+        for number, stream in enumerate(self.target.stream):
+            with running.passing_through(shortcuts):
+                call = calls[tuple(stream.shape[:2])]
+                seen = running.writer_inputs(self.block, call, stream, self.branches, silent)
+            flat = widen(stream).flatten(0, -2)
+            after = flat @ basis.T.to(flat.dtype) + self._added(seen)
+            require_finite(after, what)
+            self.target.stream[number] = after.reshape(*stream.shape[:-1], -1).to(self.dense.dtype)
+
+    def set_writers(self, basis: torch.Tensor, following: torch.Tensor) -> None:
+        """Fill the writers, in the basis of the next place, and the shortcut from this one to it."""
+        turn = _without_mean(self.dense, following, axis=0).T
+        tensors = {f"shortcuts.{self.position}.weight": following.T @ basis}
+        for branch in self.branches:
+            writer = branch.writer
+            if writer is not None:
+                rotated = turn @ matrix_of(writer, self.weights).double()
+                tensors[f"{writer.path}.weight"] = stored_form(writer, rotated)
+                if self.dense.dimensions.has_bias(writer):
+                    tensors[f"{writer.path}.bias"] = turn @ self.weights[f"{writer.path}.bias"].double()
+            if branch.experts is not None:
+                path, dtype = branch.experts.writer_path, self.target.dtype
+                tensors[path] = torch.stack([(turn @ matrix.double()).to(dtype) for matrix in self.weights[path]])
+        self._fill(tensors)
+
+    def _added(self, seen: running.WriterInputs) -> torch.Tensor:
         """Return what the dense writers make of their inputs, shape (tokens, d), at least float32."""
-        dimensions, dtype = self._dense.dimensions, self._dense.dtype
+        dimensions, dtype = self.dense.dimensions, self.dense.dtype
         total: torch.Tensor | float = 0.0
-        for branch in self._branches:
+        for branch in self.branches:
             multiplier, writer = dimensions.multiplier(branch.multiplier), branch.writer
             if writer is not None:
-                matrix = matrix_of(writer, self._weights).to(dtype)
-                bias = self._weights[f"{writer.path}.bias"].to(dtype) if dimensions.has_bias(writer) else None
+                matrix = matrix_of(writer, self.weights).to(dtype)
+                bias = self.weights[f"{writer.path}.bias"].to(dtype) if dimensions.has_bias(writer) else None
                 added = widen(nn.functional.linear(seen.linear[writer.path], matrix, bias))
                 if writer.gate:
                     added = added * torch.sigmoid(seen.gates[writer.gate].to(added.dtype))
                 total = total + multiplier * added
             if branch.experts is not None:
                 declared = branch.experts
-                module = self._block.get_submodule(declared.module)
-                reader, matrices = module.get_parameter(declared.reader), self._weights[declared.writer_path]
-                routing = seen.routings[declared.module]
-                added = running.run_experts(module, declared, routing, reader, matrices.to(dtype))
+                module = self.block.get_submodule(declared.module)
+                reader, matrices = module.get_parameter(declared.reader), self.weights[declared.writer_path]
+                added = running.run_experts(
+                    module, declared, seen.routings[declared.module], reader, matrices.to(dtype)
+                )
                 total = total + multiplier * widen(added)
         assert isinstance(total, torch.Tensor)
-        return _without_mean(self._dense, total)
+        return _without_mean(self.dense, total)
 
-    def rotated(self, basis: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return Qᵀ W and Qᵀ b of every writer, as their modules store them, float64."""
-        tensors = {}
-        for branch in self._branches:
-            writer = branch.writer
-            if writer is not None:
-                matrix = _without_mean(self._dense, matrix_of(writer, self._weights).double(), axis=0)
-                tensors[f"{writer.path}.weight"] = stored_form(writer, basis.T @ matrix)
-                if self._dense.dimensions.has_bias(writer):
-                    bias = self._weights[f"{writer.path}.bias"].double()
-                    tensors[f"{writer.path}.bias"] = basis.T @ _without_mean(self._dense, bias)
-            if branch.experts is not None:
-                matrices = _without_mean(self._dense, self._weights[branch.experts.writer_path], axis=1)
-                rotated = [basis.T @ matrix.double() for matrix in matrices]
-                tensors[branch.experts.writer_path] = torch.stack(rotated)
-        return tensors
-
-
-def _readers(
-    dense: DenseModel,
-    target: Target,
-    branches: Sequence[Branch],
-    weights: Mapping[str, torch.Tensor],
-    basis: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Return everything that reads behind the norms of a step, in the basis of its place."""
-    tensors: dict[str, torch.Tensor] = {}
-    for branch in branches:
-        gain, bias = norm_weight_and_bias(dense.dimensions, branch.norm, weights)
-        for reader in branch.readers:
-            tensors |= published_reader(dense.dimensions, reader, weights, gain, bias, basis, target.dtype)
-        if branch.experts is not None:
-            inner = basis if gain is None else gain[:, None] * basis
-            rotated = [(matrix.double() @ inner).to(target.dtype) for matrix in weights[branch.experts.reader_path]]
-            tensors[branch.experts.reader_path] = torch.stack(rotated)
-    return tensors
+    def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give the block tensors, rounded to what will be written."""
+        stored = {name: value.to(self.target.dtype).contiguous() for name, value in tensors.items()}
+        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
 
 
 def _hand_over_head(dense: DenseModel, target: Target, basis: torch.Tensor) -> None:
@@ -253,11 +275,8 @@ def _hand_over_head(dense: DenseModel, target: Target, basis: torch.Tensor) -> N
 
 
 def _without_mean(dense: DenseModel, tensor: torch.Tensor, axis: int = -1) -> torch.Tensor:
-    """Take the mean over the stream's axis out of what writes it, for families whose norms never read it."""
+    """Take the mean out along the axis of the stream, for families whose norms never read it.
+
+    Out of a stream; or out of a basis, and so out of everything that is turned by it.
+    """
     return tensor - tensor.mean(axis, keepdim=True) if dense.is_centred else tensor
-
-
-def _fill(dense: DenseModel, target: Target, block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a block tensors, rounded to what will be written."""
-    stored = {name: value.to(target.dtype).contiguous() for name, value in tensors.items()}
-    running.fill(block, stored, dense.device, dense.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slicecli.adapters import Block
 from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
 from slicecli.slicing.blocks import Call
@@ -17,6 +18,7 @@ from slicecli.slicing.state import Batches, DenseModel, Target
 __all__ = [
     "embedding_tables",
     "enter",
+    "fill_kept",
     "filled",
     "hand_over_block",
     "hand_over_buffers",
@@ -66,11 +68,19 @@ def filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor]
         running.clear(block)
 
 
-def hand_over_block(dense: DenseModel, target: Target, name: str, weights: dict[str, torch.Tensor]) -> None:
+def fill_kept(
+    dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
+) -> None:
+    """Copy into a sliced block what does not touch the stream."""
+    names = [kept.path for kept in declared.kept] + running.persistent_buffers(block)
+    values = {name: weights[name].to(target.dtype) for name in names}
+    running.fill(block, values, dense.device, dense.dtype)
+
+
+def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor]) -> None:
     """Give a finished block's tensors to the sink and free it.
 
     Args:
-        dense: The dense model.
         target: The slice.
         name: Path of the block.
         weights: The dense block's tensors by name inside it, for its persistent buffers.
