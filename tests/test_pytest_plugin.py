@@ -15,23 +15,27 @@ def without_cache(monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
 
 
-@pytest.fixture(scope="module")
-def gated(tmp_path_factory):
-    """A slice of the embedded model whose perplexity is in its record."""
+def measured_slice(output, *words):
+    """Slice the embedded model and enter its perplexity in the record."""
     from click.testing import CliRunner
 
     from slicecli.cli import group
     from slicecli.demo import MODEL_FOLDER
 
-    output = tmp_path_factory.mktemp("gated") / "slice"
     sizes = ["--calibration", "demo", "--samples", "48", "--seq-len", "128"]
-    for words in (
-        ["slice", MODEL_FOLDER, "--dim", "72", "-o", output, *sizes],
+    for command in (
+        ["slice", MODEL_FOLDER, "--dim", "72", "-o", output, *sizes, *words],
         ["eval", output, "--perplexity", "demo", "--seq-len", "128", "--limit", "24", "--record"],
     ):
-        done = CliRunner().invoke(group, [str(word) for word in words])
+        done = CliRunner().invoke(group, [str(word) for word in command])
         assert done.exit_code == 0, done.output
     return output
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A slice of the embedded model whose perplexity is in its record."""
+    return measured_slice(tmp_path_factory.mktemp("gated") / "slice")
 
 
 @pytest.fixture
@@ -126,6 +130,12 @@ def test_a_sound_slice_passes_the_gate(pytester, gated):
     assert measured["perplexity"] <= measured["limit"]
 
 
+def test_a_slice_with_code_of_its_own_passes_the_gate(pytester, tmp_path):
+    folder = measured_slice(tmp_path / "slice", "--method", "slicegpt")
+    result = pytester.runpytest_subprocess("--pyargs", "slicecli.testing", "--slicecli-slice", folder)
+    result.assert_outcomes(passed=6, deselected=result.parseoutcomes()["deselected"])
+
+
 def lower_perplexity(record):
     record["results"]["perplexity"]["demo"]["value"] *= 0.9
 
@@ -149,7 +159,7 @@ DAMAGES = {
     ),
     "another dim": (
         lambda folder: change_record(folder, lambda record: record.update(dim=71)),
-        "test_it_loads_without_custom_code_as_the_record_says",
+        "test_it_loads_as_the_record_says",
     ),
     "a card without metadata": (
         lambda folder: (folder / "README.md").write_text("# A slice\n"),

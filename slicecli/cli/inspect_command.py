@@ -58,6 +58,7 @@ def command(
         "inferred": None if inference is None else {"checks": list(inference.checks), "error": inference.error},
         "layout": chosen.layout(fields),
         "stock_obstacle": chosen.why_not_stock(fields),
+        "shortcut_obstacle": dimensions.shortcut_obstacle,
         "hidden_size": dimensions.hidden_size,
         "blocks": dimensions.blocks,
         "heads": dimensions.heads,
@@ -97,7 +98,9 @@ def command(
     )
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
-        show.note(f"A slice needs the custom-code layout: {document['stock_obstacle']}")
+        show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
+    if document["shortcut_obstacle"]:
+        show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
     if inference is not None:
         show.note(
             "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "

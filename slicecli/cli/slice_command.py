@@ -139,7 +139,7 @@ def command(
     if not context["quiet"]:
         show.note(
             f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "
-            f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}"
+            f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}, by {plan.method}"
         )
         if job.inference is not None:
             show.note(
@@ -167,6 +167,8 @@ def command(
             f"{folder}: {report.energy_kept:.1%} of the energy kept, {report.seconds:.0f} s, "
             f"peak memory {show.size(report.peak_memory_bytes)}"
         )
+        if plan.layout == "custom-code":
+            show.note("It brings code of its own: load it with trust_remote_code=True, or after `import slicecli`.")
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 
