@@ -26,6 +26,14 @@ import pytest
 from slicecli.testing import AdapterTests
 from test_mutations import DAMAGES, MUTATIONS, mutant, sound
 
+class Declaration(AdapterTests):
+    # without what looks at slices in files: the damaged slices are for that
+    pass
+
+for name in {of_files}:
+    assert hasattr(AdapterTests, name)
+    setattr(Declaration, name, None)
+
 class Damaged(AdapterTests):
     adapter = sound("llama")
 
@@ -42,11 +50,21 @@ del Damaged
 
 for number, (name, mutation) in enumerate(MUTATIONS.items()):
     globals()[f"TestMutant{number}"] = type(
-        f"TestMutant{number}", (AdapterTests,), {"adapter": mutant(name), "tiny_config": mutation.changes}
+        f"TestMutant{number}", (Declaration,), {"adapter": mutant(name), "tiny_config": mutation.changes}
     )
 for family in sorted({mutation.family for mutation in MUTATIONS.values()}):
-    globals()[f"TestSound_{family}"] = type(f"TestSound_{family}", (AdapterTests,), {"adapter": sound(family)})
+    globals()[f"TestSound_{family}"] = type(f"TestSound_{family}", (Declaration,), {"adapter": sound(family)})
+del Declaration
 """
+OF_FILES = [
+    "test_a_slice_has_the_parameters_that_were_predicted",
+    "test_a_slice_loads_whole",
+    "test_a_slice_loads_without_its_head",
+    "test_saving_and_loading_a_slice_keeps_it",
+    "test_generation_with_cache_equals_generation_without",
+    "test_a_padded_batch_equals_single_rows",
+    "test_a_slice_runs_in_bfloat16",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +321,7 @@ def mutant(name: str) -> Adapter:
 def report(tmp_path_factory):
     """The report of one run of the suite on all mutants, and on the same adapters unharmed."""
     folder = tmp_path_factory.mktemp("mutants")
-    (folder / "test_mutants.py").write_text(SUITE)
+    (folder / "test_mutants.py").write_text(SUITE.replace("{of_files}", repr(OF_FILES)))
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     words = ["-q", "-p", "no:cacheprovider", "--slicecli-report", "report.json", "test_mutants.py"]
     done = subprocess.run(

@@ -33,11 +33,12 @@ from slicecli.proof import (
     prove_embeddings,
     prove_refit,
     prove_rotation,
+    prove_shortcuts,
     published_in_memory,
     relative_error,
     slice_in_memory,
 )
-from slicecli.schedule import PublishedSizes, Schedule
+from slicecli.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.slicing.published import Orientation
 from slicecli.source import Source, empty_model, parameter_shapes, with_plain_experts
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
@@ -320,6 +321,11 @@ class AdapterTests:
             for dim in dims
         ]
         _check_order(subject, dims, slices, record_property)
+
+    @needs_shortcuts
+    def test_the_published_method_is_proved_on_a_small_model(self, subject: Subject) -> None:
+        """As before every slice: blocks with shortcuts compute what the family's do, and run at a smaller width."""
+        prove_shortcuts(subject.adapter, subject.model.config, slices_head(subject.dimensions, None))
 
     @needs_shortcuts
     @pytest.mark.parametrize("orientation", ["pca", "random"])
