@@ -9,11 +9,13 @@ import re
 import pytest
 import torch
 import transformers
-from test_slicing import slice_in_memory
+from test_slicing import dimensions_of, slice_in_memory
 
 from slicecli.calibration import calibration_rows, evaluation_rows
 from slicecli.demo import MODEL_FOLDER, documents
 from slicecli.evaluation.perplexity import measure_perplexity
+from slicecli.proof import published_in_memory
+from slicecli.schedule import Schedule
 from slicecli.slicing import step
 from slicecli.slicing.basis import centred_frame
 from slicecli.slicing.ridge import solve_ridge
@@ -177,6 +179,16 @@ def test_the_same_function_in_another_layout_is_sliced_as_well(
     require_same_function(twin, model, held_out)
     (sliced,), _ = slice_in_memory(twin, dim, rows=calibration, batch=16)
     assert perplexity(sliced, held_out) == pytest.approx(perplexity(slices["72"], held_out), rel=tolerance)
+
+
+def test_the_published_method_slices_the_same_function_alike_in_every_layout(model, calibration, held_out):
+    """Without a regression nothing depends on the layout: not on fused projections, experts, or a mean to take out."""
+    found = []
+    for twin in (model, as_phi3(model), as_mixtral(model), as_olmo(model)):
+        sizes = dimensions_of(twin.config)
+        schedule = Schedule.constant(sizes, 72)
+        found.append(perplexity(published_in_memory(twin, sizes, calibration[:64], schedule, batch_rows=16), held_out))
+    assert found == pytest.approx([found[0]] * 4, rel=1e-3)
 
 
 def test_experts_are_refitted_each_to_its_own_tokens(model, calibration, held_out, slices):
