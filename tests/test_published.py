@@ -203,6 +203,20 @@ def test_a_family_whose_block_does_more_than_it_says_is_not_sliced(monkeypatch):
         prove_shortcuts(adapter, config, slices_head=False)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.4}),
+        ("stablelm", {"hidden_size": 2048, "num_attention_heads": 32, "partial_rotary_factor": 0.25}),
+        ("falcon", {"hidden_size": 4544, "num_attention_heads": 71, "multi_query": True}),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}}),
+    ],
+)
+def test_the_proof_finds_a_small_model_for_configs_of_real_ones(model_type, fields):
+    adapter = next(one for one in plugins().adapters.values() if model_type in one.model_types)
+    prove_shortcuts(adapter, transformers.CONFIG_MAPPING[model_type](**fields), slices_head=False)
+
+
 def test_a_family_that_keeps_its_width_is_found_out():
     adapter, config = CASES["gpt2"]
     prove_shortcuts(adapter, config, slices_head=True)
