@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import click
 
     from slicecli.adapters import Adapter, Refusal
+    from slicecli.estimation.relations import Relation
 
 __all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec"]
 
@@ -26,6 +27,11 @@ hookimpl = pluggy.HookimplMarker("slicecli")
 @hookspec
 def slicecli_register_adapters(register: Callable[[Adapter | Refusal], None]) -> None:
     """Declare model families: call `register(...)` once for each, with an `Adapter` or a `Refusal`."""
+
+
+@hookspec
+def slicecli_register_relations(register: Callable[[Relation], None]) -> None:
+    """Declare relations between width and quality: call `register(...)` with a `Relation` for each."""
 
 
 @hookspec

@@ -1,0 +1,306 @@
+"""Prediction curves: a relation fitted to measured slices of one model, chosen by leave-one-out, saved and read.
+
+A curve says what was fitted to what: relation, parameters with covariance, the points, the range they reach, what they
+were evaluated on and calibrated with, and how well the relation predicts each point from the others. Predictions from
+it carry intervals, see `slicecli.estimation.predictions`.
+
+Legend: s fraction of the hidden size removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slicecli.errors import RequestError, SlicecliError
+from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
+from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named, relations_of
+
+__all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
+
+# what does best on published models with one slice known, see docs/relations.md
+ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "decay"}
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A relation that was fitted to the same points.
+
+    Attributes:
+        relation: Its name.
+        parameters: Fitted to all points.
+        loo_error: Mean absolute error of predicting each point from the others, in ln PPL or accuracy; NaN for one
+            point, unless nothing is fitted.
+    """
+
+    relation: str
+    parameters: tuple[float, ...]
+    loo_error: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A relation fitted to the slices of one model.
+
+    Attributes:
+        series: The slices, and what was measured.
+        relation: Name of the relation.
+        parameters: Its parameters.
+        covariance: Their covariance; `None` where there are no more points than parameters.
+        loo_error: As of `Alternative`.
+        loo_relative_error: The same of perplexity itself, as a fraction; of accuracy equal to it.
+        alternatives: All relations that were fitted, the chosen one too, best first.
+        reason: Why this one.
+        settings: What else identifies the measurement: limits, row length, few-shot examples.
+    """
+
+    series: Series
+    relation: str
+    parameters: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...] | None
+    loo_error: float
+    loo_relative_error: float
+    alternatives: tuple[Alternative, ...]
+    reason: str
+    settings: Mapping[str, Any]
+
+    @property
+    def valid_sparsity(self) -> tuple[float, float]:
+        """The least and the largest s of the points."""
+        values = [point.sparsity for point in self.series.points]
+        return min(values), max(values)
+
+    def predict(self, sparsity: float) -> Prediction:
+        """Predict at a fraction removed, with the interval that the points allow."""
+        series = self.series
+        spread = spread_of(self.relation, series.quantity)
+        return predict_fitted(spread, self.parameters, series.dense, series.family, series.points, sparsity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the curve as plain data, of figures as people quote them: perplexities, not their logarithms."""
+        series = self.series
+        relation = relation_named(self.relation, series.quantity)
+        return {
+            "relation": self.relation,
+            "formula": relation.formula,
+            "quantity": series.quantity,
+            "parameters": dict(zip(relation.parameters, self.parameters, strict=True)),
+            "covariance": None if self.covariance is None else [list(row) for row in self.covariance],
+            "loo_error": _finite(self.loo_error),
+            "loo_relative_error": _finite(self.loo_relative_error),
+            "valid_sparsity": list(self.valid_sparsity),
+            "reason": self.reason,
+            "alternatives": [
+                {"relation": one.relation, "parameters": list(one.parameters), "loo_error": _finite(one.loo_error)}
+                for one in self.alternatives
+            ],
+            "model": series.model,
+            "model_type": series.family,
+            "method": series.method,
+            "calibration": series.calibration,
+            "evaluation": series.evaluation,
+            "settings": dict(self.settings),
+            "dense": _quoted(series.dense.value, series.quantity),
+            "chance": series.dense.chance,
+            "points": [
+                {
+                    "dim": point.dim,
+                    "sparsity": point.sparsity,
+                    "value": _quoted(point.value, series.quantity),
+                    "stderr": _quoted_error(point, series.quantity),
+                    "fitted": _quoted(relation.predict(point.sparsity, series.dense, self.parameters), series.quantity),
+                }
+                for point in series.points
+            ],
+        }
+
+
+def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Curve:
+    """Fit a curve.
+
+    Args:
+        series: Measured slices of one model.
+        name: The relation; `None` chooses the one that best predicts each point from the others.
+        settings: See `Curve`.
+
+    Raises:
+        RequestError: There is no point, or the relation has no meaning for the series or too few points.
+    """
+    if not series.points:
+        raise RequestError(f"There is no measured slice of {series.model}.", "Measure at least one.")
+    if name is not None:
+        wanted = [relation_named(name, series.quantity)]
+        reason = wanted[0].why_not(series.dense)
+        if not reason and not _has_points_for(wanted[0], len(series.points)):
+            reason = f"it has {len(wanted[0].parameters)} parameters, and there are {len(series.points)} points"
+        if reason:
+            raise RequestError(f"The relation {name!r} cannot be fitted to {series.evaluation}: {reason}.")
+    else:
+        wanted = [
+            one
+            for one in relations_of(series.quantity)
+            if not one.why_not(series.dense) and _has_points_for(one, len(series.points))
+        ]
+    fitted = [Alternative(one.name, _fit(one, series, series.points), leave_one_out(one, series)) for one in wanted]
+    fitted.sort(key=lambda one: one.loo_error if math.isfinite(one.loo_error) else math.inf)
+    chosen, reason = _choose(fitted, series, name)
+    relation = relation_named(chosen.relation, series.quantity)
+    return Curve(
+        series=series,
+        relation=chosen.relation,
+        parameters=chosen.parameters,
+        covariance=_covariance(relation, series, chosen.parameters),
+        loo_error=chosen.loo_error,
+        loo_relative_error=leave_one_out(relation, series, is_relative=True),
+        alternatives=tuple(fitted),
+        reason=reason,
+        settings=dict(settings or {}),
+    )
+
+
+def leave_one_out(relation: Relation, series: Series, is_relative: bool = False) -> float:
+    """Return the mean absolute error of predicting each point from a fit to the others.
+
+    Args:
+        relation: The relation.
+        series: The points; at least two, or a relation that fits nothing. Otherwise the error is NaN.
+        is_relative: Of the perplexity as a fraction of it, instead of its logarithm.
+    """
+    errors = []
+    for index, point in enumerate(series.points):
+        others = series.points[:index] + series.points[index + 1 :]
+        if relation.parameters and not _has_points_for(relation, len(others)):
+            return math.nan
+        parameters = _fit(relation, series, others)
+        error = relation.predict(point.sparsity, series.dense, parameters) - point.value
+        errors.append(abs(math.expm1(error)) if is_relative and series.quantity == "perplexity" else abs(error))
+    return float(np.mean(errors))
+
+
+def curve_from_json(fields: Mapping[str, Any], log_ratio: Callable[[float], float] | None = None) -> Curve:
+    """Read a curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation.
+
+    Args:
+        fields: The plain data.
+        log_ratio: ln(PPL/PPL0) at a fraction removed, for relations on accuracy that ask for it.
+
+    Raises:
+        RequestError: It is not a curve.
+    """
+    try:
+        quantity: Quantity = fields["quantity"]
+        if quantity not in {"perplexity", "accuracy"}:
+            raise ValueError(f"{quantity!r} is not measured")
+        chance = fields.get("chance")
+        dense = Dense(_unquoted(fields["dense"], quantity), None if chance is None else float(chance), log_ratio)
+        points = tuple(
+            Point(
+                _fraction(point["sparsity"]),
+                _unquoted(point["value"], quantity),
+                _error_of(point, quantity),
+                point.get("dim"),
+            )
+            for point in fields["points"]
+        )
+        series = Series(
+            str(fields["model"]), str(fields["model_type"]), str(fields["method"]), str(fields["calibration"]),
+            quantity, str(fields["evaluation"]), dense, tuple(sorted(points, key=lambda one: one.sparsity)),
+        )  # fmt: skip
+        settings = fields.get("settings") or {}
+        name = str(fields["relation"])
+        reason = str(fields.get("reason") or "")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"That is not a curve: {type(error).__name__}: {error}.", "Give what fit wrote.") from None
+    try:
+        return dataclasses.replace(fit_curve(series, name, settings), reason=reason)
+    except SlicecliError:
+        raise
+    except (ArithmeticError, ValueError) as error:
+        raise RequestError(f"That is not a usable curve: {error}.", "Give what fit wrote.") from None
+
+
+def _has_points_for(relation: Relation, points: int) -> bool:
+    return points >= (1 if relation.has_prior else len(relation.parameters))
+
+
+def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[float, ...]:
+    prior = spread_of(relation.name, relation.quantity).prior(series.family) if relation.has_prior else None
+    return relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
+
+
+def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> tuple[Alternative, str]:
+    """Return the relation to take, and why."""
+    if name is not None:
+        return fitted[0], "asked for"
+    if len(series.points) == 1:
+        usual = ONE_POINT_RELATION[series.quantity]
+        chosen = next((one for one in fitted if one.relation == usual), fitted[0])
+        return chosen, "one point does not tell relations apart; this one does best with one on published measurements"
+    return fitted[0], (f"the smallest leave-one-out error of {len(fitted)} relations on {len(series.points)} points")
+
+
+def _covariance(
+    relation: Relation, series: Series, parameters: Sequence[float]
+) -> tuple[tuple[float, ...], ...] | None:
+    """Return the covariance of fitted parameters: σ² (JᵀJ)⁻¹ with σ² from the residuals and J by differences."""
+    spare = len(series.points) - len(parameters)
+    if not parameters or spare <= 0:
+        return None
+
+    def predicted(values: Sequence[float]) -> np.ndarray:
+        return np.array([relation.predict(point.sparsity, series.dense, values) for point in series.points])
+
+    columns = []
+    for index, value in enumerate(parameters):
+        size = 1e-5 * max(1.0, abs(value))
+        up, down = list(parameters), list(parameters)
+        up[index], down[index] = value + size, value - size
+        columns.append((predicted(up) - predicted(down)) / (2 * size))
+    slopes = np.array(columns).T
+    residuals = np.array([point.value for point in series.points]) - predicted(parameters)
+    variance = float(residuals @ residuals) / spare
+    covariance = variance * np.linalg.pinv(slopes.T @ slopes)
+    return tuple(tuple(float(value) for value in row) for row in covariance)
+
+
+def _quoted(value: float, quantity: Quantity) -> float:
+    return math.exp(min(value, 700.0)) if quantity == "perplexity" else value
+
+
+def _unquoted(value: Any, quantity: Quantity) -> float:
+    number = float(value)
+    if not math.isfinite(number) or (quantity == "perplexity" and number < 1) or not number >= 0:
+        raise ValueError(f"{number} is no {quantity}")
+    return math.log(number) if quantity == "perplexity" else number
+
+
+def _fraction(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < 1:
+        raise ValueError(f"{number} is no fraction removed")
+    return number
+
+
+def _quoted_error(point: Point, quantity: Quantity) -> float | None:
+    """Return a standard error of what is quoted: of the perplexity itself."""
+    if point.stderr is None:
+        return None
+    return point.stderr * _quoted(point.value, quantity) if quantity == "perplexity" else point.stderr
+
+
+def _error_of(point: Mapping[str, Any], quantity: Quantity) -> float | None:
+    """Return the standard error on the scale of fits, from that of what is quoted."""
+    error = point.get("stderr")
+    if error is None:
+        return None
+    return float(error) / float(point["value"]) if quantity == "perplexity" else float(error)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

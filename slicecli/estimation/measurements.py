@@ -1,0 +1,184 @@
+"""Measured figures, as series: one model, sliced one way to several dims and measured on one text or task.
+
+The published measurements are bundled (`published.csv`), each row with its source; `use` says what a row serves for:
+`dense` figures, the `spread` of relations over models, or why it serves for neither. Users' own series come from
+results files, see `slicecli.estimation.results`.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+
+from slicecli.estimation.relations import Dense, Quantity
+from slicecli.evaluation.chance import chance_level
+
+__all__ = ["Figure", "Point", "Published", "Series", "published_figure", "published_rows", "published_series"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A dense figure and where it comes from.
+
+    Attributes:
+        value: Perplexity, or accuracy between 0 and 1.
+        source: Where it comes from, in words for a report.
+    """
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured slice.
+
+    Attributes:
+        sparsity: s, the real fraction of the hidden size removed.
+        value: ln PPL, or accuracy between 0 and 1.
+        stderr: Its standard error; `None` where it is not known.
+        dim: k, where it is known.
+    """
+
+    sparsity: float
+    value: float
+    stderr: float | None = None
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """The slices of one model by one method and calibration, measured on one text or task.
+
+    Attributes:
+        model: The dense model.
+        family: Its `model_type`.
+        method: How it was sliced.
+        calibration: Text and number of rows it was calibrated on, in words.
+        quantity: What was measured.
+        evaluation: On which text or task.
+        dense: The dense figure.
+        points: The slices, by ascending s.
+    """
+
+    model: str
+    family: str
+    method: str
+    calibration: str
+    quantity: Quantity
+    evaluation: str
+    dense: Dense
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure.
+
+    Attributes:
+        source: Where it was published.
+        model: Hub id of the dense model.
+        model_type: Its family.
+        method: `dense` or how it was sliced.
+        calibration: Text it was calibrated on.
+        samples: Rows of it, as printed; empty where that is not known.
+        sequence_length: Tokens per row, as printed.
+        sparsity: s, the real one after rounding of the dim.
+        metric: What was measured.
+        evaluation: On which text or task.
+        value: Perplexity, or accuracy between 0 and 1.
+        use: What the figure serves for, see above.
+    """
+
+    source: str
+    model: str
+    model_type: str
+    method: str
+    calibration: str
+    samples: str
+    sequence_length: str
+    sparsity: float
+    metric: Quantity
+    evaluation: str
+    value: float
+    use: str
+
+
+@functools.cache
+def published_rows() -> tuple[Published, ...]:
+    """Return the bundled measurements."""
+    text = resources.files("slicecli.estimation").joinpath("published.csv").read_text(encoding="utf-8")
+    return tuple(_row(fields) for fields in csv.DictReader(text.splitlines()))
+
+
+def _row(fields: dict[str, str]) -> Published:
+    numbers = {"sparsity": float(fields["sparsity"]), "value": float(fields["value"])}
+    return Published(**{**fields, **numbers})  # type: ignore[arg-type]
+
+
+def published_figure(model: str, quantity: Quantity, evaluation: str) -> Figure | None:
+    """Return the published dense figure of a model by its Hub id, or `None`."""
+    for row in published_rows():
+        about = (row.use, row.metric, row.evaluation, row.model.lower())
+        if about == ("dense", quantity, evaluation, model.lower()):
+            return Figure(row.value, f"published: {row.source}")
+    return None
+
+
+@functools.cache
+def published_series(quantity: Quantity) -> tuple[Series, ...]:
+    """Return the bundled measurements that serve for the spread of relations, as series.
+
+    A series of accuracies knows the published perplexity ratios of the same slices, where there are some.
+    """
+    dense = _dense_values()
+    ratios = _log_ratios(dense)
+    grouped: dict[tuple[str, ...], list[Published]] = defaultdict(list)
+    for row in published_rows():
+        if row.use == "spread" and row.metric == quantity:
+            grouped[(row.model, row.model_type, row.method, row.calibration, row.samples, row.evaluation)].append(row)
+    found = []
+    for (model, family, method, text, samples, evaluation), rows in grouped.items():
+        known = ratios.get((model, samples), {})
+        figure = dense[model, quantity, evaluation]
+        has_ratios = all(round(row.sparsity, 3) in known for row in rows)
+        context = Dense(
+            math.log(figure) if quantity == "perplexity" else figure,
+            chance_level(evaluation) if quantity == "accuracy" else None,
+            _lookup(known) if has_ratios else None,
+        )
+        by_sparsity: dict[float, list[float]] = defaultdict(list)
+        for row in rows:
+            by_sparsity[row.sparsity].append(math.log(row.value) if quantity == "perplexity" else row.value)
+        # reruns of one slice count once
+        points = tuple(Point(sparsity, sum(some) / len(some)) for sparsity, some in sorted(by_sparsity.items()))
+        calibration = f"{text or 'unknown'} x {samples or 'unknown'}"
+        found.append(Series(model, family, method, calibration, quantity, evaluation, context, points))
+    return tuple(found)
+
+
+def _lookup(known: dict[float, float]) -> Callable[[float], float]:
+    return lambda sparsity: known[round(sparsity, 3)]
+
+
+def _dense_values() -> dict[tuple[str, str, str], float]:
+    values: dict[tuple[str, str, str], float] = {}
+    for row in published_rows():
+        if row.use == "dense":
+            values.setdefault((row.model, row.metric, row.evaluation), row.value)
+    return values
+
+
+def _log_ratios(dense: dict[tuple[str, str, str], float]) -> dict[tuple[str, str], dict[float, float]]:
+    """Return D of published slices by model, rows of calibration, and s to three digits."""
+    ratios: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for row in published_rows():
+        if row.use == "spread" and row.metric == "perplexity" and row.evaluation == "wikitext2":
+            ratio = row.value / dense[row.model, "perplexity", "wikitext2"]
+            ratios[row.model, row.samples].setdefault(round(row.sparsity, 3), math.log(ratio))
+    return ratios

@@ -1,0 +1,139 @@
+"""What to expect of a slice: a value by a relation, and the interval that published measurements or anchors allow.
+
+Three states of knowledge, one function each: no measured slice of the model (`predict_new`), measured slices
+(`predict_fitted`), and which of these a curve has. Every prediction carries its interval, what it rests on, and
+whether it lies outside what was measured.
+
+Legend: s fraction of the hidden size removed, D = ln(PPL/PPL0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slicecli.estimation.measurements import Point, published_series
+from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
+from slicecli.estimation.spread import Spread, coordinate, deviation, interval, learn_spread, shared_fit
+
+__all__ = [
+    "DEFAULT_RELATION",
+    "FARTHEST",
+    "Prediction",
+    "predict_fitted",
+    "predict_new",
+    "published_range",
+    "shared_parameters",
+    "spread_of",
+]
+
+# what does best on published models that it was not fitted to, of the same and of other families taken together; and
+# with one slice of the model known: see docs/relations.md and the test that compares them
+DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "odds", "accuracy": "linear"}
+FARTHEST = 0.6
+# what the refit lost against the published method at the same dim, at best, on the models of docs/published.md; its
+# intervals reach down by as much, because what is published is measured with the published method
+REFIT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted figure.
+
+    Attributes:
+        value: ln PPL, or accuracy between 0 and 1.
+        low: Lower end of the 90 % interval.
+        high: Upper end.
+        relation: Name of the relation.
+        is_outside: It lies outside the range of what the relation was fitted to or checked on.
+    """
+
+    value: float
+    low: float
+    high: float
+    relation: str
+    is_outside: bool
+
+
+@functools.cache
+def spread_of(name: str, quantity: Quantity) -> Spread:
+    """Return how a relation errs over all published series."""
+    return learn_spread(relation_named(name, quantity), published_series(quantity))
+
+
+def published_range(quantity: Quantity) -> tuple[float, float]:
+    """Return the least and the largest s that published series reach."""
+    values = [point.sparsity for one in published_series(quantity) for point in one.points]
+    return min(values), max(values)
+
+
+def shared_parameters(relation: Relation, family: str) -> tuple[float, ...]:
+    """Return the parameters for a model of which nothing is measured: those of its family, or of all."""
+    usable = [one for one in published_series(relation.quantity) if not relation.why_not(one.dense)]
+    return shared_fit(relation, usable, family)
+
+
+def predict_new(
+    spread: Spread, parameters: Sequence[float], dense: Dense, family: str, method: str, sparsity: float
+) -> Prediction:
+    """Predict for a model of which no slice is measured.
+
+    Args:
+        spread: How the relation errs on published series.
+        parameters: The relation's, from those series.
+        dense: The dense figure.
+        family: The model's `model_type`.
+        method: How it will be sliced.
+        sparsity: s.
+    """
+    relation = spread.relation
+    value = relation.predict(sparsity, dense, parameters)
+    expected = spread.of_new_model(family, coordinate(relation, dense, spread.parameters, sparsity))
+    low, high = interval(relation, dense, spread.parameters, sparsity, expected)
+    if method == "refit":
+        low, high = _widened_for_refit(relation.quantity, dense, low, high)
+    least, largest = published_range(relation.quantity)
+    is_outside = not least <= sparsity <= largest
+    # the interval says what published models did; the relation's own value belongs to it even where that disagrees
+    return Prediction(value, min(low, value), max(high, value), relation.name, is_outside)
+
+
+def predict_fitted(
+    spread: Spread,
+    parameters: Sequence[float],
+    dense: Dense,
+    family: str,
+    points: Sequence[Point],
+    sparsity: float,
+) -> Prediction:
+    """Predict for a model with measured slices, to which the relation was fitted.
+
+    Args:
+        spread: How the relation errs on published series.
+        parameters: As fitted to the points.
+        dense: The dense figure.
+        family: The model's `model_type`.
+        points: The measured slices.
+        sparsity: s.
+    """
+    relation = spread.relation
+    value = relation.predict(sparsity, dense, parameters)
+    found = [deviation(relation, dense, parameters, point) for point in points]
+    anchors = [anchor for anchor in found if anchor is not None]
+    here = coordinate(relation, dense, parameters, sparsity)
+    if anchors:
+        expected = spread.near_anchors(family, anchors, here)
+    else:  # the measured slices lost nothing: as little is known as without them
+        expected = dataclasses.replace(spread.of_new_model(family, here), mean=0.0)
+    low, high = interval(relation, dense, parameters, sparsity, expected)
+    least, largest = min(point.sparsity for point in points), max(point.sparsity for point in points)
+    return Prediction(value, low, high, relation.name, not least <= sparsity <= largest)
+
+
+def _widened_for_refit(quantity: Quantity, dense: Dense, low: float, high: float) -> tuple[float, float]:
+    """Move the better end of an interval towards the dense figure, by what the refit is better at best."""
+    if quantity == "perplexity":
+        return dense.value + (low - dense.value) * (REFIT_SHARE if low > dense.value else 1.0), high
+    return low, dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)

@@ -1,0 +1,278 @@
+"""The analytical relations: how perplexity and accuracy follow from the fraction of the hidden size removed.
+
+A relation is plain data with two functions, predict and fit. Those on perplexity work on ln PPL, those on accuracy on
+the accuracy itself, between 0 and 1; that is also the scale on which fits are least squares. How far a relation can be
+trusted is not its own business but that of `slicecli.estimation.spread`.
+
+Legend: d hidden size, k dim kept, s = 1 - k/d, PPL0 and acc0 the dense figures, D = ln(PPL/PPL0), h the chance level
+of a task; c, p, b, r are fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from slicecli.errors import RequestError
+
+__all__ = ["BUILT_IN", "PAPER", "Dense", "Points", "Prior", "Quantity", "Relation", "relation_named", "relations_of"]
+
+USUAL_EXPONENT = 1.5
+RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
+LEAST_DAMAGE = 0.005  # what repeated measurements of ln PPL differ by
+Quantity = Literal["perplexity", "accuracy"]
+PAPER = "arXiv:2503.04377"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a relation may know of the dense model.
+
+    Attributes:
+        value: ln PPL0, or the dense accuracy between 0 and 1.
+        chance: Accuracy of a guess; of perplexity and of tasks without one, `None`.
+        log_ratio: D at a fraction removed, measured or predicted, where a relation on accuracy asks for it.
+    """
+
+    value: float
+    chance: float | None = None
+    log_ratio: Callable[[float], float] | None = None
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What published series say of a relation's parameters for a model of some family.
+
+    Attributes:
+        means: Mean of each parameter.
+        deviations: Standard deviation of each over models.
+    """
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+
+Points = Sequence[tuple[float, float]]
+Predict = Callable[[float, Dense, Sequence[float]], float]
+Fit = Callable[[Points, Dense, "Prior | None"], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One relation.
+
+    Attributes:
+        name: Its name on the command line; one for each quantity.
+        quantity: What it predicts.
+        formula: How a person writes it.
+        source: Where it comes from.
+        parameters: Names of what is fitted; none for a relation that needs no measurement of a slice.
+        predict: Takes s, the dense figure and the parameters; returns ln PPL or the accuracy.
+        fit: Takes pairs of s and ln PPL or accuracy, the dense figure, and a prior, which most ignore; returns the
+            parameters.
+        needs_chance: It has no meaning without a chance level above 0.
+        needs_log_ratio: It predicts from the perplexity.
+        has_prior: Its fit weighs the points against the prior, so that fewer points than parameters are enough.
+    """
+
+    name: str
+    quantity: Quantity
+    formula: str
+    source: str
+    parameters: tuple[str, ...]
+    predict: Predict
+    fit: Fit
+    needs_chance: bool = False
+    needs_log_ratio: bool = False
+    has_prior: bool = False
+
+    def why_not(self, dense: Dense) -> str:
+        """Say why the relation has no meaning for a dense figure; empty where it has."""
+        if self.needs_chance and not dense.chance:
+            return "it needs a chance level above 0"
+        if self.needs_log_ratio and dense.log_ratio is None:
+            return "it needs the perplexity"
+        return ""
+
+
+def _nothing(_points: Points, _dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
+    """Fit no parameters."""
+    return ()
+
+
+def _additive(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 + c φ(s), whose least squares are closed."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        return dense.value + parameters[0] * shape(sparsity)
+
+    def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
+        shapes = np.array([shape(sparsity) for sparsity, _ in points])
+        damages = np.array([value - dense.value for _, value in points])
+        return (float(shapes @ damages / (shapes @ shapes)),)
+
+    return predict, fit
+
+
+def _power() -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 + c s^p, with a prior of p."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        scale, exponent = parameters
+        return float(dense.value + scale * sparsity**exponent)
+
+    def fit(points: Points, dense: Dense, prior: Prior | None) -> tuple[float, ...]:
+        exponent, deviation = (USUAL_EXPONENT, 1.0) if prior is None else (prior.means[1], prior.deviations[1])
+        damages = np.array([max(value - dense.value, LEAST_DAMAGE) for _, value in points])
+        logs = np.log([sparsity for sparsity, _ in points])
+        # a straight line through ln D against ln s; a small D is known less well on this scale
+        weights = 1 / (RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2)
+        centre = weights @ logs / weights.sum()
+        level = weights @ np.log(damages) / weights.sum()
+        strength = 1 / max(deviation, 1e-3) ** 2
+        slope = weights @ ((logs - centre) * (np.log(damages) - level)) + strength * exponent
+        slope /= weights @ (logs - centre) ** 2 + strength
+        return (math.exp(level - slope * centre), float(slope))
+
+    return predict, fit
+
+
+def _exponent() -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 / (1 - s)^b."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        return float(dense.value / (1 - sparsity) ** parameters[0])
+
+    def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
+        removed = np.array([-math.log1p(-sparsity) for sparsity, _ in points])
+        values = np.array([value for _, value in points])
+        ratios = np.log(np.maximum(values / dense.value, 1e-9))
+        weights = values**2  # makes the errors of ln ln PPL those of ln PPL to first order
+        return (float((weights * removed) @ ratios / ((weights * removed) @ removed)),)
+
+    return predict, fit
+
+
+def _decay() -> tuple[Predict, Fit]:
+    """Return predict and fit of acc = h + (acc0 - h) exp(-r s^1.5)."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        chance = dense.chance or 0.0
+        return chance + (dense.value - chance) * math.exp(-parameters[0] * sparsity**1.5)
+
+    return predict, _search(predict)
+
+
+def _from_perplexity() -> tuple[Predict, Fit]:
+    """Return predict and fit of acc = acc0 exp(-r D)."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        assert dense.log_ratio is not None
+        return dense.value * math.exp(-parameters[0] * dense.log_ratio(sparsity))
+
+    return predict, _search(predict)
+
+
+def _search(predict: Predict, start: float = 1.0, steps: int = 30) -> Fit:
+    """Return a least-squares fit of the one parameter of a smooth relation, by Gauss-Newton steps."""
+
+    def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
+        values = np.array([value for _, value in points])
+
+        def predicted(parameter: float) -> np.ndarray:
+            return np.array([predict(sparsity, dense, (parameter,)) for sparsity, _ in points])
+
+        parameter, size = start, 1e-6
+        for _ in range(steps):
+            residual = values - predicted(parameter)
+            slope = (predicted(parameter + size) - predicted(parameter - size)) / (2 * size)
+            curvature = float(slope @ slope)
+            if curvature < 1e-18:
+                break
+            step = float(np.clip(slope @ residual / curvature, -2.0, 2.0))
+            parameter += step
+            if abs(step) < 1e-10:
+                break
+        return (parameter,)
+
+    return fit
+
+
+def _paper_perplexity(sparsity: float, dense: Dense, _parameters: Sequence[float]) -> float:
+    return dense.value / (1 - sparsity)
+
+
+def _paper_accuracy(sparsity: float, dense: Dense, _parameters: Sequence[float]) -> float:
+    assert dense.chance
+    return float(dense.value ** (1 - sparsity) * dense.chance**sparsity)
+
+
+def _linear_accuracy(sparsity: float, dense: Dense, _parameters: Sequence[float]) -> float:
+    chance = dense.chance or 0.0
+    return chance + (dense.value - chance) * (1 - sparsity)
+
+
+BUILT_IN: tuple[Relation, ...] = (
+    Relation(
+        "paper", "perplexity", "ln PPL0 / ln PPL = 1 - s", f"{PAPER}, the relation of perplexity", (),
+        _paper_perplexity, _nothing,
+    ),
+    Relation(
+        "power", "perplexity", "ln PPL = ln PPL0 + c s^1.5", "fitted to published measurements, docs/relations.md",
+        ("c",), *_additive(lambda sparsity: sparsity**1.5),
+    ),
+    Relation(
+        "odds", "perplexity", "ln PPL = ln PPL0 + c s/(1-s)",
+        f"{PAPER} with its constant ln PPL0 set free, docs/relations.md", ("c",),
+        *_additive(lambda sparsity: sparsity / (1 - sparsity)),
+    ),
+    Relation(
+        "exponent", "perplexity", "ln PPL = ln PPL0 / (1-s)^b",
+        f"{PAPER} with its exponent set free, docs/relations.md", ("b",), *_exponent(),
+    ),
+    Relation(
+        "free-power", "perplexity", "ln PPL = ln PPL0 + c s^p", "fitted to published measurements, docs/relations.md",
+        ("c", "p"), *_power(), has_prior=True,
+    ),
+    Relation(
+        "paper", "accuracy", "ln(acc/h) = (1 - s) ln(acc0/h)",
+        f"{PAPER}, a reading of its logarithmic form, docs/relations.md", (), _paper_accuracy, _nothing,
+        needs_chance=True,
+    ),
+    Relation(
+        "linear", "accuracy", "acc = h + (acc0 - h)(1 - s)", "docs/relations.md", (), _linear_accuracy, _nothing,
+    ),
+    Relation(
+        "decay", "accuracy", "acc = h + (acc0 - h) exp(-r s^1.5)",
+        "fitted to published measurements, docs/relations.md", ("r",), *_decay(),
+    ),
+    Relation(
+        "from-perplexity", "accuracy", "acc = acc0 exp(-r D)", "fitted to published measurements, docs/relations.md",
+        ("r",), *_from_perplexity(), needs_log_ratio=True,
+    ),
+)  # fmt: skip
+
+
+def relations_of(quantity: Quantity) -> list[Relation]:
+    """Return the relations of a quantity, the built-in ones first, then those of plugins."""
+    from slicecli.plugins import plugins
+
+    return [one for one in (*BUILT_IN, *plugins().relations) if one.quantity == quantity]
+
+
+def relation_named(name: str, quantity: Quantity) -> Relation:
+    """Find a relation.
+
+    Raises:
+        RequestError: There is none of that name.
+    """
+    found = relations_of(quantity)
+    for relation in found:
+        if relation.name == name:
+            return relation
+    names = ", ".join(one.name for one in found)
+    raise RequestError(f"There is no relation {name!r} for {quantity}.", f"There are: {names}.")

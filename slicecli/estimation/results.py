@@ -1,0 +1,241 @@
+"""Results files: measured figures as `eval` and `sweep` write them, read back as series to fit.
+
+An eval document is one measured model; a sweep's holds one of the dense model and one of each slice. Whatever the
+files, documents are grouped by dense model, method, calibration, text or task, and the settings of the measurement:
+what differs in any of these is not one series.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slicecli.errors import RequestError
+from slicecli.estimation.curves import Curve, curve_from_json, fit_curve
+from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.relations import Dense, Quantity
+
+__all__ = ["Group", "curves_document", "fit_results", "read_curves", "read_documents", "series_of"]
+
+SETTINGS = ("sequence_length", "limit", "num_fewshot")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One series and the settings it was measured with.
+
+    Attributes:
+        series: The series.
+        settings: The settings.
+    """
+
+    series: Series
+    settings: Mapping[str, Any]
+
+
+def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read results files; return their eval documents.
+
+    Raises:
+        RequestError: A file cannot be read or is not a results file.
+    """
+    documents: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            raise RequestError(
+                f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote."
+            ) from None
+        found = list(_documents(content))
+        if not found:
+            raise RequestError(f"{path.name!r} holds no results.", "Give files that eval -o or sweep wrote.")
+        documents += found
+    return documents
+
+
+def _documents(content: Any) -> Iterator[dict[str, Any]]:
+    """Yield the eval documents in a file's content."""
+    if not isinstance(content, dict):
+        return
+    if isinstance(content.get("points"), list) and isinstance(content.get("dense"), dict):
+        yield content["dense"]
+        yield from (point for point in content["points"] if isinstance(point, dict))
+        return
+    if isinstance(content.get("baseline"), dict):
+        yield content["baseline"]
+    if isinstance(content.get("perplexity"), dict):
+        yield content
+
+
+def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """Group eval documents into series; those of perplexity come first.
+
+    Raises:
+        RequestError: A slice's dense model is not among the documents, or a document is not complete.
+    """
+    try:
+        dense: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        slices: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+        about: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        for document in documents:
+            for quantity, evaluation, figure in _figures(document):
+                settings = tuple(str((document.get("evaluation") or {}).get(name)) for name in SETTINGS)
+                key = (_source(document), quantity, evaluation, *settings)
+                if document["dim"] == document["hidden_size"]:
+                    dense[key] = figure
+                else:
+                    own = (*key, str(document["method"]), _calibration(document))
+                    slices[own][int(document["dim"])] = {**figure, "hidden_size": document["hidden_size"]}
+                    about[own] = document
+        groups = []
+        for own, figures in slices.items():
+            key = own[:-2]
+            if key not in dense:
+                raise RequestError(
+                    f"The results have slices of {key[0]} measured on {key[2]}, and not the dense model.",
+                    "Measure it with the same settings (slicecli eval, -o) and give that file too.",
+                )
+            groups.append(_group(own, dense[key], figures, about[own]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"A results file is not complete: {type(error).__name__}: {error}.", "Measure again with this version."
+        ) from None
+    return sorted(groups, key=lambda group: group.series.quantity != "perplexity")
+
+
+def _figures(document: Mapping[str, Any]) -> Iterator[tuple[Quantity, str, Mapping[str, Any]]]:
+    for text, figure in (document.get("perplexity") or {}).items():
+        yield "perplexity", text, figure
+    for task, figure in (document.get("tasks") or {}).items():
+        if figure.get("value") is not None:
+            yield "accuracy", task, figure
+
+
+def _source(document: Mapping[str, Any]) -> str:
+    return str((document.get("source") or {}).get("model") or document["model"])
+
+
+def _calibration(document: Mapping[str, Any]) -> str:
+    """Return what a slice was calibrated on, in words."""
+    calibration = document.get("calibration") or {}
+    return (
+        f"{calibration.get('text', 'unknown')}, {calibration.get('samples', '?')} x "
+        f"{calibration.get('sequence_length', '?')} tokens"
+    )
+
+
+def _group(
+    own: tuple[str, ...], dense: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], about: Mapping[str, Any]
+) -> Group:
+    model, kind, evaluation, *_, method, calibration = own
+    quantity: Quantity = "perplexity" if kind == "perplexity" else "accuracy"
+    points = []
+    for dim, figure in figures.items():
+        value, stderr = float(figure["value"]), figure.get("stderr")
+        if not (math.isfinite(value) and value > 0):
+            continue
+        if quantity == "perplexity":
+            stderr = None if stderr is None else float(stderr) / value
+            value = math.log(value)
+        points.append(Point(1 - dim / figure["hidden_size"], value, stderr, dim))
+    value, chance = float(dense["value"]), dense.get("chance")
+    context = Dense(math.log(value)) if quantity == "perplexity" else Dense(value, chance)
+    ordered = tuple(sorted(points, key=lambda point: point.sparsity))
+    series = Series(
+        model, str(about.get("model_type") or "?"), method, calibration, quantity, evaluation, context, ordered
+    )
+    settings = {name: (about.get("evaluation") or {}).get(name) for name in SETTINGS}
+    return Group(series, {name: value for name, value in settings.items() if value is not None})
+
+
+def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Curve]:
+    """Fit a curve to each series; those of tasks may lean on the perplexity of the same slices.
+
+    Args:
+        groups: As `series_of` returns them, perplexity first.
+        relation: Name of a relation for the quantities that have one of that name; the others choose.
+
+    Raises:
+        RequestError: No quantity has a relation of that name, or it cannot be fitted.
+    """
+    from slicecli.estimation.relations import relation_named, relations_of
+
+    if relation is not None and not any(
+        one.name == relation for group in groups for one in relations_of(group.series.quantity)
+    ):
+        relation_named(relation, "perplexity")
+    curves: list[Curve] = []
+    for group in groups:
+        series = group.series
+        if series.quantity == "accuracy":
+            series = _with_log_ratio(series, curves)
+        name = relation if any(one.name == relation for one in relations_of(series.quantity)) else None
+        curves.append(fit_curve(series, name, group.settings))
+    return curves
+
+
+def _with_log_ratio(series: Series, curves: Sequence[Curve]) -> Series:
+    """Let relations on a task ask for the perplexity of the same slices, as their curve has it."""
+    import dataclasses
+
+    for curve in curves:
+        other = curve.series
+        if other.quantity == "perplexity" and (other.model, other.method, other.calibration) == (
+            series.model,
+            series.method,
+            series.calibration,
+        ):
+            dense = dataclasses.replace(series.dense, log_ratio=log_ratio_of(curve))
+            return dataclasses.replace(series, dense=dense)
+    return series
+
+
+def log_ratio_of(curve: Curve) -> Any:
+    """Return D by a curve of perplexity, as a function of the fraction removed."""
+    return lambda sparsity: max(0.0, curve.predict(sparsity).value - curve.series.dense.value)
+
+
+def curves_document(curves: Sequence[Curve], documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what `fit` reports and writes: all curves, the first of perplexity apart, and the measured points."""
+    return {
+        "points": [
+            {
+                name: document.get(name)
+                for name in ("source", "method", "dim", "sparsity", "hidden_size", "parameters", "perplexity", "tasks")
+            }
+            for document in sorted(documents, key=lambda one: (str(one.get("source")), -float(one.get("dim") or 0)))
+        ],
+        "curve": curves[0].to_json() if curves else None,
+        "curves": [curve.to_json() for curve in curves],
+    }
+
+
+def read_curves(content: Any) -> list[Curve]:
+    """Read the curves of a file that `fit` or `sweep` wrote, or of a record.
+
+    Raises:
+        RequestError: There are none.
+    """
+    found = content.get("curves") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+        raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")
+    curves: list[Curve] = []
+    for fields in sorted(found, key=lambda one: one.get("quantity") != "perplexity"):
+        known = next(
+            (
+                log_ratio_of(curve)
+                for curve in curves
+                if curve.series.quantity == "perplexity"
+                and (curve.series.model, curve.series.method, curve.series.calibration)
+                == (fields.get("model"), fields.get("method"), fields.get("calibration"))
+            ),
+            None,
+        )
+        curves.append(curve_from_json(fields, known))
+    return curves

@@ -1,0 +1,314 @@
+"""How far a relation errs on models it was not fitted to, and near points it was: where intervals come from.
+
+The deviation z of a measurement from a relation is taken on a scale where deviations of a series lie on a line. Of
+perplexity z = ln D - ln D̂, a factor on what is lost, over x = ln(D̂(s)/D̂(1/4)). Of accuracy z is the error of acc in
+units of 4s (acc0 - h), the share of what the dense model is better than chance per removed quarter, over x = ln 4s. A
+series then has an intercept a and a slope b, and
+
+    a = mean + family + model + calibration,     b = mean + family + model,     z = a + b x + noise
+
+with independent normal terms. Their variances are learnt from published series by moments: families weigh the same,
+models weigh the same within a family. A new model of a known family keeps what is known of the family. Measured points
+of the model itself ("anchors") replace the prior of a; of b they leave a prior of mean zero and the second moment that
+the published series show, so that an interval widens with the distance from the anchors.
+
+Quantiles are those of Student's t, with the degrees of freedom of the variances that matter most.
+
+Legend: D = ln(PPL/PPL0), a hat marks what the relation predicts, s fraction of the hidden size removed, acc0 dense
+accuracy, h chance level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.relations import Dense, Prior, Quantity, Relation
+
+__all__ = ["CONFIDENCE", "FLOOR", "Deviation", "Level", "Spread", "deviation", "interval", "learn_spread", "shared_fit"]
+
+CONFIDENCE = 0.9
+REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is published
+# what repeated measurements of one slice differ by: printed perplexities of reruns agree to half a percent, published
+# accuracies have standard errors of about a point
+FLOOR: dict[Quantity, float] = {"perplexity": 0.005, "accuracy": 0.01}
+SMALLEST_DAMAGE = 1e-6
+LEAST_MARGIN = 0.02  # of a dense accuracy above chance
+FEWEST_FOR_SLOPE = 3
+SHORTEST_RANGE = 0.3
+PRIOR_DEGREES = 4
+FEWEST_DEGREES = 2.0  # below, the quantiles of t say nothing any more
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """What is expected of z, at one x.
+
+    Attributes:
+        mean: Its mean.
+        deviation: Its standard deviation.
+        degrees: Degrees of freedom of that.
+    """
+
+    mean: float
+    deviation: float
+    degrees: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval of z."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.degrees, (1 + CONFIDENCE) / 2)) * self.deviation
+
+
+@dataclass(frozen=True)
+class Level:
+    """Means and variances of one coefficient over models and families.
+
+    Attributes:
+        mean: Mean over the families.
+        family_variance: Between families.
+        model_variance: Between the models of a family.
+        degrees: Degrees of freedom of `model_variance`.
+        families: Mean of each family, and its number of models.
+    """
+
+    mean: float
+    family_variance: float
+    model_variance: float
+    degrees: int
+    families: Mapping[str, tuple[float, int]]
+
+    @classmethod
+    def learn(cls, by_model: Mapping[tuple[str, str], float]) -> Level:
+        """Learn it from the coefficient of each model, by family and model."""
+        grouped: dict[str, list[float]] = defaultdict(list)
+        for (family, _), value in by_model.items():
+            grouped[family].append(value)
+        degrees = max(1, sum(len(some) - 1 for some in grouped.values()))
+        squares = sum(float(np.var(some)) * len(some) for some in grouped.values())
+        model_variance = squares / degrees
+        means = [float(np.mean(some)) for some in grouped.values()]
+        between = float(np.var(means, ddof=1)) if len(means) > 1 else 0.0
+        return cls(
+            mean=float(np.mean(means)),
+            # so few families tell little: they never differ by less than their models do
+            family_variance=max(between, model_variance),
+            model_variance=model_variance,
+            degrees=degrees,
+            families={family: (float(np.mean(some)), len(some)) for family, some in grouped.items()},
+        )
+
+    def of_new_model(self, family: str) -> tuple[float, float, float]:
+        """Return mean, variance and degrees of freedom of the coefficient for a model that is not among these."""
+        if self.model_variance == 0:
+            return self.mean, 0.0, float(self.degrees)
+        if family in self.families:
+            mean, models = self.families[family]
+            precision = models / self.model_variance + 1 / self.family_variance
+            centre = (mean * models / self.model_variance + self.mean / self.family_variance) / precision
+            return centre, self.model_variance + 1 / precision, float(self.degrees)
+        count = len(self.families)
+        families = self.family_variance * (1 + 1 / count)
+        variance = families + self.model_variance
+        # Satterthwaite's degrees of freedom of the sum
+        parts = families**2 / max(count - 1, 1) + self.model_variance**2 / self.degrees
+        return self.mean, variance, max(variance**2 / parts, FEWEST_DEGREES)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a relation errs over published series.
+
+    Attributes:
+        relation: The relation.
+        parameters: What it is learnt against: fitted to all families alike.
+        intercept: Of a.
+        slope: Of b.
+        calibration_variance: Of a between the calibrations of a model.
+        noise_variance: Of z about the line of its series.
+        models: Number of models it was learnt from.
+        parameter_levels: Of each parameter over the models' own fits.
+    """
+
+    relation: Relation
+    parameters: tuple[float, ...]
+    intercept: Level
+    slope: Level
+    calibration_variance: float
+    noise_variance: float
+    models: int
+    parameter_levels: tuple[Level, ...]
+
+    def prior(self, family: str) -> Prior:
+        """Return what the published series say of the parameters for a new model of a family."""
+        found = [level.of_new_model(family) for level in self.parameter_levels]
+        return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
+
+    def of_new_model(self, family: str, coordinate: float) -> Deviation:
+        """Return what to expect of a model without any measurement."""
+        mean, variance, degrees = self.intercept.of_new_model(family)
+        slope, slope_variance, _ = self.slope.of_new_model(family)
+        total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
+        return Deviation(mean + slope * coordinate, math.sqrt(total), degrees)
+
+    def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
+        """Return what to expect of a model with measured points, about the relation fitted to them.
+
+        Args:
+            family: Its family.
+            anchors: Coordinate x, deviation z from the fit, and variance of the measurement of z, of each.
+            coordinate: Where.
+        """
+        mean, variance, _ = self.slope.of_new_model(family)
+        # a fit with a prior has the family's mean slope already
+        slope_precision = 1 / (variance + (0.0 if self.relation.has_prior else mean**2) + 1e-6)
+        noise, degrees = self._noise(anchors)
+        places = np.array([[1.0, x] for x, _, _ in anchors])
+        weights = np.array([1 / (noise + own) for _, _, own in anchors])
+        precision = (places * weights[:, None]).T @ places + np.diag([1e-9, slope_precision])
+        here = np.array([1.0, coordinate])
+        fitted = float(here @ np.linalg.solve(precision, here))
+        return Deviation(0.0, math.sqrt(fitted + noise), degrees)
+
+    def _noise(self, anchors: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+        """Return the variance of z about the fit, from the published series and the residuals, and its degrees."""
+        residual_degrees = max(0, len(anchors) - max(1, len(self.relation.parameters)))
+        # a deviation of a point that is measured badly says less
+        squares = sum(z**2 * self.noise_variance / (self.noise_variance + own) for _, z, own in anchors)
+        degrees = PRIOR_DEGREES + residual_degrees
+        if residual_degrees == 0:
+            return self.noise_variance, float(PRIOR_DEGREES)
+        return (PRIOR_DEGREES * self.noise_variance + squares) / degrees, float(degrees)
+
+
+def coordinate(relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float) -> float:
+    """Return x of a fraction removed."""
+    if relation.quantity == "accuracy":
+        return math.log(sparsity / REFERENCE)
+    return math.log(_damage(relation, dense, parameters, sparsity) / _damage(relation, dense, parameters, REFERENCE))
+
+
+def deviation(
+    relation: Relation, dense: Dense, parameters: Sequence[float], point: Point
+) -> tuple[float, float, float] | None:
+    """Return x, z and the variance of the measurement of z; `None` where the slice lost nothing measurable."""
+    x = coordinate(relation, dense, parameters, point.sparsity)
+    predicted = relation.predict(point.sparsity, dense, parameters)
+    error = max(point.stderr or 0.0, FLOOR[relation.quantity])
+    if relation.quantity == "accuracy":
+        scale = _accuracy_scale(dense, point.sparsity)
+        return x, (point.value - predicted) / scale, (error / scale) ** 2
+    damage = point.value - dense.value
+    if damage <= SMALLEST_DAMAGE:
+        return None
+    expected = _damage(relation, dense, parameters, point.sparsity)
+    return x, math.log(damage / expected), (error / damage) ** 2
+
+
+def interval(
+    relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float, expected: Deviation
+) -> tuple[float, float]:
+    """Return the interval of ln PPL or accuracy that belongs to what is expected of z."""
+    predicted = relation.predict(sparsity, dense, parameters)
+    floor = FLOOR[relation.quantity]
+    bounds = (expected.mean - expected.half_width, expected.mean + expected.half_width)
+    if relation.quantity == "accuracy":
+        scale = _accuracy_scale(dense, sparsity)
+        low, high = (predicted + bound * scale for bound in bounds)
+        return max(0.0, low - floor), min(1.0, high + floor)
+    damage = _damage(relation, dense, parameters, sparsity)
+    low, high = (dense.value + damage * math.exp(min(bound, 50.0)) for bound in bounds)
+    return low - floor, high + floor
+
+
+def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
+    """Learn how a relation errs from published series.
+
+    Args:
+        relation: The relation.
+        series: Of its quantity.
+    """
+    usable = [one for one in series if not relation.why_not(one.dense)]
+    parameters = shared_fit(relation, usable)
+    intercepts: dict[tuple[str, str], list[float]] = defaultdict(list)
+    slopes: dict[tuple[str, str], list[float]] = defaultdict(list)
+    squares, degrees = 0.0, 0
+    for one in usable:
+        found = [deviation(relation, one.dense, parameters, point) for point in one.points]
+        line = np.array([pair for pair in found if pair is not None])
+        if len(line) == 0:
+            continue
+        key = (one.family, one.model)
+        if len(line) >= FEWEST_FOR_SLOPE and np.ptp(line[:, 0]) > SHORTEST_RANGE:
+            slope, intercept = np.polyfit(line[:, 0], line[:, 1], 1)
+            slopes[key].append(float(slope))
+            intercepts[key].append(float(intercept))
+            residuals = line[:, 1] - intercept - slope * line[:, 0]
+            squares += float(residuals @ residuals)
+            degrees += len(line) - 2
+        else:
+            intercepts[key].append(float(line[:, 1].mean()))
+    within = sum(float(np.var(some)) * len(some) for some in intercepts.values())
+    repeats = sum(len(some) - 1 for some in intercepts.values())
+    return Spread(
+        relation=relation,
+        parameters=parameters,
+        intercept=Level.learn({key: float(np.mean(some)) for key, some in intercepts.items()}),
+        slope=Level.learn({key: float(np.mean(some)) for key, some in slopes.items()}),
+        calibration_variance=within / max(1, repeats),
+        noise_variance=max(squares / max(1, degrees), 1e-4),
+        models=len(intercepts),
+        parameter_levels=_parameter_levels(relation, usable),
+    )
+
+
+def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, str], np.ndarray]:
+    """Return the parameters of each model, the mean over its series, by family and model."""
+    by_model: dict[tuple[str, str], list[tuple[float, ...]]] = defaultdict(list)
+    for one in series:
+        pairs = [(point.sparsity, point.value) for point in one.points]
+        by_model[one.family, one.model].append(relation.fit(pairs, one.dense, None))
+    return {key: np.mean(np.array(fits), axis=0) for key, fits in by_model.items()}
+
+
+def _parameter_levels(relation: Relation, series: Sequence[Series]) -> tuple[Level, ...]:
+    fits = own_fits(relation, series) if relation.parameters else {}
+    return tuple(
+        Level.learn({key: float(values[index]) for key, values in fits.items()})
+        for index in range(len(relation.parameters))
+    )
+
+
+def shared_fit(relation: Relation, series: Sequence[Series], family: str | None = None) -> tuple[float, ...]:
+    """Fit one set of parameters to several models: the mean of their own fits.
+
+    Args:
+        relation: The relation.
+        series: Of several models.
+        family: Only models of this family, where there are any; otherwise all families weigh the same.
+    """
+    if not relation.parameters:
+        return ()
+    by_family: dict[str, list[np.ndarray]] = defaultdict(list)
+    for (own_family, _), values in own_fits(relation, series).items():
+        by_family[own_family].append(values)
+    means = {own: np.mean(np.array(fits), axis=0) for own, fits in by_family.items()}
+    chosen = means[family] if family in means else np.mean(np.array(list(means.values())), axis=0)
+    return tuple(float(value) for value in chosen)
+
+
+def _accuracy_scale(dense: Dense, sparsity: float) -> float:
+    """Return what z counts: what the model is better than a guess, for each quarter of the hidden size."""
+    return max(dense.value - (dense.chance or 0.0), LEAST_MARGIN) * sparsity / REFERENCE
+
+
+def _damage(relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float) -> float:
+    """Return D̂, at least a trace."""
+    return max(relation.predict(sparsity, dense, parameters) - dense.value, SMALLEST_DAMAGE)

@@ -1,0 +1,147 @@
+"""How the relations fare on published measurements: each model predicted from the others, or from one of its slices.
+
+Two questions, each answered for models that were left out of everything that was learnt: how far off is the value,
+and how often does the 90 % interval hold the measurement. Three states of knowledge: other models, among them some of
+the family; only models of other families; or, besides other models, one slice of the model itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from slicecli.estimation.measurements import Series, published_series
+from slicecli.estimation.predictions import Prediction, predict_fitted, predict_new
+from slicecli.estimation.relations import Quantity, Relation, relations_of
+from slicecli.estimation.spread import learn_spread, shared_fit
+
+__all__ = ["ANCHOR", "KNOWLEDGE", "Check", "Knowledge", "Row", "check_relations", "summary"]
+
+Knowledge = Literal["other models", "other families", "one slice"]
+KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
+ANCHOR = 0.2  # s of the slice that is known
+ANCHOR_RANGE = 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published point, predicted without its model.
+
+    Attributes:
+        series: The series it belongs to.
+        sparsity: s.
+        measured: ln PPL or accuracy.
+        prediction: What was predicted.
+    """
+
+    series: Series
+    sparsity: float
+    measured: float
+    prediction: Prediction
+
+    @property
+    def error(self) -> float:
+        """The absolute error: of perplexity as a fraction of it, of accuracy as it is."""
+        if self.series.quantity == "accuracy":
+            return abs(self.prediction.value - self.measured)
+        return abs(math.expm1(self.prediction.value - self.measured))
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the interval holds the measurement."""
+        return self.prediction.low <= self.measured <= self.prediction.high
+
+
+@dataclass(frozen=True)
+class Check:
+    """A relation checked in one state of knowledge.
+
+    Attributes:
+        relation: The relation.
+        knows: The state of knowledge.
+        rows: The points.
+    """
+
+    relation: Relation
+    knows: Knowledge
+    rows: tuple[Row, ...]
+
+
+def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
+    """Predict every published point of a quantity by every relation, leaving its model out.
+
+    Args:
+        quantity: Perplexity or accuracy.
+        largest: Only points with s up to this.
+    """
+    checks = []
+    for relation in relations_of(quantity):
+        usable = [one for one in published_series(quantity) if not relation.why_not(one.dense)]
+        for knows in KNOWLEDGE:
+            if knows != "one slice" or relation.parameters:
+                rows = [row for row in _rows(relation, usable, knows) if row.sparsity <= largest]
+                checks.append(Check(relation, knows, tuple(rows)))
+    return checks
+
+
+def _rows(relation: Relation, usable: Sequence[Series], knows: Knowledge) -> Iterator[Row]:
+    """Yield the predictions of all points."""
+    for model in dict.fromkeys(one.model for one in usable):
+        own = [one for one in usable if one.model == model]
+        family = own[0].family
+        others = [one for one in usable if one.model != model and (knows != "other families" or one.family != family)]
+        spread = learn_spread(relation, others)
+        shared = shared_fit(relation, others, family)
+        for one in own:
+            if knows != "one slice":
+                for point in one.points:
+                    expected = predict_new(spread, shared, one.dense, family, one.method, point.sparsity)
+                    yield Row(one, point.sparsity, point.value, expected)
+                continue
+            anchor = next((point for point in one.points if abs(point.sparsity - ANCHOR) <= ANCHOR_RANGE), None)
+            if anchor is None:
+                continue
+            fitted = relation.fit([(anchor.sparsity, anchor.value)], one.dense, spread.prior(family))
+            for point in one.points:
+                if point is not anchor:
+                    expected = predict_fitted(spread, fitted, one.dense, family, [anchor], point.sparsity)
+                    yield Row(one, point.sparsity, point.value, expected)
+
+
+def summary(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """Return lines for each check, of all points and of each family: errors and coverage.
+
+    The error over all is the mean of the families', so that a family with many published points does not decide.
+    """
+    lines = []
+    for check in checks:
+        groups: dict[str, list[Row]] = defaultdict(list)
+        for row in check.rows:
+            groups[row.series.family].append(row)
+        found = {group: _line(check, group, rows) for group, rows in groups.items()}
+        if not found:
+            continue
+        whole = _line(check, "all", list(check.rows))
+        for name in ("mean_error", "median_error"):
+            whole[name] = float(np.mean([line[name] for line in found.values()]))
+        lines += [whole, *found.values()]
+    return lines
+
+
+def _line(check: Check, group: str, rows: list[Row]) -> dict[str, Any]:
+    errors = [row.error for row in rows]
+    return {
+        "relation": check.relation.name,
+        "knows": check.knows,
+        "family": group,
+        "points": len(rows),
+        "models": len({row.series.model for row in rows}),
+        "mean_error": float(np.mean(errors)),
+        "median_error": float(np.median(errors)),
+        "coverage": sum(row.is_covered for row in rows) / len(rows),
+    }
