@@ -59,15 +59,15 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_whole_file(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+def write_whole_file(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; text is encoded as UTF-8.
 
     Raises:
         OutputError: It cannot be written.
     """
     partial = path.with_name(f".{path.name}.incomplete")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
         raise _writing_error(path, error) from error

@@ -26,7 +26,7 @@ from slicecli.errors import (
     reason_of,
 )
 from slicecli.layouts import custom_code_config, stock_config
-from slicecli.memory import peak_memory_bytes
+from slicecli.memory import available_memory_bytes, peak_memory_bytes
 from slicecli.modeling import CODE_FILES, CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
     from slicecli.slicing.published import Orientation
-    from slicecli.slicing.state import Progress, Target
+    from slicecli.slicing.state import DenseModel, Progress, Target
 
 __all__ = [
     "ChosenAdapter",
@@ -59,6 +59,7 @@ __all__ = [
 DEFAULT_SEQUENCE_LENGTH = 2048
 # enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
 TOKENS_PER_UNKNOWN = 16
+MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
 BATCH_TOKENS = {"cpu": 4096, "other": 16384}
 
 
@@ -345,7 +346,8 @@ def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
 def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     """Do a job, and write a whole folder for each of its slices.
 
-    The refit makes one pass for statistics and one for all the slices; the published method a pass for each.
+    The refit makes one pass for statistics and one for all the slices whose streams fit the memory together; the
+    published method a pass for each.
 
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
@@ -377,7 +379,8 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
         energies: list[Energy]
         if options.method == "refit":
             basis = collect_basis(dense, batches, progress)
-            refit(dense, basis, targets, batches, progress)
+            for group in _groups_in_memory(job, dense, rows.tokens):
+                refit(dense, basis, [targets[index] for index in group], batches, progress)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
             energies = []
@@ -403,6 +406,33 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
                 )
             )
     return reports
+
+
+def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
+    """Divide the slices of a job into groups whose streams fit the memory that is free, in order.
+
+    A group shares the dense half of the refit; a slice that is alone too large for it is a group of its own.
+
+    Args:
+        job: The job.
+        dense: The dense model.
+        tokens: Calibration tokens.
+    """
+    most_steps = max(len(block.steps) for block in job.dimensions.declared_blocks)
+    per_number = tokens * dense.dtype.itemsize
+    room = MEMORY_SHARE * available_memory_bytes(dense.device)
+    # the dense stream, and the dense stream at each step of a block
+    room -= per_number * dense.dimensions.hidden_size * (most_steps + 1)
+    groups: list[list[int]] = []
+    taken = 0.0
+    for index, (plan, _, _) in enumerate(job.slices):
+        needed = float(per_number * plan.dim)
+        if not groups or taken + needed > room:
+            groups.append([])
+            taken = 0.0
+        groups[-1].append(index)
+        taken += needed
+    return groups
 
 
 def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:

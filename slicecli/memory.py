@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["peak_memory_bytes", "return_freed_memory_at_once"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["available_memory_bytes", "peak_memory_bytes", "return_freed_memory_at_once"]
 
 _M_MMAP_THRESHOLD = -3
 _THRESHOLD_BYTES = 2**20
@@ -20,6 +24,18 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Return the memory that is free for new tensors on a device, in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def return_freed_memory_at_once() -> None:

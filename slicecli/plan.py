@@ -27,6 +27,7 @@ __all__ = [
     "Width",
     "parse_bytes",
     "parse_count",
+    "preferred_dims",
 ]
 
 Method = Literal["refit", "slicegpt"]
@@ -115,7 +116,7 @@ class Width:
         if self.dim is not None:
             sizes.check_dim(self.dim)
             return self.dim
-        legal = _preferred_dims(sizes)
+        legal = preferred_dims(sizes)
         if not legal:
             raise RequestError("This model has no legal dim below its hidden size.")
         if self.sparsity is not None:
@@ -189,7 +190,7 @@ class SlicePlan:
         return self.sliced_parameters * DTYPE_BYTES[self.dtype]
 
 
-def _preferred_dims(sizes: SliceSizes) -> list[int]:
+def preferred_dims(sizes: SliceSizes) -> list[int]:
     """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
     tile = math.lcm(sizes.dim_multiple, TILE)
     if tile * 32 > sizes.hidden_size:

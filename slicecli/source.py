@@ -22,7 +22,15 @@ from slicecli.plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "Source", "checkpoint_tensors", "empty_model", "parameter_shapes", "with_plain_experts"]
+__all__ = [
+    "DESCRIPTION_FILES",
+    "DenseWeights",
+    "Source",
+    "checkpoint_tensors",
+    "empty_model",
+    "parameter_shapes",
+    "with_plain_experts",
+]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -44,7 +52,8 @@ COMPANION_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
-SMALL_FILES = ("config.json", INDEX_FILE, "README.md", "slicecli.json", *COMPANION_FILES)
+DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
+SMALL_FILES = (*DESCRIPTION_FILES, INDEX_FILE, *COMPANION_FILES)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,16 @@ class Source:
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        files: tuple[str, ...] = SMALL_FILES,
     ) -> Source:
         """Find a model by Hub id or folder and read its config.
+
+        Args:
+            model: Hub id or folder.
+            revision: Revision on the Hub.
+            token: Hub token.
+            trust_remote_code: Whether code from the repository may run; it is fetched then.
+            files: What is fetched from the Hub.
 
         Raises:
             SourceError: It does not exist, cannot be reached, or has no readable config.
@@ -94,7 +111,7 @@ class Source:
         elif model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise SourceError(f"There is no folder {model!r}.", "Check the path, or give a Hub id such as owner/name.")
         else:
-            folder = _download(model, revision, token, SMALL_FILES + (("*.py",) if trust_remote_code else ()))
+            folder = _download(model, revision, token, files + (("*.py",) if trust_remote_code else ()))
             name, commit = model, folder.name
         return cls(name, folder, revision, commit, _read_config(folder, name), token, trust_remote_code)
 

@@ -20,7 +20,11 @@ __all__ = ["group", "main"]
 
 COMMANDS = {
     "slice": "Slice the hidden size of a model.",
-    "eval": "Measure the perplexity of a model.",
+    "estimate": "Tell what slices would cost and how good they would be, from the config alone.",
+    "eval": "Measure a model: perplexity and tasks.",
+    "sweep": "Slice a model to many dims, measure each, and fit a prediction curve.",
+    "fit": "Fit prediction curves to measured slices.",
+    "relations": "List the relations between width and quality, or validate them.",
     "inspect": "Show how a model would be sliced, from its config alone.",
     "generate": "Continue a prompt with a model.",
     "adapters": "List the model families that can be sliced.",

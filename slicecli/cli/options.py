@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ __all__ = [
     "Bytes",
     "Count",
     "DimList",
+    "Named",
+    "Sweep",
     "check_shard_size",
     "device_map_option",
     "format_option",
@@ -21,6 +24,7 @@ __all__ = [
     "run_options",
 ]
 
+MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -67,6 +71,43 @@ class DimList(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         return tuple(click.INT.convert(part, param, ctx) for part in value.split(","))
+
+
+class Named(click.ParamType):  # type: ignore[type-arg]
+    """A number with a name, such as piqa=0.79; either side of the sign is free of spaces."""
+
+    name = "name=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """Read the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        name, sign, number = value.rpartition("=")
+        if not sign or not name.strip():
+            self.fail(f"{value!r} is not a name, an equals sign and a number.", param, ctx)
+        converted: float = click.FLOAT.convert(number, param, ctx)
+        if not math.isfinite(converted):
+            self.fail(f"{number!r} is not a number.", param, ctx)
+        return name.strip(), converted
+
+
+class Sweep(click.ParamType):  # type: ignore[type-arg]
+    """Fractions such as 0.05:0.5:0.05: from, to and step, both ends included."""
+
+    name = "sweep"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Read the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(":")
+        if len(parts) != 3:
+            self.fail(f"{value!r} is not LO:HI:STEP, such as 0.05:0.5:0.05.", param, ctx)
+        low, high, step = (click.FLOAT.convert(part, param, ctx) for part in parts)
+        if not (0 < low <= high < 1 and step > 0) or (high - low) / step > MOST_STEPS:
+            self.fail(f"{value!r} does not go from one fraction to a larger one in some steps.", param, ctx)
+        count = math.floor((high - low) / step + 1e-9)
+        return tuple(low + step * index for index in range(count + 1))
 
 
 def format_option(function: Function) -> Function:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
 
 __all__ = [
+    "count",
     "note",
     "print_json",
     "print_table",
@@ -81,6 +82,15 @@ def warn_of_broken_plugins() -> None:
 
     for plugin in plugins().broken:
         warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")
+
+
+def count(number: float) -> str:
+    """Return a large number as a person reads it."""
+    for letter in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {letter}".rstrip()
+        number /= 1000
+    return f"{number:.3g} P"
 
 
 def size(count: int) -> str:

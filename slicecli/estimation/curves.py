@@ -76,6 +76,12 @@ class Curve:
         values = [point.sparsity for point in self.series.points]
         return min(values), max(values)
 
+    @property
+    def hidden_size(self) -> int:
+        """The dense model's hidden size, from a point's dim; 1 where no point has one."""
+        known = (round(point.dim / (1 - point.sparsity)) for point in self.series.points if point.dim)
+        return next(known, 1)
+
     def predict(self, sparsity: float) -> Prediction:
         """Predict at a fraction removed, with the interval that the points allow."""
         series = self.series

@@ -1,0 +1,459 @@
+"""`slicecli estimate`: costs and predicted quality of slices, from the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+if TYPE_CHECKING:
+    from slicecli.dimensions import Dimensions
+    from slicecli.estimation.curves import Curve
+    from slicecli.estimation.estimate import Estimate, Forecast
+    from slicecli.estimation.relations import Quantity
+    from slicecli.plan import SliceSizes
+    from slicecli.source import Source
+
+# the fractions that the published study of the relation went through
+USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+
+
+@click.command("estimate")
+@click.argument("model")
+@click.option("--dim", "dims", type=shared.DimList(), metavar="N,N,...", help="Hidden sizes to keep.")
+@click.option("--sweep", type=shared.Sweep(), metavar="LO:HI:STEP", help="Instead: fractions to remove.")
+@click.option(
+    "--target-params", type=shared.Count(), metavar="6B", help="Instead: the largest slice with at most so many."
+)
+@click.option(
+    "--memory", type=shared.Bytes(), metavar="12GiB", help="Instead: the largest whose weights take at most this."
+)
+@click.option(
+    "--max-perplexity", type=float, metavar="P", help="Instead: the smallest that is predicted to stay within this."
+)
+@click.option(
+    "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="How it is sliced."
+)
+@click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
+@click.option("--text", default="wikitext2", show_default=True, metavar="NAME", help="Text the perplexity is of.")
+@click.option(
+    "--dense-perplexity",
+    type=float,
+    metavar="P",
+    help="Of the dense model.  [default: from its card, its slicecli.json, or published]",
+)
+@click.option(
+    "--dense-accuracy",
+    type=shared.Named(),
+    multiple=True,
+    metavar="TASK=A",
+    help="Of the dense model, between 0 and 1; may be given several times.  [default: likewise]",
+)
+@click.option("--chance", type=shared.Named(), multiple=True, metavar="TASK=H", help="Chance level of a task.")
+@click.option(
+    "--measured",
+    type=shared.Named(),
+    multiple=True,
+    metavar="DIM=P",
+    help="A slice's measured perplexity, to fit the relation to; may be given several times.",
+)
+@click.option("--relation", metavar="NAME", help="Relation to predict by, see `slicecli relations`; paper is one.")
+@click.option("--curve", metavar="FILE|HUB_REPO", help="Predict by the curves that `fit` or `sweep` wrote.")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at a time.")
+@click.option("--length", type=int, default=2048, show_default=True, metavar="N", help="Tokens of each.")
+@click.option(
+    "--device", metavar="NAME", help="Accelerator for the speed-ups, such as h100-sxm; a wrong name lists them."
+)
+@click.option("--bandwidth", metavar="2TB", help="Instead: its memory bandwidth in bytes per second.")
+@click.option("--tflops", type=float, metavar="T", help="Instead, or with it: its peak in 10^12 operations per second.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of weights and cache; auto takes the checkpoint's.",
+)
+@click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the predictions against the dim (.png, .svg, .pdf).",
+)
+@shared.model_options
+@shared.format_option
+@click.pass_obj
+def command(
+    context: dict[str, Any],
+    model: str,
+    dims: tuple[int, ...] | None,
+    sweep: tuple[float, ...] | None,
+    target_params: int | None,
+    memory: int | None,
+    max_perplexity: float | None,
+    method: Any,
+    slice_head: bool | None,
+    text: str,
+    dense_perplexity: float | None,
+    dense_accuracy: tuple[tuple[str, float], ...],
+    chance: tuple[tuple[str, float], ...],
+    measured: tuple[tuple[str, float], ...],
+    relation: str | None,
+    curve: str | None,
+    batch: int,
+    length: int,
+    device: str | None,
+    bandwidth: str | None,
+    tflops: float | None,
+    dtype: str,
+    adapter: str | None,
+    plot: Path | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    output_format: str,
+) -> None:
+    """Tell what slices of MODEL would cost and how good they would be, without loading or measuring anything.
+
+    Costs are exact. Quality is predicted from the dense figures, with 90 % intervals: those of published measurements,
+    or much narrower ones near measured slices (--measured, --curve).
+
+    \b
+    Examples:
+      slicecli estimate meta-llama/Meta-Llama-3-8B-Instruct --dim 3584,3072 --dense-perplexity 8.3
+      slicecli estimate ./my-model --sweep 0.05:0.5:0.05 --relation paper --plot estimate.png
+      slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
+    """
+    from slicecli.adapters import select_adapter
+    from slicecli.dimensions import Dimensions
+    from slicecli.errors import RequestError
+    from slicecli.estimation.cost import Workload
+    from slicecli.estimation.devices import custom_device, device_named
+    from slicecli.estimation.estimate import estimate
+    from slicecli.plan import DTYPE_BYTES, Width
+    from slicecli.plugins import plugins
+    from slicecli.schedule import PublishedSizes
+    from slicecli.source import DESCRIPTION_FILES, Source
+
+    wishes = [dims, sweep, target_params, memory, max_perplexity]
+    if sum(wish is not None for wish in wishes) > 1:
+        raise RequestError(
+            "More than one width is given.",
+            "Give one of --dim, --sweep, --target-params, --memory and --max-perplexity.",
+        )
+    if plot is not None:
+        from slicecli.estimation.plot import check_plot_file
+
+        check_plot_file(plot)
+    if device is not None and (bandwidth is not None or tflops is not None):
+        raise RequestError("A device has its own --bandwidth and --tflops.", "Give either.")
+    accelerator = None
+    if device is not None:
+        accelerator = device_named(device)
+    elif bandwidth is not None or tflops is not None:
+        accelerator = custom_device(bandwidth, tflops)
+    source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
+    source.check_is_decoder()
+    found = plugins()
+    family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
+    dimensions = Dimensions(family, source.fields)
+    sizes: SliceSizes = dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
+    if method == "refit" and slice_head is not None:
+        raise RequestError(
+            "--slice-head is of the published method; the refit has one width.", "Add --method slicegpt."
+        )
+    dtype = source.stored_dtype() if dtype == "auto" else dtype
+    forecasts = _forecasts(
+        source, dimensions, method, text, dense_perplexity, dict(dense_accuracy), dict(chance), measured, relation,
+        curve, revision, token,
+    )  # fmt: skip
+    if dims is None:
+        if target_params is not None or memory is not None:
+            wish = Width(target_parameters=target_params, memory=memory)
+            dims = (wish.resolve(sizes, DTYPE_BYTES[dtype]),)
+        elif max_perplexity is not None:
+            dims = (_within(sizes, forecasts, max_perplexity, text),)
+        else:
+            from slicecli.estimation.estimate import nearest_dims
+
+            dims = tuple(nearest_dims(sizes, sweep or USUAL_SPARSITIES))
+    result = estimate(
+        source.name,
+        dimensions,
+        sizes,
+        dims,
+        method=method,
+        slice_head=slice_head,
+        model_type=str(source.fields.get("model_type")),
+        dtype=dtype,
+        workload=Workload(batch, length),
+        device=accelerator,
+        forecasts=forecasts,
+    )
+    if plot is not None:
+        _draw(result, plot)
+    document = result.to_json()
+    if output_format == "json":
+        show.print_json(document)
+    else:
+        _print(document)
+    if not context["quiet"] or output_format == "human":
+        for note in document["notes"]:
+            show.note(f"Note: {note}")
+    if not forecasts and not context["quiet"]:
+        show.note(
+            "No quality is predicted: no dense figure is given, on the model's card, in its slicecli.json or "
+            "published. Give --dense-perplexity, or measure it with slicecli eval."
+        )
+
+
+def _forecasts(
+    source: Source,
+    dimensions: Dimensions,
+    method: Any,
+    text: str,
+    dense_perplexity: float | None,
+    dense_accuracy: dict[str, float],
+    chance: dict[str, float],
+    measured: Sequence[tuple[str, float]],
+    relation: str | None,
+    curve: str | None,
+    revision: str | None,
+    token: str | None,
+) -> list[Forecast]:
+    """Return what can be predicted of the model's slices, perplexity first."""
+    from slicecli.errors import RequestError
+    from slicecli.estimation.estimate import checked_accuracies, forecast_by_curve, forecast_new
+    from slicecli.estimation.figures import accuracies
+    from slicecli.estimation.figures import dense_perplexity as find_perplexity
+    from slicecli.estimation.relations import relations_of
+
+    family = str(source.fields.get("model_type"))
+    if dense_perplexity is not None and not dense_perplexity > 1:
+        raise RequestError(f"A perplexity of {dense_perplexity:g} is not above 1.", "Check --dense-perplexity.")
+    checked_accuracies(dense_accuracy, "--dense-accuracy")
+    checked_accuracies(chance, "--chance")
+    quantities: tuple[Quantity, ...] = ("perplexity", "accuracy")
+    names = {quantity: {one.name for one in relations_of(quantity)} for quantity in quantities}
+    if relation is not None and relation not in names["perplexity"] | names["accuracy"]:
+        from slicecli.estimation.relations import relation_named
+
+        relation_named(relation, "perplexity")
+    forecasts: list[Forecast] = []
+    if curve is not None:
+        if measured or relation is not None:
+            raise RequestError("A --curve has its own relation and points.", "Leave out --relation and --measured.")
+        curves, origin = _read_curve(curve, revision, token)
+        forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
+    known = {(one.quantity, one.evaluation) for one in forecasts}
+    if ("perplexity", text) not in known:
+        figure = find_perplexity(source.folder, source.name, text, dense_perplexity)
+        name = relation if relation in names["perplexity"] else None
+        if figure is None and measured:
+            raise RequestError("--measured needs the dense perplexity too.", "Give --dense-perplexity.")
+        if figure is not None and measured:
+            fitted = _curve_through(measured, figure.value, dimensions, source, family, method, text, name)
+            forecasts.insert(0, forecast_by_curve(fitted, "given"))
+        elif figure is not None:
+            forecasts.insert(0, forecast_new("perplexity", text, figure, family, method, name))
+    perplexity = forecasts[0] if forecasts and forecasts[0].quantity == "perplexity" else None
+    for task, figure in accuracies(source.folder, source.name, dense_accuracy).items():
+        if ("accuracy", task) not in known:
+            name = relation if relation in names["accuracy"] else None
+            forecasts.append(forecast_new("accuracy", task, figure, family, method, name, chance.get(task), perplexity))
+    return forecasts
+
+
+def _curve_through(
+    measured: Sequence[tuple[str, float]],
+    dense: float,
+    dimensions: Dimensions,
+    source: Source,
+    family: str,
+    method: str,
+    text: str,
+    relation: str | None,
+) -> Curve:
+    """Fit a curve to slices whose perplexity the user gives."""
+    import math
+
+    from slicecli.errors import RequestError
+    from slicecli.estimation.curves import fit_curve
+    from slicecli.estimation.measurements import Point, Series
+    from slicecli.estimation.relations import Dense
+
+    points = {}
+    for name, value in measured:
+        if not name.isdecimal() or not 0 < int(name) < dimensions.hidden_size or not value > 1:
+            raise RequestError(
+                f"--measured {name}={value:g} is not a dim of this model and its perplexity.",
+                f"Give a dim below {dimensions.hidden_size} and a perplexity above 1, such as 3072=9.8.",
+            )
+        points[int(name)] = Point(1 - int(name) / dimensions.hidden_size, math.log(value), None, int(name))
+    ordered = tuple(points[dim] for dim in sorted(points, reverse=True))
+    series = Series(source.name, family, method, "not stated", "perplexity", text, Dense(math.log(dense)), ordered)
+    return fit_curve(series, relation)
+
+
+def _read_curve(name: str, revision: str | None, token: str | None) -> tuple[list[Curve], str]:
+    """Read the curves of a file, or of the record of a slice on the Hub or in a folder; say where they are from."""
+    import json
+
+    from slicecli.errors import RequestError
+    from slicecli.estimation.results import read_curves
+    from slicecli.record import read_record
+    from slicecli.source import DESCRIPTION_FILES, Source
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            raise RequestError(
+                f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote."
+            ) from None
+        return read_curves(content), path.name
+    if path.suffix == ".json":
+        raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
+    holder = Source.find(name, revision, token, files=DESCRIPTION_FILES)
+    curve = (read_record(holder.folder) or {}).get("curve")
+    if curve is None:
+        raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")
+    return read_curves(curve), holder.name
+
+
+def _fitting(curves: Sequence[Curve], method: str, text: str) -> list[Curve]:
+    """Return the curves that belong to the method: one for each text or task, that of the asked text first."""
+    from slicecli.errors import RequestError
+
+    own = [one for one in curves if one.series.method == method]
+    if not own:
+        methods = ", ".join(sorted({one.series.method for one in curves}))
+        raise RequestError(f"The curves are of slices made by {methods}, not by {method}.", f"Add --method {methods}.")
+    found = {(one.series.quantity, one.series.evaluation): one for one in reversed(own)}
+    texts = [key for key in found if key[0] == "perplexity" and key[1] != text]
+    if ("perplexity", text) in found:
+        for key in texts:
+            del found[key]
+    elif texts:  # the curve's own text is what can be said
+        for key in texts[1:]:
+            del found[key]
+    return sorted(found.values(), key=lambda one: one.series.quantity != "perplexity")
+
+
+def _within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float, text: str) -> int:
+    from slicecli.errors import RequestError
+    from slicecli.estimation.estimate import smallest_dim_within
+
+    if not forecasts or forecasts[0].quantity != "perplexity":
+        raise RequestError(
+            f"--max-perplexity needs the dense perplexity on {text}, which nobody says.", "Give --dense-perplexity."
+        )
+    return smallest_dim_within(sizes, forecasts[0], most)
+
+
+def _print(document: dict[str, Any]) -> None:
+    """Print the estimate as tables: what slices cost, and how good they would be."""
+    dense, estimates = document["dense"], document["estimates"]
+    work = document["workload"]
+    show.result(
+        f"{document['model']} ({document['model_type']}), sliced by {document['method']} in the {document['layout']} "
+        f"layout, {document['dtype']}, serving {work['batch']} x {work['length']} tokens"
+    )
+    device = document["device"]
+    columns = ["dim", "s", "parameters", "weights", "FLOPs/token", "decode", "KV cache/token", "to serve"]
+    rows = [[f"{document['hidden_size']} dense", "0", *_cost_cells(dense)]]
+    rows += [[_dim(one), f"{one['sparsity']:.3f}", *_cost_cells(one)] for one in estimates]
+    if device is not None:
+        columns += ["prefill", "decode is bound by"]
+        rows[0] += ["1.00 x", "1.00 x"]
+        for row, one in zip(rows[1:], estimates, strict=True):
+            speed = one["speed_up"]
+            row += [f"{speed['prefill']:.2f} x", f"{speed['decode']:.2f} x {speed['decode_bound']}"]
+    show.print_table(columns, rows)
+    if device is not None:
+        show.result(f"Speed-ups are expected, at best, on {device['name']} ({device['source']}).")
+    if "perplexity" in dense:
+        about = dense["perplexity"]
+        show.result(
+            f"Perplexity on {about['text']}: dense {about['value']:.4g} ({about['source']}); "
+            f"{estimates[0]['perplexity']['source']}"
+        )
+        _print_forecast([(one, one["perplexity"]) for one in estimates], _perplexity)
+    for task, about in (dense.get("accuracy") or {}).items():
+        level = "" if about["chance"] is None else f", chance {about['chance']:.3g}"
+        show.result(
+            f"Accuracy on {task}: dense {about['value']:.4g} ({about['source']}{level}); "
+            f"{estimates[0]['accuracy'][task]['source']}"
+        )
+        _print_forecast([(one, one["accuracy"][task]) for one in estimates], lambda value: f"{value:.3f}")
+
+
+def _cost_cells(cost: dict[str, Any]) -> list[str]:
+    return [
+        f"{cost['parameters']:,}",
+        show.size(cost["bytes"]),
+        show.count(cost["flops_per_token"]["prefill"]),
+        show.count(cost["flops_per_token"]["decode"]),
+        show.size(cost["kv_cache_bytes_per_token"]),
+        show.size(cost["serve_bytes"]),
+    ]
+
+
+def _dim(one: dict[str, Any]) -> str:
+    return f"{one['dim']}" if one["legal"] else f"{one['dim']} (not legal)"
+
+
+def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:
+    show.print_table(
+        ["dim", "predicted", "90 % interval", "by", "the paper's relation", ""],
+        [
+            [
+                _dim(one),
+                cell(forecast["value"]),
+                f"{cell(forecast['low'])} to {cell(forecast['high'])}",
+                forecast["relation"],
+                "-" if forecast["paper"] is None else cell(forecast["paper"]),
+                "outside what was measured" if forecast["is_outside"] else "",
+            ]
+            for one, forecast in rows
+        ],
+    )
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _draw(result: Estimate, path: Path) -> None:
+    """Draw every forecast; without one there is nothing to draw."""
+    from slicecli.errors import RequestError
+    from slicecli.estimation.plot import Picture, draw_quality
+
+    if not result.forecasts:
+        raise RequestError("There is no prediction to draw.", "Give --dense-perplexity or --dense-accuracy.")
+    widest = max((one.sparsity for one in result.slices), default=0.5)
+    pictures = [
+        Picture(
+            title=f"{result.model}, sliced by {result.method}",
+            subtitle=forecast.basis,
+            quantity=forecast.quantity,
+            evaluation=forecast.evaluation,
+            hidden_size=result.hidden_size,
+            dense=forecast.dense.value,
+            chance=forecast.chance,
+            predict=forecast.predict,
+            paper=forecast.paper,
+            measured=forecast.points,
+            marked=[one.sparsity for one in result.slices],
+            parameters=result.parameters,
+            range=(0.0, min(0.9, widest + 0.05)),
+        )
+        for forecast in result.forecasts
+    ]
+    draw_quality(pictures, path)

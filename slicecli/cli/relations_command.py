@@ -1,0 +1,104 @@
+"""`slicecli relations`: the relations there are, and how they fare on published measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+
+@click.command("relations")
+@click.option(
+    "--validate", is_flag=True, help="Predict every published measurement by every relation, with its model left out."
+)
+@click.option(
+    "--quantity", type=click.Choice(["perplexity", "accuracy"]), help="Only relations of this.  [default: both]"
+)
+@click.option(
+    "--max-sparsity", type=float, default=1.0, metavar="S", help="Validate on slices that remove at most this fraction."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="With --validate: also draw predicted against measured (.png, .svg, .pdf).",
+)
+@shared.format_option
+def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | None, output_format: str) -> None:
+    """List the relations between width and quality, or validate them.
+
+    The bundled measurements are published ones of SliceGPT, each with its source. Validated is what a relation says of
+    a model when nothing of it is known but its dense figure (other models of its family are known, or only models of
+    other families), and when one slice of it is, with a fifth of the hidden size removed.
+
+    \b
+    Example:
+      slicecli relations --validate --quantity perplexity --max-sparsity 0.31 --plot validation.png
+    """
+    from slicecli.errors import RequestError
+    from slicecli.estimation.relations import relations_of
+
+    quantities: list[Any] = [quantity] if quantity else ["perplexity", "accuracy"]
+    if plot is not None and not validate:
+        raise RequestError("--plot draws the validation.", "Add --validate.")
+    if not validate:
+        rows = [relation for one in quantities for relation in relations_of(one)]
+        if output_format == "json":
+            show.print_json(
+                [
+                    {
+                        "name": one.name,
+                        "quantity": one.quantity,
+                        "formula": one.formula,
+                        "parameters": list(one.parameters),
+                        "source": one.source,
+                    }
+                    for one in rows
+                ]
+            )
+            return
+        show.print_table(
+            ["relation", "of", "formula", "fitted", "source"],
+            [[one.name, one.quantity, one.formula, ", ".join(one.parameters) or "-", one.source] for one in rows],
+            is_numeric=False,
+        )
+        show.note("s = 1 - k/d is the fraction of the hidden size removed, h the chance level, D = ln(PPL/PPL0).")
+        return
+
+    from slicecli.estimation.plot import check_plot_file, draw_validation
+    from slicecli.estimation.validation import check_relations, summary
+
+    if plot is not None:
+        check_plot_file(plot)
+    checks = [check for one in quantities for check in check_relations(one, max_sparsity)]
+    lines = summary(checks)
+    if plot is not None:
+        draw_validation([check for check in checks if check.knows != "other families" and check.rows], plot)
+    if output_format == "json":
+        show.print_json(lines)
+        return
+    show.print_table(
+        ["relation", "of", "knows", "family", "models", "points", "mean error", "median error", "90 % interval holds"],
+        [
+            [
+                line["relation"] if line["family"] == "all" else "",
+                line["quantity"] if line["family"] == "all" else "",
+                line["knows"] if line["family"] == "all" else "",
+                line["family"],
+                f"{line['models']}",
+                f"{line['points']}",
+                _error(line["mean_error"], line["quantity"]),
+                _error(line["median_error"], line["quantity"]),
+                f"{line['coverage']:.1%}",
+            ]
+            for line in lines
+        ],
+    )
+
+
+def _error(value: float, quantity: str) -> str:
+    return f"{value:.1%}" if quantity == "perplexity" else f"{100 * value:.1f} points"

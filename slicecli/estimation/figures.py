@@ -1,0 +1,149 @@
+"""Where a dense figure comes from when the user gives none: never silently.
+
+In this order: what the user says, the model's card (its `model-index`), its `slicecli.json`, the bundled table of
+published figures. A card is another's text: only its metadata is read, and only numbers are taken from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slicecli.estimation.measurements import Figure, published_figure, published_rows
+from slicecli.record import read_record
+
+__all__ = ["accuracies", "dense_perplexity"]
+
+MOST_CARD_BYTES = 1_000_000
+TEXT_NAMES = {
+    "wikitext": "wikitext2",
+    "wikitext2": "wikitext2",
+    "wikitext2rawv1": "wikitext2",
+    "wikitext2v1": "wikitext2",
+    "salesforcewikitext": "wikitext2",
+    "c4": "c4",
+    "allenaic4": "c4",
+    "ptb": "ptb",
+    "ptbtextonly": "ptb",
+}
+TASK_NAMES = {
+    "arcc": "arc_challenge",
+    "arcchallenge": "arc_challenge",
+    "arce": "arc_easy",
+    "arceasy": "arc_easy",
+    "ai2arcarcchallenge": "arc_challenge",
+    "ai2arcarceasy": "arc_easy",
+}
+ACCURACIES = ("acc_norm", "accuracy_norm", "acc", "accuracy")
+
+
+def dense_perplexity(folder: Path, model: str, text: str, given: float | None) -> Figure | None:
+    """Return the perplexity of a model on a text, or `None` where nobody says it.
+
+    Args:
+        folder: Where its card and record are.
+        model: Its Hub id, or the folder's name.
+        text: Name of the text.
+        given: What the user says.
+    """
+    if given is not None:
+        return Figure(given, "given")
+    for name, kind, value in _card_figures(folder):
+        if kind == "perplexity" and _text_name(name) == text and value > 1:
+            return Figure(value, "the model's card")
+    measured = _recorded(folder, "perplexity").get(text)
+    if isinstance(measured, dict) and isinstance(measured.get("value"), (int, float)) and measured["value"] > 1:
+        return Figure(float(measured["value"]), "the model's slicecli.json")
+    return published_figure(model, "perplexity", text)
+
+
+def accuracies(folder: Path, model: str, given: Mapping[str, float]) -> dict[str, Figure]:
+    """Return the accuracies of a model, between 0 and 1, by task.
+
+    Args:
+        folder: Where its card and record are.
+        model: Its Hub id, or the folder's name.
+        given: What the user says.
+    """
+    found: dict[str, Figure] = {}
+    tasks = dict.fromkeys(row.evaluation for row in published_rows() if row.metric == "accuracy")
+    for task in tasks:
+        figure = published_figure(model, "accuracy", task)
+        if figure is not None:
+            found[task] = figure
+    for task, measured in _recorded(folder, "tasks").items():
+        value = measured.get("value") if isinstance(measured, dict) else None
+        if isinstance(value, (int, float)) and 0 <= value <= 1:
+            found[str(task)] = Figure(float(value), "the model's slicecli.json")
+    on_card: dict[str, dict[str, float]] = {}
+    for name, kind, value in _card_figures(folder):
+        if kind in ACCURACIES:
+            on_card.setdefault(_task_name(name), {})[kind] = value / 100 if value > 1 else value
+    for task, by_kind in on_card.items():
+        value = next(by_kind[kind] for kind in ACCURACIES if kind in by_kind)
+        if 0 <= value <= 1:
+            found[task] = Figure(value, "the model's card")
+    return found | {task: Figure(value, "given") for task, value in given.items()}
+
+
+def _recorded(folder: Path, kind: str) -> Mapping[str, Any]:
+    """Return what the record of a folder has measured."""
+    results = (read_record(folder) or {}).get("results")
+    found = results.get(kind) if isinstance(results, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _card_figures(folder: Path) -> Iterator[tuple[str, str, float]]:
+    """Yield dataset, metric and value of every number in the card's `model-index`."""
+    for entry in _list(_card_metadata(folder).get("model-index")):
+        for result in _list(entry.get("results")):
+            dataset = result.get("dataset")
+            dataset = dataset if isinstance(dataset, dict) else {}
+            for metric in _list(result.get("metrics")):
+                value, kind = metric.get("value"), str(metric.get("type", "")).lower()
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    continue
+                names = [str(dataset[key]) for key in ("name", "config", "type") if dataset.get(key)]
+                for name in dict.fromkeys(names):
+                    yield name, kind, float(value)
+
+
+def _list(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _card_metadata(folder: Path) -> dict[str, Any]:
+    """Return the YAML at the top of a card; nothing where it has none that can be read."""
+    path = folder / "README.md"
+    try:
+        if path.stat().st_size > MOST_CARD_BYTES:
+            return {}
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", text, flags=re.DOTALL)
+    if match is None:
+        return {}
+    import yaml
+
+    try:
+        metadata = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _plain(name: str) -> str:
+    """Return a name's letters and digits, small: what spellings have in common."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _text_name(name: str) -> str:
+    return TEXT_NAMES.get(_plain(name), name)
+
+
+def _task_name(name: str) -> str:
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return TASK_NAMES.get(_plain(name), plain)

@@ -1,0 +1,330 @@
+"""Pictures: predicted and measured quality against the dim, and the validation of the relations.
+
+matplotlib draws without a display; files are written whole or not at all.
+
+Legend: d hidden size, k dim kept, s = 1 - k/d.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slicecli.checkpoint import write_whole_file
+from slicecli.errors import RequestError
+from slicecli.estimation.predictions import FARTHEST, Prediction
+from slicecli.estimation.relations import Quantity, relation_named
+
+if TYPE_CHECKING:
+    from slicecli.estimation.curves import Curve
+    from slicecli.estimation.validation import Check
+
+__all__ = ["Picture", "check_plot_file", "draw_quality", "draw_validation", "picture_of_curve"]
+
+# distinct in grey and for colour-blind eyes
+BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#4d9221", "#777777"
+FORMATS = (".png", ".svg", ".pdf")
+STEPS = 120
+# a scale of decades below this ratio would hide what happens
+LOGARITHMIC_ABOVE = 4.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture of one quantity shows.
+
+    Attributes:
+        title: Above it: the model.
+        subtitle: Method, calibration, relation.
+        quantity: Of the figures.
+        evaluation: The text or task.
+        hidden_size: d.
+        dense: The dense figure, as people quote it.
+        chance: Chance level of a task.
+        predict: The prediction at an s.
+        paper: The figure by the paper's relation at an s, as people quote it; `None` where it has no meaning.
+        measured: Measured slices: s, figure and standard error, as people quote them.
+        marked: Values of s to mark on the curve.
+        parameters: Parameters at a dim.
+        range: Least and largest s to show.
+    """
+
+    title: str
+    subtitle: str
+    quantity: Quantity
+    evaluation: str
+    hidden_size: int
+    dense: float
+    chance: float | None
+    predict: Callable[[float], Prediction]
+    paper: Callable[[float], float] | None
+    measured: Sequence[tuple[float, float, float | None]]
+    marked: Sequence[float]
+    parameters: Callable[[int], int] | None
+    range: tuple[float, float]
+
+
+def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = None) -> Picture:
+    """Return the picture of a fitted curve with its points.
+
+    Args:
+        curve: The curve.
+        parameters: Parameters at a dim, for the second axis.
+    """
+    series = curve.series
+    paper = relation_named("paper", series.quantity)
+    quoted = _quoted(series.quantity)
+    error = (
+        f"{curve.loo_relative_error:.1%}" if series.quantity == "perplexity" else f"{100 * curve.loo_error:.1f} points"
+    )
+    loo = f"leave-one-out error {error}" if math.isfinite(curve.loo_error) else "one point"
+    formula = relation_named(curve.relation, series.quantity).formula
+    return Picture(
+        title=series.model,
+        subtitle=f"{series.method}, calibrated on {series.calibration}\n{curve.relation}: {formula}, {loo}",
+        quantity=series.quantity,
+        evaluation=series.evaluation,
+        hidden_size=curve.hidden_size,
+        dense=quoted(series.dense.value),
+        chance=series.dense.chance,
+        predict=curve.predict,
+        paper=None
+        if paper.why_not(series.dense)
+        else lambda sparsity: quoted(paper.predict(sparsity, series.dense, ())),
+        measured=[
+            (point.sparsity, quoted(point.value), _quoted_error(point.value, point.stderr, series.quantity))
+            for point in series.points
+        ],
+        marked=(),
+        parameters=parameters,
+        range=(0.0, min(FARTHEST, curve.valid_sparsity[1] + 0.08)),
+    )
+
+
+def draw_quality(pictures: Sequence[Picture], path: Path) -> None:
+    """Draw one panel for each quantity, below each other.
+
+    Args:
+        pictures: What to show.
+        path: The file; its suffix chooses the format.
+
+    Raises:
+        RequestError: The suffix is not of a format that can be drawn.
+        OutputError: The file cannot be written.
+    """
+    check_plot_file(path)
+    figure, grid = _panels(len(pictures), 1, width=8.0, height=4.8)
+    for axes, picture in zip(grid[:, 0], pictures, strict=True):
+        _draw_one(axes, picture)
+    _save(figure, path)
+
+
+def _draw_one(axes: Any, picture: Picture) -> None:
+    quoted = _quoted(picture.quantity)
+    size = picture.hidden_size
+    lowest, highest = picture.range
+    grid = np.linspace(max(lowest, 0.002), highest, STEPS)
+    dims = size * (1 - grid)
+    predictions = [picture.predict(float(sparsity)) for sparsity in grid]
+    values = [quoted(one.value) for one in predictions]
+    lows = [quoted(one.low) for one in predictions]
+    highs = [quoted(one.high) for one in predictions]
+    axes.fill_between(dims, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="90 % interval")
+    inside = np.array([not one.is_outside for one in predictions])
+    axes.plot(dims, values, color=BLUE, linewidth=1.2, linestyle=(0, (4, 2)))
+    within = np.where(inside, values, np.nan)
+    axes.plot(
+        dims, within, color=BLUE, linewidth=2, label=f"{predictions[0].relation} (dashed outside the measured range)"
+    )
+    if picture.paper is not None and predictions[0].relation != "paper":
+        axes.plot(
+            dims, [picture.paper(float(one)) for one in grid], color=ORANGE, linewidth=1.3, linestyle="-.",
+            label="the paper's relation",
+        )  # fmt: skip
+    if picture.measured:
+        sparsities, figures, errors = zip(*picture.measured, strict=True)
+        axes.errorbar(
+            [size * (1 - one) for one in sparsities], figures, yerr=[error or 0.0 for error in errors],
+            fmt="o", color="black", markersize=5, capsize=2, linewidth=1, label="measured", zorder=5,
+        )  # fmt: skip
+    for sparsity in picture.marked:
+        value = quoted(picture.predict(sparsity).value)
+        axes.plot([size * (1 - sparsity)], [value], marker="D", color=BLUE, markersize=5, zorder=4)
+    axes.plot(
+        [size], [picture.dense], marker="*", color=GREEN, markersize=11, linestyle="none", label="dense", zorder=6
+    )
+    if picture.chance is not None:
+        axes.axhline(picture.chance, color=GREY, linewidth=1, linestyle=":", label="chance")
+    _scale(axes, picture, values + [figure for _, figure, _ in picture.measured], highs, lows)
+    axes.set_xlim(size * (1 + 0.02), size * (1 - highest))
+    axes.set_xlabel("dim kept")
+    axes.set_ylabel(f"{picture.quantity} on {picture.evaluation}")
+    axes.set_title(
+        textwrap.fill(picture.title, 100) + "\n" + textwrap.fill(picture.subtitle, 120), fontsize=8, loc="left"
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="best", frameon=False)
+    if picture.parameters is not None:
+        second = axes.twinx()
+        whole = sorted({max(1, round(dim)) for dim in dims})
+        second.plot(whole, [picture.parameters(dim) for dim in whole], color=GREY, linewidth=1)
+        second.set_ylabel("parameters", color=GREY)
+        second.tick_params(axis="y", colors=GREY)
+        second.set_ylim(bottom=0)
+        second.yaxis.set_major_formatter(_counts())
+
+
+def _scale(axes: Any, picture: Picture, values: list[float], highs: list[float], lows: list[float]) -> None:
+    """Choose the y axis so that the curve fills it, whatever the interval does at its far end."""
+    top = max(max(values), picture.dense)
+    if picture.quantity == "accuracy":
+        bottom = min(min(values), picture.chance or 1.0, picture.dense)
+        margin = 0.15 * max(top - bottom, 0.05)
+        axes.set_ylim(max(0.0, bottom - margin), min(1.0, max(top, picture.dense) + margin))
+        return
+    ceiling = min(max(highs), top**2 / min(values) if top / picture.dense > 2 else 3 * top)
+    bottom = max(1.0, 0.9 * min(min(lows), picture.dense))
+    if top / picture.dense > LOGARITHMIC_ABOVE or ceiling / bottom > LOGARITHMIC_ABOVE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain())
+        axes.yaxis.set_minor_formatter(_plain_sparse())
+    axes.set_ylim(bottom, 1.1 * max(ceiling, top))
+
+
+def draw_validation(checks: Sequence[Check], path: Path) -> None:
+    """Draw predicted against measured, a panel for each check, a colour for each family.
+
+    Raises:
+        RequestError: The suffix is not of a format that can be drawn.
+        OutputError: The file cannot be written.
+    """
+    check_plot_file(path)
+    columns = min(3, len(checks))
+    rows = math.ceil(len(checks) / columns)
+    figure, grid = _panels(rows, columns, width=4.3, height=4.0)
+    for axes in grid.flat[len(checks) :]:
+        axes.set_visible(False)
+    for axes, check in zip(grid.flat, checks, strict=False):
+        _draw_check(axes, check)
+    _save(figure, path)
+
+
+def _draw_check(axes: Any, check: Check) -> None:
+    quantity = check.relation.quantity
+    quoted = _quoted(quantity)
+    families = sorted({row.series.family for row in check.rows})
+    figures = [quoted(row.measured) for row in check.rows] + [quoted(row.prediction.value) for row in check.rows]
+    ends = (0.9 * min(figures), 1.1 * max(figures))
+    for family, colour in zip(families, (BLUE, ORANGE, GREEN, GREY), strict=False):
+        rows = [row for row in check.rows if row.series.family == family]
+        measured = [quoted(row.measured) for row in rows]
+        values = [quoted(row.prediction.value) for row in rows]
+        low = [value - quoted(row.prediction.low) for value, row in zip(values, rows, strict=True)]
+        high = [min(quoted(row.prediction.high), 1e6) - value for value, row in zip(values, rows, strict=True)]
+        axes.errorbar(
+            measured,
+            values,
+            yerr=[low, high],
+            fmt="o",
+            markersize=3,
+            linewidth=0.6,
+            alpha=0.6,
+            color=colour,
+            label=family,
+        )
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    if quantity == "perplexity":
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(_plain())
+            axis.set_minor_formatter(_plain_sparse())
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    covered = sum(row.is_covered for row in check.rows) / len(check.rows)
+    axes.set_title(
+        f"{check.relation.name}, knows {check.knows}\n{covered:.0%} of {len(check.rows)} in the interval", fontsize=9
+    )
+    axes.set_xlabel(f"measured {quantity}")
+    axes.set_ylabel("predicted")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def check_plot_file(path: Path) -> None:
+    """Refuse a file that cannot be a picture, before anything is computed.
+
+    Raises:
+        RequestError: The suffix is none of those that can be drawn.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise RequestError(f"{path.name!r} is not the name of a picture.", f"End it with {', '.join(FORMATS)}.")
+
+
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes, shape (rows, columns), without pyplot and its global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    drawn = io.BytesIO()
+    # no date and no random ids inside: the same figures give the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "slicecli"}):
+        figure.savefig(drawn, dpi=130, format=path.suffix[1:].lower(), metadata=_metadata(path))
+    write_whole_file(path, drawn.getvalue())
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    return {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
+
+
+def _quoted(quantity: Quantity) -> Callable[[float], float]:
+    """Return what turns a prediction into the figure people quote: of perplexity, exp of its logarithm."""
+    return (lambda value: math.exp(min(value, 60.0))) if quantity == "perplexity" else (lambda value: value)
+
+
+def _quoted_error(value: float, stderr: float | None, quantity: Quantity) -> float | None:
+    if stderr is None:
+        return None
+    return stderr * math.exp(value) if quantity == "perplexity" else stderr
+
+
+def _plain() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def _plain_sparse() -> Any:
+    """Label minor ticks at 2 and 5 only, where a decade has few major ones."""
+    from matplotlib.ticker import FuncFormatter
+
+    def label(value: float, _position: Any) -> str:
+        digit = value / 10 ** math.floor(math.log10(value)) if value > 0 else 0
+        return f"{value:g}" if round(digit, 6) in {2, 3, 5} else ""
+
+    return FuncFormatter(label)
+
+
+def _counts() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    def label(value: float, _position: Any) -> str:
+        for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+            if value >= unit:
+                return f"{value / unit:g}{letter}"
+        return f"{value:g}"
+
+    return FuncFormatter(label)
