@@ -148,6 +148,7 @@ class Experts:
         writer_width: Columns of one expert's second map.
         reader: Name of the parameter with all first maps, shape (experts, reader_width, d).
         writer: Name of the parameter with all second maps, shape (experts, d, writer_width).
+        per_token: Number of experts that one token meets, as `Dimensions.width` reads it. Only costs follow from it.
     """
 
     module: str
@@ -156,6 +157,7 @@ class Experts:
     writer_width: str
     reader: str = "gate_up_proj"
     writer: str = "down_proj"
+    per_token: str = "num_experts_per_tok"
 
     @property
     def reader_path(self) -> str:
@@ -326,6 +328,8 @@ class Adapter:
         names: The family's own names of config fields, by the usual name (`hidden_size`: `n_embd`).
         defaults: Values of the config class for fields that a config file may leave out, by the usual name.
         derived: Fields that follow from others, by the usual name: functions of the config's fields.
+        has_window: Whether a block's attention keeps to the `sliding_window` of a config that has one but does not list
+            its `layer_types`: a function of the model's sizes and the block's index. Only costs follow from it.
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
         stock_obstacle: Why the family's own class cannot describe a slice, which then needs code of its own: a
             sentence, or a function of the config's fields that returns one; empty where it can.
@@ -347,6 +351,7 @@ class Adapter:
     names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    has_window: Callable[[Sizes, int], bool] = lambda _sizes, _index: True
     dim_divisors: tuple[str, ...] = ()
     stock_obstacle: str | Callable[[Fields], str] = ""
     shortcut_obstacle: str | Callable[[Fields], str] = ""

@@ -89,15 +89,17 @@ class Dimensions:
         self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
 
     def value(self, name: str, otherwise: Any = None) -> Any:
-        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`."""
+        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`.
+
+        A null is not a missing field: it stands for what follows from others, not for the class's default.
+        """
         if name in self.adapter.derived:
             value = self.adapter.derived[name](self._config)
-        else:
-            value = self._config.get(self.adapter.names.get(name, name))
-            if value is None:
-                # transformers writes some configs under the usual names
-                value = self._config.get(name)
-        if value is None:
+            return otherwise if value is None else value
+        # transformers writes some configs under the usual names
+        given = [self._config[one] for one in (self.adapter.names.get(name, name), name) if one in self._config]
+        value = next((one for one in given if one is not None), None)
+        if not given:
             value = self.adapter.defaults.get(name)
         return otherwise if value is None else value
 
@@ -150,6 +152,28 @@ class Dimensions:
         block = self.adapter.block
         return tuple(block(self, index) if callable(block) else block for index in range(self.blocks))
 
+    def window(self, block: int) -> int | None:
+        """Return the sliding window of a block's attention: the tokens that one attends to, itself among them.
+
+        Args:
+            block: Index of the block.
+
+        Returns:
+            The window, or `None` where a token attends to all before it.
+
+        Raises:
+            UnsupportedModelError: The config lists another number of layers than it has.
+        """
+        if not self.value("sliding_window"):
+            return None
+        kinds = self.value("layer_types")
+        if kinds and len(kinds) != self.blocks:
+            raise UnsupportedModelError(
+                f"config.json lists {len(kinds)} layer_types for {self.blocks} blocks.", "Mend the config."
+            )
+        slides = kinds[block] == "sliding_attention" if kinds else self.adapter.has_window(self, block)
+        return self.number("sliding_window") if slides else None
+
     def multiplier(self, name: str) -> float:
         """Return what multiplies a branch's output: the value of a config field, or 1 without a name."""
         if not name:
@@ -173,10 +197,18 @@ class Dimensions:
         A slice has its head apart from the embedding table even where the dense model ties them, because the
         head is refitted.
         """
-        stream = self.hidden_size if dim is None else dim
-        head = f"{self.adapter.head.path}.weight"
-        is_tied = self.is_tied and dim is None
-        return sum(one.elements(stream) for one in self.declared_parameters() if not (is_tied and one.name == head))
+        kept, per_width = self._counts
+        if dim is None:
+            shared = self.width(self.adapter.head.width) if self.is_tied else 0
+            return kept + (per_width - shared) * self.hidden_size
+        return kept + per_width * dim
+
+    @functools.cached_property
+    def _counts(self) -> tuple[int, int]:
+        """Elements without an axis of hidden size, and elements for each unit of hidden size; no shape has it twice."""
+        parameters = list(self.declared_parameters())
+        kept = sum(one.elements(0) for one in parameters)
+        return kept, sum(one.elements(1) for one in parameters) - kept
 
     def largest_regression(self) -> int:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
@@ -189,6 +221,13 @@ class Dimensions:
 
     def declared_parameters(self) -> Iterator[Parameter]:
         """Yield every declared parameter, a tied head too."""
+        return iter(self._declared)
+
+    @functools.cached_property
+    def _declared(self) -> tuple[Parameter, ...]:
+        return tuple(self._declare_parameters())
+
+    def _declare_parameters(self) -> Iterator[Parameter]:
         adapter = self.adapter
         for table in adapter.embeddings:
             yield Parameter(f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None), "embedding", 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from slicecli import hookimpl
 from slicecli.adapters import Adapter, Block, Kept, Norm, Sizes, attention, gated_mlp
@@ -20,12 +21,20 @@ def block(sizes: Sizes, _index: int) -> Block:
     )
 
 
+def window(config: Mapping[str, Any]) -> Any:
+    """Return the sliding window, which only the second type has."""
+    return config.get("sliding_window", 4096) if config.get("model_type") == "cohere2" else None
+
+
 ADAPTER = Adapter(
     name="cohere",
     model_types=("cohere", "cohere2"),
     block=block,
     norm=Norm("layer", epsilon="layer_norm_eps"),
-    defaults=MappingProxyType({"tie_word_embeddings": True}),
+    defaults=MappingProxyType({"tie_word_embeddings": True, "sliding_window_pattern": 4, "layer_norm_eps": 1e-5}),
+    derived=MappingProxyType({"sliding_window": window}),
+    # all but every fourth block
+    has_window=lambda sizes, index: (index + 1) % sizes.number("sliding_window_pattern") != 0,
 )
 
 

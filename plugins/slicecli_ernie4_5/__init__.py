@@ -12,7 +12,9 @@ ADAPTER = Adapter(
     name="ernie4_5",
     model_types=("ernie4_5",),
     block=Block((attention("use_bias", "use_bias"), gated_mlp("use_bias"))),
-    defaults=MappingProxyType({"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    ),
 )
 
 

@@ -14,7 +14,9 @@ ADAPTER = Adapter(
     block=Block((attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp())),
     norm=Norm(weight_offset=1.0),
     scales_embeddings_by_width=True,
-    defaults=MappingProxyType({"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    ),
 )
 
 

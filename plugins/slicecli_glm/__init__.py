@@ -22,7 +22,9 @@ ADAPTER = Adapter(
             ),
         )
     ),
-    defaults=MappingProxyType({"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True, "rms_norm_eps": 1.5625e-7}
+    ),
 )
 
 

@@ -49,7 +49,9 @@ ADAPTER = Adapter(
             "max_position_embeddings": "n_positions",
         }
     ),
-    defaults=MappingProxyType({"tie_word_embeddings": True}),
+    defaults=MappingProxyType(
+        {"tie_word_embeddings": True, "max_position_embeddings": 1024, "layer_norm_epsilon": 1e-5}
+    ),
     derived=MappingProxyType(
         {"intermediate_size": lambda config: config.get("n_inner") or 4 * (config.get("n_embd") or 768)}
     ),

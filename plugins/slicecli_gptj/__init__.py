@@ -37,6 +37,7 @@ ADAPTER = Adapter(
         {"intermediate_size": lambda config: config.get("n_inner") or 4 * (config.get("n_embd") or 4096)}
     ),
     stock_obstacle="GPTJAttention takes the width of a head from n_embd / n_head.",
+    defaults=MappingProxyType({"layer_norm_epsilon": 1e-5}),
 )
 
 

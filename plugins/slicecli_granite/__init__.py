@@ -17,7 +17,7 @@ ADAPTER = Adapter(
             gated_mlp(bias="mlp_bias", multiplier="residual_multiplier"),
         )
     ),
-    defaults=MappingProxyType({"residual_multiplier": 1.0}),
+    defaults=MappingProxyType({"residual_multiplier": 1.0, "rms_norm_eps": 1e-6}),
 )
 
 

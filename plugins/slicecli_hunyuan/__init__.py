@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 
 from slicecli import hookimpl
 from slicecli.adapters import Adapter, Block, Kept, attention, gated_mlp
@@ -16,6 +17,7 @@ ADAPTER = Adapter(
     name="hunyuan_v1_dense",
     model_types=("hunyuan_v1_dense",),
     block=Block((attention("attention_bias", "attention_bias"), gated_mlp()), kept=QUERY_NORMS),
+    defaults=MappingProxyType({"rms_norm_eps": 1e-5}),
 )
 
 

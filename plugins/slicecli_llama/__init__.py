@@ -12,14 +12,20 @@ BLOCK = Block((attention(bias="attention_bias", writer_bias="attention_bias"), g
 # LlamaConfig and its like refuse a hidden size that the head count does not divide, even where head_dim is given
 DIVISORS = ("num_attention_heads",)
 
-LLAMA = Adapter(name="llama", model_types=("llama",), block=BLOCK, dim_divisors=DIVISORS)
+LLAMA = Adapter(
+    name="llama",
+    model_types=("llama",),
+    block=BLOCK,
+    dim_divisors=DIVISORS,
+    defaults=MappingProxyType({"rms_norm_eps": 1e-6}),
+)
 INTERNLM3 = Adapter(
     name="internlm3",
     model_types=("internlm3",),
     block=BLOCK,
     dim_divisors=DIVISORS,
     names=MappingProxyType({"attention_bias": "qkv_bias", "mlp_bias": "bias"}),
-    defaults=MappingProxyType({"num_key_value_heads": 2, "head_dim": 128}),
+    defaults=MappingProxyType({"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5}),
 )
 EXAONE = Adapter(
     name="exaone",
@@ -27,7 +33,7 @@ EXAONE = Adapter(
     block=BLOCK,
     dim_divisors=DIVISORS,
     names=MappingProxyType({"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon"}),
-    defaults=MappingProxyType({"num_key_value_heads": 8}),
+    defaults=MappingProxyType({"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
 )
 
 

@@ -12,7 +12,7 @@ ADAPTER = Adapter(
     name="mistral",
     model_types=("mistral", "ministral"),
     block=Block((attention(), gated_mlp())),
-    defaults=MappingProxyType({"num_key_value_heads": 8}),
+    defaults=MappingProxyType({"num_key_value_heads": 8, "sliding_window": 4096, "rms_norm_eps": 1e-6}),
 )
 
 

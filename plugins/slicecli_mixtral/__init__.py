@@ -23,7 +23,9 @@ ADAPTER = Adapter(
             ),
         )
     ),
-    defaults=MappingProxyType({"num_key_value_heads": 8}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+    ),
 )
 
 

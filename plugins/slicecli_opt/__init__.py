@@ -46,7 +46,9 @@ ADAPTER = Adapter(
     ),
     final_norm="model.decoder.final_layer_norm",
     norm=Norm("layer", epsilon=1e-5, has_bias=True),
-    defaults=MappingProxyType({"enable_bias": True, "tie_word_embeddings": True}),
+    defaults=MappingProxyType(
+        {"enable_bias": True, "tie_word_embeddings": True, "ffn_dim": 3072, "max_position_embeddings": 2048}
+    ),
     stock_obstacle="OPTAttention takes the width of a head from hidden_size / num_attention_heads.",
     obstacle=obstacle,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
@@ -39,6 +40,7 @@ ADAPTER = Adapter(
     head=Linear("lm_head", "vocab_size", bias=True),
     norm=Norm("layer", epsilon="layer_norm_eps", has_bias=True),
     stock_obstacle=stock_obstacle,
+    defaults=MappingProxyType({"layer_norm_eps": 1e-5}),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
@@ -43,6 +44,7 @@ ADAPTER = Adapter(
         )
     ),
     stock_obstacle=long_rope_obstacle,
+    defaults=MappingProxyType({"rms_norm_eps": 1e-5}),
 )
 
 

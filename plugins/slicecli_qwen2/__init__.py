@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from slicecli import hookimpl
 from slicecli.adapters import Adapter, Block, attention, gated_mlp
+
+
+def window(config: Mapping[str, Any]) -> Any:
+    """Return the sliding window, which the config class drops unless another field asks for it."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+
 
 ADAPTER = Adapter(
     name="qwen2",
     model_types=("qwen2",),
     block=Block((attention(bias=True), gated_mlp())),
-    defaults=MappingProxyType({"num_key_value_heads": 32}),
+    defaults=MappingProxyType({"num_key_value_heads": 32, "max_window_layers": 28, "rms_norm_eps": 1e-6}),
+    derived=MappingProxyType({"sliding_window": window}),
+    has_window=lambda sizes, index: index >= sizes.number("max_window_layers"),
 )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from slicecli import hookimpl
 from slicecli.adapters import Adapter, Block, Branch, Experts, Linear, Sizes, attention, gated_mlp
@@ -29,11 +30,31 @@ def block(sizes: Sizes, index: int) -> Block:
     return Block((attention(bias="qkv_bias"), EXPERTS if has_experts else gated_mlp()))
 
 
+def window(config: Mapping[str, Any]) -> Any:
+    """Return the sliding window, which the config class drops unless another field asks for it."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+
+
 ADAPTER = Adapter(
     name="qwen2_moe",
     model_types=("qwen2_moe",),
     block=block,
-    defaults=MappingProxyType({"num_key_value_heads": 16, "decoder_sparse_step": 1, "qkv_bias": True}),
+    defaults=MappingProxyType(
+        {
+            "num_key_value_heads": 16,
+            "decoder_sparse_step": 1,
+            "qkv_bias": True,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "intermediate_size": 5632,
+            "max_window_layers": 28,
+            "rms_norm_eps": 1e-6,
+        }
+    ),
+    derived=MappingProxyType({"sliding_window": window}),
+    has_window=lambda sizes, index: index % 2 == 0 and index < sizes.number("max_window_layers"),
 )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from slicecli import hookimpl
 from slicecli.adapters import Adapter, Block, Branch, Experts, Kept, Linear, Sizes, attention, gated_mlp
@@ -27,12 +28,28 @@ def block(sizes: Sizes, index: int) -> Block:
     return Block((attend, EXPERTS if has_experts else gated_mlp()), kept=QUERY_NORMS)
 
 
+def window(config: Mapping[str, Any]) -> Any:
+    """Return the sliding window, which the config class drops unless another field asks for it."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+
+
 ADAPTER = Adapter(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
     block=block,
     names=MappingProxyType({"num_experts": "num_local_experts"}),
-    defaults=MappingProxyType({"num_key_value_heads": 4, "decoder_sparse_step": 1}),
+    defaults=MappingProxyType(
+        {
+            "num_key_value_heads": 4,
+            "decoder_sparse_step": 1,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "intermediate_size": 6144,
+            "rms_norm_eps": 1e-6,
+        }
+    ),
+    derived=MappingProxyType({"sliding_window": window}),
 )
 
 

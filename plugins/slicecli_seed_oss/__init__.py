@@ -12,7 +12,9 @@ ADAPTER = Adapter(
     name="seed_oss",
     model_types=("seed_oss",),
     block=Block((attention(bias="attention_bias", writer_bias="attention_out_bias"), gated_mlp(bias="mlp_bias"))),
-    defaults=MappingProxyType({"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "rms_norm_eps": 1e-6}
+    ),
 )
 
 

@@ -29,7 +29,7 @@ ADAPTER = Adapter(
     model_types=("stablelm",),
     block=block,
     norm=Norm("layer", epsilon="layer_norm_eps", has_bias=True),
-    defaults=MappingProxyType({"num_key_value_heads": 32}),
+    defaults=MappingProxyType({"num_key_value_heads": 32, "layer_norm_eps": 1e-5}),
     stock_obstacle="StableLmAttention takes the width of a head from hidden_size / num_attention_heads.",
 )
 

@@ -13,7 +13,9 @@ ADAPTER = Adapter(
     model_types=("starcoder2",),
     block=Block((attention("use_bias", "use_bias"), mlp("mlp.c_fc", "mlp.c_proj", bias="use_bias"))),
     norm=Norm("layer", epsilon="norm_epsilon", has_bias=True),
-    defaults=MappingProxyType({"num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True}),
+    defaults=MappingProxyType(
+        {"num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True, "norm_epsilon": 1e-5}
+    ),
 )
 
 

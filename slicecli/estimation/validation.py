@@ -137,6 +137,7 @@ def _line(check: Check, group: str, rows: list[Row]) -> dict[str, Any]:
     errors = [row.error for row in rows]
     return {
         "relation": check.relation.name,
+        "quantity": check.relation.quantity,
         "knows": check.knows,
         "family": group,
         "points": len(rows),

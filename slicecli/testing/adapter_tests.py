@@ -7,6 +7,7 @@ require (`slicecli_requires`), and are skipped elsewhere: whether a family is st
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
 from slicecli.engine import SliceOptions, find_adapter, full_fields, plan_slices, quiet_libraries, run_slices
 from slicecli.errors import RequestError
+from slicecli.estimation.cost import Cost, CostModel, Workload
 from slicecli.plan import Method, SliceSizes, Width
 from slicecli.plugins import plugins
 from slicecli.proof import (
@@ -239,6 +241,29 @@ class AdapterTests:
         }
         prove_accounting(shapes, subject.dimensions)
 
+    # what it costs
+
+    def test_estimated_operations_are_those_of_the_model(self, subject: Subject) -> None:
+        """The operations for a prompt and for one more token are those that its matrix products take."""
+        cost = CostModel(subject.dimensions, "refit").dense("float32", Workload(1, LENGTH))
+        compare_operations(subject.model, subject.dimensions, cost, subject.token_ids[:1])
+
+    def test_the_estimated_cache_is_that_of_the_model(self, subject: Subject) -> None:
+        """Keys and values of all blocks take as many bytes, sliding windows too."""
+        dimensions, batch = subject.dimensions, 3
+        cost = CostModel(dimensions, "refit").dense("float32", Workload(batch, LENGTH))
+        cache = transformers.DynamicCache(config=subject.model.config)
+        with torch.no_grad():
+            subject.model(subject.token_ids[:batch], **_with_cache(subject.model, cache))
+        found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        # transformers lets the oldest token of a full window go as soon as the newest one is there
+        full = sum(dimensions.window(block) in range(1, LENGTH + 1) for block in range(dimensions.blocks))
+        found += full * batch * cost.kv_cache_bytes_per_token // dimensions.blocks
+        # and some classes store keys and values once for every query head
+        repeats = cache.layers[0].keys.shape[1] // dimensions.key_value_heads
+        assert repeats in (1, dimensions.heads // dimensions.key_value_heads)
+        assert cost.kv_cache_bytes == found / repeats
+
     # what a rotation must leave alone
 
     def test_folding_the_norms_leaves_logits_unchanged(self, subject: Subject, record_property: Any) -> None:
@@ -424,6 +449,48 @@ class AdapterTests:
         error = relative_error(logits(half, ids).float(), logits(subject.loaded(method), ids))
         record_property("relative_error", error)
         assert error < 0.1, f"in bfloat16 the logits differ by {error:.2f}"
+
+
+def compare_operations(model: Any, dimensions: Dimensions, cost: Cost, token_ids: torch.Tensor) -> None:
+    """Compare estimated operations with those that torch counts in the products of matrices.
+
+    Args:
+        model: The model, dense or sliced.
+        dimensions: Sizes of the dense model.
+        cost: Its cost in float32, of one sequence as long as the tokens.
+        token_ids: Tokens of one sequence, shape (1, sequence length).
+    """
+    length = token_ids.shape[1]
+    windows = [dimensions.window(block) or length for block in range(dimensions.blocks)]
+    # the plain attention multiplies the later tokens too, and masks them
+    attended = sum(min(position, window) for position in range(1, length + 1) for window in windows)
+    masked = 4 * dimensions.heads * dimensions.head_dim * (dimensions.blocks * length**2 - attended)
+    cache = transformers.DynamicCache(config=model.config)
+    prefill = _counted_operations(model, token_ids)
+    _counted_operations(model, token_ids[:, :-1], cache)
+    decode = _counted_operations(model, token_ids[:, -1:], cache)
+    assert length * cost.flops_per_token_prefill == pytest.approx(prefill - masked, rel=1e-12)
+    assert cost.flops_per_token_decode == decode
+
+
+def _counted_operations(model: Any, token_ids: torch.Tensor, cache: Any = None) -> int:
+    """Return the operations of a forward, without those that turn positions into angles; a cache is filled."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    # attention in products that the counter knows
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(token_ids, **_with_cache(model, cache))
+    rotations = [name for name, module in model.named_modules() if "Rotary" in type(module).__name__]
+    counts = {name.partition(".")[2]: sum(count.values()) for name, count in counter.get_flop_counts().items()}
+    return counter.get_total_flops() - sum(counts.get(name, 0) for name in rotations)
+
+
+def _with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments that give a model a cache; newer versions of transformers have another name for it."""
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": cache is not None}
 
 
 def _check_order(subject: Subject, dims: list[int], slices: list[Any], record_property: Any) -> None:
