@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,10 +17,14 @@ __all__ = [
     "Count",
     "DimList",
     "Named",
+    "Names",
     "Sweep",
+    "adapter_option",
+    "calibration_options",
     "check_shard_size",
     "device_map_option",
     "format_option",
+    "method_options",
     "model_options",
     "run_options",
 ]
@@ -71,6 +76,18 @@ class DimList(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         return tuple(click.INT.convert(part, param, ctx) for part in value.split(","))
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Read the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]
@@ -163,6 +180,85 @@ def run_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def method_options(function: Function) -> Function:
+    """Add the options that say how weights are made."""
+    for option in (
+        click.option(
+            "--slice-head/--no-slice-head",
+            default=None,
+            help="slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
+        ),
+        click.option(
+            "--final-orientation",
+            type=click.Choice(["pca", "random"]),
+            default="pca",
+            show_default=True,
+            help="slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(["refit", "slicegpt"]),
+            default="refit",
+            show_default=True,
+            help="refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family "
+            "allows it. slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def calibration_options(function: Function) -> Function:
+    """Add the options that say what a slice is fitted to."""
+    for option in (
+        click.option(
+            "--seed", type=int, default=42, show_default=True, metavar="N", help="Seed of the choice of rows."
+        ),
+        click.option(
+            "--samples", type=int, default=128, show_default=True, metavar="N", help="Rows of calibration text."
+        ),
+        click.option(
+            "--calibration",
+            default="wikitext2",
+            show_default=True,
+            metavar="NAME|FILE|HUB_ID",
+            help="Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def task_options(function: Function) -> Function:
+    """Add the options of tasks, and how much of texts and tasks is measured."""
+    for option in (
+        click.option("--limit", type=int, metavar="N", help="Only the first N rows and questions.  [default: all]"),
+        click.option(
+            "--include-path",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Folder with YAML files of tasks of your own.",
+        ),
+        click.option("--num-fewshot", type=int, metavar="N", help="Solved examples before each question."),
+        click.option(
+            "--tasks",
+            type=Names(),
+            default=(),
+            metavar="TASK,TASK,...",
+            help="Tasks of lm-eval, .jsonl files of questions, or demo.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def adapter_option(function: Function) -> Function:
+    """Add the `--adapter` of commands that slice."""
+    return click.option(
+        "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
+    )(function)
 
 
 def check_shard_size(text: str) -> None:

@@ -25,49 +25,20 @@ from slicecli.cli import output as show
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing slice.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
-@click.option(
-    "--method",
-    type=click.Choice(["refit", "slicegpt"]),
-    default="refit",
-    show_default=True,
-    help="refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family allows it. "
-    "slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
-)
-@click.option(
-    "--final-orientation",
-    type=click.Choice(["pca", "random"]),
-    default="pca",
-    show_default=True,
-    help="slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
-)
-@click.option(
-    "--slice-head/--no-slice-head",
-    default=None,
-    help="slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
-)
+@shared.method_options
 @click.option(
     "--schedule",
     metavar="constant|linear:S0:S1|FILE.json",
     help="slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
     "width at each step of each block.  [default: constant]",
 )
-@click.option(
-    "--calibration",
-    default="wikitext2",
-    show_default=True,
-    metavar="NAME|FILE|HUB_ID",
-    help="Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
-)
-@click.option("--samples", type=int, default=128, show_default=True, metavar="N", help="Rows of calibration text.")
-@click.option("--seed", type=int, default=42, show_default=True, metavar="N", help="Seed of the choice of rows.")
+@shared.calibration_options
 @shared.run_options
 @click.option(
     "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
-@click.option(
-    "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
-)
+@shared.adapter_option
 @shared.model_options
 @shared.format_option
 @click.pass_obj

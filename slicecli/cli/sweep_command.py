@@ -1,0 +1,176 @@
+"""`slicecli sweep`: many dims of one model, measured, fitted and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+
+@click.command("sweep")
+@click.argument("model")
+@click.option(
+    "--dims",
+    type=shared.DimList(),
+    metavar="N,N,...",
+    help="Dims to slice to.  [default: those nearest to the removal of 0.1, 0.15, 0.2, 0.25, 0.3, 0.4 and 0.5]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder for results, curve and plot.  [default: ./<name>-sweep]",
+)
+@click.option("--overwrite", is_flag=True, help="Begin anew where the folder has the results of another sweep.")
+@click.option("--keep-slices", is_flag=True, help="Leave the slices in the folder.")
+@click.option(
+    "--perplexity",
+    "texts",
+    multiple=True,
+    metavar="NAME|FILE|HUB_ID",
+    help="Text to measure perplexity on; may be given several times.  [default: wikitext2, without --tasks]",
+)
+@shared.task_options
+@shared.method_options
+@shared.calibration_options
+@click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
+@shared.run_options
+@click.option(
+    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
+)
+@shared.adapter_option
+@shared.model_options
+@shared.format_option
+@click.pass_obj
+def command(
+    context: dict[str, Any],
+    model: str,
+    dims: tuple[int, ...] | None,
+    output: Path | None,
+    overwrite: bool,
+    keep_slices: bool,
+    texts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    limit: int | None,
+    num_fewshot: int | None,
+    include_path: Path | None,
+    method: Any,
+    final_orientation: Any,
+    slice_head: bool | None,
+    calibration: str,
+    samples: int,
+    seed: int,
+    relation: str | None,
+    dtype: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    device_map: str,
+    adapter: str | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    output_format: str,
+) -> None:
+    """Slice MODEL to many dims, measure the dense model and each slice, and fit a prediction curve.
+
+    The refit collects its statistics once for all dims. Results are written as they come: the same command goes on
+    where it was stopped, and takes over what was measured when dims are added.
+
+    \b
+    Example:
+      slicecli sweep ./my-model --dims 3584,3328,3072,2816,2560 --perplexity wikitext2 --tasks piqa
+      slicecli estimate ./my-model --curve my-model-sweep/results.json --dim 3200
+    """
+    from slicecli.cli.estimate_command import USUAL_SPARSITIES
+    from slicecli.cli.fit_command import print_curves
+    from slicecli.engine import SliceOptions
+    from slicecli.evaluation.measure import EvaluationOptions
+    from slicecli.memory import return_freed_memory_at_once
+    from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
+
+    precision = None if dtype == "auto" else dtype
+    settings = SliceOptions(
+        method=method,
+        orientation=final_orientation,
+        slice_head=slice_head,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=precision,
+        device=device_map,
+        adapter=adapter,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    evaluation = EvaluationOptions(
+        texts=texts or (() if tasks else ("wikitext2",)),
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        sequence_length=seq_len,
+        batch_size=batch_size,
+        dtype=precision,
+        device_map=device_map,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    return_freed_memory_at_once()
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]
+    folder = output or Path(f"{name}-sweep")
+    with show.progress(context["quiet"]) as watcher:
+        result = run_sweep(
+            model,
+            dims or usual_dims(model, settings, USUAL_SPARSITIES),
+            folder,
+            settings,
+            evaluation,
+            relation=relation,
+            keeps_slices=keep_slices,
+            overwrite=overwrite,
+            progress=watcher,
+        )
+    for text in result.warnings:
+        show.warn(text)
+    document = result.document
+    if output_format == "json":
+        show.print_json(document)
+    else:
+        _print(document)
+        print_curves(result.curves)
+    if not context["quiet"]:
+        show.note(f"{folder}: {RESULTS_FILE} and {PLOT_FILE}")
+        show.note(f"Next: slicecli estimate {model} --curve {folder / RESULTS_FILE}")
+
+
+def _print(document: Any) -> None:
+    """Print what was measured, a line for each model."""
+    measured = [document["dense"], *document["points"]]
+    texts, tasks = list(document["dense"]["perplexity"]), list(document["dense"]["tasks"])
+    show.print_table(
+        ["dim", "s", "parameters", *(f"perplexity on {text}" for text in texts), *tasks],
+        [
+            [
+                f"{one['dim']}" if index else f"{one['dim']} dense",
+                f"{one['sparsity']:.3f}",
+                f"{one['parameters']:,}",
+                *(_figure(one["perplexity"][text], 2) for text in texts),
+                *(_figure(one["tasks"][task], 3) for task in tasks),
+            ]
+            for index, one in enumerate(measured)
+        ],
+    )
+
+
+def _figure(figure: dict[str, Any], digits: int) -> str:
+    error = "" if figure.get("stderr") is None else f" ± {figure['stderr']:.{digits}f}"
+    return f"{figure['value']:.{digits}f}{error}"
