@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any
 from slicecli.engine import (
     SliceOptions,
     SliceReport,
-    batch_rows,
-    check_vocabulary,
     compute_dtype,
     pick_device,
-    pick_sequence_length,
     plan_slices,
     quiet_libraries,
     run_slices,
@@ -29,10 +26,11 @@ from slicecli.plan import Width
 from slicecli.source import Source
 
 if TYPE_CHECKING:
+    from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.slicing.state import Progress
 
-__all__ = ["load_model", "perplexities", "perplexity", "slice_model"]
+__all__ = ["evaluate", "load_model", "perplexities", "perplexity", "slice_model"]
 
 
 def slice_model(
@@ -92,14 +90,8 @@ def perplexities(
     texts: Sequence[str],
     *,
     samples: int | None = None,
-    sequence_length: int | None = None,
-    batch_size: int | None = None,
-    dtype: str | None = None,
-    device_map: Any = "auto",
-    revision: str | None = None,
-    token: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[PerplexityResult]:
     """Load a model once and measure its perplexity on several texts.
 
@@ -107,36 +99,39 @@ def perplexities(
         model: Hub id or folder, dense or sliced.
         texts: Names of the texts, see `slicecli.text.read_text`.
         samples: Measure only the first so many rows; `None` measures the whole text.
-        sequence_length: Tokens per row; `None` takes 2048, or what the model can do if that is less.
-        batch_size: Rows per forward pass; `None` chooses by tokens.
-        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
-        device_map: As in transformers; a device name is one too.
-        revision: Revision on the Hub.
-        token: Hub token.
-        trust_remote_code: Whether code from the model's repository may run.
         progress: Hears of each batch.
+        **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
 
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
-    from slicecli.calibration import evaluation_rows
-    from slicecli.evaluation.perplexity import measure_perplexity
-    from slicecli.text import read_text
+    return list(evaluate(model, texts, limit=samples, progress=progress, **options).perplexity)
 
-    source = Source.find(model, revision, token, trust_remote_code)
-    source.check_is_decoder()
-    length = pick_sequence_length(source, sequence_length)
-    for name, value in (("samples", samples), ("batch size", batch_size)):
-        if value is not None and value <= 0:
-            raise RequestError(f"A {name} of {value} is too small.", "Give 1 or more.")
-    with quiet_libraries():
-        tokenizer = source.tokenizer()
-        packed = [evaluation_rows(read_text(text, "evaluation", token), tokenizer, length, samples) for text in texts]
-        for rows in packed:
-            check_vocabulary(rows, source.name, int(source.fields.get("vocab_size") or rows.ids.max() + 1))
-        loaded = load_model(source, dtype, device_map)
-        size = batch_size or batch_rows(loaded.device, length)
-        return [measure_perplexity(loaded, rows, size, progress) for rows in packed]
+
+def evaluate(
+    model: str,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Load a model once and measure it on texts and tasks.
+
+    Args:
+        model: Hub id or folder, dense or sliced.
+        texts: Names of texts to measure perplexity on, see `slicecli.text.read_text`.
+        tasks: Tasks of lm-eval, `.jsonl` files of questions, or `demo`.
+        progress: Hears of each batch.
+        **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    from slicecli.evaluation.measure import EvaluationOptions
+    from slicecli.evaluation.measure import evaluate as measure
+
+    return measure(model, EvaluationOptions(texts=tuple(texts), tasks=tuple(tasks), **options), progress)
 
 
 def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto") -> Any:

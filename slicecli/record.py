@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slicecli.slicing.published import Spectrum
     from slicecli.source import Source
 
-__all__ = ["Energy", "build_record", "enter_perplexities", "package_versions", "read_record", "write_record"]
+__all__ = ["Energy", "build_record", "enter_results", "package_versions", "read_record", "write_record"]
 
 RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
@@ -139,12 +139,15 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def enter_perplexities(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Enter measured perplexities into the record of a slice, beside those that are there.
+def enter_results(
+    folder: Path, perplexity: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Enter what was measured into the record of a slice, beside what is there.
 
     Args:
         folder: The slice.
-        measured: What `PerplexityResult.to_json` returns, by text.
+        perplexity: What `PerplexityResult.to_json` returns, by text.
+        tasks: What `TaskResult.to_json` returns, by task.
 
     Raises:
         OutputError: The folder has no record, or it cannot be written.
@@ -152,9 +155,11 @@ def enter_perplexities(folder: Path, measured: Mapping[str, Mapping[str, Any]]) 
     record = read_record(folder)
     if record is None:
         raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
-    results = record.get("results") or {}
-    known = results.get("perplexity") or {}
-    record["results"] = {**results, "perplexity": {**known, **measured}, "versions": package_versions()}
+    results = dict(record.get("results") or {})
+    for kind, measured in (("perplexity", perplexity), ("tasks", tasks)):
+        if measured:
+            results[kind] = {**(results.get(kind) or {}), **measured}
+    record["results"] = {**results, "versions": package_versions()}
     write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 

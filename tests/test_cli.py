@@ -242,7 +242,7 @@ def test_eval_measures_and_writes_json(run, checkpoints, text_file, tmp_path):
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document == json.loads(results.read_text())
-    assert document.keys() == {"model", "perplexity", "tasks", "versions"}
+    assert document.keys() >= {"model", "perplexity", "tasks", "versions"}
     measured = document["perplexity"]["nonsense.jsonl"]
     assert measured.keys() >= {"value", "nll", "stderr", "tokens", "seq_len", "bits_per_byte"}
     assert measured["tokens"] % 31 == 0

@@ -34,9 +34,10 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     The model was trained on prose of the Python documentation; calibration and evaluation text is taken from the
     Python installation that runs the program. Nothing is downloaded.
     """
-    from slicecli.api import generate_text, load_model, perplexity
+    from slicecli.api import generate_text, load_model
     from slicecli.demo import MODEL_FOLDER
     from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+    from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
     from slicecli.plan import Width
     from slicecli.source import Source
 
@@ -45,12 +46,15 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     job = plan_slices(str(MODEL_FOLDER), [Width(dim) for dim in dims], list(folders), settings)
     with quiet_libraries(), show.progress(context["quiet"]) as watcher:
         reports = run_slices(job, watcher)
+        measuring = EvaluationOptions(texts=("demo",), sequence_length=256)
+        prepared = EvaluationSet.prepare(measuring, job.source, job.source.tokenizer())
         rows = []
         for dim, folder in [(job.dimensions.hidden_size, MODEL_FOLDER), *zip(dims, folders, strict=True)]:
             source = Source.find(str(folder))
-            measured = perplexity(str(folder), "demo", sequence_length=256, progress=watcher)
-            sentence, _ = generate_text(load_model(source), source.tokenizer(), PROMPT, max_new_tokens=32)
-            rows.append((dim, folder, measured, " ".join((PROMPT + sentence).split())))
+            model, tokenizer = load_model(source), source.tokenizer()
+            found = measure_loaded(model, tokenizer, source, prepared, measuring, watcher)
+            sentence, _ = generate_text(model, tokenizer, PROMPT, max_new_tokens=32)
+            rows.append((dim, folder, found.perplexity[0], " ".join((PROMPT + sentence).split())))
     dense = reports[0].plan
     parameters = [dense.dense_parameters, *(report.plan.sliced_parameters for report in reports)]
     weights = [dense.dense_bytes, *(report.plan.sliced_bytes for report in reports)]

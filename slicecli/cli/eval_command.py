@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
+if TYPE_CHECKING:
+    from slicecli.evaluation.measure import Evaluation
+
 
 @click.command("eval")
 @click.argument("model")
+@shared.measure_options
+@click.option("--baseline", metavar="MODEL", help="Measure this model too, and compare.")
 @click.option(
-    "--perplexity",
-    "texts",
-    multiple=True,
-    default=("wikitext2",),
-    show_default=True,
-    metavar="NAME|FILE|HUB_ID",
-    help="Text to measure perplexity on; may be given several times.",
+    "--seed", type=int, default=1234, show_default=True, metavar="N", help="Seed of the examples that are drawn."
 )
-@click.option("--limit", type=int, metavar="N", help="Only the first N rows of each text.  [default: all]")
 @shared.run_options
 @shared.device_map_option
 @click.option(
@@ -38,7 +36,12 @@ def command(
     context: dict[str, Any],
     model: str,
     texts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    include_path: Path | None,
+    num_fewshot: int | None,
     limit: int | None,
+    baseline: str | None,
+    seed: int,
     dtype: str,
     batch_size: int | None,
     seq_len: int | None,
@@ -50,58 +53,124 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Measure the perplexity of MODEL, dense or sliced, on one or more texts.
+    """Measure MODEL, dense or sliced: perplexity on texts, and results on tasks by lm-eval.
 
     \b
     Example:
-      slicecli eval ./my-slice --perplexity wikitext2 --perplexity questions.jsonl
+      slicecli eval ./my-slice --perplexity wikitext2 --tasks piqa,arc_easy
+      slicecli eval ./my-slice --tasks questions.jsonl --baseline ./my-model
     """
-    from slicecli.api import perplexities
-    from slicecli.errors import RequestError
-    from slicecli.record import enter_perplexities, package_versions, read_record
+    from slicecli.errors import OutputError, RequestError
+    from slicecli.evaluation.measure import EvaluationOptions, evaluate, evaluate_both
+    from slicecli.record import enter_results, read_record
 
     if is_recorded and (not Path(model).is_dir() or read_record(Path(model)) is None):
         raise RequestError(
             f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
         )
+    if output is not None and not output.parent.is_dir():
+        # said now, not after the measuring
+        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+    options = EvaluationOptions(
+        texts=shared.texts_to_measure(texts, tasks),
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        sequence_length=seq_len,
+        batch_size=batch_size,
+        dtype=None if dtype == "auto" else dtype,
+        device_map=device_map,
+        seed=seed,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    other = None
     with show.progress(context["quiet"]) as watcher:
-        results = perplexities(
-            model,
-            texts,
-            samples=limit,
-            sequence_length=seq_len,
-            batch_size=batch_size,
-            dtype=None if dtype == "auto" else dtype,
-            device_map=device_map,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-            progress=watcher,
-        )
-    document: dict[str, Any] = {
-        "model": model,
-        "perplexity": {result.text: result.to_json() for result in results},
-        "tasks": {},
-        "versions": package_versions(),
-    }
+        if baseline is None:
+            found = evaluate(model, options, watcher)
+        else:
+            found, other = evaluate_both(model, baseline, options, watcher)
+    document = found.to_json() if other is None else found.compared_to_json(other)
     if output is not None:
         show.write_json(output, document)
     if is_recorded:
-        enter_perplexities(Path(model), document["perplexity"])
+        enter_results(Path(model), document["perplexity"], document["tasks"])
     if output_format == "json":
         show.print_json(document)
-        return
-    show.print_table(
-        ["text", "perplexity", "± stderr", "bits per byte", "tokens", "row length"],
-        [
+    elif other is None:
+        _print_one(found)
+    else:
+        _print_both(found, other, document["comparison"])
+
+
+def _print_one(found: Evaluation) -> None:
+    if found.perplexity:
+        show.print_table(
+            ["text", "perplexity", "± stderr", "bits per byte", "tokens", "row length"],
             [
-                result.text,
-                f"{result.value:.3f}",
-                f"{result.stderr:.3f}",
-                f"{result.bits_per_byte:.4f}",
-                f"{result.tokens:,}",
-                f"{result.sequence_length}",
+                [
+                    result.text,
+                    f"{result.value:.3f}",
+                    f"{result.stderr:.3f}",
+                    f"{result.bits_per_byte:.4f}",
+                    f"{result.tokens:,}",
+                    f"{result.sequence_length}",
+                ]
+                for result in found.perplexity
+            ],
+        )
+    if found.tasks:
+        show.print_table(
+            ["task", "metric", "value", "± stderr", "chance", "questions", "examples"],
+            [
+                [
+                    result.task,
+                    result.metric,
+                    f"{result.value:.4f}",
+                    f"{result.stderr:.4f}",
+                    "" if result.chance is None else f"{result.chance:.4f}",
+                    f"{result.samples:,}",
+                    f"{result.num_fewshot}",
+                ]
+                for result in found.tasks
+            ],
+        )
+
+
+def _print_both(found: Evaluation, other: Evaluation, comparison: dict[str, Any]) -> None:
+    rows = [
+        ["parameters", f"{other.parameters:,}", f"{found.parameters:,}", f"x {found.parameters / other.parameters:.3f}"]
+    ]
+    texts = {result.text: result for result in other.perplexity}
+    for result in found.perplexity:
+        change = comparison["perplexity"][result.text]
+        before = texts[result.text]
+        rows.append(
+            [
+                f"perplexity on {result.text}",
+                f"{before.value:.3f} ± {before.stderr:.3f}",
+                f"{result.value:.3f} ± {result.stderr:.3f}",
+                f"x {change['ratio']:.3f}",
             ]
-            for result in results
-        ],
-    )
+        )
+        if not change["same_rows"]:
+            show.warn(f"The models have different tokenizers: on {result.text} compare the bits per byte.")
+            bits = (before.bits_per_byte, result.bits_per_byte)
+            rows.append(
+                [f"bits per byte on {result.text}", *(f"{value:.4f}" for value in bits), f"x {bits[1] / bits[0]:.3f}"]
+            )
+    tasks = {result.task: result for result in other.tasks}
+    for measured in found.tasks:
+        difference = comparison["tasks"][measured.task]
+        stderr = difference["stderr"]
+        rows.append(
+            [
+                f"{measured.metric} on {measured.task}",
+                f"{tasks[measured.task].value:.4f} ± {tasks[measured.task].stderr:.4f}",
+                f"{measured.value:.4f} ± {measured.stderr:.4f}",
+                f"{difference['difference']:+.4f}" + ("" if stderr is None else f" ± {stderr:.4f}"),
+            ]
+        )
+    show.print_table(["", f"baseline {other.model}", found.model, "change"], rows)

@@ -24,11 +24,14 @@ __all__ = [
     "check_shard_size",
     "device_map_option",
     "format_option",
+    "measure_options",
     "method_options",
     "model_options",
     "run_options",
+    "texts_to_measure",
 ]
 
+DEFAULT_TEXT = "wikitext2"
 MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -203,7 +206,8 @@ def method_options(function: Function) -> Function:
             default="refit",
             show_default=True,
             help="refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family "
-            "allows it. slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
+            "allows it. slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of "
+            "its own.",
         ),
     ):
         function = option(function)
@@ -231,27 +235,47 @@ def calibration_options(function: Function) -> Function:
     return function
 
 
-def task_options(function: Function) -> Function:
-    """Add the options of tasks, and how much of texts and tasks is measured."""
+def measure_options(function: Function) -> Function:
+    """Add the options that say what is measured."""
     for option in (
-        click.option("--limit", type=int, metavar="N", help="Only the first N rows and questions.  [default: all]"),
+        click.option(
+            "--limit", type=int, metavar="N", help="Only the first N rows of each text and questions of each task."
+        ),
+        click.option(
+            "--num-fewshot",
+            type=int,
+            metavar="N",
+            help="Solved examples before each question.  [default: the task's]",
+        ),
         click.option(
             "--include-path",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=click.Path(path_type=Path),
             metavar="DIR",
-            help="Folder with YAML files of tasks of your own.",
+            help="Folder with task YAMLs of your own, for --tasks.",
         ),
-        click.option("--num-fewshot", type=int, metavar="N", help="Solved examples before each question."),
         click.option(
             "--tasks",
             type=Names(),
-            default=(),
-            metavar="TASK,TASK,...",
-            help="Tasks of lm-eval, .jsonl files of questions, or demo.",
+            default="",
+            metavar="NAME|FILE,...",
+            help="Tasks: names that lm-eval knows (* stands for anything), .jsonl files of questions, or demo.",
+        ),
+        click.option(
+            "--perplexity",
+            "texts",
+            multiple=True,
+            metavar="NAME|FILE|HUB_ID",
+            help="Text to measure perplexity on; may be given several times.  "
+            f"[default: {DEFAULT_TEXT}, or none with --tasks]",
         ),
     ):
         function = option(function)
     return function
+
+
+def texts_to_measure(texts: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the texts that were asked for, or the usual one where nothing else is to be measured."""
+    return texts or (() if tasks else (DEFAULT_TEXT,))
 
 
 def adapter_option(function: Function) -> Function:

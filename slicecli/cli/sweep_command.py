@@ -28,14 +28,7 @@ from slicecli.cli import output as show
 )
 @click.option("--overwrite", is_flag=True, help="Begin anew where the folder has the results of another sweep.")
 @click.option("--keep-slices", is_flag=True, help="Leave the slices in the folder.")
-@click.option(
-    "--perplexity",
-    "texts",
-    multiple=True,
-    metavar="NAME|FILE|HUB_ID",
-    help="Text to measure perplexity on; may be given several times.  [default: wikitext2, without --tasks]",
-)
-@shared.task_options
+@shared.measure_options
 @shared.method_options
 @shared.calibration_options
 @click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
@@ -111,7 +104,7 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     evaluation = EvaluationOptions(
-        texts=texts or (() if tasks else ("wikitext2",)),
+        texts=shared.texts_to_measure(texts, tasks),
         tasks=tasks,
         limit=limit,
         num_fewshot=num_fewshot,

@@ -166,13 +166,14 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     axes.set_xlim(size * (1 + 0.02), size * (1 - highest))
     axes.set_xlabel("dim kept")
     axes.set_ylabel(f"{picture.quantity} on {picture.evaluation}")
-    axes.set_title(
-        textwrap.fill(picture.title, 100) + "\n" + textwrap.fill(picture.subtitle, 120), fontsize=8, loc="left"
-    )
+    lines = [picture.title, *picture.subtitle.splitlines()]
+    axes.set_title("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=8, loc="left")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="best", frameon=False)
+    axes.legend(fontsize=8, loc="upper left", framealpha=0.9, edgecolor="none")
     if picture.parameters is not None:
         second = axes.twinx()
+        axes.set_zorder(second.get_zorder() + 1)
+        axes.patch.set_visible(False)
         whole = sorted({max(1, round(dim)) for dim in dims})
         second.plot(whole, [picture.parameters(dim) for dim in whole], color=GREY, linewidth=1)
         second.set_ylabel("parameters", color=GREY)

@@ -98,7 +98,8 @@ class SliceUnderTest:
 
     def perplexity(self) -> tuple[PerplexityResult, float]:
         """Measure the perplexity as it was recorded, and return it with the largest that passes."""
-        from slicecli.api import perplexities
+        from slicecli.engine import quiet_libraries
+        from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
 
         name = self.text
         if name is None:
@@ -117,10 +118,12 @@ class SliceUnderTest:
         # the same rows as were recorded, be they the whole text or only its beginning
         length = int(entry["seq_len"]) if entry else None
         samples = int(entry["tokens"]) // (int(entry["seq_len"]) - 1) if entry else None
-        (measured,) = perplexities(
-            str(self.folder), [name], samples=samples, sequence_length=length, device_map=self.device
-        )
-        return measured, limit
+        options = EvaluationOptions(texts=(name,), limit=samples, sequence_length=length)
+        with quiet_libraries():
+            tokenizer = self.tokenizer
+            prepared = EvaluationSet.prepare(options, self.source, tokenizer)
+            measured = measure_loaded(self.model, tokenizer, self.source, prepared, options)
+        return measured.perplexity[0], limit
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,392 @@
+"""Measuring a model: perplexity on texts and results on tasks, with everything that says what was measured.
+
+Data flow: `EvaluationOptions` say what to measure; `EvaluationSet` is what becomes of them for one tokenizer, read
+and packed once for as many models as share it; `Evaluation` is what was found. Reading comes before a model is
+loaded, so that what cannot be had is refused early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import stdev
+from typing import TYPE_CHECKING, Any
+
+from slicecli import __version__
+from slicecli.engine import batch_rows, check_vocabulary, pick_sequence_length, quiet_libraries
+from slicecli.errors import RequestError
+from slicecli.record import package_versions, read_record
+from slicecli.source import Source
+from slicecli.text import Text, read_text
+
+if TYPE_CHECKING:
+    from slicecli.calibration import Rows
+    from slicecli.evaluation.perplexity import PerplexityResult
+    from slicecli.evaluation.tasks import LoadedTask, TaskResult
+    from slicecli.slicing.state import Progress
+
+__all__ = ["Evaluation", "EvaluationOptions", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to measure, and how.
+
+    Attributes:
+        texts: Texts for perplexity, see `slicecli.text.read_text`.
+        tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
+        limit: Only the first so many rows of each text and questions of each task; `None` takes all.
+        num_fewshot: Solved examples before each question; `None` leaves it to the task.
+        include_path: Folder with YAML files of tasks.
+        sequence_length: Tokens per row of text; `None` takes 2048, or what the model can do if that is less.
+        batch_size: Rows, or requests, per forward pass; `None` chooses by tokens.
+        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
+        device_map: As in transformers; a device name is one too.
+        seed: Seed of whatever a task draws; the default is lm-eval's.
+        revision: Revision on the Hub.
+        token: Hub token.
+        trust_remote_code: Whether code from the model's repository may run.
+    """
+
+    texts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    device_map: Any = "auto"
+    seed: int = 1234
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Refuse what no model can be measured with.
+
+        Raises:
+            RequestError: Nothing is asked for, a number is too small, or the folder of tasks does not exist.
+        """
+        if not self.texts and not self.tasks:
+            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
+        for name, value, least in (
+            ("limit", self.limit, 1),
+            ("batch size", self.batch_size, 1),
+            ("number of examples", self.num_fewshot, 0),
+        ):
+            if value is not None and value < least:
+                raise RequestError(f"A {name} of {value} is too small.", f"Give {least} or more.")
+        if self.include_path is not None and not self.include_path.expanduser().is_dir():
+            raise RequestError(f"There is no folder {str(self.include_path)!r}.", "Give the folder of the task YAMLs.")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Texts and tasks, read once; the texts packed for one tokenizer.
+
+    Attributes:
+        texts: The texts.
+        rows: Their rows of token ids.
+        tasks: The tasks, which are the same for every model.
+        sequence_length: Tokens per row; `None` without texts.
+    """
+
+    texts: tuple[Text, ...]
+    rows: tuple[Rows, ...]
+    tasks: tuple[LoadedTask, ...]
+    sequence_length: int | None
+
+    @classmethod
+    def prepare(
+        cls, options: EvaluationOptions, source: Source, tokenizer: Any, progress: Progress | None = None
+    ) -> EvaluationSet:
+        """Read what is to be measured on.
+
+        Args:
+            options: What to measure.
+            source: The model, whose longest row counts.
+            tokenizer: Its tokenizer.
+            progress: Hears of each task.
+
+        Raises:
+            RequestError: The options are not possible for this model, or there is no such task.
+            TextError: A text or the data of a task cannot be read.
+            SourceError: The tokenizer does not belong to the model.
+        """
+        options.check()
+        length = pick_sequence_length(source, options.sequence_length) if options.texts else None
+        texts = tuple(read_text(name, "evaluation", options.token) for name in options.texts)
+        tasks: tuple[LoadedTask, ...] = ()
+        if options.tasks:
+            from slicecli.evaluation.tasks import load_tasks
+
+            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress)
+        return cls(texts, (), tasks, length).packed(options, source, tokenizer)
+
+    def packed(self, options: EvaluationOptions, source: Source, tokenizer: Any) -> EvaluationSet:
+        """Return the same texts and tasks for a model with another tokenizer.
+
+        Raises:
+            TextError: A text does not fill a row.
+            SourceError: The tokenizer does not belong to the model.
+        """
+        if self.sequence_length is None:
+            return self
+        from slicecli.calibration import evaluation_rows
+
+        rows = tuple(evaluation_rows(text, tokenizer, self.sequence_length, options.limit) for text in self.texts)
+        for packed in rows:
+            check_vocabulary(packed, source.name, int(source.fields.get("vocab_size") or packed.ids.max() + 1))
+        return replace(self, rows=rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured model.
+
+    Attributes:
+        model: Its Hub id, or its folder's own name.
+        model_type: Its family; of a slice with code of its own, that of the model it was made from.
+        revision: Its commit on the Hub.
+        perplexity: What was measured on texts.
+        tasks: What was measured on tasks.
+        parameters: Its number of parameters, shared ones once.
+        hidden_size: Width of the dense model's stream.
+        dim: Width of its own: less in a slice.
+        method: How a slice was made; `None` for a dense model.
+        source: Id and commit of the dense model that a slice was made from, or of the model itself.
+        calibration: What the record of a slice says of its calibration.
+        settings: What else the numbers depend on.
+        digests: SHA-256 of the token ids of each text.
+    """
+
+    model: str
+    model_type: str
+    revision: str | None
+    perplexity: tuple[PerplexityResult, ...]
+    tasks: tuple[TaskResult, ...]
+    parameters: int
+    hidden_size: int
+    dim: int
+    method: str | None
+    source: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the hidden size that was removed."""
+        return 1 - self.dim / self.hidden_size
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `eval` prints."""
+        return {**self._fields(), "versions": self._versions()}
+
+    def compared_to_json(self, baseline: Evaluation) -> dict[str, Any]:
+        """Return the document that `eval --baseline` prints."""
+        return {
+            **self._fields(),
+            "baseline": baseline._fields(),
+            "comparison": compare(self, baseline),
+            "versions": self._versions(),
+        }
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "model_type": self.model_type,
+            "revision": self.revision,
+            "perplexity": {result.text: result.to_json() for result in self.perplexity},
+            "tasks": {result.task: result.to_json() for result in self.tasks},
+            "parameters": self.parameters,
+            "hidden_size": self.hidden_size,
+            "dim": self.dim,
+            "sparsity": self.sparsity,
+            "method": self.method,
+            "source": dict(self.source),
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "evaluation": {**self.settings, "rows": dict(self.digests)},
+        }
+
+    def _versions(self) -> dict[str, str]:
+        versions = {"slicecli": __version__, **package_versions()}
+        return {**versions, "lm_eval": version("lm_eval")} if self.tasks else versions
+
+
+def evaluate(
+    model: str | Source,
+    options: EvaluationOptions,
+    progress: Progress | None = None,
+    prepared: EvaluationSet | None = None,
+) -> Evaluation:
+    """Load a model once and measure it on texts and tasks.
+
+    Args:
+        model: Hub id or folder, dense or sliced; or what `Source.find` made of it.
+        options: What to measure.
+        progress: Hears of each batch.
+        prepared: What to measure on, where it has been prepared for the model's tokenizer already.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    from slicecli.api import load_model
+
+    source = model if isinstance(model, Source) else _find(model, options)
+    source.check_is_decoder()
+    with quiet_libraries():
+        tokenizer = source.tokenizer()
+        if prepared is None:
+            prepared = EvaluationSet.prepare(options, source, tokenizer, progress)
+        loaded = load_model(source, options.dtype, options.device_map)
+        return measure_loaded(loaded, tokenizer, source, prepared, options, progress)
+
+
+def evaluate_both(
+    model: str, baseline: str, options: EvaluationOptions, progress: Progress | None = None
+) -> tuple[Evaluation, Evaluation]:
+    """Measure two models, one after the other, on the same texts in rows of the same length, and the same tasks.
+
+    Args:
+        model: Hub id or folder.
+        baseline: The same; `options.revision` is not its.
+        options: What to measure.
+        progress: Hears of each batch.
+
+    Returns:
+        What was found on the model, and on the baseline.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    options.check()
+    found = (_find(model, options), _find(baseline, replace(options, revision=None)))
+    if options.texts:
+        length = min(pick_sequence_length(source, options.sequence_length) for source in found)
+        options = replace(options, sequence_length=length)
+    for source in found:
+        source.check_is_decoder()
+    with quiet_libraries():
+        first = EvaluationSet.prepare(options, found[0], found[0].tokenizer(), progress)
+        second = first.packed(options, found[1], found[1].tokenizer())
+    return evaluate(found[0], options, progress, first), evaluate(found[1], options, progress, second)
+
+
+def measure_loaded(
+    model: Any,
+    tokenizer: Any,
+    source: Source,
+    prepared: EvaluationSet,
+    options: EvaluationOptions,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model that is loaded already.
+
+    Args:
+        model: A transformers causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        source: Where it comes from.
+        prepared: What to measure on.
+        options: How; the texts and tasks in it are not read.
+        progress: Hears of each batch.
+
+    Raises:
+        RequestError: The memory does not suffice.
+        SlicecliError: The model or a task fails.
+    """
+    import torch
+
+    from slicecli.evaluation.perplexity import measure_perplexity
+
+    tasks: tuple[TaskResult, ...] = ()
+    try:
+        size = options.batch_size or batch_rows(model.device, prepared.sequence_length or 1)
+        perplexities = tuple(measure_perplexity(model, rows, size, progress) for rows in prepared.rows)
+        if prepared.tasks:
+            from slicecli.evaluation.tasks import measure_tasks
+
+            tasks = measure_tasks(
+                model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress
+            )
+    except torch.OutOfMemoryError as error:
+        raise RequestError(
+            f"The memory of the device does not suffice to measure {source.name}.",
+            "Give a smaller --batch-size or --seq-len, or another --device-map.",
+        ) from error
+    record = read_record(source.folder) or {}
+    origin = record.get("source") or {"model": source.name, "commit": source.commit}
+    width = int(model.config.hidden_size)
+    return Evaluation(
+        model=source.name,
+        model_type=str(origin.get("model_type") or source.fields.get("model_type")),
+        revision=source.commit,
+        perplexity=perplexities,
+        tasks=tasks,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        hidden_size=int(record.get("hidden_size") or width),
+        dim=int(record.get("dim") or width),
+        method=record.get("method"),
+        source={name: origin.get(name) for name in ("model", "commit")},
+        calibration=record.get("calibration"),
+        settings={
+            "limit": options.limit,
+            "num_fewshot": options.num_fewshot,
+            "sequence_length": prepared.sequence_length,
+            "seed": options.seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        digests={rows.name: rows.digest for rows in prepared.rows},
+    )
+
+
+def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
+    """Compare two evaluations on the same texts and tasks.
+
+    Where both models answered the same questions, the standard error of a difference is that of the mean of the
+    differences question by question, which is smaller than that of two separate measurements.
+
+    Returns:
+        For each text the ratio of the perplexities, its logarithm, and whether both were measured on the same tokens,
+        without which the ratio says little; for each task the difference in its metric, with standard error.
+    """
+    theirs = {result.text: result for result in baseline.perplexity}
+    tasks = {result.task: result for result in baseline.tasks}
+    return {
+        "perplexity": {
+            result.text: {
+                "ratio": math.exp(result.nll - theirs[result.text].nll),
+                "ln_ratio": result.nll - theirs[result.text].nll,
+                "same_rows": evaluation.digests[result.text] == baseline.digests[result.text],
+            }
+            for result in evaluation.perplexity
+            if result.text in theirs
+        },
+        "tasks": {
+            result.task: {
+                "difference": result.value - tasks[result.task].value,
+                "stderr": _stderr_of_difference(result, tasks[result.task]),
+            }
+            for result in evaluation.tasks
+            if result.task in tasks
+        },
+    }
+
+
+def _stderr_of_difference(one: TaskResult, other: TaskResult) -> float | None:
+    count = len(one.scores)
+    if count == len(other.scores) and count > 1:
+        differences = [a - b for a, b in zip(one.scores, other.scores, strict=True)]
+        # else the value is not the mean of the scores
+        if math.isclose(sum(differences) / count, one.value - other.value, abs_tol=1e-9):
+            return stdev(differences) / math.sqrt(count)
+    stderr = math.hypot(one.stderr, other.stderr)
+    return stderr if math.isfinite(stderr) else None
+
+
+def _find(model: str, options: EvaluationOptions) -> Source:
+    return Source.find(model, options.revision, options.token, options.trust_remote_code)

@@ -1,0 +1,422 @@
+"""Tasks, measured by EleutherAI's lm-eval on a model that is already loaded.
+
+A task is named as lm-eval names it, by a YAML file of the user's own, as a `.jsonl` file of questions, or `demo`.
+What is local is read locally: lm-eval's own list of tasks, which takes seconds to read, is opened only for a name
+that is nowhere else, and nothing asks the network for a task whose data lie on this machine.
+
+Loading and measuring are two steps, so that a task that cannot be had is refused before a model is loaded, and so
+that many models are measured on tasks loaded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import io
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import lm_eval
+import numpy
+import torch
+import tqdm.std
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from slicecli.engine import batch_rows
+from slicecli.errors import RequestError, SlicecliError, SourceError, TextError, WeightsError, reason_of
+from slicecli.evaluation.chance import chance_level
+from slicecli.evaluation.questions import Question, read_questions
+from slicecli.hub.errors import describe_hub_error
+
+if TYPE_CHECKING:
+    from slicecli.slicing.state import Progress
+
+__all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
+
+PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
+CHOICE_METRICS = ("acc_norm", "acc")
+# for the metrics, few, whose standard error has no formula
+BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """What one name stands for.
+
+    Attributes:
+        name: The name as it was given; of a file, its own.
+        loaded: The tasks, and groups of tasks, as lm-eval's task manager returns them.
+    """
+
+    name: str
+    loaded: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A measured task, or a group of tasks that lm-eval averages.
+
+    Attributes:
+        task: Its name.
+        metric: The metric that `value` is of: acc_norm, acc or exact_match, whichever the task has first, else the
+            first that it has.
+        value: The measured value.
+        stderr: Its standard error; NaN where there is none.
+        chance: What guessing reaches, where that is known.
+        samples: Number of questions.
+        num_fewshot: Number of solved examples before each question.
+        metrics: Value and standard error of every metric.
+        scores: The metric of each question, in the order of the task; empty for a group.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    chance: float | None
+    samples: int
+    num_fewshot: int
+    metrics: Mapping[str, tuple[float, float]]
+    scores: tuple[float, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as `eval` reports them; what is missing or not finite is null."""
+        return {
+            "metric": self.metric,
+            "value": _finite(self.value),
+            "stderr": _finite(self.stderr),
+            "chance": self.chance,
+            "samples": self.samples,
+            "num_fewshot": self.num_fewshot,
+            "metrics": {
+                name: {"value": _finite(value), "stderr": _finite(stderr)}
+                for name, (value, stderr) in self.metrics.items()
+            },
+        }
+
+
+def load_tasks(
+    names: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 1234,
+    progress: Progress | None = None,
+) -> tuple[LoadedTask, ...]:
+    """Find tasks and read their data.
+
+    Args:
+        names: Names of lm-eval, with `*` for several; of tasks in `include_path`; `.jsonl` files; `demo`.
+        include_path: Folder with YAML files of tasks, which come before lm-eval's own.
+        num_fewshot: Solved examples before each question; `None` leaves it to the task. A task that insists on none
+            keeps none.
+        seed: Seed of whatever a task draws.
+        progress: Hears of each task.
+
+    Raises:
+        RequestError: There is no such task.
+        TextError: Its questions or its data set cannot be read.
+    """
+    names = tuple(dict.fromkeys(names))
+    if progress is not None:
+        progress.start("tasks", len(names))
+    found = []
+    with _quiet():
+        managers = _Managers(include_path)
+        for name in names:
+            _seed_everything(seed)
+            questions = _own_questions(name)
+            if questions is None:
+                specs, manager = managers.find(name)
+                loaded = _load(name, specs, manager)
+            else:
+                name = Path(name).name
+                loaded = _load(name, [_task_of(name, questions)], managers.local)
+            for task in loaded["tasks"].values():
+                _set_fewshot(task, num_fewshot)
+            found.append(LoadedTask(name, loaded))
+            if progress is not None:
+                progress.advance(name)
+    return tuple(found)
+
+
+@torch.no_grad()
+def measure_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[LoadedTask],
+    limit: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 1234,
+    progress: Progress | None = None,
+) -> tuple[TaskResult, ...]:
+    """Measure a loaded model on loaded tasks.
+
+    Args:
+        model: A transformers causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        tasks: What `load_tasks` returned.
+        limit: Only the first so many questions of each task.
+        batch_size: Requests per forward pass; `None` chooses by tokens.
+        seed: Seed of the choice of examples.
+        progress: Hears of each request.
+
+    Raises:
+        TextError: A task fails, or is one that lm-eval does not run without more ado.
+        SourceError: The tokenizer does not belong to the model.
+        WeightsError: The model's logits are NaN.
+    """
+    results: dict[str, TaskResult] = {}
+    with _quiet():
+        # a copy, because the harness gives it a padding token
+        harness = _Harness(model, copy.deepcopy(tokenizer), batch_size)
+        for task in tasks:
+            members = task.loaded["tasks"]
+            harness.set_cache_hook(_Counter(task.name, list(members.values()), progress))
+            _seed_everything(seed)
+            for member in members.values():
+                member.set_fewshot_seed(seed=seed)
+            try:
+                measured = lm_eval.evaluate(
+                    lm=harness, task_dict=task.loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES
+                )
+            except (SlicecliError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever a task's own templates and code raise
+                raise TextError(
+                    f"The task {task.name!r} cannot be measured: {type(error).__name__}: {reason_of(error)}.",
+                    "Check how it is defined and, with --num-fewshot, that it has enough examples.",
+                ) from error
+            for name in measured["results"]:
+                result = _result(name, members.get(name), measured)
+                if result is not None:
+                    results[name] = result
+    return tuple(results.values())
+
+
+class _Harness(HFLM):  # type: ignore[misc]
+    """lm-eval's own wrapper of a model; batches are chosen by tokens, bad numbers are not ranked but refused."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size or 1)
+        self._chooses_batches = batch_size is None
+        self._vocabulary = model.get_input_embeddings().num_embeddings
+        # offloaded: accelerate's hooks move the ids to where they are needed
+        self._device = torch.device("cpu") if model.device.type == "meta" else model.device
+        if self._chooses_batches:
+            self.batch_size_per_gpu = batch_rows(self._device, self.max_length)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        largest = max(max(context + continuation) for _, context, continuation in requests)
+        if largest >= self._vocabulary:
+            raise SourceError(
+                f"The tokenizer gives token {largest}, and the model knows {self._vocabulary}.",
+                "The tokenizer does not belong to this model.",
+            )
+        if self._chooses_batches:
+            longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+            self.batch_size_per_gpu = batch_rows(self._device, min(longest, self.max_length))
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if any(math.isnan(value) for value, _ in found):
+            raise WeightsError("The model's logits are NaN.", "Try --dtype float32.")
+        return found
+
+
+class _Counter:
+    """Stands where lm-eval would hand each answer to a cache, and counts them."""
+
+    def __init__(self, name: str, tasks: Sequence[Any], progress: Progress | None) -> None:
+        self._name, self._tasks, self._progress, self._is_started = name, tasks, progress, False
+
+    def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
+        """Count an answer."""
+        if self._progress is None:
+            return
+        if not self._is_started:
+            self._is_started = True
+            requests = sum(instance.repeats for task in self._tasks for instance in task.instances)
+            self._progress.start(self._name, requests)
+        self._progress.advance()
+
+
+class _Managers:
+    """lm-eval's task managers: that of the user's own tasks, and one with lm-eval's too, made when it is needed."""
+
+    def __init__(self, include_path: Path | None) -> None:
+        self._folder = str(include_path.expanduser()) if include_path is not None else None
+        self.local = TaskManager(include_path=self._folder, include_defaults=False)
+        self._all: TaskManager | None = None
+
+    def find(self, name: str) -> tuple[list[Any], TaskManager]:
+        """Return the tasks that a name stands for and the manager that knows them.
+
+        Raises:
+            RequestError: There are none.
+        """
+        # a group may have members among lm-eval's own tasks
+        local = [found for found in self.local.match_tasks([name]) if found not in self.local.all_groups]
+        if local:
+            return local, self.local
+        if self._all is None:
+            self._all = TaskManager(include_path=self._folder)
+        matches = self._all.match_tasks([name])
+        if not matches:
+            near = difflib.get_close_matches(name, ["demo", *self._all.all_tasks], n=3)
+            remedy = f"Near to it: {', '.join(near)}." if near else "See `lm_eval ls tasks`."
+            raise RequestError(f"There is no task {name!r}.", f"{remedy} Give a .jsonl file for questions of your own.")
+        return matches, self._all
+
+
+def _own_questions(name: str) -> tuple[Question, ...] | None:
+    """Return the questions of a file or of the demo; `None` for any other name."""
+    if name == "demo":
+        from slicecli.demo.questions import questions
+
+        return questions()
+    path = Path(name).expanduser()
+    return read_questions(path) if path.suffix == ".jsonl" else None
+
+
+def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return lm-eval's definition of a task of questions.
+
+    Where all that is compared is whole texts, as in minimal pairs, the likelier one is meant, whatever its length.
+    """
+    metrics = ("acc", "acc_norm") if any(question.prompt for question in questions) else ("acc",)
+    rows = [
+        {"query": question.prompt, "choices": list(question.choices), "gold": question.gold} for question in questions
+    ]
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
+    }
+
+
+def _load(name: str, specs: list[Any], manager: TaskManager) -> Mapping[str, Any]:
+    try:
+        loaded: Mapping[str, Any] = manager.load(specs)
+    except Exception as error:  # a task may run code of its own, and its data set may be anywhere
+        raise TextError(
+            f"The task {name!r} cannot be loaded: {describe_hub_error(error)}.",
+            "Check its definition and where its data come from; a .jsonl file of your own needs no network.",
+        ) from error
+    if not loaded["tasks"]:
+        raise TextError(f"The task {name!r} is empty.", "Check its definition.")
+    return loaded
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set the number of examples as lm-eval does: a task that says 0 keeps 0, one that says nothing has 0."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def _result(name: str, task: Any, measured: Mapping[str, Any]) -> TaskResult | None:
+    """Return what lm-eval found on a task, or on a group where `task` is none; `None` if the group has no value."""
+    fields = measured["results"][name]
+    metrics: dict[tuple[str, str], tuple[float, float]] = {}
+    for key, value in fields.items():
+        metric, comma, filter_name = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            metrics[metric, filter_name] = _number(value), _number(fields.get(f"{metric}_stderr,{filter_name}"))
+    if not metrics:
+        return None
+    order = [*PREFERRED_METRICS, *(task.aggregation() if task is not None else ())]
+    chosen = next((key for wanted in order for key in metrics if key[0] == wanted), next(iter(metrics)))
+    value, stderr = metrics[chosen]
+    samples = measured["samples"].get(name, ())
+    scores = tuple(_number(sample.get(chosen[0])) for sample in samples if sample["filter"] == chosen[1])
+    return TaskResult(
+        task=name,
+        metric=_metric_name(chosen),
+        value=value,
+        stderr=stderr,
+        chance=chance_level(name, _numbers_of_choices(task)) if chosen[0] in CHOICE_METRICS else chance_level(name),
+        samples=int(fields["sample_len"]),
+        num_fewshot=int(measured["n-shot"].get(name) or 0),
+        metrics={_metric_name(key): found for key, found in metrics.items()},
+        scores=scores,
+    )
+
+
+def _metric_name(key: tuple[str, str]) -> str:
+    """Return the name of a metric, with that of the filter where a task has several."""
+    return key[0] if key[1] == "none" else ",".join(key)
+
+
+def _numbers_of_choices(task: Any) -> list[int]:
+    """Return the number of choices of each question, for a task in which one of them is right and the rest wrong."""
+    if task is None or task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results or task.multiple_target:
+        return []
+    documents = {instance.doc_id: instance.doc for instance in task.instances}
+    return [len(task.doc_to_choice(document)) for document in documents.values()]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _seed_everything(seed: int) -> None:
+    # tasks draw from the global generators
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars, logs and prints of lm-eval and datasets out of the output, and datasets from counting loads."""
+    original = tqdm.std.tqdm.__init__
+
+    def without_bar(bar: Any, *arguments: Any, **options: Any) -> None:
+        original(bar, *arguments, **{**options, "disable": True})
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    counts_loads = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    had_single_process = os.environ.get("DISABLE_MULTIPROC")
+    try:
+        tqdm.std.tqdm.__init__ = without_bar
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        # else even a local JSON file makes datasets call its server
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+        # a bootstrap of a thousand samples is not worth a pool of processes that each hold the model
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.std.tqdm.__init__ = original
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts_loads
+        if had_single_process is None:
+            del os.environ["DISABLE_MULTIPROC"]

@@ -1,0 +1,367 @@
+"""Relations between width and quality: what they say, how they are fitted, and how far their intervals reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from itertools import pairwise
+
+import pytest
+
+from slicecli import hookspecs
+from slicecli.errors import PluginError, RequestError
+from slicecli.estimation.curves import ONE_POINT_RELATION, curve_from_json, fit_curve, leave_one_out
+from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
+from slicecli.estimation.predictions import (
+    DEFAULT_RELATION,
+    predict_fitted,
+    predict_new,
+    shared_parameters,
+    spread_of,
+)
+from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
+from slicecli.estimation.spread import learn_spread
+from slicecli.estimation.validation import check_relations, summary
+
+SPARSITIES = (0.06, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
+PERPLEXITY = Dense(math.log(6.24))
+ACCURACY = Dense(0.79, 0.5, lambda sparsity: 2.0 * sparsity**1.5)
+TRUE = {"c": 2.1, "b": 1.12, "p": 1.7, "r": 0.9}
+
+
+def dense_for(relation):
+    return PERPLEXITY if relation.quantity == "perplexity" else ACCURACY
+
+
+def identity(relation):
+    return f"{relation.quantity}-{relation.name}"
+
+
+def exact_points(relation, sparsities=SPARSITIES):
+    parameters = [TRUE[name] for name in relation.parameters]
+    return [(one, relation.predict(one, dense_for(relation), parameters)) for one in sparsities]
+
+
+def series_from(relation, sparsities=SPARSITIES, noise=0.0, seed=0, family="llama", size=4096):
+    chosen = random.Random(seed)
+    points = tuple(
+        Point(one, value + noise * chosen.gauss(0, 1), None, round(size * (1 - one)))
+        for one, value in exact_points(relation, sparsities)
+    )
+    kind = relation.quantity
+    return Series("me/model", family, "slicegpt", "wikitext2", kind, "here", dense_for(relation), points)
+
+
+@pytest.mark.parametrize("relation", BUILT_IN, ids=identity)
+def test_a_fit_finds_the_parameters_that_made_the_points(relation):
+    found = relation.fit(exact_points(relation), dense_for(relation), None)
+    if relation.has_prior:  # it weighs the usual exponent against the points
+        found = relation.fit(exact_points(relation), dense_for(relation), Prior((1.0, 1.0), (10.0, 100.0)))
+    assert found == pytest.approx([TRUE[name] for name in relation.parameters], rel=1e-4)
+
+
+@pytest.mark.parametrize("relation", BUILT_IN, ids=identity)
+def test_nothing_removed_is_the_dense_model_and_more_removed_is_worse(relation):
+    parameters = [TRUE[name] for name in relation.parameters]
+    dense = dense_for(relation)
+    values = [relation.predict(step / 100, dense, parameters) for step in range(91)]
+    assert values[0] == pytest.approx(dense.value, abs=1e-12)
+    steps = [later - earlier for earlier, later in pairwise(values)]
+    assert all(step > 0 for step in steps) if relation.quantity == "perplexity" else all(step < 0 for step in steps)
+
+
+def test_the_papers_relation_is_what_the_paper_says():
+    paper = relation_named("paper", "perplexity")
+    for sparsity in SPARSITIES:
+        assert PERPLEXITY.value / paper.predict(sparsity, PERPLEXITY, ()) == pytest.approx(1 - sparsity)
+    accuracy = relation_named("paper", "accuracy")
+    for sparsity in SPARSITIES:
+        predicted = accuracy.predict(sparsity, ACCURACY, ())
+        assert math.log(predicted / 0.5) == pytest.approx((1 - sparsity) * math.log(0.79 / 0.5))
+    assert accuracy.predict(1.0, ACCURACY, ()) == pytest.approx(0.5)
+    assert "chance" in accuracy.why_not(Dense(0.7, None))
+    assert "chance" in accuracy.why_not(Dense(0.7, 0.0))
+
+
+def test_one_point_fixes_the_scale_and_the_prior_the_exponent():
+    relation = relation_named("free-power", "perplexity")
+    prior = Prior((9.9, 1.9), (9.9, 0.2))
+    scale, exponent = relation.fit([(0.2, PERPLEXITY.value + 0.5)], PERPLEXITY, prior)
+    assert exponent == pytest.approx(1.9)
+    assert scale * 0.2**1.9 == pytest.approx(0.5)
+
+
+# the published measurements
+
+
+def test_every_published_row_has_a_source_and_a_use():
+    rows = published_rows()
+    assert len(rows) > 400
+    for row in rows:
+        assert row.source
+        assert row.use
+        assert "/" in row.model
+        assert (row.sparsity == 0) == (row.use == "dense") == (row.method == "dense")
+        assert 0 <= row.sparsity < 1
+        assert row.value > 1 if row.metric == "perplexity" else 0 < row.value < 1
+    found = published_figure("meta-llama/llama-2-7B-HF", "perplexity", "wikitext2")
+    assert (found.value, found.source) == (5.47, "published: arXiv:2401.15024 T1")
+    assert published_figure("nobody/nothing", "perplexity", "wikitext2") is None
+
+
+def lines_for(quantity, knows, largest=1.0):
+    lines = summary([check for check in check_relations(quantity, largest) if check.knows == knows])
+    return {line["relation"]: line for line in lines if line["family"] == "all"}
+
+
+def test_one_slice_predicts_the_others_within_three_percent():
+    lines = lines_for("perplexity", "one slice", 0.31)
+    usual = lines[ONE_POINT_RELATION["perplexity"]]
+    assert usual["mean_error"] <= 0.03
+    assert usual["mean_error"] == min(line["mean_error"] for line in lines.values())
+    accuracy = lines_for("accuracy", "one slice")
+    assert accuracy[ONE_POINT_RELATION["accuracy"]]["mean_error"] == min(
+        line["mean_error"] for line in accuracy.values()
+    )
+
+
+@pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
+@pytest.mark.parametrize("knows", ["other models", "one slice"])
+def test_intervals_hold_nine_tenths_of_the_points_of_models_left_out(quantity, knows):
+    for name, line in lines_for(quantity, knows).items():
+        assert line["coverage"] >= 0.9, name
+
+
+@pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
+def test_the_default_does_best_on_models_of_known_and_unknown_families(quantity):
+    known, unknown = (lines_for(quantity, knows) for knows in ("other models", "other families"))
+    errors = {name: known[name]["mean_error"] + unknown[name]["mean_error"] for name in known}
+    assert min(errors, key=errors.get) == DEFAULT_RELATION[quantity]
+
+
+def test_a_model_that_is_left_out_has_no_say():
+    relation = relation_named("odds", "perplexity")
+    series = published_series("perplexity")
+    left_out = "meta-llama/Llama-2-7b-hf"
+    others = [one for one in series if one.model != left_out]
+    changed = [
+        dataclasses.replace(
+            one, points=tuple(dataclasses.replace(point, value=point.value + 1) for point in one.points)
+        )
+        if one.model == left_out
+        else one
+        for one in series
+    ]
+    assert learn_spread(relation, others) == learn_spread(relation, [one for one in changed if one.model != left_out])
+    assert learn_spread(relation, changed) != learn_spread(relation, series)
+
+
+# intervals
+
+
+def new(name, family="llama", sparsity=0.25, method="slicegpt"):
+    spread = spread_of(name, "perplexity")
+    parameters = shared_parameters(spread.relation, family)
+    return predict_new(spread, parameters, PERPLEXITY, family, method, sparsity)
+
+
+def fitted(name, sparsity, *points, family="llama"):
+    spread = spread_of(name, "perplexity")
+    measured = [Point(one, value) for one, value in points]
+    parameters = spread.relation.fit(points, PERPLEXITY, spread.prior(family))
+    return predict_fitted(spread, parameters, PERPLEXITY, family, measured, sparsity)
+
+
+def width(prediction):
+    return prediction.high - prediction.low
+
+
+@pytest.mark.parametrize("name", ["paper", "power", "odds", "exponent", "free-power"])
+def test_an_interval_holds_its_value_and_less_is_known_of_new_families(name):
+    known, unknown = new(name), new(name, "unheard-of")
+    for prediction in (known, unknown):
+        assert PERPLEXITY.value - 0.01 <= prediction.low <= prediction.value <= prediction.high
+    assert width(known) < width(unknown)
+
+
+def test_intervals_for_the_refit_reach_further_towards_the_dense_model():
+    refit, published = new("odds", method="refit"), new("odds")
+    assert refit.low < published.low
+    assert (refit.value, refit.high) == (published.value, published.high)
+
+
+@pytest.mark.parametrize("name", ["power", "odds", "exponent", "free-power"])
+def test_measured_slices_narrow_the_interval_and_distance_widens_it(name):
+    points = exact_points(relation_named(name, "perplexity"))
+    one = fitted(name, 0.25, points[2])
+    two = fitted(name, 0.25, points[2], points[4])
+    all_of_them = fitted(name, 0.25, *points)
+    assert width(new(name)) > width(one) > width(two) > width(all_of_them)
+    away = [width(fitted(name, sparsity, points[2])) for sparsity in (0.21, 0.3, 0.4, 0.5)]
+    assert away == sorted(away)
+
+    # on the scale of factors on what is lost, the other way too
+    def factor(sparsity):
+        prediction = fitted(name, sparsity, points[2])
+        return (prediction.high - PERPLEXITY.value - 0.005) / (prediction.value - PERPLEXITY.value)
+
+    assert factor(0.05) > factor(0.1) > factor(0.19)
+
+
+def test_outside_of_what_is_known_is_flagged():
+    points = exact_points(relation_named("power", "perplexity"))[2:5]
+    assert [fitted("power", s, *points).is_outside for s in (0.1, 0.2, 0.25, 0.3, 0.31)] == [
+        True, False, False, False, True,
+    ]  # fmt: skip
+    assert [new("odds", sparsity=s).is_outside for s in (0.05, 0.25, 0.5, 0.55)] == [True, False, False, True]
+
+
+def test_slices_that_lost_nothing_leave_an_interval():
+    prediction = fitted("odds", 0.3, (0.1, PERPLEXITY.value - 0.001))
+    assert prediction.low < prediction.high
+    assert math.isfinite(prediction.high)
+
+
+# curves
+
+
+@pytest.mark.parametrize("relation", [one for one in BUILT_IN if one.parameters], ids=identity)
+def test_leave_one_out_prefers_the_relation_that_made_the_points(relation):
+    curve = fit_curve(series_from(relation, noise=1e-4))
+    errors = {one.relation: one.loo_error for one in curve.alternatives}
+    # where there is a prior, it pulls
+    assert errors[relation.name] < (0.02 if relation.has_prior else 2e-3)
+    best = min(errors, key=errors.get)
+    assert curve.relation == best
+    # a freer relation may come as near
+    assert best == relation.name or relation.has_prior or errors[relation.name] < 2 * errors[best] + 5e-4
+    assert "smallest leave-one-out error" in curve.reason
+
+
+def test_leave_one_out_is_what_its_name_says():
+    relation = relation_named("odds", "perplexity")
+    series = series_from(relation, noise=0.05, seed=3)
+    by_hand = []
+    for point in series.points:
+        others = [(one.sparsity, one.value) for one in series.points if one is not point]
+        scale = sum(s / (1 - s) * (v - PERPLEXITY.value) for s, v in others) / sum(
+            (s / (1 - s)) ** 2 for s, _ in others
+        )
+        by_hand.append(abs(PERPLEXITY.value + scale * point.sparsity / (1 - point.sparsity) - point.value))
+    assert leave_one_out(relation, series) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-9)
+
+
+def test_one_point_takes_what_does_best_with_one_and_says_so():
+    curve = fit_curve(series_from(relation_named("odds", "perplexity"), (0.2,)))
+    assert curve.relation == ONE_POINT_RELATION["perplexity"]
+    assert "one point" in curve.reason
+    assert math.isnan(curve.loo_error)
+    assert curve.covariance is None
+    assert curve.to_json()["loo_error"] is None
+    json.dumps(curve.to_json(), allow_nan=False)
+
+
+def test_the_covariance_is_that_of_repeated_measurements():
+    relation = relation_named("odds", "perplexity")
+    curves = [fit_curve(series_from(relation, noise=0.02, seed=seed), "odds") for seed in range(300)]
+    scales = [curve.parameters[0] for curve in curves]
+    mean = sum(scales) / len(scales)
+    variance = sum((scale - mean) ** 2 for scale in scales) / len(scales)
+    told = sum(curve.covariance[0][0] for curve in curves) / len(curves)
+    assert told == pytest.approx(variance, rel=0.25)
+
+
+@pytest.mark.parametrize("relation", BUILT_IN, ids=identity)
+def test_a_curve_reads_back_as_it_was(relation):
+    series = series_from(relation, noise=1e-3)
+    curve = fit_curve(series, relation.name, {"limit": 7})
+    written = json.loads(json.dumps(curve.to_json(), allow_nan=False))
+    again = curve_from_json(written, series.dense.log_ratio)
+    assert again.reason == curve.reason
+    for sparsity in (0.1, 0.33, 0.55):
+        one, other = curve.predict(sparsity), again.predict(sparsity)
+        assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), rel=1e-9)
+    for one, other in zip(again.to_json()["points"], written["points"], strict=True):
+        assert one == pytest.approx(other)
+    assert again.hidden_size == 4096
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda fields: fields.pop("points"),
+        lambda fields: fields.update(points=[]),
+        lambda fields: fields.update(dense=0.5),
+        lambda fields: fields.update(dense="many"),
+        lambda fields: fields.update(relation="hearsay"),
+        lambda fields: fields.update(quantity="beauty"),
+        lambda fields: fields["points"][0].update(sparsity=1.5),
+        lambda fields: fields["points"][0].update(value=float("nan")),
+        lambda fields: fields["points"].append(7),
+    ],
+)
+def test_what_is_not_a_curve_is_refused(damage):
+    fields = fit_curve(series_from(relation_named("odds", "perplexity"))).to_json()
+    damage(fields)
+    with pytest.raises(RequestError):
+        curve_from_json(fields)
+
+
+def test_a_relation_that_cannot_be_fitted_is_refused_with_the_reason():
+    with pytest.raises(RequestError, match="There are: paper, power"):
+        fit_curve(series_from(relation_named("odds", "perplexity")), "hearsay")
+    accuracy = series_from(relation_named("decay", "accuracy"))
+    hopeless = dataclasses.replace(accuracy, dense=Dense(0.7, None))
+    with pytest.raises(RequestError, match="chance level"):
+        fit_curve(hopeless, "paper")
+    with pytest.raises(RequestError, match="no measured slice"):
+        fit_curve(dataclasses.replace(accuracy, points=()))
+
+
+# relations of plugins
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Let one module take part as a plugin."""
+    from slicecli import plugins as module
+
+    def install(relations):
+        class Holder:
+            @hookspecs.hookimpl
+            def slicecli_register_relations(self, register):
+                for relation in relations:
+                    register(relation)
+
+        loaded = module.load_plugins([])
+        loaded.manager.register(Holder())
+        monkeypatch.setattr(module, "plugins", lambda: loaded)
+        spread_of.cache_clear()
+
+    yield install
+    spread_of.cache_clear()
+
+
+def test_a_plugin_adds_a_relation_that_is_fitted_and_chosen_like_any_other(plugin):
+    square = Relation(
+        "square", "perplexity", "ln PPL = ln PPL0 + c s^2", "here", ("c",),
+        lambda sparsity, dense, parameters: dense.value + parameters[0] * sparsity**2,
+        lambda points, dense, prior: (
+            sum(s**2 * (v - dense.value) for s, v in points) / sum(s**4 for s, _ in points),
+        ),
+    )  # fmt: skip
+    plugin([square])
+    made = tuple(Point(one, PERPLEXITY.value + 3 * one**2) for one in SPARSITIES)
+    series = Series("me/model", "llama", "slicegpt", "text", "perplexity", "here", PERPLEXITY, made)
+    curve = fit_curve(series)
+    assert {one.relation for one in curve.alternatives} >= {"square", "odds"}
+    assert fit_curve(series, "square").parameters == pytest.approx((3,))
+    assert width(curve.predict(0.35)) > 0
+
+
+def test_a_name_that_is_taken_is_refused(plugin):
+    plugin([relation_named("odds", "perplexity")])
+    with pytest.raises(PluginError, match="odds"):
+        relation_named("power", "perplexity")
