@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,8 @@ from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 if TYPE_CHECKING:
-    from slicecli.dimensions import Dimensions
-    from slicecli.estimation.curves import Curve
-    from slicecli.estimation.estimate import Estimate, Forecast
-    from slicecli.estimation.relations import Quantity
+    from slicecli.estimation.estimate import Estimate
     from slicecli.plan import SliceSizes
-    from slicecli.source import Source
 
 # the fractions that the published study of the relation went through
 USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -41,6 +37,13 @@ USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
 @click.option("--text", default="wikitext2", show_default=True, metavar="NAME", help="Text the perplexity is of.")
+@click.option(
+    "--calibration",
+    default="wikitext2",
+    show_default=True,
+    metavar="NAME",
+    help="Text it will be calibrated on; on texts of another kind slices lose more.",
+)
 @click.option(
     "--dense-perplexity",
     type=float,
@@ -99,6 +102,7 @@ def command(
     method: Any,
     slice_head: bool | None,
     text: str,
+    calibration: str,
     dense_perplexity: float | None,
     dense_accuracy: tuple[tuple[str, float], ...],
     chance: tuple[tuple[str, float], ...],
@@ -134,7 +138,8 @@ def command(
     from slicecli.errors import RequestError
     from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import estimate
+    from slicecli.estimation.estimate import estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.forecasts import Knowledge, find_forecasts
     from slicecli.plan import DTYPE_BYTES, Width
     from slicecli.plugins import plugins
     from slicecli.schedule import PublishedSizes
@@ -168,19 +173,24 @@ def command(
             "--slice-head is of the published method; the refit has one width.", "Add --method slicegpt."
         )
     dtype = source.stored_dtype() if dtype == "auto" else dtype
-    forecasts = _forecasts(
-        source, dimensions, method, text, dense_perplexity, dict(dense_accuracy), dict(chance), measured, relation,
-        curve, revision, token,
-    )  # fmt: skip
+    knowledge = Knowledge(
+        text=text,
+        calibration=calibration,
+        dense_perplexity=dense_perplexity,
+        dense_accuracies=dict(dense_accuracy),
+        chances=dict(chance),
+        measured=dict(_measured(measured)),
+        relation=relation,
+        curve=curve,
+    )
+    forecasts = find_forecasts(source, dimensions.hidden_size, method, knowledge)
     if dims is None:
         if target_params is not None or memory is not None:
             wish = Width(target_parameters=target_params, memory=memory)
             dims = (wish.resolve(sizes, DTYPE_BYTES[dtype]),)
         elif max_perplexity is not None:
-            dims = (_within(sizes, forecasts, max_perplexity, text),)
+            dims = (smallest_dim_within(sizes, forecasts, max_perplexity),)
         else:
-            from slicecli.estimation.estimate import nearest_dims
-
             dims = tuple(nearest_dims(sizes, sweep or USUAL_SPARSITIES))
     result = estimate(
         source.name,
@@ -212,149 +222,14 @@ def command(
         )
 
 
-def _forecasts(
-    source: Source,
-    dimensions: Dimensions,
-    method: Any,
-    text: str,
-    dense_perplexity: float | None,
-    dense_accuracy: dict[str, float],
-    chance: dict[str, float],
-    measured: Sequence[tuple[str, float]],
-    relation: str | None,
-    curve: str | None,
-    revision: str | None,
-    token: str | None,
-) -> list[Forecast]:
-    """Return what can be predicted of the model's slices, perplexity first."""
-    from slicecli.errors import RequestError
-    from slicecli.estimation.estimate import checked_accuracies, forecast_by_curve, forecast_new
-    from slicecli.estimation.figures import accuracies
-    from slicecli.estimation.figures import dense_perplexity as find_perplexity
-    from slicecli.estimation.relations import relations_of
-
-    family = str(source.fields.get("model_type"))
-    if dense_perplexity is not None and not dense_perplexity > 1:
-        raise RequestError(f"A perplexity of {dense_perplexity:g} is not above 1.", "Check --dense-perplexity.")
-    checked_accuracies(dense_accuracy, "--dense-accuracy")
-    checked_accuracies(chance, "--chance")
-    quantities: tuple[Quantity, ...] = ("perplexity", "accuracy")
-    names = {quantity: {one.name for one in relations_of(quantity)} for quantity in quantities}
-    if relation is not None and relation not in names["perplexity"] | names["accuracy"]:
-        from slicecli.estimation.relations import relation_named
-
-        relation_named(relation, "perplexity")
-    forecasts: list[Forecast] = []
-    if curve is not None:
-        if measured or relation is not None:
-            raise RequestError("A --curve has its own relation and points.", "Leave out --relation and --measured.")
-        curves, origin = _read_curve(curve, revision, token)
-        forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
-    known = {(one.quantity, one.evaluation) for one in forecasts}
-    if ("perplexity", text) not in known:
-        figure = find_perplexity(source.folder, source.name, text, dense_perplexity)
-        name = relation if relation in names["perplexity"] else None
-        if figure is None and measured:
-            raise RequestError("--measured needs the dense perplexity too.", "Give --dense-perplexity.")
-        if figure is not None and measured:
-            fitted = _curve_through(measured, figure.value, dimensions, source, family, method, text, name)
-            forecasts.insert(0, forecast_by_curve(fitted, "given"))
-        elif figure is not None:
-            forecasts.insert(0, forecast_new("perplexity", text, figure, family, method, name))
-    perplexity = forecasts[0] if forecasts and forecasts[0].quantity == "perplexity" else None
-    for task, figure in accuracies(source.folder, source.name, dense_accuracy).items():
-        if ("accuracy", task) not in known:
-            name = relation if relation in names["accuracy"] else None
-            forecasts.append(forecast_new("accuracy", task, figure, family, method, name, chance.get(task), perplexity))
-    return forecasts
-
-
-def _curve_through(
-    measured: Sequence[tuple[str, float]],
-    dense: float,
-    dimensions: Dimensions,
-    source: Source,
-    family: str,
-    method: str,
-    text: str,
-    relation: str | None,
-) -> Curve:
-    """Fit a curve to slices whose perplexity the user gives."""
-    import math
-
-    from slicecli.errors import RequestError
-    from slicecli.estimation.curves import fit_curve
-    from slicecli.estimation.measurements import Point, Series
-    from slicecli.estimation.relations import Dense
-
-    points = {}
-    for name, value in measured:
-        if not name.isdecimal() or not 0 < int(name) < dimensions.hidden_size or not value > 1:
-            raise RequestError(
-                f"--measured {name}={value:g} is not a dim of this model and its perplexity.",
-                f"Give a dim below {dimensions.hidden_size} and a perplexity above 1, such as 3072=9.8.",
-            )
-        points[int(name)] = Point(1 - int(name) / dimensions.hidden_size, math.log(value), None, int(name))
-    ordered = tuple(points[dim] for dim in sorted(points, reverse=True))
-    series = Series(source.name, family, method, "not stated", "perplexity", text, Dense(math.log(dense)), ordered)
-    return fit_curve(series, relation)
-
-
-def _read_curve(name: str, revision: str | None, token: str | None) -> tuple[list[Curve], str]:
-    """Read the curves of a file, or of the record of a slice on the Hub or in a folder; say where they are from."""
-    import json
-
-    from slicecli.errors import RequestError
-    from slicecli.estimation.results import read_curves
-    from slicecli.record import read_record
-    from slicecli.source import DESCRIPTION_FILES, Source
-
-    path = Path(name).expanduser()
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            raise RequestError(
-                f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote."
-            ) from None
-        return read_curves(content), path.name
-    if path.suffix == ".json":
-        raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
-    holder = Source.find(name, revision, token, files=DESCRIPTION_FILES)
-    curve = (read_record(holder.folder) or {}).get("curve")
-    if curve is None:
-        raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")
-    return read_curves(curve), holder.name
-
-
-def _fitting(curves: Sequence[Curve], method: str, text: str) -> list[Curve]:
-    """Return the curves that belong to the method: one for each text or task, that of the asked text first."""
+def _measured(pairs: Sequence[tuple[str, float]]) -> Iterator[tuple[int, float]]:
+    """Yield dims and perplexities of options such as 3072=9.8."""
     from slicecli.errors import RequestError
 
-    own = [one for one in curves if one.series.method == method]
-    if not own:
-        methods = ", ".join(sorted({one.series.method for one in curves}))
-        raise RequestError(f"The curves are of slices made by {methods}, not by {method}.", f"Add --method {methods}.")
-    found = {(one.series.quantity, one.series.evaluation): one for one in reversed(own)}
-    texts = [key for key in found if key[0] == "perplexity" and key[1] != text]
-    if ("perplexity", text) in found:
-        for key in texts:
-            del found[key]
-    elif texts:  # the curve's own text is what can be said
-        for key in texts[1:]:
-            del found[key]
-    return sorted(found.values(), key=lambda one: one.series.quantity != "perplexity")
-
-
-def _within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float, text: str) -> int:
-    from slicecli.errors import RequestError
-    from slicecli.estimation.estimate import smallest_dim_within
-
-    if not forecasts or forecasts[0].quantity != "perplexity":
-        raise RequestError(
-            f"--max-perplexity needs the dense perplexity on {text}, which nobody says.", "Give --dense-perplexity."
-        )
-    return smallest_dim_within(sizes, forecasts[0], most)
+    for name, value in pairs:
+        if not name.isdecimal():
+            raise RequestError(f"--measured {name}={value:g} is not a dim and its perplexity.", "Give 3072=9.8.")
+        yield int(name), value
 
 
 def _print(document: dict[str, Any]) -> None:

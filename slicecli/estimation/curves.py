@@ -20,7 +20,15 @@ import numpy as np
 from slicecli.errors import RequestError, SlicecliError
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
-from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named, relations_of
+from slicecli.estimation.relations import (
+    Dense,
+    Quantity,
+    Relation,
+    quoted_by,
+    quoted_error,
+    relation_named,
+    relations_of,
+)
 
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
 
@@ -92,6 +100,7 @@ class Curve:
         """Return the curve as plain data, of figures as people quote them: perplexities, not their logarithms."""
         series = self.series
         relation = relation_named(self.relation, series.quantity)
+        quoted = quoted_by(series.quantity)
         return {
             "relation": self.relation,
             "formula": relation.formula,
@@ -112,15 +121,15 @@ class Curve:
             "calibration": series.calibration,
             "evaluation": series.evaluation,
             "settings": dict(self.settings),
-            "dense": _quoted(series.dense.value, series.quantity),
+            "dense": quoted(series.dense.value),
             "chance": series.dense.chance,
             "points": [
                 {
                     "dim": point.dim,
                     "sparsity": point.sparsity,
-                    "value": _quoted(point.value, series.quantity),
-                    "stderr": _quoted_error(point, series.quantity),
-                    "fitted": _quoted(relation.predict(point.sparsity, series.dense, self.parameters), series.quantity),
+                    "value": quoted(point.value),
+                    "stderr": quoted_error(point.value, point.stderr, series.quantity),
+                    "fitted": quoted(relation.predict(point.sparsity, series.dense, self.parameters)),
                 }
                 for point in series.points
             ],
@@ -275,10 +284,6 @@ def _covariance(
     return tuple(tuple(float(value) for value in row) for row in covariance)
 
 
-def _quoted(value: float, quantity: Quantity) -> float:
-    return math.exp(min(value, 700.0)) if quantity == "perplexity" else value
-
-
 def _unquoted(value: Any, quantity: Quantity) -> float:
     number = float(value)
     if not math.isfinite(number) or (quantity == "perplexity" and number < 1) or not number >= 0:
@@ -291,13 +296,6 @@ def _fraction(value: Any) -> float:
     if not 0 < number < 1:
         raise ValueError(f"{number} is no fraction removed")
     return number
-
-
-def _quoted_error(point: Point, quantity: Quantity) -> float | None:
-    """Return a standard error of what is quoted: of the perplexity itself."""
-    if point.stderr is None:
-        return None
-    return point.stderr * _quoted(point.value, quantity) if quantity == "perplexity" else point.stderr
 
 
 def _error_of(point: Mapping[str, Any], quantity: Quantity) -> float | None:

@@ -10,75 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
-from slicecli.estimation.curves import Curve
 from slicecli.estimation.devices import Device
-from slicecli.estimation.measurements import Figure, published_series
+from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.predictions import (
-    DEFAULT_RELATION,
     FARTHEST,
-    Prediction,
-    predict_new,
-    shared_parameters,
-    spread_of,
 )
-from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
-from slicecli.evaluation.chance import chance_level
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, preferred_dims
 
-__all__ = ["Estimate", "Forecast", "Slice", "estimate", "forecast_by_curve", "forecast_new", "nearest_dims"]
+__all__ = ["Estimate", "Slice", "estimate", "nearest_dims", "smallest_dim_within"]
 
-LARGEST_LOGARITHM = 700.0
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """One figure that can be predicted.
-
-    Attributes:
-        quantity: Perplexity or accuracy.
-        evaluation: On which text or task.
-        dense: The dense figure.
-        chance: Chance level of a task.
-        relation: Name of the relation.
-        basis: What the interval rests on, in words.
-        predict: The prediction at an s.
-        paper: The value by the paper's relation at an s, as people quote it; `None` where that has no meaning.
-        points: Measured slices it was fitted to: s, figure and standard error, as people quote them.
-        notes: What the user should know of it.
-    """
-
-    quantity: Quantity
-    evaluation: str
-    dense: Figure
-    chance: float | None
-    relation: str
-    basis: str
-    predict: Callable[[float], Prediction]
-    paper: Callable[[float], float] | None
-    points: tuple[tuple[float, float, float | None], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to_json(self, sparsity: float) -> dict[str, Any]:
-        """Return the prediction at an s as plain data, perplexities themselves and not their logarithms."""
-        prediction = self.predict(sparsity)
-        quoted = _quoted(self.quantity)
-        return {
-            "value": quoted(prediction.value),
-            "low": quoted(prediction.low),
-            "high": quoted(prediction.high),
-            "relation": prediction.relation,
-            "source": self.basis,
-            "is_outside": prediction.is_outside or sparsity > FARTHEST,
-            "paper": None if self.paper is None else self.paper(sparsity),
-        }
 
 
 @dataclass(frozen=True)
@@ -298,17 +246,22 @@ def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def smallest_dim_within(sizes: SliceSizes, forecast: Forecast, most: float) -> int:
+def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int:
     """Return the smallest legal dim whose predicted perplexity is within a limit.
 
     Args:
         sizes: What a slice may be.
-        forecast: Of the perplexity.
+        forecasts: That of the perplexity is the first.
         most: The limit.
 
     Raises:
-        RequestError: There is none.
+        RequestError: There is none, or no forecast of the perplexity.
     """
+    if not forecasts or forecasts[0].quantity != "perplexity":
+        raise RequestError(
+            "A limit of the perplexity needs the dense perplexity, which nobody says.", "Give --dense-perplexity."
+        )
+    forecast = forecasts[0]
     legal = preferred_dims(sizes)
     fitting = [dim for dim in legal if forecast.predict(1 - dim / sizes.hidden_size).value <= math.log(max(most, 1e-9))]
     if not fitting:
@@ -324,151 +277,3 @@ def smallest_dim_within(sizes: SliceSizes, forecast: Forecast, most: float) -> i
             break
         best = dim
     return best
-
-
-def forecast_new(
-    quantity: Quantity,
-    evaluation: str,
-    figure: Figure,
-    family: str,
-    method: Method,
-    relation: str | None = None,
-    chance: float | None = None,
-    perplexity: Forecast | None = None,
-) -> Forecast:
-    """Return the forecast for a model of which no slice is measured.
-
-    Args:
-        quantity: Perplexity or accuracy.
-        evaluation: On which text or task.
-        figure: The dense figure.
-        family: The model's `model_type`.
-        method: How it would be sliced.
-        relation: Name of the relation; `None` takes the default.
-        chance: Chance level of a task; `None` looks it up.
-        perplexity: The forecast of the perplexity, for relations that predict accuracy from it.
-
-    Raises:
-        RequestError: There is no such relation, or it has no meaning here.
-    """
-    chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
-    level = (chance_level(evaluation) if chance is None else chance) if quantity == "accuracy" else None
-    dense = Dense(
-        math.log(figure.value) if quantity == "perplexity" else figure.value,
-        level,
-        None if perplexity is None else _log_ratio(perplexity),
-    )
-    obstacle = chosen.why_not(dense)
-    if obstacle:
-        raise RequestError(
-            f"The relation {chosen.name!r} says nothing of {evaluation}: {obstacle}.",
-            "Give --chance TASK=H or --dense-perplexity, or another relation.",
-        )
-    spread = spread_of(chosen.name, quantity)
-    parameters = shared_parameters(chosen, family)
-    return Forecast(
-        quantity=quantity,
-        evaluation=evaluation,
-        dense=figure,
-        chance=level,
-        relation=chosen.name,
-        basis=_basis(quantity, family),
-        predict=lambda sparsity: predict_new(spread, parameters, dense, family, method, sparsity),
-        paper=_paper(quantity, dense),
-        notes=tuple(_new_notes(quantity, evaluation, family, method, level)),
-    )
-
-
-def _basis(quantity: Quantity, family: str) -> str:
-    series = published_series(quantity)
-    models = dict.fromkeys((one.model, one.family) for one in series)
-    own = sum(1 for _, other in models if other == family)
-    return f"published SliceGPT measurements of {len(models)} models, {own} of them of type {family}"
-
-
-def _new_notes(quantity: Quantity, evaluation: str, family: str, method: Method, chance: float | None) -> list[str]:
-    notes = []
-    if not any(one.family == family for one in published_series(quantity)):
-        notes.append(f"No measurement of type {family} is published: the intervals are those of any family.")
-    if method == "refit":
-        notes.append(
-            "What is published is measured with SliceGPT; on the models of docs/published.md the refit lost 0.5 to "
-            "0.75 times as much in ln PPL, and intervals reach down accordingly."
-        )
-    if quantity == "perplexity" and evaluation != "wikitext2":
-        notes.append(
-            "Published perplexities are on wikitext2 after calibration on it; on another text than that of the "
-            "calibration slices lose far more (on c4 two to nine times as much in ln PPL)."
-        )
-    if quantity == "accuracy" and chance is None:
-        notes.append(f"The chance level of {evaluation} is not known and taken as 0: give --chance {evaluation}=H.")
-    return notes
-
-
-def forecast_by_curve(curve: Curve, source: str) -> Forecast:
-    """Return the forecast of a fitted curve.
-
-    Args:
-        curve: The curve.
-        source: Where it comes from, in words.
-    """
-    series = curve.series
-    quoted = _quoted(series.quantity)
-    count = len(series.points)
-    error = (
-        ""
-        if not math.isfinite(curve.loo_error)
-        else f", leave-one-out error {curve.loo_error:.2g}" + (" in ln PPL" if series.quantity == "perplexity" else "")
-    )
-    return Forecast(
-        quantity=series.quantity,
-        evaluation=series.evaluation,
-        dense=Figure(quoted(series.dense.value), source),
-        chance=series.dense.chance,
-        relation=curve.relation,
-        basis=f"{count} measured slice{'s' * (count != 1)} ({source}){error}; {curve.reason}",
-        predict=curve.predict,
-        paper=_paper(series.quantity, series.dense),
-        points=tuple(
-            (
-                point.sparsity,
-                quoted(point.value),
-                None
-                if point.stderr is None
-                else point.stderr * (quoted(point.value) if series.quantity == "perplexity" else 1.0),
-            )
-            for point in series.points
-        ),
-    )
-
-
-def _paper(quantity: Quantity, dense: Dense) -> Callable[[float], float] | None:
-    paper: Relation = relation_named("paper", quantity)
-    if paper.why_not(dense):
-        return None
-    quoted = _quoted(quantity)
-    return lambda sparsity: quoted(paper.predict(sparsity, dense, ()))
-
-
-def _log_ratio(forecast: Forecast) -> Callable[[float], float]:
-    level = math.log(forecast.dense.value)
-    return lambda sparsity: max(0.0, forecast.predict(sparsity).value - level)
-
-
-def _quoted(quantity: Quantity) -> Callable[[float], float]:
-    """Return what turns a prediction into the figure people quote; one that has no float becomes the largest."""
-    if quantity == "accuracy":
-        return lambda value: value
-    return lambda value: math.exp(min(value, LARGEST_LOGARITHM))
-
-
-def checked_accuracies(values: Mapping[str, float], what: str) -> dict[str, float]:
-    """Return accuracies by task, refusing what is no fraction.
-
-    Raises:
-        RequestError: One is not between 0 and 1.
-    """
-    for task, value in values.items():
-        if not 0 <= value <= 1:
-            raise RequestError(f"{what} {task}={value:g} is not between 0 and 1.", "Give a fraction, such as 0.79.")
-    return dict(values)

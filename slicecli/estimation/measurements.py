@@ -18,7 +18,18 @@ from importlib import resources
 from slicecli.estimation.relations import Dense, Quantity
 from slicecli.evaluation.chance import chance_level
 
-__all__ = ["Figure", "Point", "Published", "Series", "published_figure", "published_rows", "published_series"]
+OTHER_TEXT = "other text than calibrated on"
+
+__all__ = [
+    "OTHER_TEXT",
+    "Figure",
+    "Point",
+    "Published",
+    "Series",
+    "published_figure",
+    "published_rows",
+    "published_series",
+]
 
 
 @dataclass(frozen=True)
@@ -131,16 +142,20 @@ def published_figure(model: str, quantity: Quantity, evaluation: str) -> Figure 
 
 
 @functools.cache
-def published_series(quantity: Quantity) -> tuple[Series, ...]:
+def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, ...]:
     """Return the bundled measurements that serve for the spread of relations, as series.
 
     A series of accuracies knows the published perplexity ratios of the same slices, where there are some.
+
+    Args:
+        quantity: Of what.
+        use: Or those of another use, such as `OTHER_TEXT`.
     """
     dense = _dense_values()
     ratios = _log_ratios(dense)
     grouped: dict[tuple[str, ...], list[Published]] = defaultdict(list)
     for row in published_rows():
-        if row.use == "spread" and row.metric == quantity:
+        if row.use == use and row.metric == quantity:
             grouped[(row.model, row.model_type, row.method, row.calibration, row.samples, row.evaluation)].append(row)
     found = []
     for (model, family, method, text, samples, evaluation), rows in grouped.items():

@@ -20,7 +20,7 @@ import numpy as np
 from slicecli.checkpoint import write_whole_file
 from slicecli.errors import RequestError
 from slicecli.estimation.predictions import FARTHEST, Prediction
-from slicecli.estimation.relations import Quantity, relation_named
+from slicecli.estimation.relations import Quantity, quoted_by, quoted_error, relation_named
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
@@ -80,7 +80,7 @@ def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = Non
     """
     series = curve.series
     paper = relation_named("paper", series.quantity)
-    quoted = _quoted(series.quantity)
+    quoted = quoted_by(series.quantity)
     error = (
         f"{curve.loo_relative_error:.1%}" if series.quantity == "perplexity" else f"{100 * curve.loo_error:.1f} points"
     )
@@ -99,7 +99,7 @@ def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = Non
         if paper.why_not(series.dense)
         else lambda sparsity: quoted(paper.predict(sparsity, series.dense, ())),
         measured=[
-            (point.sparsity, quoted(point.value), _quoted_error(point.value, point.stderr, series.quantity))
+            (point.sparsity, quoted(point.value), quoted_error(point.value, point.stderr, series.quantity))
             for point in series.points
         ],
         marked=(),
@@ -127,7 +127,7 @@ def draw_quality(pictures: Sequence[Picture], path: Path) -> None:
 
 
 def _draw_one(axes: Any, picture: Picture) -> None:
-    quoted = _quoted(picture.quantity)
+    quoted = quoted_by(picture.quantity)
     size = picture.hidden_size
     lowest, highest = picture.range
     grid = np.linspace(max(lowest, 0.002), highest, STEPS)
@@ -219,7 +219,7 @@ def draw_validation(checks: Sequence[Check], path: Path) -> None:
 
 def _draw_check(axes: Any, check: Check) -> None:
     quantity = check.relation.quantity
-    quoted = _quoted(quantity)
+    quoted = quoted_by(quantity)
     families = sorted({row.series.family for row in check.rows})
     figures = [quoted(row.measured) for row in check.rows] + [quoted(row.prediction.value) for row in check.rows]
     ends = (0.9 * min(figures), 1.1 * max(figures))
@@ -289,17 +289,6 @@ def _save(figure: Any, path: Path) -> None:
 
 def _metadata(path: Path) -> dict[str, Any]:
     return {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
-
-
-def _quoted(quantity: Quantity) -> Callable[[float], float]:
-    """Return what turns a prediction into the figure people quote: of perplexity, exp of its logarithm."""
-    return (lambda value: math.exp(min(value, 60.0))) if quantity == "perplexity" else (lambda value: value)
-
-
-def _quoted_error(value: float, stderr: float | None, quantity: Quantity) -> float | None:
-    if stderr is None:
-        return None
-    return stderr * math.exp(value) if quantity == "perplexity" else stderr
 
 
 def _plain() -> Any:

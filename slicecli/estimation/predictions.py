@@ -14,9 +14,18 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slicecli.estimation.measurements import Point, published_series
+from slicecli.estimation.measurements import OTHER_TEXT, Point, published_series
 from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
-from slicecli.estimation.spread import Spread, coordinate, deviation, interval, learn_spread, shared_fit
+from slicecli.estimation.spread import (
+    Shift,
+    Spread,
+    coordinate,
+    deviation,
+    interval,
+    learn_shift,
+    learn_spread,
+    shared_fit,
+)
 
 __all__ = [
     "DEFAULT_RELATION",
@@ -26,6 +35,7 @@ __all__ = [
     "predict_new",
     "published_range",
     "shared_parameters",
+    "shift_of",
     "spread_of",
 ]
 
@@ -63,20 +73,40 @@ def spread_of(name: str, quantity: Quantity) -> Spread:
     return learn_spread(relation_named(name, quantity), published_series(quantity))
 
 
+@functools.cache
+def shift_of(name: str) -> Shift:
+    """Return how much more slices lose on another text than they were calibrated on, over published series."""
+    own, other = published_series("perplexity"), published_series("perplexity", OTHER_TEXT)
+    return learn_shift(spread_of(name, "perplexity"), own, other)
+
+
 def published_range(quantity: Quantity) -> tuple[float, float]:
     """Return the least and the largest s that published series reach."""
     values = [point.sparsity for one in published_series(quantity) for point in one.points]
     return min(values), max(values)
 
 
-def shared_parameters(relation: Relation, family: str) -> tuple[float, ...]:
-    """Return the parameters for a model of which nothing is measured: those of its family, or of all."""
-    usable = [one for one in published_series(relation.quantity) if not relation.why_not(one.dense)]
+def shared_parameters(relation: Relation, family: str, is_other_text: bool = False) -> tuple[float, ...]:
+    """Return the parameters for a model of which nothing is measured: those of its family, or of all.
+
+    Args:
+        relation: The relation.
+        family: The model's `model_type`.
+        is_other_text: For the perplexity on a text of another kind than the calibration's.
+    """
+    series = published_series(relation.quantity, OTHER_TEXT if is_other_text else "spread")
+    usable = [one for one in series if not relation.why_not(one.dense)]
     return shared_fit(relation, usable, family)
 
 
 def predict_new(
-    spread: Spread, parameters: Sequence[float], dense: Dense, family: str, method: str, sparsity: float
+    spread: Spread,
+    parameters: Sequence[float],
+    dense: Dense,
+    family: str,
+    method: str,
+    sparsity: float,
+    shift: Shift | None = None,
 ) -> Prediction:
     """Predict for a model of which no slice is measured.
 
@@ -87,10 +117,11 @@ def predict_new(
         family: The model's `model_type`.
         method: How it will be sliced.
         sparsity: s.
+        shift: What a text of another kind than the calibration's adds.
     """
     relation = spread.relation
     value = relation.predict(sparsity, dense, parameters)
-    expected = spread.of_new_model(family, coordinate(relation, dense, spread.parameters, sparsity))
+    expected = spread.of_new_model(family, coordinate(relation, dense, spread.parameters, sparsity), shift)
     low, high = interval(relation, dense, spread.parameters, sparsity, expected)
     if method == "refit":
         low, high = _widened_for_refit(relation.quantity, dense, low, high)
@@ -129,7 +160,7 @@ def predict_fitted(
         expected = dataclasses.replace(spread.of_new_model(family, here), mean=0.0)
     low, high = interval(relation, dense, parameters, sparsity, expected)
     least, largest = min(point.sparsity for point in points), max(point.sparsity for point in points)
-    return Prediction(value, low, high, relation.name, not least <= sparsity <= largest)
+    return Prediction(value, min(low, value), max(high, value), relation.name, not least <= sparsity <= largest)
 
 
 def _widened_for_refit(quantity: Quantity, dense: Dense, low: float, high: float) -> tuple[float, float]:

@@ -19,9 +19,22 @@ import numpy as np
 
 from slicecli.errors import RequestError
 
-__all__ = ["BUILT_IN", "PAPER", "Dense", "Points", "Prior", "Quantity", "Relation", "relation_named", "relations_of"]
+__all__ = [
+    "BUILT_IN",
+    "PAPER",
+    "Dense",
+    "Points",
+    "Prior",
+    "Quantity",
+    "Relation",
+    "quoted_by",
+    "quoted_error",
+    "relation_named",
+    "relations_of",
+]
 
 USUAL_EXPONENT = 1.5
+LARGEST_LOGARITHM = 700.0  # whose exp is still a float
 RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
 LEAST_DAMAGE = 0.005  # what repeated measurements of ln PPL differ by
 Quantity = Literal["perplexity", "accuracy"]
@@ -255,6 +268,20 @@ BUILT_IN: tuple[Relation, ...] = (
         ("r",), *_from_perplexity(), needs_log_ratio=True,
     ),
 )  # fmt: skip
+
+
+def quoted_by(quantity: Quantity) -> Callable[[float], float]:
+    """Return what turns a prediction into the figure people quote: of ln PPL the perplexity, the largest at most."""
+    if quantity == "accuracy":
+        return lambda value: value
+    return lambda value: math.exp(min(value, LARGEST_LOGARITHM))
+
+
+def quoted_error(value: float, stderr: float | None, quantity: Quantity) -> float | None:
+    """Return the standard error of the figure people quote from that of ln PPL or of an accuracy."""
+    if stderr is None or quantity == "accuracy":
+        return stderr
+    return stderr * quoted_by(quantity)(value)
 
 
 def relations_of(quantity: Quantity) -> list[Relation]:

@@ -31,7 +31,20 @@ import numpy as np
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.relations import Dense, Prior, Quantity, Relation
 
-__all__ = ["CONFIDENCE", "FLOOR", "Deviation", "Level", "Spread", "deviation", "interval", "learn_spread", "shared_fit"]
+__all__ = [
+    "CONFIDENCE",
+    "FLOOR",
+    "Deviation",
+    "Level",
+    "Shift",
+    "Spread",
+    "coordinate",
+    "deviation",
+    "interval",
+    "learn_shift",
+    "learn_spread",
+    "shared_fit",
+]
 
 CONFIDENCE = 0.9
 REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is published
@@ -122,6 +135,21 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """How much more a slice loses on a text of another kind than it was calibrated on, as an addition to z.
+
+    Attributes:
+        mean: The mean over models.
+        variance: Of a new model's.
+        degrees: Degrees of freedom of that.
+    """
+
+    mean: float
+    variance: float
+    degrees: float
+
+
+@dataclass(frozen=True)
 class Spread:
     """How a relation errs over published series.
 
@@ -150,15 +178,17 @@ class Spread:
         found = [level.of_new_model(family) for level in self.parameter_levels]
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
-    def of_new_model(self, family: str, coordinate: float) -> Deviation:
-        """Return what to expect of a model without any measurement."""
+    def of_new_model(self, family: str, coordinate: float, shift: Shift | None = None) -> Deviation:
+        """Return what to expect of a model without any measurement, on a text like that of the calibration or not."""
         mean, variance, degrees = self.intercept.of_new_model(family)
         slope, slope_variance, _ = self.slope.of_new_model(family)
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
+        if shift is not None:
+            mean, total, degrees = mean + shift.mean, total + shift.variance, min(degrees, shift.degrees)
         return Deviation(mean + slope * coordinate, math.sqrt(total), degrees)
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
-        """Return what to expect of a model with measured points, about the relation fitted to them.
+        """Return what to expect of a model with measured points, of which the relation may have been fitted to some.
 
         Args:
             family: Its family.
@@ -168,23 +198,27 @@ class Spread:
         mean, variance, _ = self.slope.of_new_model(family)
         # a fit with a prior has the family's mean slope already
         slope_precision = 1 / (variance + (0.0 if self.relation.has_prior else mean**2) + 1e-6)
-        noise, degrees = self._noise(anchors)
-        places = np.array([[1.0, x] for x, _, _ in anchors])
-        weights = np.array([1 / (noise + own) for _, _, own in anchors])
-        precision = (places * weights[:, None]).T @ places + np.diag([1e-9, slope_precision])
+        noise, degrees = self.noise_variance, float(PRIOR_DEGREES)
+        line, covariance = _line(anchors, noise, slope_precision)
+        spare = len(anchors) - max(1, len(self.relation.parameters))
+        if spare > 0:
+            # a point that is measured badly says less of the noise
+            squares = sum((z - line[0] - line[1] * x) ** 2 * noise / (noise + measured) for x, z, measured in anchors)
+            degrees += spare
+            noise = (PRIOR_DEGREES * noise + squares) / degrees
+            line, covariance = _line(anchors, noise, slope_precision)
         here = np.array([1.0, coordinate])
-        fitted = float(here @ np.linalg.solve(precision, here))
-        return Deviation(0.0, math.sqrt(fitted + noise), degrees)
+        return Deviation(float(here @ line), math.sqrt(float(here @ covariance @ here) + noise), degrees)
 
-    def _noise(self, anchors: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-        """Return the variance of z about the fit, from the published series and the residuals, and its degrees."""
-        residual_degrees = max(0, len(anchors) - max(1, len(self.relation.parameters)))
-        # a deviation of a point that is measured badly says less
-        squares = sum(z**2 * self.noise_variance / (self.noise_variance + own) for _, z, own in anchors)
-        degrees = PRIOR_DEGREES + residual_degrees
-        if residual_degrees == 0:
-            return self.noise_variance, float(PRIOR_DEGREES)
-        return (PRIOR_DEGREES * self.noise_variance + squares) / degrees, float(degrees)
+
+def _line(
+    anchors: Sequence[tuple[float, float, float]], noise: float, slope_precision: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return intercept and slope through anchors, and their covariance, where the slope has a prior about zero."""
+    places = np.array([[1.0, x] for x, _, _ in anchors])
+    weights = np.array([1 / (noise + measured) for _, _, measured in anchors])
+    covariance = np.linalg.inv((places * weights[:, None]).T @ places + np.diag([1e-9, slope_precision]))
+    return covariance @ (places.T @ (weights * np.array([z for _, z, _ in anchors]))), covariance
 
 
 def coordinate(relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float) -> float:
@@ -266,6 +300,31 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
         models=len(intercepts),
         parameter_levels=_parameter_levels(relation, usable),
     )
+
+
+def learn_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> Shift:
+    """Learn how much more is lost on other texts, from models that were measured on both.
+
+    Args:
+        spread: How the relation errs on texts like that of the calibration.
+        own_text: Published series on such a text.
+        other_text: On another.
+    """
+    means = [_mean_deviation(spread, series) for series in (own_text, other_text)]
+    shifts = [value - means[0][model] for model, value in means[1].items() if model in means[0]]
+    variance = float(np.var(shifts, ddof=1)) * (1 + 1 / len(shifts))
+    return Shift(float(np.mean(shifts)), variance, max(float(len(shifts) - 1), FEWEST_DEGREES))
+
+
+def _mean_deviation(spread: Spread, series: Sequence[Series]) -> dict[str, float]:
+    """Return the mean z of each model."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for one in series:
+        for point in one.points:
+            line = deviation(spread.relation, one.dense, spread.parameters, point)
+            if line is not None:
+                found[one.model].append(line[1])
+    return {model: float(np.mean(some)) for model, some in found.items()}
 
 
 def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, str], np.ndarray]:

@@ -1,0 +1,360 @@
+"""What can be predicted of a model's slices: dense figures, relations and measurements put together.
+
+`Knowledge` is what a user says; whatever is not said is looked for, see `slicecli.estimation.figures`. Each text or
+task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
+else by a relation and the intervals of published measurements.
+
+Legend: k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slicecli.errors import RequestError
+from slicecli.estimation.curves import Curve, fit_curve
+from slicecli.estimation.figures import accuracies, dense_perplexity
+from slicecli.estimation.measurements import Figure, Point, Series, published_series
+from slicecli.estimation.predictions import (
+    DEFAULT_RELATION,
+    FARTHEST,
+    Prediction,
+    predict_new,
+    shared_parameters,
+    shift_of,
+    spread_of,
+)
+from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
+from slicecli.estimation.results import read_curves
+from slicecli.evaluation.chance import chance_level
+from slicecli.plan import Method
+from slicecli.record import read_record
+from slicecli.source import DESCRIPTION_FILES, Source
+
+__all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One figure that can be predicted.
+
+    Attributes:
+        quantity: Perplexity or accuracy.
+        evaluation: On which text or task.
+        dense: The dense figure.
+        chance: Chance level of a task.
+        relation: Name of the relation.
+        basis: What the interval rests on, in words.
+        predict: The prediction at an s.
+        paper: The value by the paper's relation at an s, as people quote it; `None` where that has no meaning.
+        points: Measured slices it was fitted to: s, figure and standard error, as people quote them.
+        notes: What the user should know of it.
+    """
+
+    quantity: Quantity
+    evaluation: str
+    dense: Figure
+    chance: float | None
+    relation: str
+    basis: str
+    predict: Callable[[float], Prediction]
+    paper: Callable[[float], float] | None
+    points: tuple[tuple[float, float, float | None], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self, sparsity: float) -> dict[str, Any]:
+        """Return the prediction at an s as plain data, perplexities themselves and not their logarithms."""
+        prediction = self.predict(sparsity)
+        quoted = quoted_by(self.quantity)
+        return {
+            "value": quoted(prediction.value),
+            "low": quoted(prediction.low),
+            "high": quoted(prediction.high),
+            "relation": prediction.relation,
+            "source": self.basis,
+            "is_outside": prediction.is_outside or sparsity > FARTHEST,
+            "paper": None if self.paper is None else self.paper(sparsity),
+        }
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a user knows of a model and its slices.
+
+    Attributes:
+        text: Name of the text whose perplexity is wanted.
+        calibration: Name of the text it will be calibrated on.
+        dense_perplexity: Of the dense model on the text; `None` looks for it.
+        dense_accuracies: Of the dense model by task, between 0 and 1; others are looked for.
+        chances: Chance levels by task; others are looked up.
+        measured: Perplexity of slices on the text, by dim.
+        relation: Name of the relation to predict by; `None` takes the default, or the best by leave-one-out.
+        curve: File, or Hub id or folder of a slice, with fitted curves.
+    """
+
+    text: str = "wikitext2"
+    calibration: str = "wikitext2"
+    dense_perplexity: float | None = None
+    dense_accuracies: Mapping[str, float] = field(default_factory=dict)
+    chances: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[int, float] = field(default_factory=dict)
+    relation: str | None = None
+    curve: str | None = None
+
+    def check(self, hidden_size: int) -> None:
+        """Refuse figures that cannot be.
+
+        Args:
+            hidden_size: d.
+
+        Raises:
+            RequestError: One is not possible, there is no such relation, or two things exclude each other.
+        """
+        if self.dense_perplexity is not None and not self.dense_perplexity > 1:
+            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not above 1.", "Check it.")
+        for what, values in (("dense accuracy", self.dense_accuracies), ("chance level", self.chances)):
+            for task, value in values.items():
+                if not 0 <= value <= 1:
+                    raise RequestError(
+                        f"A {what} of {value:g} on {task} is not between 0 and 1.", "Give a fraction, such as 0.79."
+                    )
+        for dim, value in self.measured.items():
+            if not 0 < dim < hidden_size or not value > 1:
+                raise RequestError(
+                    f"A slice of dim {dim} with a perplexity of {value:g} is not one of this model.",
+                    f"Give a dim below {hidden_size} and a perplexity above 1.",
+                )
+        if self.relation is not None and self.relation not in _names("perplexity") + _names("accuracy"):
+            relation_named(self.relation, "perplexity")
+        if self.curve is not None and (self.measured or self.relation is not None):
+            raise RequestError("A curve has its own relation and points.", "Leave out --relation and --measured.")
+
+
+def _names(quantity: Quantity) -> list[str]:
+    return [one.name for one in relations_of(quantity)]
+
+
+def find_forecasts(source: Source, hidden_size: int, method: Method, knowledge: Knowledge) -> list[Forecast]:
+    """Return what can be predicted of a model's slices, perplexity first.
+
+    Args:
+        source: The model.
+        hidden_size: d.
+        method: How it would be sliced.
+        knowledge: What the user knows.
+
+    Raises:
+        RequestError: What the user says is not possible, or a curve cannot be used.
+        SourceError: The slice with the curve cannot be read.
+    """
+    knowledge.check(hidden_size)
+    text, family = knowledge.text, str(source.fields.get("model_type"))
+    forecasts: list[Forecast] = []
+    if knowledge.curve is not None:
+        curves, origin = _read_curve(knowledge.curve, source)
+        forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
+    known = {(one.quantity, one.evaluation) for one in forecasts}
+    if not any(one.quantity == "perplexity" for one in forecasts):
+        perplexity = _forecast_perplexity(source, hidden_size, family, method, knowledge)
+        forecasts = ([] if perplexity is None else [perplexity]) + forecasts
+    first = forecasts[0] if forecasts and forecasts[0].quantity == "perplexity" else None
+    name = knowledge.relation if knowledge.relation in _names("accuracy") else None
+    for task, figure in accuracies(source.folder, source.name, knowledge.dense_accuracies).items():
+        if ("accuracy", task) not in known:
+            chance = knowledge.chances.get(task)
+            forecasts.append(forecast_new("accuracy", task, figure, family, method, name, chance, first))
+    return forecasts
+
+
+def _forecast_perplexity(
+    source: Source, hidden_size: int, family: str, method: Method, knowledge: Knowledge
+) -> Forecast | None:
+    """Return the forecast of the perplexity where nobody has a curve of it; `None` without a dense figure."""
+    text = knowledge.text
+    figure = dense_perplexity(source.folder, source.name, text, knowledge.dense_perplexity)
+    name = knowledge.relation if knowledge.relation in _names("perplexity") else None
+    if not knowledge.measured:
+        if figure is None:
+            return None
+        is_other_text = text != knowledge.calibration
+        return forecast_new("perplexity", text, figure, family, method, name, is_other_text=is_other_text)
+    if figure is None:
+        raise RequestError("Measured slices need the dense perplexity too.", "Give --dense-perplexity.")
+    points = tuple(
+        Point(1 - dim / hidden_size, math.log(value), None, dim)
+        for dim, value in sorted(knowledge.measured.items(), reverse=True)
+    )
+    dense = Dense(math.log(figure.value))
+    series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
+    return forecast_by_curve(fit_curve(series, name), "given", figure.source)
+
+
+def forecast_new(
+    quantity: Quantity,
+    evaluation: str,
+    figure: Figure,
+    family: str,
+    method: Method,
+    relation: str | None = None,
+    chance: float | None = None,
+    perplexity: Forecast | None = None,
+    is_other_text: bool = False,
+) -> Forecast:
+    """Return the forecast for a model of which no slice is measured.
+
+    Args:
+        quantity: Perplexity or accuracy.
+        evaluation: On which text or task.
+        figure: The dense figure.
+        family: The model's `model_type`.
+        method: How it would be sliced.
+        relation: Name of the relation; `None` takes the default.
+        chance: Chance level of a task; `None` looks it up.
+        perplexity: The forecast of the perplexity, for relations that predict accuracy from it.
+        is_other_text: The perplexity is that on a text of another kind than the calibration's.
+
+    Raises:
+        RequestError: There is no such relation, or it has no meaning here.
+    """
+    chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
+    level = (chance_level(evaluation) if chance is None else chance) if quantity == "accuracy" else None
+    dense = Dense(
+        math.log(figure.value) if quantity == "perplexity" else figure.value,
+        level,
+        None if perplexity is None else _log_ratio(perplexity),
+    )
+    obstacle = chosen.why_not(dense)
+    if obstacle:
+        raise RequestError(
+            f"The relation {chosen.name!r} says nothing of {evaluation}: {obstacle}.",
+            "Give --chance TASK=H or --dense-perplexity, or another relation.",
+        )
+    spread = spread_of(chosen.name, quantity)
+    parameters = shared_parameters(chosen, family, is_other_text)
+    shift = shift_of(chosen.name) if is_other_text else None
+    return Forecast(
+        quantity=quantity,
+        evaluation=evaluation,
+        dense=figure,
+        chance=level,
+        relation=chosen.name,
+        basis=_basis(quantity, family),
+        predict=lambda sparsity: predict_new(spread, parameters, dense, family, method, sparsity, shift),
+        paper=_paper(quantity, dense),
+        notes=tuple(_new_notes(quantity, evaluation, family, method, level, is_other_text)),
+    )
+
+
+def _basis(quantity: Quantity, family: str) -> str:
+    series = published_series(quantity)
+    models = dict.fromkeys((one.model, one.family) for one in series)
+    own = sum(1 for _, other in models if other == family)
+    return f"published SliceGPT measurements of {len(models)} models, {own} of them of type {family}"
+
+
+def _new_notes(
+    quantity: Quantity, evaluation: str, family: str, method: Method, chance: float | None, is_other_text: bool
+) -> list[str]:
+    notes = []
+    if not any(one.family == family for one in published_series(quantity)):
+        notes.append(f"No measurement of type {family} is published: the intervals are those of any family.")
+    if method == "refit":
+        notes.append(
+            "What is published is measured with SliceGPT; on the models of docs/published.md the refit lost 0.5 to "
+            "0.75 times as much in ln PPL, and intervals reach down accordingly."
+        )
+    if is_other_text:
+        notes.append(
+            "A slice loses far more on another kind of text than it was calibrated on; the intervals are of three "
+            "models calibrated on wikitext2 and measured on c4."
+        )
+    if quantity == "accuracy" and chance is None:
+        notes.append(f"The chance level of {evaluation} is not known and taken as 0: give --chance {evaluation}=H.")
+    return notes
+
+
+def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None) -> Forecast:
+    """Return the forecast of a fitted curve.
+
+    Args:
+        curve: The curve.
+        source: Where it comes from, in words.
+        dense_source: Where its dense figure comes from, if not from there too.
+    """
+    series = curve.series
+    quoted = quoted_by(series.quantity)
+    count = len(series.points)
+    error = (
+        ""
+        if not math.isfinite(curve.loo_error)
+        else f", leave-one-out error {curve.loo_error:.2g}" + (" in ln PPL" if series.quantity == "perplexity" else "")
+    )
+    return Forecast(
+        quantity=series.quantity,
+        evaluation=series.evaluation,
+        dense=Figure(quoted(series.dense.value), dense_source or source),
+        chance=series.dense.chance,
+        relation=curve.relation,
+        basis=f"{count} measured slice{'s' * (count != 1)} ({source}){error}; {curve.reason}",
+        predict=curve.predict,
+        paper=_paper(series.quantity, series.dense),
+        points=tuple(
+            (point.sparsity, quoted(point.value), quoted_error(point.value, point.stderr, series.quantity))
+            for point in series.points
+        ),
+    )
+
+
+def _paper(quantity: Quantity, dense: Dense) -> Callable[[float], float] | None:
+    paper = relation_named("paper", quantity)
+    if paper.why_not(dense):
+        return None
+    quoted = quoted_by(quantity)
+    return lambda sparsity: quoted(paper.predict(sparsity, dense, ()))
+
+
+def _log_ratio(forecast: Forecast) -> Callable[[float], float]:
+    level = math.log(forecast.dense.value)
+    return lambda sparsity: max(0.0, forecast.predict(sparsity).value - level)
+
+
+def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
+    """Read the curves of a file, or of the record of a slice on the Hub or in a folder; say where they are from."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            raise RequestError(
+                f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote."
+            ) from None
+        return read_curves(content), path.name
+    if path.suffix == ".json":
+        raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
+    holder = Source.find(name, token=source.token, files=DESCRIPTION_FILES)
+    curve = (read_record(holder.folder) or {}).get("curve")
+    if curve is None:
+        raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")
+    return read_curves(curve), holder.name
+
+
+def _fitting(curves: Sequence[Curve], method: str, text: str) -> list[Curve]:
+    """Return the curves that belong to the method: one for each text or task, that of the asked text first."""
+    own = [one for one in curves if one.series.method == method]
+    if not own:
+        methods = ", ".join(sorted({one.series.method for one in curves}))
+        raise RequestError(f"The curves are of slices made by {methods}, not by {method}.", f"Add --method {methods}.")
+    found = {(one.series.quantity, one.series.evaluation): one for one in reversed(own)}
+    texts = [key for key in found if key[0] == "perplexity" and key[1] != text]
+    if ("perplexity", text) in found:
+        for key in texts:
+            del found[key]
+    elif texts:  # the curve's own text is what can be said
+        for key in texts[1:]:
+            del found[key]
+    return sorted(found.values(), key=lambda one: one.series.quantity != "perplexity")
