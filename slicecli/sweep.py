@@ -21,7 +21,11 @@ from slicecli import __version__
 from slicecli.checkpoint import write_whole_file
 from slicecli.dimensions import Dimensions
 from slicecli.engine import Job, SliceOptions, find_adapter, plan_slices, quiet_libraries, run_slices
-from slicecli.errors import OutputError, RequestError
+from slicecli.errors import OutputError
+from slicecli.estimation.estimate import nearest_dims
+from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
+from slicecli.evaluation import measure as measuring
+from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
 from slicecli.plan import Width
 from slicecli.record import package_versions, read_record
 from slicecli.schedule import PublishedSizes
@@ -29,7 +33,6 @@ from slicecli.source import Source
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
-    from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
     from slicecli.slicing.state import Progress
 
 __all__ = ["PLOT_FILE", "RESULTS_FILE", "Sweep", "run_sweep", "usual_dims"]
@@ -85,20 +88,20 @@ def run_sweep(
     Raises:
         SlicecliError: Something failed; what was measured until then is in the folder.
     """
-    if not evaluation.texts and not evaluation.tasks:
-        raise RequestError("Nothing is to be measured.", "Give --perplexity or --tasks.")
     wanted = list(dict.fromkeys(sorted(dims, reverse=True)))
     places = {dim: folder / SLICES_FOLDER / f"dim{dim}" for dim in wanted}
     # a slice of an interrupted run may lie there: what becomes of it is decided below
     settings = dataclasses.replace(options, overwrite=True)
     job = plan_slices(model, [Width(dim) for dim in wanted], [places[dim] for dim in wanted], settings)
+    if relation is not None:
+        check_relation(relation)
+    measure = _Measure(job, evaluation, progress)
     fingerprint = _fingerprint(job, evaluation)
     document = _begin(folder, fingerprint, job, overwrite)
     warnings: list[str] = []
     done = {point["dim"] for point in document["points"]}
     left = [dim for dim in wanted if dim not in done]
 
-    measure = _Measure(job, evaluation, progress)
     if document["dense"] is None:
         document["dense"] = measure.dense()
         _write(folder, document)
@@ -122,7 +125,7 @@ def run_sweep(
         shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
 
     curves = _fit(document, relation)
-    document.update(_curves_json(curves))
+    document.update(curves_json(curves))
     _write(folder, document)
     _draw(folder / PLOT_FILE, curves, job)
     return Sweep(folder, document, tuple(curves), tuple(warnings))
@@ -134,8 +137,6 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
     Raises:
         SlicecliError: The model cannot be read or sliced.
     """
-    from slicecli.estimation.estimate import nearest_dims
-
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     chosen = find_adapter(source, options.adapter)
@@ -225,13 +226,18 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
 
 
 class _Measure:
-    """Measures the dense model and its slices on the same rows, read when the first is measured."""
+    """Measures the dense model and its slices on the same rows.
+
+    Raises:
+        SlicecliError: What is to be measured on cannot be had.
+    """
 
     def __init__(self, job: Job, evaluation: EvaluationOptions, progress: Progress | None) -> None:
         self._job = job
         self._options = evaluation
         self._progress = progress
-        self._prepared: EvaluationSet | None = None
+        with quiet_libraries():
+            self._prepared = EvaluationSet.prepare(evaluation, job.source, job.source.tokenizer(), progress)
 
     def dense(self) -> dict[str, Any]:
         """Return the eval document of the dense model."""
@@ -245,14 +251,7 @@ class _Measure:
         return {**self._document(source), **about}
 
     def _document(self, source: Source) -> dict[str, Any]:
-        from slicecli.evaluation.measure import EvaluationSet, evaluate
-
-        if self._prepared is None:
-            dense = self._job.source
-            with quiet_libraries():
-                tokenizer = dense.tokenizer()
-                self._prepared = EvaluationSet.prepare(self._options, dense, tokenizer, self._progress)
-        measured = evaluate(source, self._options, self._progress, self._prepared).to_json()
+        measured = measuring.evaluate(source, self._options, self._progress, self._prepared).to_json()
         measured.pop("versions", None)
         return measured
 
@@ -274,14 +273,7 @@ def _write(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 def _fit(document: Mapping[str, Any], relation: str | None) -> list[Curve]:
-    from slicecli.estimation.results import fit_results, series_of
-
     return fit_results(series_of([document["dense"], *document["points"]]), relation)
-
-
-def _curves_json(curves: Sequence[Curve]) -> dict[str, Any]:
-    found = [curve.to_json() for curve in curves]
-    return {"curve": found[0] if found else None, "curves": found}
 
 
 def _draw(path: Path, curves: Sequence[Curve], job: Job) -> None:

@@ -30,7 +30,7 @@ from slicecli.estimation.predictions import (
     spread_of,
 )
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
-from slicecli.estimation.results import read_curves
+from slicecli.estimation.results import check_relation, read_curves
 from slicecli.evaluation.chance import chance_level
 from slicecli.plan import Method
 from slicecli.record import read_record
@@ -129,8 +129,8 @@ class Knowledge:
                     f"A slice of dim {dim} with a perplexity of {value:g} is not one of this model.",
                     f"Give a dim below {hidden_size} and a perplexity above 1.",
                 )
-        if self.relation is not None and self.relation not in _names("perplexity") + _names("accuracy"):
-            relation_named(self.relation, "perplexity")
+        if self.relation is not None:
+            check_relation(self.relation)
         if self.curve is not None and (self.measured or self.relation is not None):
             raise RequestError("A curve has its own relation and points.", "Leave out --relation and --measured.")
 

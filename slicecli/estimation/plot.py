@@ -32,6 +32,7 @@ __all__ = ["Picture", "check_plot_file", "draw_quality", "draw_validation", "pic
 BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#4d9221", "#777777"
 FORMATS = (".png", ".svg", ".pdf")
 STEPS = 120
+HIGHEST = 1e9  # no axis shows more
 # a scale of decades below this ratio would hide what happens
 LOGARITHMIC_ABOVE = 4.0
 
@@ -133,9 +134,10 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     grid = np.linspace(max(lowest, 0.002), highest, STEPS)
     dims = size * (1 - grid)
     predictions = [picture.predict(float(sparsity)) for sparsity in grid]
-    values = [quoted(one.value) for one in predictions]
-    lows = [quoted(one.low) for one in predictions]
-    highs = [quoted(one.high) for one in predictions]
+    values, lows, highs = (
+        [min(quoted(figure), HIGHEST) for figure in figures]
+        for figures in zip(*((one.value, one.low, one.high) for one in predictions), strict=True)
+    )
     axes.fill_between(dims, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="90 % interval")
     inside = np.array([not one.is_outside for one in predictions])
     axes.plot(dims, values, color=BLUE, linewidth=1.2, linestyle=(0, (4, 2)))
@@ -145,8 +147,8 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     )
     if picture.paper is not None and predictions[0].relation != "paper":
         axes.plot(
-            dims, [picture.paper(float(one)) for one in grid], color=ORANGE, linewidth=1.3, linestyle="-.",
-            label="the paper's relation",
+            dims, [min(picture.paper(float(one)), HIGHEST) for one in grid],
+            color=ORANGE, linewidth=1.3, linestyle="-.", label="the paper's relation",
         )  # fmt: skip
     if picture.measured:
         sparsities, figures, errors = zip(*picture.measured, strict=True)

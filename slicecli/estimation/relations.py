@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from slicecli.errors import RequestError
 __all__ = [
     "BUILT_IN",
     "PAPER",
+    "QUANTITIES",
     "Dense",
     "Points",
     "Prior",
@@ -38,6 +39,7 @@ LARGEST_LOGARITHM = 700.0  # whose exp is still a float
 RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
 LEAST_DAMAGE = 0.005  # what repeated measurements of ln PPL differ by
 Quantity = Literal["perplexity", "accuracy"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 PAPER = "arXiv:2503.04377"
 
 

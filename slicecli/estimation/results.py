@@ -7,6 +7,7 @@ what differs in any of these is not one series.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -18,9 +19,18 @@ from typing import Any
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.relations import Dense, Quantity
+from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, relation_named, relations_of
 
-__all__ = ["Group", "curves_document", "fit_results", "read_curves", "read_documents", "series_of"]
+__all__ = [
+    "Group",
+    "check_relation",
+    "curves_document",
+    "curves_json",
+    "fit_results",
+    "read_curves",
+    "read_documents",
+    "series_of",
+]
 
 SETTINGS = ("sequence_length", "limit", "num_fewshot")
 
@@ -164,12 +174,8 @@ def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Cu
     Raises:
         RequestError: No quantity has a relation of that name, or it cannot be fitted.
     """
-    from slicecli.estimation.relations import relation_named, relations_of
-
-    if relation is not None and not any(
-        one.name == relation for group in groups for one in relations_of(group.series.quantity)
-    ):
-        relation_named(relation, "perplexity")
+    if relation is not None:
+        check_relation(relation)
     curves: list[Curve] = []
     for group in groups:
         series = group.series
@@ -180,10 +186,18 @@ def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Cu
     return curves
 
 
+def check_relation(name: str) -> None:
+    """Refuse a name that is no relation's, of any quantity.
+
+    Raises:
+        RequestError: There is no such relation.
+    """
+    if not any(one.name == name for quantity in QUANTITIES for one in relations_of(quantity)):
+        relation_named(name, "perplexity")
+
+
 def _with_log_ratio(series: Series, curves: Sequence[Curve]) -> Series:
     """Let relations on a task ask for the perplexity of the same slices, as their curve has it."""
-    import dataclasses
-
     for curve in curves:
         other = curve.series
         if other.quantity == "perplexity" and (other.model, other.method, other.calibration) == (
@@ -211,9 +225,14 @@ def curves_document(curves: Sequence[Curve], documents: Sequence[Mapping[str, An
             }
             for document in sorted(documents, key=lambda one: (str(one.get("source")), -float(one.get("dim") or 0)))
         ],
-        "curve": curves[0].to_json() if curves else None,
-        "curves": [curve.to_json() for curve in curves],
+        **curves_json(curves),
     }
+
+
+def curves_json(curves: Sequence[Curve]) -> dict[str, Any]:
+    """Return curves as plain data, the first one apart besides."""
+    found = [curve.to_json() for curve in curves]
+    return {"curve": found[0] if found else None, "curves": found}
 
 
 def read_curves(content: Any) -> list[Curve]:

@@ -1,0 +1,241 @@
+"""`slicecli sweep`: many dims of one model, stopped and gone on with, fitted and drawn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from slicecli import engine, sweep
+from slicecli.engine import SliceOptions
+from slicecli.evaluation import measure
+from slicecli.evaluation.measure import EvaluationOptions
+from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
+
+DIMS = "44,36,24"
+
+
+@pytest.fixture
+def words(checkpoints, text_file, slice_words):
+    return ["-q", "sweep", checkpoints(), "--perplexity", text_file, "--limit", "6", *slice_words]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count what a sweep does."""
+    counts = {"statistics": 0, "refits": 0, "measured": []}
+    from slicecli.slicing import pipeline
+
+    collect, refit, evaluate = pipeline.collect_basis, pipeline.refit, measure.evaluate
+
+    def counting_collect(*arguments):
+        counts["statistics"] += 1
+        return collect(*arguments)
+
+    def counting_refit(*arguments):
+        counts["refits"] += 1
+        return refit(*arguments)
+
+    def counting_evaluate(source, *arguments):
+        counts["measured"].append(source.folder.name)
+        return evaluate(source, *arguments)
+
+    monkeypatch.setattr(pipeline, "collect_basis", counting_collect)
+    monkeypatch.setattr(pipeline, "refit", counting_refit)
+    monkeypatch.setattr(measure, "evaluate", counting_evaluate)
+    return counts
+
+
+def results_of(folder):
+    return json.loads((folder / RESULTS_FILE).read_text())
+
+
+def test_a_sweep_measures_all_dims_after_one_pass_each(run, words, counted, tmp_path):
+    output = tmp_path / "sweep"
+    result = run(*words, "--dims", DIMS, "-o", output, "--format", "json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document == results_of(output)
+    assert counted == {"statistics": 1, "refits": 1, "measured": ["tiny-llama", "dim44", "dim36", "dim24"]}
+    assert [point["dim"] for point in document["points"]] == [44, 36, 24]
+    assert document["dense"]["dim"] == document["hidden_size"] == 48
+    for point in document["points"]:
+        assert point["sparsity"] == pytest.approx(1 - point["dim"] / 48)
+        assert point["calibration"]["samples"] == 24
+        assert 0 < point["energy_kept"] <= 1
+    curve = document["curve"]
+    assert curve["loo_error"] is not None
+    assert curve["valid_sparsity"] == pytest.approx([1 - 44 / 48, 1 - 24 / 48])
+    assert (output / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    # nothing else is left, and nothing local is in it
+    assert sorted(path.name for path in output.iterdir()) == sorted([PLOT_FILE, RESULTS_FILE])
+    assert str(tmp_path) not in result.stdout
+
+
+def test_a_point_is_what_slicing_and_measuring_by_hand_gives(run, words, checkpoints, text_file, slice_words, tmp_path):
+    assert run(*words, "--dims", "36", "-o", tmp_path / "sweep").exit_code == 0
+    (point,) = results_of(tmp_path / "sweep")["points"]
+    assert run("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "dim36", *slice_words).exit_code == 0
+    options = ["--perplexity", text_file, "--limit", "6", "--seq-len", "32"]
+    result = run("eval", tmp_path / "dim36", *options, "--format", "json")
+    assert result.exit_code == 0, result.output
+    by_hand = json.loads(result.stdout)
+    assert point["perplexity"] == by_hand["perplexity"]
+    assert point["parameters"] == by_hand["parameters"]
+
+
+def test_added_dims_go_on_from_what_is_measured(run, words, counted, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*words, "--dims", DIMS, "-o", whole).exit_code == 0
+    assert run(*words, "--dims", "36", "-o", parts).exit_code == 0
+    counted["measured"].clear()
+    assert run(*words, "--dims", DIMS, "-o", parts).exit_code == 0
+    assert counted["measured"] == ["dim44", "dim24"]
+    assert (whole / RESULTS_FILE).read_bytes() == (parts / RESULTS_FILE).read_bytes()
+    assert (whole / PLOT_FILE).read_bytes() == (parts / PLOT_FILE).read_bytes()
+    # and once more there is nothing to do
+    counted["measured"].clear()
+    assert run(*words, "--dims", DIMS, "-o", parts).exit_code == 0
+    assert counted["measured"] == []
+
+
+@pytest.mark.parametrize("fails_at", ["tiny-llama", "dim44", "dim24", "refit"])
+def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(run, words, counted, monkeypatch, tmp_path, fails_at):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(*words, "--dims", DIMS, "-o", whole).exit_code == 0
+    evaluate, run_slices = measure.evaluate, sweep.run_slices
+
+    def failing_evaluate(source, *arguments):
+        if source.folder.name == fails_at:
+            raise KeyboardInterrupt
+        return evaluate(source, *arguments)
+
+    def failing_slices(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if fails_at == "refit":
+            patch.setattr(sweep, "run_slices", failing_slices)
+        else:
+            patch.setattr(measure, "evaluate", failing_evaluate)
+        assert run(*words, "--dims", DIMS, "-o", stopped).exit_code != 0
+    assert sweep.run_slices is run_slices
+    refits, measured = counted["refits"], len(counted["measured"])
+    assert run(*words, "--dims", DIMS, "-o", stopped).exit_code == 0
+    # slices that were whole are not made again, and what was measured is not measured again
+    assert counted["refits"] - refits == (0 if fails_at in {"dim44", "dim24"} else 1)
+    left = {"tiny-llama": 4, "refit": 3, "dim44": 3, "dim24": 1}
+    assert len(counted["measured"]) - measured == left[fails_at]
+    assert (whole / RESULTS_FILE).read_bytes() == (stopped / RESULTS_FILE).read_bytes()
+    assert sorted(path.name for path in stopped.iterdir()) == sorted([PLOT_FILE, RESULTS_FILE])
+
+
+def test_another_sweeps_results_are_left_alone_unless_overwritten(run, words, text_file, tmp_path):
+    output = tmp_path / "sweep"
+    assert run(*words, "--dims", "36", "-o", output).exit_code == 0
+    before = (output / RESULTS_FILE).read_bytes()
+    for more in ("--seed 7", "--samples 20", "--limit 5", "--method slicegpt", "--dtype bfloat16"):
+        result = run(*words, "--dims", "36", "-o", output, *more.split())
+        assert result.exit_code == 1
+        assert "another sweep" in result.stderr
+        assert (output / RESULTS_FILE).read_bytes() == before
+    assert run(*words, "--dims", "36", "-o", output, "--seed", "7", "--overwrite").exit_code == 0
+    assert (output / RESULTS_FILE).read_bytes() != before
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "dear.txt").write_text("dear all")
+    result = run(*words, "--dims", "36", "-o", other)
+    assert result.exit_code == 1
+    assert "left alone" in result.stderr
+    assert [path.name for path in other.iterdir()] == ["dear.txt"]
+
+
+def test_a_changed_text_or_model_is_another_sweep(run, words, checkpoint_copy, text_file, slice_words, tmp_path):
+    text = tmp_path / "mine.jsonl"
+    shutil.copyfile(text_file, text)
+    mine = ["-q", "sweep", checkpoint_copy, "--perplexity", text, "--limit", "6", *slice_words, "--dims", "36"]
+    output = tmp_path / "sweep"
+    assert run(*mine, "-o", output).exit_code == 0
+    with text.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert "another sweep" in run(*mine, "-o", output).stderr
+    shutil.copyfile(text_file, text)
+    assert run(*mine, "-o", output).exit_code == 0
+    weights = checkpoint_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert "another sweep" in run(*mine, "-o", output).stderr
+
+
+def test_slices_are_kept_on_request(run, words, tmp_path):
+    output = tmp_path / "sweep"
+    assert run(*words, "--dims", "44,36", "-o", output, "--keep-slices").exit_code == 0
+    for dim in (44, 36):
+        folder = output / "slices" / f"dim{dim}"
+        assert (folder / "model.safetensors").is_file()
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_published_method_sweeps_too_and_both_fit_together(run, words, tmp_path):
+    for method in ("refit", "slicegpt"):
+        done = run(*words, "--dims", DIMS, "--method", method, "-o", tmp_path / method)
+        assert done.exit_code == 0, done.output
+    files = [tmp_path / method / RESULTS_FILE for method in ("refit", "slicegpt")]
+    curves = json.loads(run("fit", *files, "--format", "json").stdout)["curves"]
+    assert [one["method"] for one in curves] == ["refit", "slicegpt"]
+
+
+def test_estimate_takes_a_sweeps_results_as_a_curve(run, words, checkpoints, text_file, tmp_path):
+    assert run(*words, "--dims", DIMS, "-o", tmp_path / "sweep").exit_code == 0
+    curve = ["--curve", tmp_path / "sweep" / RESULTS_FILE, "--text", text_file.name]
+    result = run("-q", "estimate", checkpoints(), *curve, "--dim", "40,36", "--format", "json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    measured = results_of(tmp_path / "sweep")
+    assert document["dense"]["perplexity"]["value"] == measured["dense"]["perplexity"][text_file.name]["value"]
+    at_36 = next(one for one in document["estimates"] if one["dim"] == 36)["perplexity"]
+    known = next(point for point in measured["points"] if point["dim"] == 36)["perplexity"][text_file.name]["value"]
+    assert at_36["low"] <= known <= at_36["high"]
+
+
+def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
+    checkpoints, text_file, monkeypatch, counted, tmp_path
+):
+    def sweep_into(folder):
+        options = SliceOptions(calibration=str(text_file), samples=24, sequence_length=32)
+        evaluation = EvaluationOptions(texts=(str(text_file),), limit=6, sequence_length=32)
+        return run_sweep(str(checkpoints()), (44, 36, 24), folder, options, evaluation)
+
+    together = sweep_into(tmp_path / "together")
+    assert counted["refits"] == 1
+    tokens, size = 24 * 32, 4
+    # the dense stream at three places, and one sliced stream of up to 60
+    room = tokens * size * (48 * 3 + 60)
+    monkeypatch.setattr(engine, "available_memory_bytes", lambda _device: room / engine.MEMORY_SHARE)
+    apart = sweep_into(tmp_path / "apart")
+    assert counted == {**counted, "statistics": 2, "refits": 1 + 2}
+    assert together.document == apart.document
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--dims", "37"), "not legal"),
+        (("--dims", "48"), "does not slice"),
+        (("--relation", "hearsay", "--dims", "36"), "There are: paper"),
+        (("--limit", "0", "--dims", "36"), "too small"),
+        (("--tasks", "no-such-task", "--dims", "36"), "no-such-task"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(run, words, more, message, tmp_path):
+    result = run(*words, "-o", tmp_path / "sweep", *more)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_usual_dims_are_those_of_the_published_study(run, words, tmp_path):
+    result = run(*words, "-o", tmp_path / "sweep", "--format", "json")
+    assert result.exit_code == 0, result.output
+    dims = [point["dim"] for point in json.loads(result.stdout)["points"]]
+    assert dims == [44, 40, 36, 32, 28, 24]
