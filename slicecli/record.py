@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from slicecli.slicing.published import Spectrum
     from slicecli.source import Source
 
-__all__ = ["Energy", "build_record", "enter_results", "package_versions", "read_record", "write_record"]
+__all__ = [
+    "Energy",
+    "build_record",
+    "enter_curves",
+    "enter_results",
+    "package_versions",
+    "read_record",
+    "write_record",
+]
 
 RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
@@ -152,15 +160,34 @@ def enter_results(
     Raises:
         OutputError: The folder has no record, or it cannot be written.
     """
-    record = read_record(folder)
-    if record is None:
-        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
+    record = _record_to_enter_in(folder)
     results = dict(record.get("results") or {})
     for kind, measured in (("perplexity", perplexity), ("tasks", tasks)):
         if measured:
             results[kind] = {**(results.get(kind) or {}), **measured}
     record["results"] = {**results, "versions": package_versions()}
     write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Enter prediction curves into the record of a slice, in place of those that are there.
+
+    Args:
+        folder: The slice.
+        curves: What `Curve.to_json` returns.
+
+    Raises:
+        OutputError: The folder has no record, or it cannot be written.
+    """
+    record = {**_record_to_enter_in(folder), "curve": {"curves": list(curves)}}
+    write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _record_to_enter_in(folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    if record is None:
+        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
+    return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

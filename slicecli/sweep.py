@@ -27,7 +27,7 @@ from slicecli.estimation.results import check_relation, curves_json, fit_results
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
 from slicecli.plan import Width
-from slicecli.record import package_versions, read_record
+from slicecli.record import enter_curves, enter_results, package_versions, read_record
 from slicecli.schedule import PublishedSizes
 from slicecli.source import Source
 
@@ -81,7 +81,7 @@ def run_sweep(
         options: How it is sliced.
         evaluation: How it is measured.
         relation: Name of the relation to fit; `None` chooses the best.
-        keeps_slices: Leave the slices there.
+        keeps_slices: Leave the slices there, with results and curves in their records.
         overwrite: Begin anew if the folder has the results of another sweep.
         progress: Hears how far the work has come.
 
@@ -119,14 +119,15 @@ def run_sweep(
         _write(folder, document)
         if not keeps_slices:
             shutil.rmtree(places[dim])
-    for dim in wanted if keeps_slices else []:
-        (places[dim] / MARK_FILE).unlink(missing_ok=True)
     if not keeps_slices:
         shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
 
     curves = _fit(document, relation)
     document.update(curves_json(curves))
     _write(folder, document)
+    for point in document["points"]:
+        if point["dim"] in places and read_record(places[point["dim"]]) is not None:
+            _complete_slice(places[point["dim"]], point, document["curves"])
     _draw(folder / PLOT_FILE, curves, job)
     return Sweep(folder, document, tuple(curves), tuple(warnings))
 
@@ -254,6 +255,13 @@ class _Measure:
         measured = measuring.evaluate(source, self._options, self._progress, self._prepared).to_json()
         measured.pop("versions", None)
         return measured
+
+
+def _complete_slice(folder: Path, point: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> None:
+    """Enter into a slice that is kept what the sweep found."""
+    enter_results(folder, point["perplexity"], point["tasks"])
+    enter_curves(folder, curves)
+    (folder / MARK_FILE).unlink(missing_ok=True)
 
 
 def _mark(folder: Path, fingerprint: str) -> None:

@@ -174,6 +174,14 @@ def test_slices_are_kept_on_request(run, words, tmp_path):
         folder = output / "slices" / f"dim{dim}"
         assert (folder / "model.safetensors").is_file()
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    # each has what was found in its record, from where estimate takes the curve
+    for point in results_of(output)["points"]:
+        record = json.loads((output / "slices" / f"dim{point['dim']}" / "slicecli.json").read_text())
+        assert record["results"]["perplexity"] == point["perplexity"]
+        assert record["curve"]["curves"] == results_of(output)["curves"]
+    curve = ["--curve", output / "slices" / "dim36", "--format", "json", "--dim", "40"]
+    (one,) = json.loads(run("-q", "estimate", words[2], *curve).stdout)["estimates"]
+    assert one["perplexity"]["source"].startswith("2 measured slices (dim36)")
 
 
 def test_the_published_method_sweeps_too_and_both_fit_together(run, words, tmp_path):
@@ -239,3 +247,19 @@ def test_the_usual_dims_are_those_of_the_published_study(run, words, tmp_path):
     assert result.exit_code == 0, result.output
     dims = [point["dim"] for point in json.loads(result.stdout)["points"]]
     assert dims == [44, 40, 36, 32, 28, 24]
+
+
+def test_the_gate_takes_the_curve_where_nothing_is_recorded(run, words, text_file, tmp_path):
+    from slicecli.testing.slice_tests import SliceUnderTest
+
+    output = tmp_path / "sweep"
+    assert run(*words, "--dims", "44,36", "-o", output, "--keep-slices").exit_code == 0
+    folder = output / "slices" / "dim36"
+    record = json.loads((folder / "slicecli.json").read_text())
+    known = record["results"].pop("perplexity")[text_file.name]["value"]
+    (folder / "slicecli.json").write_text(json.dumps(record))
+    measured, limit = SliceUnderTest.find(str(folder), text=str(text_file)).perplexity()
+    assert measured.value == pytest.approx(known)
+    curve = json.loads((output / RESULTS_FILE).read_text())["curve"]
+    assert curve["points"][1]["value"] == pytest.approx(known)
+    assert measured.value <= limit

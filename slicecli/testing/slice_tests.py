@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from slicecli.record import read_record
 from slicecli.source import Source
 
 if TYPE_CHECKING:
+    from slicecli.estimation.curves import Curve
     from slicecli.evaluation.perplexity import PerplexityResult
 
 __all__ = ["SliceTests", "SliceUnderTest"]
@@ -96,14 +98,27 @@ class SliceUnderTest:
         found = self.record.get("results", {}).get("perplexity", {})
         return found if isinstance(found, dict) else {}
 
+    def _curve(self) -> Curve | None:
+        """Return the fitted curve of the perplexity in the record, if it has one."""
+        from slicecli.estimation.results import read_curves
+
+        if not self.record.get("curve"):
+            return None
+        found = (one for one in read_curves(self.record["curve"]) if one.series.quantity == "perplexity")
+        return next(found, None)
+
     def perplexity(self) -> tuple[PerplexityResult, float]:
-        """Measure the perplexity as it was recorded, and return it with the largest that passes."""
+        """Measure the perplexity as it was recorded, and return it with the largest that passes.
+
+        That is the recorded one and the tolerance; without one, the upper end of what the record's curve predicts.
+        """
         from slicecli.engine import quiet_libraries
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
 
+        curve = self._curve()
         name = self.text
         if name is None:
-            name = next(iter(self.recorded), None)
+            name = next(iter(self.recorded), None if curve is None else curve.series.evaluation)
         if name is None:
             pytest.fail(
                 "the record has no perplexity to compare with: enter one with `slicecli eval DIR --record`, or give a "
@@ -112,12 +127,19 @@ class SliceUnderTest:
         entry = self.recorded.get(name) or self.recorded.get(Path(name).name)
         limit = self.max_perplexity
         if limit is None:
-            if entry is None:
+            if entry is not None:
+                limit = float(entry["value"]) * (1 + self.tolerance)
+            elif curve is not None and curve.series.evaluation == Path(name).name:
+                limit = math.exp(curve.predict(float(self.record["sparsity"])).high)
+            else:
                 pytest.fail(f"the record has no perplexity on {name}, only on {', '.join(self.recorded) or 'nothing'}")
-            limit = float(entry["value"]) * (1 + self.tolerance)
         # the same rows as were recorded, be they the whole text or only its beginning
-        length = int(entry["seq_len"]) if entry else None
-        samples = int(entry["tokens"]) // (int(entry["seq_len"]) - 1) if entry else None
+        length, samples = None, None
+        if entry is not None:
+            length = int(entry["seq_len"])
+            samples = int(entry["tokens"]) // (length - 1)
+        elif curve is not None:
+            length, samples = curve.settings.get("sequence_length"), curve.settings.get("limit")
         options = EvaluationOptions(texts=(name,), limit=samples, sequence_length=length)
         with quiet_libraries():
             tokenizer = self.tokenizer
