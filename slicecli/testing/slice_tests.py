@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +112,7 @@ class SliceUnderTest:
         That is the recorded one and the tolerance; without one, the upper end of what the record's curve predicts.
         """
         from slicecli.engine import quiet_libraries
+        from slicecli.estimation.relations import quoted_by
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
 
         curve = self._curve()
@@ -130,7 +130,7 @@ class SliceUnderTest:
             if entry is not None:
                 limit = float(entry["value"]) * (1 + self.tolerance)
             elif curve is not None and curve.series.evaluation == Path(name).name:
-                limit = math.exp(curve.predict(float(self.record["sparsity"])).high)
+                limit = quoted_by("perplexity")(curve.predict(float(self.record["sparsity"])).high)
             else:
                 pytest.fail(f"the record has no perplexity on {name}, only on {', '.join(self.recorded) or 'nothing'}")
         # the same rows as were recorded, be they the whole text or only its beginning
