@@ -2,7 +2,7 @@
 
     python benchmarks/several_dims.py CHECKPOINT [--dims 672,624,576,528,480] [--text demo] [--samples 16]
 
-The refit collects its statistics once and runs the dense model once for all dims; what is left for each is its own half.
+The refit collects its statistics once and runs the dense model once for all dims; each adds its own half.
 Timed in turn, round after round: the middle dim alone, and all of them together, without evaluations. Medians of the
 rounds, and the median of the ratios.
 """

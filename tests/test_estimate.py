@@ -475,3 +475,58 @@ def test_knowledge_is_checked():
     with pytest.raises(RequestError):
         Knowledge(measured={5000: 9.0}).check(4096)
     Knowledge(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
+
+
+# spectra
+
+
+def write_spectrum(path, scale=1.0, size=4096):
+    entries = [
+        {"dim": dim, "fisher": {"refit": scale * (1 - dim / size) ** 1.7, "slicegpt": scale * (1 - dim / size) ** 1.5}}
+        for dim in range(64, size + 1, 64)
+    ]
+    path.write_text(json.dumps({"hidden_size": size, "spectrum": entries}))
+    return path
+
+
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+def test_a_spectrum_predicts_by_its_weight_at_the_dim(estimate, tmp_path, method):
+    words = ["--dense-perplexity", "8", "--method", method, "--dim", "3072,3008,2000"]
+    document = estimate(*words, "--spectrum", str(write_spectrum(tmp_path / "one.json")))
+    constants = set()
+    for one in document["estimates"]:
+        predicted = one["perplexity"]
+        assert predicted["relation"] == "fisher"
+        assert predicted["low"] < predicted["value"] < predicted["high"]
+        weight = one["sparsity"] ** (1.7 if method == "refit" else 1.5)
+        constants.add(round(math.log(predicted["value"] / 8) / weight, 2))
+    # the study's constants, see docs/energy.md
+    (constant,) = constants
+    assert constant == pytest.approx({"refit": 0.72, "slicegpt": 2.08}[method], abs=0.05)
+    assert "small models" in document["estimates"][0]["perplexity"]["source"]
+    assert any("1.3 million" in note for note in document["notes"])
+    # twice the weight, twice the loss; and one measured slice replaces the constant
+    double = estimate(*words, "--spectrum", str(write_spectrum(tmp_path / "two.json", 2.0)))
+    for one, other in zip(document["estimates"], double["estimates"], strict=True):
+        ratios = [math.log(each["perplexity"]["value"] / 8) for each in (one, other)]
+        assert ratios[1] == pytest.approx(2 * ratios[0])
+    spectrum = ["--spectrum", str(tmp_path / "one.json"), "--relation", "fisher"]
+    anchored = estimate(*words, *spectrum, "--measured", "3264=9.0")
+    for one, loose in zip(anchored["estimates"], document["estimates"], strict=True):
+        widths = [
+            math.log(each["perplexity"]["high"] / each["perplexity"]["low"]) / math.log(each["perplexity"]["value"] / 8)
+            for each in (one, loose)
+        ]
+        assert widths[0] < widths[1]
+
+
+def test_what_is_no_spectrum_of_this_model_is_refused(run, llama, tmp_path):
+    words = ["estimate", llama, "--dense-perplexity", "8", "--spectrum"]
+    assert "another model" in refused(run(*words, write_spectrum(tmp_path / "small.json", size=2048)))
+    bad = ("{", "[]", '{"hidden_size": 4096, "spectrum": []}', '{"hidden_size": 4096, "spectrum": [{"dim": 9}]}')
+    for content in bad:
+        (tmp_path / "bad.json").write_text(content)
+        assert "not a spectrum" in refused(run(*words, tmp_path / "bad.json"))
+    assert "needs a spectrum" in refused(
+        run("estimate", llama, "--dense-perplexity", "8", "--relation", "fisher", "--dim", "3072")
+    )

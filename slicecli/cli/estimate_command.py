@@ -67,6 +67,12 @@ USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 )
 @click.option("--relation", metavar="NAME", help="Relation to predict by, see `slicecli relations`; paper is one.")
 @click.option("--curve", metavar="FILE|HUB_REPO", help="Predict by the curves that `fit` or `sweep` wrote.")
+@click.option(
+    "--spectrum",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Predict from what `slicecli spectrum` wrote, by the relation fisher.",
+)
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at a time.")
 @click.option("--length", type=int, default=2048, show_default=True, metavar="N", help="Tokens of each.")
 @click.option(
@@ -109,6 +115,7 @@ def command(
     measured: tuple[tuple[str, float], ...],
     relation: str | None,
     curve: str | None,
+    spectrum: Path | None,
     batch: int,
     length: int,
     device: str | None,
@@ -182,6 +189,7 @@ def command(
         measured=dict(_measured(measured)),
         relation=relation,
         curve=curve,
+        spectrum=spectrum,
     )
     forecasts = find_forecasts(source, dimensions.hidden_size, method, knowledge)
     if dims is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class Curve:
     def predict(self, sparsity: float) -> Prediction:
         """Predict at a fraction removed, with the interval that the points allow."""
         series = self.series
-        spread = spread_of(self.relation, series.quantity)
+        spread = spread_of(self.relation, series.quantity, series.method)
         return predict_fitted(spread, self.parameters, series.dense, series.family, series.points, sparsity)
 
     def to_json(self) -> dict[str, Any]:
@@ -198,12 +198,12 @@ def leave_one_out(relation: Relation, series: Series, is_relative: bool = False)
     return float(np.mean(errors))
 
 
-def curve_from_json(fields: Mapping[str, Any], log_ratio: Callable[[float], float] | None = None) -> Curve:
+def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Curve:
     """Read a curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation.
 
     Args:
         fields: The plain data.
-        log_ratio: ln(PPL/PPL0) at a fraction removed, for relations on accuracy that ask for it.
+        known: Functions that some relations ask for, as of `Dense`; its figures are not read.
 
     Raises:
         RequestError: It is not a curve.
@@ -213,7 +213,12 @@ def curve_from_json(fields: Mapping[str, Any], log_ratio: Callable[[float], floa
         if quantity not in {"perplexity", "accuracy"}:
             raise ValueError(f"{quantity!r} is not measured")
         chance = fields.get("chance")
-        dense = Dense(_unquoted(fields["dense"], quantity), None if chance is None else float(chance), log_ratio)
+        dense = Dense(
+            _unquoted(fields["dense"], quantity),
+            None if chance is None else float(chance),
+            None if known is None else known.log_ratio,
+            None if known is None else known.spectrum,
+        )
         points = tuple(
             Point(
                 _fraction(point["sparsity"]),
@@ -245,7 +250,8 @@ def _has_points_for(relation: Relation, points: int) -> bool:
 
 
 def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[float, ...]:
-    prior = spread_of(relation.name, relation.quantity).prior(series.family) if relation.has_prior else None
+    spread = spread_of(relation.name, relation.quantity, series.method) if relation.has_prior else None
+    prior = None if spread is None else spread.prior(series.family)
     return relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
 
 

@@ -31,10 +31,13 @@ from slicecli.estimation.predictions import (
 )
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
+from slicecli.estimation.spectra import read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
 from slicecli.plan import Method
 from slicecli.record import read_record
 from slicecli.source import DESCRIPTION_FILES, Source
+
+SPECTRUM_RELATION = "fisher"
 
 __all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
@@ -95,6 +98,7 @@ class Knowledge:
         measured: Perplexity of slices on the text, by dim.
         relation: Name of the relation to predict by; `None` takes the default, or the best by leave-one-out.
         curve: File, or Hub id or folder of a slice, with fitted curves.
+        spectrum: File with the model's Fisher spectrum.
     """
 
     text: str = "wikitext2"
@@ -105,6 +109,7 @@ class Knowledge:
     measured: Mapping[int, float] = field(default_factory=dict)
     relation: str | None = None
     curve: str | None = None
+    spectrum: Path | None = None
 
     def check(self, hidden_size: int) -> None:
         """Refuse figures that cannot be.
@@ -131,8 +136,10 @@ class Knowledge:
                 )
         if self.relation is not None:
             check_relation(self.relation)
-        if self.curve is not None and (self.measured or self.relation is not None):
-            raise RequestError("A curve has its own relation and points.", "Leave out --relation and --measured.")
+        if self.curve is not None and (self.measured or self.relation is not None or self.spectrum is not None):
+            raise RequestError(
+                "A curve has its own relation and points.", "Leave out --relation, --measured and --spectrum."
+            )
 
 
 def _names(quantity: Quantity) -> list[str]:
@@ -178,18 +185,23 @@ def _forecast_perplexity(
     text = knowledge.text
     figure = dense_perplexity(source.folder, source.name, text, knowledge.dense_perplexity)
     name = knowledge.relation if knowledge.relation in _names("perplexity") else None
+    path = knowledge.spectrum
+    spectrum = None if path is None else read_spectrum(path, method, hidden_size)
     if not knowledge.measured:
         if figure is None:
             return None
         is_other_text = text != knowledge.calibration
-        return forecast_new("perplexity", text, figure, family, method, name, is_other_text=is_other_text)
+        name = name or (None if spectrum is None else SPECTRUM_RELATION)
+        return forecast_new(
+            "perplexity", text, figure, family, method, name, is_other_text=is_other_text, spectrum=spectrum
+        )
     if figure is None:
         raise RequestError("Measured slices need the dense perplexity too.", "Give --dense-perplexity.")
     points = tuple(
         Point(1 - dim / hidden_size, math.log(value), None, dim)
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
     )
-    dense = Dense(math.log(figure.value))
+    dense = Dense(math.log(figure.value), spectrum=spectrum)
     series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
     return forecast_by_curve(fit_curve(series, name), "given", figure.source)
 
@@ -204,6 +216,7 @@ def forecast_new(
     chance: float | None = None,
     perplexity: Forecast | None = None,
     is_other_text: bool = False,
+    spectrum: Callable[[float], float] | None = None,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured.
 
@@ -217,6 +230,7 @@ def forecast_new(
         chance: Chance level of a task; `None` looks it up.
         perplexity: The forecast of the perplexity, for relations that predict accuracy from it.
         is_other_text: The perplexity is that on a text of another kind than the calibration's.
+        spectrum: The Fisher weight as a function of s, see `slicecli.estimation.spectra`.
 
     Raises:
         RequestError: There is no such relation, or it has no meaning here.
@@ -227,30 +241,33 @@ def forecast_new(
         math.log(figure.value) if quantity == "perplexity" else figure.value,
         level,
         None if perplexity is None else _log_ratio(perplexity),
+        spectrum,
     )
     obstacle = chosen.why_not(dense)
     if obstacle:
         raise RequestError(
             f"The relation {chosen.name!r} says nothing of {evaluation}: {obstacle}.",
-            "Give --chance TASK=H or --dense-perplexity, or another relation.",
+            "Give --chance TASK=H, --dense-perplexity or --spectrum, or another relation.",
         )
-    spread = spread_of(chosen.name, quantity)
-    parameters = shared_parameters(chosen, family, is_other_text)
-    shift = shift_of(chosen.name) if is_other_text else None
+    spread = spread_of(chosen.name, quantity, method)
+    parameters = shared_parameters(chosen, family, method, is_other_text)
+    shift = shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,
         dense=figure,
         chance=level,
         relation=chosen.name,
-        basis=_basis(quantity, family),
+        basis=_basis(quantity, family, chosen.needs_spectrum),
         predict=lambda sparsity: predict_new(spread, parameters, dense, family, method, sparsity, shift),
         paper=_paper(quantity, dense),
-        notes=tuple(_new_notes(quantity, evaluation, family, method, level, is_other_text)),
+        notes=tuple(_new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.needs_spectrum)),
     )
 
 
-def _basis(quantity: Quantity, family: str) -> str:
+def _basis(quantity: Quantity, family: str, is_by_spectrum: bool) -> str:
+    if is_by_spectrum:
+        return f"the model's own spectrum, and slices of {study_models()} small models (docs/energy.md)"
     series = published_series(quantity)
     models = dict.fromkeys((one.model, one.family) for one in series)
     own = sum(1 for _, other in models if other == family)
@@ -258,12 +275,20 @@ def _basis(quantity: Quantity, family: str) -> str:
 
 
 def _new_notes(
-    quantity: Quantity, evaluation: str, family: str, method: Method, chance: float | None, is_other_text: bool
+    quantity: Quantity,
+    evaluation: str,
+    family: str,
+    method: Method,
+    chance: float | None,
+    is_other_text: bool,
+    is_by_spectrum: bool,
 ) -> list[str]:
     notes = []
-    if not any(one.family == family for one in published_series(quantity)):
+    if is_by_spectrum:
+        notes.append("The constant of the relation fisher was measured on models of up to 1.3 million parameters only.")
+    elif not any(one.family == family for one in published_series(quantity)):
         notes.append(f"No measurement of type {family} is published: the intervals are those of any family.")
-    if method == "refit":
+    if method == "refit" and not is_by_spectrum:
         notes.append(
             "What is published is measured with SliceGPT; on the models of docs/published.md the refit lost 0.5 to "
             "0.75 times as much in ln PPL, and intervals reach down accordingly."

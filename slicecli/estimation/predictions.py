@@ -14,8 +14,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slicecli.estimation.measurements import OTHER_TEXT, Point, published_series
+from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, published_series
 from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
+from slicecli.estimation.spectra import study_series
 from slicecli.estimation.spread import (
     Shift,
     Spread,
@@ -31,9 +32,9 @@ __all__ = [
     "DEFAULT_RELATION",
     "FARTHEST",
     "Prediction",
+    "known_range",
     "predict_fitted",
     "predict_new",
-    "published_range",
     "shared_parameters",
     "shift_of",
     "spread_of",
@@ -68,33 +69,40 @@ class Prediction:
 
 
 @functools.cache
-def spread_of(name: str, quantity: Quantity) -> Spread:
-    """Return how a relation errs over all published series."""
-    return learn_spread(relation_named(name, quantity), published_series(quantity))
+def spread_of(name: str, quantity: Quantity, method: str) -> Spread:
+    """Return how a relation errs over all series there are: published ones, or of the study of spectra."""
+    relation = relation_named(name, quantity)
+    return learn_spread(relation, _known_series(relation, method))
+
+
+def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
+    return study_series(method) if relation.needs_spectrum else published_series(relation.quantity)
 
 
 @functools.cache
 def shift_of(name: str) -> Shift:
     """Return how much more slices lose on another text than they were calibrated on, over published series."""
     own, other = published_series("perplexity"), published_series("perplexity", OTHER_TEXT)
-    return learn_shift(spread_of(name, "perplexity"), own, other)
+    return learn_shift(spread_of(name, "perplexity", "slicegpt"), own, other)
 
 
-def published_range(quantity: Quantity) -> tuple[float, float]:
-    """Return the least and the largest s that published series reach."""
-    values = [point.sparsity for one in published_series(quantity) for point in one.points]
+def known_range(relation: Relation, method: str) -> tuple[float, float]:
+    """Return the least and the largest s of the series that a relation's intervals are learnt from."""
+    values = [point.sparsity for one in _known_series(relation, method) for point in one.points]
     return min(values), max(values)
 
 
-def shared_parameters(relation: Relation, family: str, is_other_text: bool = False) -> tuple[float, ...]:
+def shared_parameters(relation: Relation, family: str, method: str, is_other_text: bool = False) -> tuple[float, ...]:
     """Return the parameters for a model of which nothing is measured: those of its family, or of all.
 
     Args:
         relation: The relation.
         family: The model's `model_type`.
+        method: How it would be sliced.
         is_other_text: For the perplexity on a text of another kind than the calibration's.
     """
-    series = published_series(relation.quantity, OTHER_TEXT if is_other_text else "spread")
+    is_published = is_other_text and not relation.needs_spectrum
+    series = published_series(relation.quantity, OTHER_TEXT) if is_published else _known_series(relation, method)
     usable = [one for one in series if not relation.why_not(one.dense)]
     return shared_fit(relation, usable, family)
 
@@ -123,9 +131,9 @@ def predict_new(
     value = relation.predict(sparsity, dense, parameters)
     expected = spread.of_new_model(family, coordinate(relation, dense, spread.parameters, sparsity), shift)
     low, high = interval(relation, dense, spread.parameters, sparsity, expected)
-    if method == "refit":
+    if method == "refit" and not relation.needs_spectrum:
         low, high = _widened_for_refit(relation.quantity, dense, low, high)
-    least, largest = published_range(relation.quantity)
+    least, largest = known_range(relation, method)
     is_outside = not least <= sparsity <= largest
     # the interval says what published models did; the relation's own value belongs to it even where that disagrees
     return Prediction(value, min(low, value), max(high, value), relation.name, is_outside)

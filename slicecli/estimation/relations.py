@@ -5,7 +5,7 @@ the accuracy itself, between 0 and 1; that is also the scale on which fits are l
 trusted is not its own business but that of `slicecli.estimation.spread`.
 
 Legend: d hidden size, k dim kept, s = 1 - k/d, PPL0 and acc0 the dense figures, D = ln(PPL/PPL0), h the chance level
-of a task; c, p, b, r are fitted.
+of a task; F(k) the Fisher weight of what a width k discards; c, p, b, r are fitted.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class Dense:
         value: ln PPL0, or the dense accuracy between 0 and 1.
         chance: Accuracy of a guess; of perplexity and of tasks without one, `None`.
         log_ratio: D at a fraction removed, measured or predicted, where a relation on accuracy asks for it.
+        spectrum: The Fisher weight of what a fraction removed discards, where a relation asks for it.
     """
 
     value: float
     chance: float | None = None
     log_ratio: Callable[[float], float] | None = None
+    spectrum: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Relation:
             parameters.
         needs_chance: It has no meaning without a chance level above 0.
         needs_log_ratio: It predicts from the perplexity.
+        needs_spectrum: It predicts from the Fisher spectrum.
         has_prior: Its fit weighs the points against the prior, so that fewer points than parameters are enough.
     """
 
@@ -103,6 +106,7 @@ class Relation:
     fit: Fit
     needs_chance: bool = False
     needs_log_ratio: bool = False
+    needs_spectrum: bool = False
     has_prior: bool = False
 
     def why_not(self, dense: Dense) -> str:
@@ -111,6 +115,8 @@ class Relation:
             return "it needs a chance level above 0"
         if self.needs_log_ratio and dense.log_ratio is None:
             return "it needs the perplexity"
+        if self.needs_spectrum and dense.spectrum is None:
+            return "it needs a spectrum"
         return ""
 
 
@@ -168,6 +174,22 @@ def _exponent() -> tuple[Predict, Fit]:
         ratios = np.log(np.maximum(values / dense.value, 1e-9))
         weights = values**2  # makes the errors of ln ln PPL those of ln PPL to first order
         return (float((weights * removed) @ ratios / ((weights * removed) @ removed)),)
+
+    return predict, fit
+
+
+def _from_spectrum() -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 + c F(k)."""
+
+    def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
+        assert dense.spectrum is not None
+        return dense.value + parameters[0] * dense.spectrum(sparsity)
+
+    def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
+        assert dense.spectrum is not None
+        weights = np.array([dense.spectrum(sparsity) for sparsity, _ in points])
+        damages = np.array([value - dense.value for _, value in points])
+        return (float(weights @ damages / (weights @ weights)),)
 
     return predict, fit
 
@@ -252,6 +274,10 @@ BUILT_IN: tuple[Relation, ...] = (
     Relation(
         "free-power", "perplexity", "ln PPL = ln PPL0 + c s^p", "fitted to published measurements, docs/relations.md",
         ("c", "p"), *_power(), has_prior=True,
+    ),
+    Relation(
+        "fisher", "perplexity", "ln PPL = ln PPL0 + c F(k)", "measured on small models, docs/energy.md",
+        ("c",), *_from_spectrum(), needs_spectrum=True,
     ),
     Relation(
         "paper", "accuracy", "ln(acc/h) = (1 - s) ln(acc0/h)",

@@ -248,7 +248,7 @@ def read_curves(content: Any) -> list[Curve]:
     for fields in sorted(found, key=lambda one: one.get("quantity") != "perplexity"):
         known = next(
             (
-                log_ratio_of(curve)
+                Dense(curve.series.dense.value, log_ratio=log_ratio_of(curve))
                 for curve in curves
                 if curve.series.quantity == "perplexity"
                 and (curve.series.model, curve.series.method, curve.series.calibration)

@@ -54,6 +54,7 @@ FLOOR: dict[Quantity, float] = {"perplexity": 0.005, "accuracy": 0.01}
 SMALLEST_DAMAGE = 1e-6
 LEAST_MARGIN = 0.02  # of a dense accuracy above chance
 FEWEST_FOR_SLOPE = 3
+ENOUGH_FAMILIES = 5
 SHORTEST_RANGE = 0.3
 PRIOR_DEGREES = 4
 FEWEST_DEGREES = 2.0  # below, the quantiles of t say nothing any more
@@ -108,10 +109,15 @@ class Level:
         model_variance = squares / degrees
         means = [float(np.mean(some)) for some in grouped.values()]
         between = float(np.var(means, ddof=1)) if len(means) > 1 else 0.0
+        if len(means) >= ENOUGH_FAMILIES:
+            # what the means of families differ by anyway, because each is that of a few models
+            between -= model_variance * float(np.mean([1 / len(some) for some in grouped.values()]))
+            family_variance = max(between, 0.0)
+        else:  # so few families tell little: they never differ by less than their models do
+            family_variance = max(between, model_variance)
         return cls(
             mean=float(np.mean(means)),
-            # so few families tell little: they never differ by less than their models do
-            family_variance=max(between, model_variance),
+            family_variance=family_variance,
             model_variance=model_variance,
             degrees=degrees,
             families={family: (float(np.mean(some)), len(some)) for family, some in grouped.items()},
@@ -354,12 +360,37 @@ def shared_fit(relation: Relation, series: Sequence[Series], family: str | None 
     """
     if not relation.parameters:
         return ()
+    if relation.needs_spectrum:
+        return (_steady_constant(series),)
     by_family: dict[str, list[np.ndarray]] = defaultdict(list)
     for (own_family, _), values in own_fits(relation, series).items():
         by_family[own_family].append(values)
     means = {own: np.mean(np.array(fits), axis=0) for own, fits in by_family.items()}
     chosen = means[family] if family in means else np.mean(np.array(list(means.values())), axis=0)
     return tuple(float(value) for value in chosen)
+
+
+def _steady_constant(series: Sequence[Series]) -> float:
+    """Return the c of D = c F(k) with the least mean absolute error over series, each family weighing the same.
+
+    That is the median of D/F, weighted by F: least squares would let the most fragile model decide.
+    """
+    members: dict[str, int] = defaultdict(int)
+    for one in series:
+        members[one.family] += len(one.points)
+    pairs = []
+    for one in series:
+        assert one.dense.spectrum is not None
+        for point in one.points:
+            weight = one.dense.spectrum(point.sparsity)
+            pairs.append(((point.value - one.dense.value) / weight, weight / members[one.family]))
+    pairs.sort()
+    half, seen = sum(weight for _, weight in pairs) / 2, 0.0
+    for ratio, weight in pairs:
+        seen += weight
+        if seen >= half:
+            return ratio
+    return 1.0
 
 
 def _accuracy_scale(dense: Dense, sparsity: float) -> float:

@@ -1,0 +1,102 @@
+"""Fisher spectra: what a model would lose at every width, to second order, and how well that holds.
+
+A spectrum comes from `slicecli spectrum`: one calibration pass and one backward pass over the dense model. How the loss
+of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`fisher.csv`).
+
+Legend: d hidden size, k dim kept, s = 1 - k/d, F(k) the Fisher weight of what width k discards, in nats per token.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slicecli.errors import RequestError
+from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.relations import Dense
+
+__all__ = ["read_spectrum", "study_models", "study_series"]
+
+LEAST_WEIGHT = 1e-9
+# of slices that lose less, the loss is not known well enough to compare
+LEAST_LOSS = 0.02
+
+
+def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float], float]:
+    """Read the spectrum of a model; return F as a function of s.
+
+    Args:
+        path: What `slicecli spectrum` wrote.
+        method: How slices are made: each method has directions of its own.
+        hidden_size: The model's, to which the spectrum must belong.
+
+    Raises:
+        RequestError: It cannot be read, or is of another model.
+    """
+    try:
+        content: Any = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        if content["hidden_size"] != hidden_size:
+            raise RequestError(
+                f"The spectrum {path.name!r} is of another model, with hidden size {content['hidden_size']}.",
+                "Give that of this model.",
+            )
+        weights = {int(entry["dim"]): float(entry["fisher"][method]) for entry in content["spectrum"]}
+        if not weights or not all(0 < dim <= hidden_size and math.isfinite(value) for dim, value in weights.items()):
+            raise ValueError("no spectrum")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise RequestError(f"{path.name!r} is not a spectrum.", "Give a file that slicecli spectrum wrote.") from None
+    return _between([(1 - dim / hidden_size, value) for dim, value in weights.items()])
+
+
+def _between(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """Return the function through some points of F over s, by straight lines through ln F over ln s."""
+    ordered = sorted((sparsity, max(value, LEAST_WEIGHT)) for sparsity, value in points if sparsity > 0)
+    places = np.log([sparsity for sparsity, _ in ordered])
+    logs = np.log([value for _, value in ordered])
+
+    def weight(sparsity: float) -> float:
+        place = math.log(sparsity)
+        if place < places[0]:  # F falls about as s does where little is removed
+            return float(math.exp(logs[0] + place - places[0]))
+        return float(math.exp(np.interp(place, places, logs)))
+
+    return weight
+
+
+@functools.cache
+def study_series(method: str) -> tuple[Series, ...]:
+    """Return the measurements of the study by one method, a series for each model; its family is its training run."""
+    text = resources.files("slicecli.estimation").joinpath("fisher.csv").read_text(encoding="utf-8")
+    by_model: dict[str, list[Mapping[str, str]]] = defaultdict(list)
+    for row in csv.DictReader(text.splitlines()):
+        if row["method"] == method:
+            by_model[row["model"]].append(row)
+    found = []
+    for model, rows in by_model.items():
+        size, nll = int(rows[0]["hidden_size"]), float(rows[0]["dense_nll"])
+        sparsities = [1 - int(row["dim"]) / size for row in rows]
+        weights = [float(row["fisher"]) for row in rows]
+        dense = Dense(nll, spectrum=_between(list(zip(sparsities, weights, strict=True))))
+        points = tuple(
+            Point(sparsity, float(row["nll"]), float(row["stderr"]), int(row["dim"]))
+            for sparsity, row in sorted(zip(sparsities, rows, strict=True), key=lambda pair: pair[0])
+            if float(row["nll"]) - nll > LEAST_LOSS
+        )
+        if points:
+            run, text_name = rows[0]["run"], "its own kind of text"
+            found.append(Series(model, run, method, text_name, "perplexity", text_name, dense, points))
+    return tuple(found)
+
+
+def study_models() -> int:
+    """Return how many models the study measured."""
+    return len({one.model for method in ("refit", "slicegpt") for one in study_series(method)})
