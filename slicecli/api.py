@@ -22,15 +22,16 @@ from slicecli.engine import (
     run_slices,
 )
 from slicecli.errors import RequestError, SourceError, reason_of
-from slicecli.plan import Width
+from slicecli.plan import Method, Width
 from slicecli.source import Source
 
 if TYPE_CHECKING:
+    from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.slicing.state import Progress
 
-__all__ = ["evaluate", "load_model", "perplexities", "perplexity", "slice_model"]
+__all__ = ["estimate", "evaluate", "load_model", "perplexities", "perplexity", "slice_model"]
 
 
 def slice_model(
@@ -132,6 +133,49 @@ def evaluate(
     from slicecli.evaluation.measure import evaluate as measure
 
     return measure(model, EvaluationOptions(texts=tuple(texts), tasks=tuple(tasks), **options), progress)
+
+
+def estimate(
+    model: str,
+    dims: Sequence[int],
+    *,
+    method: Method = "refit",
+    slice_head: bool | None = None,
+    dtype: str | None = None,
+    batch: int = 1,
+    length: int = 2048,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **knowledge: Any,
+) -> Estimate:
+    """Tell what slices of a model would cost and how good they would be, from its config alone.
+
+    Args:
+        model: Hub id or folder.
+        dims: The slices.
+        method: How it would be sliced.
+        slice_head: Whether the published method slices the input of the head.
+        dtype: Of weights and cache; `None` takes the checkpoint's.
+        batch: Sequences served at a time.
+        length: Tokens of each.
+        device: Name of an accelerator for speed-ups, see `slicecli.estimation.devices`.
+        revision: Revision on the Hub.
+        token: Hub token.
+        **knowledge: Fields of `slicecli.estimation.forecasts.Knowledge`: what is known of the model's quality.
+
+    Raises:
+        SlicecliError: It cannot be done; the message says why and what to do.
+    """
+    from slicecli.estimation import estimate as estimating
+    from slicecli.estimation.cost import Workload
+    from slicecli.estimation.devices import device_named
+    from slicecli.estimation.forecasts import Knowledge, find_forecasts
+
+    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
+    forecasts = find_forecasts(subject.source, subject.dimensions.hidden_size, method, Knowledge(**knowledge))
+    accelerator = None if device is None else device_named(device)
+    return estimating.estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
 
 
 def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto") -> Any:

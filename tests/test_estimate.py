@@ -423,6 +423,22 @@ def test_models_methods_and_settings_make_groups_of_their_own(run, results):
     curves = json.loads(run("fit", *two_models, "--relation", "odds", "--format", "json").stdout)["curves"]
     found = {(one["model"], one["method"]): one["parameters"]["c"] for one in curves}
     assert found == pytest.approx({("me/big", "refit"): 1.3, ("me/other", "refit"): 0.5, ("me/big", "slicegpt"): 2.0})
+    # and one set of parameters for all of them, with the error of each group predicted from the others
+    shared = {one["relation"]: one for one in json.loads(run("fit", *two_models, "--format", "json").stdout)["shared"]}
+    # a model with two groups weighs no more than one with one
+    assert shared["odds"]["parameters"] == pytest.approx([(0.5 + (1.3 + 2.0) / 2) / 2])
+    assert shared["odds"]["groups"] == 3
+    assert shared["paper"]["parameters"] == []
+    assert "left out" in run("fit", *two_models).stdout
+
+
+def test_several_runs_of_a_slice_are_one_point(run, results):
+    files = results(
+        eval_document(4096, 6.0), eval_document(3072, 8.0), eval_document(3072, 9.0), eval_document(3584, 7.0)
+    )
+    curve = json.loads(run("fit", *files, "--format", "json").stdout)["curve"]
+    assert [point["dim"] for point in curve["points"]] == [3584, 3072]
+    assert curve["points"][1]["value"] == pytest.approx(math.sqrt(8.0 * 9.0))
 
 
 def test_tasks_get_curves_that_may_lean_on_the_perplexity(run, results, estimate, tmp_path):

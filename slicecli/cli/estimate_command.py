@@ -13,7 +13,6 @@ from slicecli.cli import output as show
 
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
-    from slicecli.plan import SliceSizes
 
 # the fractions that the published study of the relation went through
 USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -140,17 +139,12 @@ def command(
       slicecli estimate ./my-model --sweep 0.05:0.5:0.05 --relation paper --plot estimate.png
       slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
     """
-    from slicecli.adapters import select_adapter
-    from slicecli.dimensions import Dimensions
     from slicecli.errors import RequestError
     from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.estimate import Subject, estimate, nearest_dims, smallest_dim_within
     from slicecli.estimation.forecasts import Knowledge, find_forecasts
     from slicecli.plan import DTYPE_BYTES, Width
-    from slicecli.plugins import plugins
-    from slicecli.schedule import PublishedSizes
-    from slicecli.source import DESCRIPTION_FILES, Source
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -169,17 +163,9 @@ def command(
         accelerator = device_named(device)
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
-    source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
-    source.check_is_decoder()
-    found = plugins()
-    family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
-    dimensions = Dimensions(family, source.fields)
-    sizes: SliceSizes = dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
-    if method == "refit" and slice_head is not None:
-        raise RequestError(
-            "--slice-head is of the published method; the refit has one width.", "Add --method slicegpt."
-        )
-    dtype = source.stored_dtype() if dtype == "auto" else dtype
+    subject = Subject.find(
+        model, method, slice_head, None if dtype == "auto" else dtype, adapter, revision, token, trust_remote_code
+    )
     knowledge = Knowledge(
         text=text,
         calibration=calibration,
@@ -191,28 +177,16 @@ def command(
         curve=curve,
         spectrum=spectrum,
     )
-    forecasts = find_forecasts(source, dimensions.hidden_size, method, knowledge)
+    forecasts = find_forecasts(subject.source, subject.dimensions.hidden_size, method, knowledge)
     if dims is None:
         if target_params is not None or memory is not None:
             wish = Width(target_parameters=target_params, memory=memory)
-            dims = (wish.resolve(sizes, DTYPE_BYTES[dtype]),)
+            dims = (wish.resolve(subject.sizes, DTYPE_BYTES[subject.dtype]),)
         elif max_perplexity is not None:
-            dims = (smallest_dim_within(sizes, forecasts, max_perplexity),)
+            dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
         else:
-            dims = tuple(nearest_dims(sizes, sweep or USUAL_SPARSITIES))
-    result = estimate(
-        source.name,
-        dimensions,
-        sizes,
-        dims,
-        method=method,
-        slice_head=slice_head,
-        model_type=str(source.fields.get("model_type")),
-        dtype=dtype,
-        workload=Workload(batch, length),
-        device=accelerator,
-        forecasts=forecasts,
-    )
+            dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
+    result = estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)
     document = result.to_json()

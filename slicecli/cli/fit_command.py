@@ -46,14 +46,15 @@ def command(
       slicecli fit dense.json dim3584.json dim3072.json -o curve.json --plot curve.png
     """
     from slicecli.estimation.plot import check_plot_file, draw_quality, picture_of_curve
-    from slicecli.estimation.results import curves_document, fit_results, read_documents, series_of
+    from slicecli.estimation.results import curves_document, fit_results, fit_shared, read_documents, series_of
 
     if plot is not None:
         check_plot_file(plot)
     documents = read_documents(results)
     groups = series_of(documents)
     curves = fit_results(groups, relation)
-    document = curves_document(curves, documents)
+    shared = fit_shared(groups)
+    document = curves_document(curves, shared, documents)
     if output is not None:
         show.write_json(output, document)
     if plot is not None:
@@ -62,6 +63,21 @@ def command(
         show.print_json(document)
         return
     print_curves(curves)
+    if shared:
+        show.result("One set of parameters for all groups:")
+        show.print_table(
+            ["relation", "of", "groups", "parameters", "error of a group left out"],
+            [
+                [
+                    one.relation,
+                    one.quantity,
+                    f"{one.groups}",
+                    ", ".join(f"{value:.4g}" for value in one.parameters) or "-",
+                    f"{one.loo_error:.4f}",
+                ]
+                for one in shared
+            ],
+        )
 
 
 def print_curves(curves: Sequence[Curve]) -> None:

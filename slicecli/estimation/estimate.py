@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slicecli.adapters import select_adapter
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
@@ -23,10 +24,83 @@ from slicecli.estimation.predictions import (
     FARTHEST,
 )
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, preferred_dims
+from slicecli.plugins import plugins
+from slicecli.schedule import PublishedSizes
+from slicecli.source import DESCRIPTION_FILES, Source
 
-__all__ = ["Estimate", "Slice", "estimate", "nearest_dims", "smallest_dim_within"]
+__all__ = ["Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model whose slices are estimated, and how they would be made.
+
+    Attributes:
+        source: The model; only what describes it has been fetched.
+        dimensions: Its sizes.
+        sizes: What a slice of it may be.
+        method: How it would be sliced.
+        slice_head: Whether the published method slices the input of the head; `None` as it does by default.
+        dtype: Of weights and cache.
+    """
+
+    source: Source
+    dimensions: Dimensions
+    sizes: SliceSizes
+    method: Method
+    slice_head: bool | None
+    dtype: str
+
+    @classmethod
+    def find(
+        cls,
+        model: str,
+        method: Method = "refit",
+        slice_head: bool | None = None,
+        dtype: str | None = None,
+        adapter: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Subject:
+        """Find a model by Hub id or folder, from its config alone.
+
+        Args:
+            model: Hub id or folder.
+            method: How it would be sliced.
+            slice_head: Whether the published method slices the input of the head.
+            dtype: Of weights and cache; `None` takes the checkpoint's.
+            adapter: Name of the adapter to use instead of the one for the model's type.
+            revision: Revision on the Hub.
+            token: Hub token.
+            trust_remote_code: Whether code from the model's repository counts as part of it; it is not run.
+
+        Raises:
+            SlicecliError: It cannot be read or sliced.
+        """
+        if method == "refit" and slice_head is not None:
+            raise RequestError(
+                "--slice-head is of the published method; the refit has one width.", "Add --method slicegpt."
+            )
+        source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
+        source.check_is_decoder()
+        found = plugins()
+        family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
+        dimensions = Dimensions(family, source.fields)
+        sizes: SliceSizes = dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
+        return cls(source, dimensions, sizes, method, slice_head, dtype or source.stored_dtype())
+
+    @property
+    def model_type(self) -> str:
+        """Its family."""
+        return str(self.source.fields.get("model_type"))
+
+    @property
+    def layout(self) -> str:
+        """How slices would be written."""
+        return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
 
 
 @dataclass(frozen=True)
@@ -146,38 +220,26 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
 
 
 def estimate(
-    model: str,
-    dimensions: Dimensions,
-    sizes: SliceSizes,
+    subject: Subject,
     dims: Sequence[int],
-    *,
-    method: Method,
-    slice_head: bool | None,
-    model_type: str,
-    dtype: str,
     workload: Workload,
-    device: Device | None,
-    forecasts: Sequence[Forecast],
+    device: Device | None = None,
+    forecasts: Sequence[Forecast] = (),
 ) -> Estimate:
     """Put an estimate together.
 
     Args:
-        model: Hub id or folder name.
-        dimensions: Its sizes.
-        sizes: What a slice of it may be, by the method.
+        subject: The model.
         dims: The slices asked for.
-        method: How it would be sliced.
-        slice_head: Whether the published method slices the input of the head.
-        model_type: Its family.
-        dtype: Of weights and cache.
         workload: What is served.
         device: For speed-ups.
-        forecasts: What is predicted.
+        forecasts: What is predicted, see `slicecli.estimation.forecasts.find_forecasts`.
 
     Raises:
         RequestError: A dim is not between 1 and d - 1.
     """
-    costs = CostModel(dimensions, method, slice_head)
+    dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
+    costs = CostModel(dimensions, subject.method, subject.slice_head)
     dense = costs.dense(dtype, workload)
     slices = []
     for dim in dims:
@@ -196,10 +258,10 @@ def estimate(
             )
         )
     return Estimate(
-        model=model,
-        model_type=model_type,
-        method=method,
-        layout="custom-code" if method == "slicegpt" else dimensions.layout,
+        model=subject.source.name,
+        model_type=subject.model_type,
+        method=subject.method,
+        layout=subject.layout,
         hidden_size=dimensions.hidden_size,
         dtype=dtype,
         workload=workload,

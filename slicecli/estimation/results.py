@@ -20,13 +20,16 @@ from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, relation_named, relations_of
+from slicecli.estimation.spread import shared_fit
 
 __all__ = [
     "Group",
+    "Shared",
     "check_relation",
     "curves_document",
     "curves_json",
     "fit_results",
+    "fit_shared",
     "read_curves",
     "read_documents",
     "series_of",
@@ -91,7 +94,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
     """
     try:
         dense: dict[tuple[str, ...], Mapping[str, Any]] = {}
-        slices: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+        slices: dict[tuple[str, ...], dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         about: dict[tuple[str, ...], Mapping[str, Any]] = {}
         for document in documents:
             for quantity, evaluation, figure in _figures(document):
@@ -101,7 +104,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
                     dense[key] = figure
                 else:
                     own = (*key, str(document["method"]), _calibration(document))
-                    slices[own][int(document["dim"])] = {**figure, "hidden_size": document["hidden_size"]}
+                    slices[own][int(document["dim"])].append({**figure, "hidden_size": document["hidden_size"]})
                     about[own] = document
         groups = []
         for own, figures in slices.items():
@@ -141,19 +144,22 @@ def _calibration(document: Mapping[str, Any]) -> str:
 
 
 def _group(
-    own: tuple[str, ...], dense: Mapping[str, Any], figures: Mapping[int, Mapping[str, Any]], about: Mapping[str, Any]
+    own: tuple[str, ...],
+    dense: Mapping[str, Any],
+    figures: Mapping[int, Sequence[Mapping[str, Any]]],
+    about: Mapping[str, Any],
 ) -> Group:
     model, kind, evaluation, *_, method, calibration = own
     quantity: Quantity = "perplexity" if kind == "perplexity" else "accuracy"
     points = []
-    for dim, figure in figures.items():
-        value, stderr = float(figure["value"]), figure.get("stderr")
-        if not (math.isfinite(value) and value > 0):
-            continue
-        if quantity == "perplexity":
-            stderr = None if stderr is None else float(stderr) / value
-            value = math.log(value)
-        points.append(Point(1 - dim / figure["hidden_size"], value, stderr, dim))
+    for dim, runs in figures.items():
+        found = [pair for run in runs if (pair := _value_and_error(run, quantity)) is not None]
+        if found:
+            # several runs of one slice are one point: its twin would tell a left-out point
+            value = sum(value for value, _ in found) / len(found)
+            errors = [error for _, error in found if error is not None]
+            stderr = math.hypot(*errors) / len(errors) if errors else None
+            points.append(Point(1 - dim / runs[0]["hidden_size"], value, stderr, dim))
     value, chance = float(dense["value"]), dense.get("chance")
     context = Dense(math.log(value)) if quantity == "perplexity" else Dense(value, chance)
     ordered = tuple(sorted(points, key=lambda point: point.sparsity))
@@ -162,6 +168,59 @@ def _group(
     )
     settings = {name: (about.get("evaluation") or {}).get(name) for name in SETTINGS}
     return Group(series, {name: value for name, value in settings.items() if value is not None})
+
+
+def _value_and_error(figure: Mapping[str, Any], quantity: Quantity) -> tuple[float, float | None] | None:
+    """Return ln PPL or accuracy and its standard error; `None` where the figure has no logarithm."""
+    value, error = float(figure["value"]), figure.get("stderr")
+    if not (math.isfinite(value) and value > 0):
+        return None
+    if quantity == "accuracy":
+        return value, error
+    return math.log(value), None if error is None else float(error) / value
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One set of parameters for several groups.
+
+    Attributes:
+        quantity: Of the groups.
+        relation: Name of the relation.
+        parameters: The mean of the groups' own fits.
+        groups: Their number.
+        loo_error: Mean absolute error of predicting each group from the others, in ln PPL or accuracy.
+    """
+
+    quantity: Quantity
+    relation: str
+    parameters: tuple[float, ...]
+    groups: int
+    loo_error: float
+
+
+def fit_shared(groups: Sequence[Group]) -> list[Shared]:
+    """Fit relations to several models or methods at once, and say how each group is predicted from the others.
+
+    Args:
+        groups: As `series_of` returns them; of a quantity with a single one nothing is said.
+    """
+    found = []
+    for quantity in QUANTITIES:
+        series = [group.series for group in groups if group.series.quantity == quantity and group.series.points]
+        for relation in relations_of(quantity):
+            usable = [one for one in series if not relation.why_not(one.dense)]
+            if len(usable) < 2:
+                continue
+            errors = []
+            for index, one in enumerate(usable):
+                parameters = shared_fit(relation, usable[:index] + usable[index + 1 :])
+                errors += [
+                    abs(relation.predict(point.sparsity, one.dense, parameters) - point.value) for point in one.points
+                ]
+            shared = shared_fit(relation, usable)
+            found.append(Shared(quantity, relation.name, shared, len(usable), sum(errors) / len(errors)))
+    return sorted(found, key=lambda one: (one.quantity != "perplexity", one.loo_error))
 
 
 def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Curve]:
@@ -215,8 +274,10 @@ def log_ratio_of(curve: Curve) -> Any:
     return lambda sparsity: max(0.0, curve.predict(sparsity).value - curve.series.dense.value)
 
 
-def curves_document(curves: Sequence[Curve], documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `fit` reports and writes: all curves, the first of perplexity apart, and the measured points."""
+def curves_document(
+    curves: Sequence[Curve], shared: Sequence[Shared], documents: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what `fit` reports and writes: all curves, those shared by groups, and the measured points."""
     return {
         "points": [
             {
@@ -226,6 +287,16 @@ def curves_document(curves: Sequence[Curve], documents: Sequence[Mapping[str, An
             for document in sorted(documents, key=lambda one: (str(one.get("source")), -float(one.get("dim") or 0)))
         ],
         **curves_json(curves),
+        "shared": [
+            {
+                "quantity": one.quantity,
+                "relation": one.relation,
+                "parameters": list(one.parameters),
+                "groups": one.groups,
+                "leave_one_group_out_error": one.loo_error,
+            }
+            for one in shared
+        ],
     }
 
 
