@@ -51,8 +51,10 @@ __all__ = [
     "SliceReport",
     "find_adapter",
     "full_fields",
+    "open_dense",
     "pick_device",
     "plan_slices",
+    "read_rows",
     "run_slices",
 ]
 
@@ -107,7 +109,7 @@ class SliceOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One or more slices of one model, decided and found possible, before any weight is read.
+    """Slices of one model, decided and found possible, before any weight is read; none where it is only measured.
 
     Attributes:
         source: The dense model.
@@ -354,19 +356,14 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     """
     from slicecli.slicing.pipeline import collect_basis, refit
     from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import Batches, DenseModel, Silent
+    from slicecli.slicing.state import Batches, Silent
 
     started = time.perf_counter()
     progress = progress or Silent()
     options = job.options
     rows, warnings = read_rows(job)
-    job.source.fetch_weights()
-    device = pick_device(options.device)
-    weights = DenseWeights(job.source)
-    shell = empty_model(job.config, options.trust_remote_code)
-    job.dimensions.require_declared(parameter_shapes(shell))
-    dense = DenseModel(shell, weights, job.dimensions, device, compute_dtype(weights.dtype, device))
-    batches = Batches(rows.ids, options.batch_size or batch_rows(device, rows.sequence_length))
+    dense = open_dense(job)
+    batches = Batches(rows.ids, options.batch_size or batch_rows(dense.device, rows.sequence_length))
     reports = []
     with ExitStack() as stack:
         folders = [stack.enter_context(whole_folder(folder, options.overwrite)) for _, _, folder in job.slices]
@@ -406,6 +403,29 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
                 )
             )
     return reports
+
+
+def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
+    """Fetch the weights of a job's model and make ready to read them.
+
+    Args:
+        job: The job.
+        dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
+
+    Raises:
+        SlicecliError: The weights cannot be had, or have parameters that the adapter does not declare.
+    """
+    import torch
+
+    from slicecli.slicing.state import DenseModel
+
+    job.source.fetch_weights()
+    device = pick_device(job.options.device)
+    weights = DenseWeights(job.source)
+    shell = empty_model(job.config, job.options.trust_remote_code)
+    job.dimensions.require_declared(parameter_shapes(shell))
+    stored = weights.dtype if dtype is None else getattr(torch, dtype)
+    return DenseModel(shell, weights, job.dimensions, device, compute_dtype(stored, device))
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
@@ -456,7 +476,7 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
             f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
         )
     unknowns = job.dimensions.largest_regression()
-    if options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
+    if job.slices and options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
         warnings.append(
             f"The refit has {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; it gains up to "
             f"{TOKENS_PER_UNKNOWN * unknowns:,} and more (--samples, --seq-len)."

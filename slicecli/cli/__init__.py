@@ -21,6 +21,7 @@ __all__ = ["group", "main"]
 COMMANDS = {
     "slice": "Slice the hidden size of a model.",
     "estimate": "Tell what slices would cost and how good they would be, from the config alone.",
+    "spectrum": "Measure what slices of a model would lose, without slicing.",
     "eval": "Measure a model: perplexity and tasks.",
     "sweep": "Slice a model to many dims, measure each, and fit a prediction curve.",
     "fit": "Fit prediction curves to measured slices.",

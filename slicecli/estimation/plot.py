@@ -171,7 +171,8 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     lines = [picture.title, *picture.subtitle.splitlines()]
     axes.set_title("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=8, loc="left")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper left", framealpha=0.9, edgecolor="none")
+    corner = "upper left" if picture.quantity == "perplexity" else "lower left"
+    axes.legend(fontsize=8, loc=corner, framealpha=0.9, edgecolor="none")
     if picture.parameters is not None:
         second = axes.twinx()
         axes.set_zorder(second.get_zorder() + 1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slicecli.adapters import Branch, Experts
+from slicecli.adapters import Adapter, Branch, Experts
 from slicecli.errors import PluginError
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "record_calls",
     "run_block",
     "run_experts",
+    "run_head",
     "silenced",
     "writer_inputs",
 ]
@@ -217,6 +218,39 @@ def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequ
     if unseen:
         raise PluginError(f"The block never calls {', '.join(unseen)}.", "Check the adapter's branches.")
     return BlockRun(output, norm_inputs, lengths)
+
+
+def run_head(
+    model: nn.Module, adapter: Adapter, stream: torch.Tensor, tuple_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a model from behind its blocks to its logits, with all that its family does to them on the way.
+
+    The model's own forward pass runs, with stand-ins for the embeddings and for the blocks, which answer with the
+    stream; so logits are scaled or capped where the family does so.
+
+    Args:
+        model: A causal language model; its final norm and head must be filled, nothing else need be.
+        adapter: Its family's declaration.
+        stream: What the last block leaves, shape (1, tokens, d); tokens of any rows, since none sees another here.
+        tuple_length: Length of the tuple that the last block returns; 0 where it returns a tensor.
+
+    Returns:
+        What the final norm passes on, shape (..., d), and the logits, shape (tokens, vocabulary).
+    """
+    passed_on: list[torch.Tensor] = []
+    answer = (stream, *[None] * (tuple_length - 1)) if tuple_length else stream
+    zeros = torch.zeros_like(stream, requires_grad=False)
+    token_ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device)
+    with ExitStack() as stack:
+        for table in adapter.embeddings:
+            stack.enter_context(_answering(model.get_submodule(table.path), lambda *_args, **_kwargs: zeros))
+        for block in model.get_submodule(adapter.blocks).children():
+            stack.enter_context(_answering(block, lambda *_args, **_kwargs: answer))
+        norm = model.get_submodule(adapter.final_norm)
+        handle = norm.register_forward_hook(lambda _module, _args, output: passed_on.append(output))
+        stack.callback(handle.remove)
+        logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
+    return passed_on[0], logits.flatten(0, -2)
 
 
 @contextmanager
