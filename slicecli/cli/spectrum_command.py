@@ -1,0 +1,120 @@
+"""`slicecli spectrum`: what slices of a model would lose, without slicing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+
+
+# the Fisher weight needs less text than a slice does
+@click.command("spectrum", context_settings={"default_map": {"samples": 32}})
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the JSON here; required unless it is printed (--format json).",
+)
+@shared.calibration_options
+@shared.run_options
+@click.option(
+    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
+)
+@shared.adapter_option
+@shared.model_options
+@shared.format_option
+@click.pass_obj
+def command(
+    context: dict[str, Any],
+    model: str,
+    output: Path | None,
+    calibration: str,
+    samples: int,
+    seed: int,
+    dtype: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    device_map: str,
+    adapter: str | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    output_format: str,
+) -> None:
+    """Measure what slices of MODEL would lose at any dim, without slicing it.
+
+    The model runs forwards and backwards over some text, block by block, so that it need not fit the memory. The
+    result tells for each dim how much of the stream is kept, and the Fisher weight F of what is not, in nats per token,
+    with the directions of each method. Slices lose about in proportion to F.
+
+    \b
+    Example:
+      slicecli spectrum meta-llama/Meta-Llama-3-8B-Instruct -o spectrum.json
+    """
+    from slicecli.errors import OutputError, RequestError
+
+    if output is None and output_format != "json":
+        raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
+    if output is not None and not output.parent.is_dir():
+        # said now, not after the measuring
+        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+
+    from slicecli.engine import SliceOptions
+    from slicecli.memory import return_freed_memory_at_once
+    from slicecli.spectrum import run_spectrum
+
+    settings = SliceOptions(
+        calibration=calibration,
+        samples=samples,
+        sequence_length=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=None if dtype == "auto" else dtype,
+        device=device_map,
+        adapter=adapter,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    return_freed_memory_at_once()
+    with show.progress(context["quiet"]) as watcher:
+        document = run_spectrum(model, settings, watcher)
+    rows = document["calibration"]["samples"]
+    if rows < samples:
+        show.warn(f"The text fills {rows} rows of {document['calibration']['sequence_length']} tokens, not {samples}.")
+    if output is not None:
+        show.write_json(output, document)
+    if output_format == "json":
+        show.print_json(document)
+    else:
+        _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
+    size = document["hidden_size"]
+    wanted = [(1 - sparsity) * size for sparsity in SHOWN_SPARSITIES]
+    shown = {
+        min(range(len(document["spectrum"])), key=lambda i: abs(document["spectrum"][i]["dim"] - w)) for w in wanted
+    }
+    points = [document["spectrum"][index] for index in sorted(shown, reverse=True)]
+    show.print_table(
+        ["dim", "removed", "kept", "importance kept", "F refit", "F slicegpt"],
+        [
+            [
+                f"{point['dim']:,}",
+                f"{1 - point['dim'] / size:.1%}",
+                f"{point['kept']:.2%}",
+                f"{point['importance_kept']:.2%}",
+                *(f"{point['fisher'][method]:.4g}" for method in ("refit", "slicegpt")),
+            ]
+            for point in points
+        ],
+    )
