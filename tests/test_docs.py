@@ -82,3 +82,44 @@ def test_version_is_the_distribution_s():
     from importlib.metadata import version
 
     assert slicecli.__version__ == version("slicecli")
+
+
+def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypatch):
+    import shlex
+
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+    from slicecli.demo import MODEL_FOLDER
+
+    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "estimate.md").read_text()
+    blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("slicecli ")]
+    assert {command.split()[1] for command in commands} == {"estimate", "spectrum", "sweep", "fit"}
+    for command in commands:
+        # less text, which changes nothing but the time
+        quick = command.replace("--samples 64", "--samples 8 --limit 4").replace("--samples 32", "--samples 4")
+        result = CliRunner().invoke(group, shlex.split(quick)[1:], prog_name="slicecli")
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    for name in ("estimate.png", "spectrum.json", "demo-sweep/results.json", "demo-sweep/curve.png", "curve.png"):
+        assert (tmp_path / name).is_file()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(snippet, {})
+
+
+def test_the_relation_in_the_documentation_registers_and_fits():
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "Relation(" in block]
+    names: dict = {}
+    exec(source, names)
+    registered = []
+    names["slicecli_register_relations"](registered.append)
+    (relation,) = registered
+    from slicecli.estimation.relations import Dense
+
+    dense = Dense(2.0)
+    points = [(sparsity, relation.predict(sparsity, dense, (3.0,))) for sparsity in (0.1, 0.3)]
+    assert relation.fit(points, dense, None) == pytest.approx((3.0,))
