@@ -12,18 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.engine import (
-    SliceOptions,
-    SliceReport,
-    compute_dtype,
-    pick_device,
-    plan_slices,
-    quiet_libraries,
-    run_slices,
-)
-from slicecli.errors import RequestError, SourceError, reason_of
+from slicecli.engine import SliceOptions, SliceReport, plan_slices, quiet_libraries, run_slices
+from slicecli.errors import RequestError
 from slicecli.plan import Method, Width
-from slicecli.source import Source
 
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
@@ -31,7 +22,7 @@ if TYPE_CHECKING:
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.slicing.state import Progress
 
-__all__ = ["estimate", "evaluate", "load_model", "perplexities", "perplexity", "slice_model"]
+__all__ = ["estimate", "evaluate", "generate_text", "perplexities", "perplexity", "slice_model"]
 
 
 def slice_model(
@@ -176,41 +167,6 @@ def estimate(
     forecasts = find_forecasts(subject.source, subject.dimensions.hidden_size, method, Knowledge(**knowledge))
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
-
-
-def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto") -> Any:
-    """Load a model to run it.
-
-    Args:
-        source: The model.
-        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
-        device_map: As in transformers; a device name is one too.
-
-    Raises:
-        SourceError: transformers cannot load it.
-    """
-    import torch
-    import transformers
-
-    source.fetch_weights()
-    if isinstance(device_map, str) and device_map not in {"auto", "balanced", "balanced_low_0", "sequential"}:
-        device = pick_device(device_map)
-    else:
-        device = pick_device("auto")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            trust_remote_code=source.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            device_map=device_map,
-        )
-    except Exception as error:
-        raise SourceError(f"{source.name} cannot be loaded: {reason_of(error)}.", "Check its files.") from error
-    if dtype is None and device.type == "cpu":
-        model = model.to(compute_dtype(model.dtype, device))
-    return model.eval()
 
 
 def generate_text(

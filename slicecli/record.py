@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Energy",
     "build_record",
+    "calibration_fields",
     "enter_curves",
     "enter_results",
     "package_versions",
@@ -115,19 +116,24 @@ def build_record(
         "dtype": plan.dtype,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
-        "calibration": {
-            "text": rows.name,
-            "samples": len(rows.ids),
-            "sequence_length": rows.sequence_length,
-            "tokens": rows.tokens,
-            "seed": seed,
-            "sha256": rows.digest,
-        },
+        "calibration": calibration_fields(rows, seed),
         "energy": energy.fields,
         "results": {},
         "curve": None,
         "weights": weights,
         "versions": package_versions(),
+    }
+
+
+def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
+    """Return what identifies calibration rows."""
+    return {
+        "text": rows.name,
+        "samples": len(rows.ids),
+        "sequence_length": rows.sequence_length,
+        "tokens": rows.tokens,
+        "seed": seed,
+        "sha256": rows.digest,
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.engine import SliceOptions, batch_rows, open_dense, plan_slices, quiet_libraries, read_rows
-from slicecli.record import package_versions
+from slicecli.record import calibration_fields, package_versions
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -58,14 +58,7 @@ def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = 
         "revision": job.source.commit,
         "model_type": str(job.source.fields.get("model_type")),
         "hidden_size": size,
-        "calibration": {
-            "text": rows.name,
-            "samples": len(rows.ids),
-            "sequence_length": rows.sequence_length,
-            "tokens": rows.tokens,
-            "seed": options.seed,
-            "sha256": rows.digest,
-        },
+        "calibration": calibration_fields(rows, options.seed),
         "seed": options.seed,
         "dtype": str(dense.dtype).removeprefix("torch."),
         "dense": {"nll": fisher.nll},

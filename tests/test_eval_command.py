@@ -16,6 +16,7 @@ from test_tasks import models, no_network, write_questions  # noqa: F401
 import slicecli.api
 from slicecli.errors import RequestError
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, evaluate
+from slicecli.loading import load_model
 from slicecli.record import read_record
 from slicecli.source import Source
 from slicecli.testing.checkpoints import byte_tokenizer
@@ -41,7 +42,7 @@ def test_the_document_says_all_that_identifies_a_point(run, models, words, kind,
     assert document["source"] == {"model": "tiny-llama", "commit": None}
     record = read_record(models[kind]) or {}
     assert document["calibration"] == record.get("calibration")
-    loaded = slicecli.api.load_model(Source.find(str(models[kind])))
+    loaded = load_model(Source.find(str(models[kind])))
     assert document["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
     settings = document["evaluation"]
     assert (settings["limit"], settings["num_fewshot"], settings["sequence_length"]) == (20, None, 32)
@@ -57,8 +58,7 @@ def test_the_document_says_all_that_identifies_a_point(run, models, words, kind,
 def test_a_shared_table_counts_once(run, checkpoints, words):
     document = json.loads(run("eval", checkpoints("llama-tied"), *words).stdout)
     assert document["parameters"] == sum(
-        parameter.numel()
-        for parameter in slicecli.api.load_model(Source.find(str(checkpoints("llama-tied")))).parameters()
+        parameter.numel() for parameter in load_model(Source.find(str(checkpoints("llama-tied")))).parameters()
     )
 
 
@@ -158,7 +158,7 @@ def test_the_python_functions_measure_the_same(models, words, text_file):  # noq
 
 def test_what_cannot_be_measured_is_refused_first(run, checkpoints, words, tmp_path, monkeypatch):
     # no weight is read
-    monkeypatch.setattr("slicecli.api.load_model", None)
+    monkeypatch.setattr("slicecli.evaluation.measure.load_model", None)
     for options, code, message in (
         ((*words, "--limit", "0"), 2, "Give 1 or more"),
         ((*words, "--num-fewshot", "-1"), 2, "Give 0 or more"),

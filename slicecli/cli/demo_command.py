@@ -34,10 +34,11 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     The model was trained on prose of the Python documentation; calibration and evaluation text is taken from the
     Python installation that runs the program. Nothing is downloaded.
     """
-    from slicecli.api import generate_text, load_model
+    from slicecli.api import generate_text
     from slicecli.demo import MODEL_FOLDER
     from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
     from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
+    from slicecli.loading import load_model
     from slicecli.plan import Width
     from slicecli.source import Source
 

@@ -46,8 +46,9 @@ def command(
     output_format: str,
 ) -> None:
     """Continue PROMPT with MODEL, dense or sliced."""
-    from slicecli.api import generate_text, load_model
+    from slicecli.api import generate_text
     from slicecli.engine import quiet_libraries
+    from slicecli.loading import load_model
     from slicecli.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)

@@ -105,7 +105,7 @@ def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = Non
         ],
         marked=(),
         parameters=parameters,
-        range=(0.0, min(FARTHEST, curve.valid_sparsity[1] + 0.08)),
+        range=(0.0, max(min(FARTHEST, curve.valid_sparsity[1] + 0.08), curve.valid_sparsity[1] + 0.02)),
     )
 
 

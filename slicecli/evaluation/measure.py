@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli import __version__
 from slicecli.engine import batch_rows, check_vocabulary, pick_sequence_length, quiet_libraries
 from slicecli.errors import RequestError
+from slicecli.loading import load_model
 from slicecli.record import package_versions, read_record
 from slicecli.source import Source
 from slicecli.text import Text, read_text
@@ -235,8 +236,6 @@ def evaluate(
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
-    from slicecli.api import load_model
-
     source = model if isinstance(model, Source) else _find(model, options)
     source.check_is_decoder()
     with quiet_libraries():

@@ -150,7 +150,7 @@ class SliceUnderTest:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str) -> Any:
-    from slicecli.api import load_model
+    from slicecli.loading import load_model
 
     return load_model(Source.find(str(folder)), device_map=device)
 
