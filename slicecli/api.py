@@ -164,7 +164,7 @@ def estimate(
     from slicecli.estimation.forecasts import Knowledge, find_forecasts
 
     subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
-    forecasts = find_forecasts(subject.source, subject.dimensions.hidden_size, method, Knowledge(**knowledge))
+    forecasts = find_forecasts(subject.source, subject.dimensions, method, Knowledge(**knowledge))
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
 

@@ -18,7 +18,6 @@ from slicecli.estimation.predictions import (
     DEFAULT_RELATION,
     predict_fitted,
     predict_new,
-    shared_parameters,
     spread_of,
 )
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
@@ -136,7 +135,7 @@ def test_intervals_hold_nine_tenths_of_the_points_of_models_left_out(quantity, k
 
 @pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
 def test_the_default_does_best_on_models_of_known_and_unknown_families(quantity):
-    known, unknown = (lines_for(quantity, knows) for knows in ("other models", "other families"))
+    known, unknown = (lines_for(quantity, knows, 0.31) for knows in ("other models", "other families"))
     errors = {name: known[name]["mean_error"] + unknown[name]["mean_error"] for name in known}
     assert min(errors, key=errors.get) == DEFAULT_RELATION[quantity]
 
@@ -161,10 +160,9 @@ def test_a_model_that_is_left_out_has_no_say():
 # intervals
 
 
-def new(name, family="llama", sparsity=0.25, method="slicegpt"):
+def new(name, family="llama", sparsity=0.25, method="slicegpt", size=8e9):
     spread = spread_of(name, "perplexity", "slicegpt")
-    parameters = shared_parameters(spread.relation, family, method)
-    return predict_new(spread, parameters, PERPLEXITY, family, method, sparsity)
+    return predict_new(spread, PERPLEXITY, family, math.log(size), method, sparsity)
 
 
 def fitted(name, sparsity, *points, family="llama"):
@@ -184,6 +182,16 @@ def test_an_interval_holds_its_value_and_less_is_known_of_new_families(name):
     for prediction in (known, unknown):
         assert PERPLEXITY.value - 0.01 <= prediction.low <= prediction.value <= prediction.high
     assert width(known) < width(unknown)
+
+
+def test_models_of_a_size_that_nobody_measured_are_known_less():
+    widths = [width(new("odds", size=size)) for size in (8e9, 4e11, 4e12)]
+    assert widths[0] < widths[1]
+    # and beyond a decade of it nothing more is said
+    assert width(new("odds", size=1e13)) == pytest.approx(width(new("odds", size=1e15)))
+    small = new("odds", "opt", size=1.3e8), new("odds", "opt", size=6e10)
+    # of OPT the larger ones lose less
+    assert small[0].value > small[1].value
 
 
 def test_intervals_for_the_refit_reach_further_towards_the_dense_model():

@@ -177,7 +177,7 @@ def command(
         curve=curve,
         spectrum=spectrum,
     )
-    forecasts = find_forecasts(subject.source, subject.dimensions.hidden_size, method, knowledge)
+    forecasts = find_forecasts(subject.source, subject.dimensions, method, knowledge)
     if dims is None:
         if target_params is not None or memory is not None:
             wish = Width(target_parameters=target_params, memory=memory)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
 from slicecli.estimation.figures import accuracies, dense_perplexity
@@ -25,7 +26,6 @@ from slicecli.estimation.predictions import (
     FARTHEST,
     Prediction,
     predict_new,
-    shared_parameters,
     shift_of,
     spread_of,
 )
@@ -146,12 +146,12 @@ def _names(quantity: Quantity) -> list[str]:
     return [one.name for one in relations_of(quantity)]
 
 
-def find_forecasts(source: Source, hidden_size: int, method: Method, knowledge: Knowledge) -> list[Forecast]:
+def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowledge: Knowledge) -> list[Forecast]:
     """Return what can be predicted of a model's slices, perplexity first.
 
     Args:
         source: The model.
-        hidden_size: d.
+        dimensions: Its sizes.
         method: How it would be sliced.
         knowledge: What the user knows.
 
@@ -159,7 +159,8 @@ def find_forecasts(source: Source, hidden_size: int, method: Method, knowledge: 
         RequestError: What the user says is not possible, or a curve cannot be used.
         SourceError: The slice with the curve cannot be read.
     """
-    knowledge.check(hidden_size)
+    parameters = dimensions.parameters()
+    knowledge.check(dimensions.hidden_size)
     text, family = knowledge.text, str(source.fields.get("model_type"))
     forecasts: list[Forecast] = []
     if knowledge.curve is not None:
@@ -167,22 +168,23 @@ def find_forecasts(source: Source, hidden_size: int, method: Method, knowledge: 
         forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
     known = {(one.quantity, one.evaluation) for one in forecasts}
     if not any(one.quantity == "perplexity" for one in forecasts):
-        perplexity = _forecast_perplexity(source, hidden_size, family, method, knowledge)
+        perplexity = _forecast_perplexity(source, dimensions, family, method, knowledge)
         forecasts = ([] if perplexity is None else [perplexity]) + forecasts
     first = forecasts[0] if forecasts and forecasts[0].quantity == "perplexity" else None
     name = knowledge.relation if knowledge.relation in _names("accuracy") else None
     for task, figure in accuracies(source.folder, source.name, knowledge.dense_accuracies).items():
         if ("accuracy", task) not in known:
             chance = knowledge.chances.get(task)
-            forecasts.append(forecast_new("accuracy", task, figure, family, method, name, chance, first))
+            found = forecast_new("accuracy", task, figure, family, method, name, chance, first, parameters=parameters)
+            forecasts.append(found)
     return forecasts
 
 
 def _forecast_perplexity(
-    source: Source, hidden_size: int, family: str, method: Method, knowledge: Knowledge
+    source: Source, dimensions: Dimensions, family: str, method: Method, knowledge: Knowledge
 ) -> Forecast | None:
     """Return the forecast of the perplexity where nobody has a curve of it; `None` without a dense figure."""
-    text = knowledge.text
+    text, hidden_size = knowledge.text, dimensions.hidden_size
     figure = dense_perplexity(source.folder, source.name, text, knowledge.dense_perplexity)
     name = knowledge.relation if knowledge.relation in _names("perplexity") else None
     path = knowledge.spectrum
@@ -193,7 +195,15 @@ def _forecast_perplexity(
         is_other_text = text != knowledge.calibration
         name = name or (None if spectrum is None else SPECTRUM_RELATION)
         return forecast_new(
-            "perplexity", text, figure, family, method, name, is_other_text=is_other_text, spectrum=spectrum
+            "perplexity",
+            text,
+            figure,
+            family,
+            method,
+            name,
+            is_other_text=is_other_text,
+            spectrum=spectrum,
+            parameters=dimensions.parameters(),
         )
     if figure is None:
         raise RequestError("Measured slices need the dense perplexity too.", "Give --dense-perplexity.")
@@ -217,6 +227,7 @@ def forecast_new(
     perplexity: Forecast | None = None,
     is_other_text: bool = False,
     spectrum: Callable[[float], float] | None = None,
+    parameters: int | None = None,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured.
 
@@ -231,6 +242,7 @@ def forecast_new(
         perplexity: The forecast of the perplexity, for relations that predict accuracy from it.
         is_other_text: The perplexity is that on a text of another kind than the calibration's.
         spectrum: The Fisher weight as a function of s, see `slicecli.estimation.spectra`.
+        parameters: Parameters of the dense model; `None` where they are not known.
 
     Raises:
         RequestError: There is no such relation, or it has no meaning here.
@@ -250,7 +262,7 @@ def forecast_new(
             "Give --chance TASK=H, --dense-perplexity or --spectrum, or another relation.",
         )
     spread = spread_of(chosen.name, quantity, method)
-    parameters = shared_parameters(chosen, family, method, is_other_text)
+    size = None if parameters is None else math.log(parameters)
     shift = shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
     return Forecast(
         quantity=quantity,
@@ -259,9 +271,11 @@ def forecast_new(
         chance=level,
         relation=chosen.name,
         basis=_basis(quantity, family, chosen.needs_spectrum),
-        predict=lambda sparsity: predict_new(spread, parameters, dense, family, method, sparsity, shift),
+        predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
         paper=_paper(quantity, dense),
-        notes=tuple(_new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.needs_spectrum)),
+        notes=tuple(
+            _new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.needs_spectrum, parameters)
+        ),
     )
 
 
@@ -282,12 +296,19 @@ def _new_notes(
     chance: float | None,
     is_other_text: bool,
     is_by_spectrum: bool,
+    parameters: int | None,
 ) -> list[str]:
     notes = []
     if is_by_spectrum:
         notes.append("The constant of the relation fisher was measured on models of up to 1.3 million parameters only.")
     elif not any(one.family == family for one in published_series(quantity)):
         notes.append(f"No measurement of type {family} is published: the intervals are those of any family.")
+    sizes = [one.parameters for one in published_series(quantity) if one.parameters is not None]
+    if parameters is not None and not is_by_spectrum and not min(sizes) / 2 <= parameters <= 2 * max(sizes):
+        notes.append(
+            f"Published are models of {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; of one with "
+            f"{parameters / 1e9:.3g} they say little."
+        )
     if method == "refit" and not is_by_spectrum:
         notes.append(
             "What is published is measured with SliceGPT; on the models of docs/published.md the refit lost 0.5 to "

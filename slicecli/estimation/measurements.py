@@ -75,6 +75,7 @@ class Series:
         evaluation: On which text or task.
         dense: The dense figure.
         points: The slices, by ascending s.
+        parameters: Parameters of the dense model, roughly, where sizes are to be told apart.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Series:
     evaluation: str
     dense: Dense
     points: tuple[Point, ...]
+    parameters: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Published:
         source: Where it was published.
         model: Hub id of the dense model.
         model_type: Its family.
+        parameters: Its number of parameters, by its name.
         method: `dense` or how it was sliced.
         calibration: Text it was calibrated on.
         samples: Rows of it, as printed; empty where that is not known.
@@ -109,6 +112,7 @@ class Published:
     source: str
     model: str
     model_type: str
+    parameters: float
     method: str
     calibration: str
     samples: str
@@ -128,7 +132,7 @@ def published_rows() -> tuple[Published, ...]:
 
 
 def _row(fields: dict[str, str]) -> Published:
-    numbers = {"sparsity": float(fields["sparsity"]), "value": float(fields["value"])}
+    numbers = {name: float(fields[name]) for name in ("parameters", "sparsity", "value")}
     return Published(**{**fields, **numbers})  # type: ignore[arg-type]
 
 
@@ -173,7 +177,8 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
         # reruns of one slice count once
         points = tuple(Point(sparsity, sum(some) / len(some)) for sparsity, some in sorted(by_sparsity.items()))
         calibration = f"{text or 'unknown'} x {samples or 'unknown'}"
-        found.append(Series(model, family, method, calibration, quantity, evaluation, context, points))
+        size = rows[0].parameters
+        found.append(Series(model, family, method, calibration, quantity, evaluation, context, points, size))
     return tuple(found)
 
 

@@ -25,7 +25,6 @@ from slicecli.estimation.spread import (
     interval,
     learn_shift,
     learn_spread,
-    shared_fit,
 )
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "known_range",
     "predict_fitted",
     "predict_new",
-    "shared_parameters",
     "shift_of",
     "spread_of",
 ]
@@ -92,26 +90,11 @@ def known_range(relation: Relation, method: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def shared_parameters(relation: Relation, family: str, method: str, is_other_text: bool = False) -> tuple[float, ...]:
-    """Return the parameters for a model of which nothing is measured: those of its family, or of all.
-
-    Args:
-        relation: The relation.
-        family: The model's `model_type`.
-        method: How it would be sliced.
-        is_other_text: For the perplexity on a text of another kind than the calibration's.
-    """
-    is_published = is_other_text and not relation.needs_spectrum
-    series = published_series(relation.quantity, OTHER_TEXT) if is_published else _known_series(relation, method)
-    usable = [one for one in series if not relation.why_not(one.dense)]
-    return shared_fit(relation, usable, family)
-
-
 def predict_new(
     spread: Spread,
-    parameters: Sequence[float],
     dense: Dense,
     family: str,
+    size: float | None,
     method: str,
     sparsity: float,
     shift: Shift | None = None,
@@ -120,16 +103,16 @@ def predict_new(
 
     Args:
         spread: How the relation errs on published series.
-        parameters: The relation's, from those series.
         dense: The dense figure.
         family: The model's `model_type`.
+        size: ln of its parameters; `None` takes the middle of the published ones.
         method: How it will be sliced.
         sparsity: s.
         shift: What a text of another kind than the calibration's adds.
     """
     relation = spread.relation
-    value = relation.predict(sparsity, dense, parameters)
-    expected = spread.of_new_model(family, coordinate(relation, dense, spread.parameters, sparsity), shift)
+    value = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shift))
+    expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shift)
     low, high = interval(relation, dense, spread.parameters, sparsity, expected)
     if method == "refit" and not relation.needs_spectrum:
         low, high = _widened_for_refit(relation.quantity, dense, low, high)
@@ -165,7 +148,7 @@ def predict_fitted(
     if anchors:
         expected = spread.near_anchors(family, anchors, here)
     else:  # the measured slices lost nothing: as little is known as without them
-        expected = dataclasses.replace(spread.of_new_model(family, here), mean=0.0)
+        expected = dataclasses.replace(spread.of_new_model(family, None, here), mean=0.0)
     low, high = interval(relation, dense, parameters, sparsity, expected)
     least, largest = min(point.sparsity for point in points), max(point.sparsity for point in points)
     return Prediction(value, min(low, value), max(high, value), relation.name, not least <= sparsity <= largest)

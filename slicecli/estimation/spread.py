@@ -5,10 +5,11 @@ perplexity z = ln D - ln D̂, a factor on what is lost, over x = ln(D̂(s)/D̂(1
 units of 4s (acc0 - h), the share of what the dense model is better than chance per removed quarter, over x = ln 4s. A
 series then has an intercept a and a slope b, and
 
-    a = mean + family + model + calibration,     b = mean + family + model,     z = a + b x + noise
+    a = mean + family + trend · ln(parameters) + model + calibration,   b = mean + family + model,   z = a + b x + noise
 
-with independent normal terms. Their variances are learnt from published series by moments: families weigh the same,
-models weigh the same within a family. A new model of a known family keeps what is known of the family. Measured points
+with independent normal terms; the trend is each family's own. Their variances are learnt from published series by
+moments: families weigh the same, models weigh the same within a family. A new model of a known family keeps what is
+known of the family, the less the more its size differs from the sizes that are published. Measured points
 of the model itself ("anchors") replace the prior of a; of b they leave a prior of mean zero and the second moment that
 the published series show, so that an interval widens with the distance from the anchors.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,12 +52,18 @@ REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is p
 # what repeated measurements of one slice differ by: printed perplexities of reruns agree to half a percent, published
 # accuracies have standard errors of about a point
 FLOOR: dict[Quantity, float] = {"perplexity": 0.005, "accuracy": 0.01}
+# models of one family differ by about a factor of 1.6 in what they lose, as if two models had said so
+USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.25}
+USUAL_DEGREES = 2
+DECADE = math.log(10)
 SMALLEST_DAMAGE = 1e-6
+LARGEST_DEVIATION = 50.0  # whose exp times any loss is still a number
 LEAST_MARGIN = 0.02  # of a dense accuracy above chance
 FEWEST_FOR_SLOPE = 3
 ENOUGH_FAMILIES = 5
 SHORTEST_RANGE = 0.3
 PRIOR_DEGREES = 4
+TRACE = 1e-9  # so that a variance of zero has an inverse
 FEWEST_DEGREES = 2.0  # below, the quantiles of t say nothing any more
 
 
@@ -81,63 +88,132 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Level:
-    """Means and variances of one coefficient over models and families.
+class Member:
+    """One coefficient of one model.
 
     Attributes:
-        mean: Mean over the families.
-        family_variance: Between families.
-        model_variance: Between the models of a family.
+        family: The model's family.
+        value: The coefficient.
+        size: ln of the model's parameters, where sizes are told apart.
+    """
+
+    family: str
+    value: float
+    size: float | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """Means and variances of one coefficient over models and families, and its trend with the size of a model.
+
+    Attributes:
+        mean: Mean over the families, at the middle size.
+        family_variance: Between families, at that size.
+        trend_variance: Of a family's trend over ln parameters, about none.
+        model_variance: Of models about their family's trend.
         degrees: Degrees of freedom of `model_variance`.
-        families: Mean of each family, and its number of models.
+        middle: ln parameters at which means are taken.
+        members: The models.
     """
 
     mean: float
     family_variance: float
+    trend_variance: float
     model_variance: float
     degrees: int
-    families: Mapping[str, tuple[float, int]]
+    middle: float
+    members: tuple[Member, ...]
 
     @classmethod
-    def learn(cls, by_model: Mapping[tuple[str, str], float]) -> Level:
-        """Learn it from the coefficient of each model, by family and model."""
-        grouped: dict[str, list[float]] = defaultdict(list)
-        for (family, _), value in by_model.items():
-            grouped[family].append(value)
-        degrees = max(1, sum(len(some) - 1 for some in grouped.values()))
-        squares = sum(float(np.var(some)) * len(some) for some in grouped.values())
+    def learn(cls, members: Sequence[Member], usual_variance: float | None = None) -> Level:
+        """Learn it from the coefficients of several models.
+
+        Args:
+            members: The models.
+            usual_variance: What models of a family differ by unless they say otherwise: few models may be alike by
+                chance.
+        """
+        sizes = [one.size for one in members if one.size is not None]
+        middle = float(np.mean(sizes)) if sizes else 0.0
+        squares, degrees, levels, trends = 0.0, 0, [], []
+        for family in dict.fromkeys(one.family for one in members):
+            own = [one for one in members if one.family == family]
+            values = np.array([one.value for one in own])
+            places = np.array([0.0 if one.size is None else one.size - middle for one in own])
+            trend = 0.0
+            if len(own) >= FEWEST_FOR_SLOPE and np.ptp(places) > SHORTEST_RANGE:
+                trend = float(np.polyfit(places, values, 1)[0])
+                trends.append(trend)
+            left = values - trend * places
+            levels.append(float(left.mean()))
+            squares += float(np.var(left)) * len(left)
+            degrees += max(0, len(left) - (1 if trend == 0.0 else 2))
+        degrees = max(1, degrees)
+        if usual_variance is not None:
+            squares += USUAL_DEGREES * usual_variance
+            degrees += USUAL_DEGREES
         model_variance = squares / degrees
-        means = [float(np.mean(some)) for some in grouped.values()]
-        between = float(np.var(means, ddof=1)) if len(means) > 1 else 0.0
-        if len(means) >= ENOUGH_FAMILIES:
+        between = float(np.var(levels, ddof=1)) if len(levels) > 1 else 0.0
+        if len(levels) >= ENOUGH_FAMILIES:
             # what the means of families differ by anyway, because each is that of a few models
-            between -= model_variance * float(np.mean([1 / len(some) for some in grouped.values()]))
+            between -= model_variance * len(levels) / len(members)
             family_variance = max(between, 0.0)
         else:  # so few families tell little: they never differ by less than their models do
             family_variance = max(between, model_variance)
         return cls(
-            mean=float(np.mean(means)),
+            mean=float(np.mean(levels)),
             family_variance=family_variance,
+            trend_variance=_trend_variance(trends, sizes, usual_variance),
             model_variance=model_variance,
             degrees=degrees,
-            families={family: (float(np.mean(some)), len(some)) for family, some in grouped.items()},
+            middle=middle,
+            members=tuple(members),
         )
 
-    def of_new_model(self, family: str) -> tuple[float, float, float]:
-        """Return mean, variance and degrees of freedom of the coefficient for a model that is not among these."""
+    def of_new_model(self, family: str, size: float | None = None) -> tuple[float, float, float]:
+        """Return mean, variance and degrees of freedom of the coefficient for a model that is not among these.
+
+        Args:
+            family: The model's family.
+            size: ln of its parameters; `None` takes the middle.
+        """
         if self.model_variance == 0:
             return self.mean, 0.0, float(self.degrees)
-        if family in self.families:
-            mean, models = self.families[family]
-            precision = models / self.model_variance + 1 / self.family_variance
-            centre = (mean * models / self.model_variance + self.mean / self.family_variance) / precision
-            return centre, self.model_variance + 1 / precision, float(self.degrees)
-        count = len(self.families)
-        families = self.family_variance * (1 + 1 / count)
-        variance = families + self.model_variance
-        # Satterthwaite's degrees of freedom of the sum
-        parts = families**2 / max(count - 1, 1) + self.model_variance**2 / self.degrees
-        return self.mean, variance, max(variance**2 / parts, FEWEST_DEGREES)
+        here = np.array([1.0, self._place(size)])
+        own = [one for one in self.members if one.family == family]
+        prior = np.array([self.family_variance, self.trend_variance]) + TRACE
+        if not own:
+            count = len({one.family for one in self.members})
+            level = self.family_variance * (1 + 1 / count)
+            trend = self.trend_variance * float(here[1]) ** 2
+            variance = level + trend + self.model_variance
+            # Satterthwaite's degrees of freedom of the sum
+            parts = (level**2 + trend**2) / max(count - 1, 1) + self.model_variance**2 / self.degrees
+            return self.mean, variance, max(variance**2 / parts, FEWEST_DEGREES)
+        places = np.array([[1.0, 0.0 if one.size is None else one.size - self.middle] for one in own])
+        values = np.array([one.value - self.mean for one in own])
+        covariance = np.linalg.inv(places.T @ places / self.model_variance + np.diag(1 / prior))
+        fitted = covariance @ (places.T @ values) / self.model_variance
+        variance = float(here @ covariance @ here) + self.model_variance
+        return self.mean + float(here @ fitted), variance, float(max(self.degrees, FEWEST_DEGREES))
+
+    def _place(self, size: float | None) -> float:
+        """Return where a size lies about the middle; a trend is not followed further than a decade beyond the known."""
+        known = [one.size for one in self.members if one.size is not None]
+        if size is None or not known:
+            return 0.0
+        return min(max(size, min(known) - DECADE), max(known) + DECADE) - self.middle
+
+
+def _trend_variance(trends: Sequence[float], sizes: Sequence[float], usual_variance: float | None) -> float:
+    """Return the variance of a family's trend over ln parameters, about none.
+
+    Over the range of the published sizes it changes as much as the models of a family differ, at least.
+    """
+    known = float(np.mean(np.square(trends))) if trends else 0.0
+    if usual_variance is None or len(sizes) < 2:
+        return known
+    return max(known, usual_variance / max(float(np.var(sizes)), 1.0))
 
 
 @dataclass(frozen=True)
@@ -184,14 +260,39 @@ class Spread:
         found = [level.of_new_model(family) for level in self.parameter_levels]
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
-    def of_new_model(self, family: str, coordinate: float, shift: Shift | None = None) -> Deviation:
-        """Return what to expect of a model without any measurement, on a text like that of the calibration or not."""
-        mean, variance, degrees = self.intercept.of_new_model(family)
+    def of_new_model(self, family: str, size: float | None, coordinate: float, shift: Shift | None = None) -> Deviation:
+        """Return what to expect of a model without any measurement.
+
+        Args:
+            family: Its family.
+            size: ln of its parameters; `None` takes the middle of the published ones.
+            coordinate: Where.
+            shift: What a text of another kind than that of the calibration adds.
+        """
+        mean, variance, degrees = self.intercept.of_new_model(family, size)
         slope, slope_variance, _ = self.slope.of_new_model(family)
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
         if shift is not None:
             mean, total, degrees = mean + shift.mean, total + shift.variance, min(degrees, shift.degrees)
         return Deviation(mean + slope * coordinate, math.sqrt(total), degrees)
+
+    def typical_parameters(
+        self, dense: Dense, family: str, size: float | None, shift: Shift | None = None
+    ) -> tuple[float, ...]:
+        """Return the parameters of the relation for a model without any measurement: those of the expected loss.
+
+        Args:
+            dense: Its dense figure.
+            family: Its family.
+            size: ln of its parameters; `None` takes the middle of the published ones.
+            shift: What a text of another kind than that of the calibration adds.
+        """
+        if not self.relation.parameters or self.relation.needs_spectrum:
+            return self.parameters
+        place = coordinate(self.relation, dense, self.parameters, REFERENCE)
+        expected = self.of_new_model(family, size, place, shift)
+        usual = displaced(self.relation, dense, self.parameters, REFERENCE, expected.mean)
+        return self.relation.fit([(REFERENCE, usual)], dense, self.prior(family))
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
         """Return what to expect of a model with measured points, of which the relation may have been fitted to some.
@@ -251,19 +352,24 @@ def deviation(
     return x, math.log(damage / expected), (error / damage) ** 2
 
 
+def displaced(relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float, z: float) -> float:
+    """Return the ln PPL or accuracy that deviates by z from what a relation predicts."""
+    predicted = relation.predict(sparsity, dense, parameters)
+    if relation.quantity == "accuracy":
+        return predicted + z * _accuracy_scale(dense, sparsity)
+    return dense.value + _damage(relation, dense, parameters, sparsity) * math.exp(min(z, LARGEST_DEVIATION))
+
+
 def interval(
     relation: Relation, dense: Dense, parameters: Sequence[float], sparsity: float, expected: Deviation
 ) -> tuple[float, float]:
     """Return the interval of ln PPL or accuracy that belongs to what is expected of z."""
-    predicted = relation.predict(sparsity, dense, parameters)
     floor = FLOOR[relation.quantity]
-    bounds = (expected.mean - expected.half_width, expected.mean + expected.half_width)
+    low, high = (
+        displaced(relation, dense, parameters, sparsity, expected.mean + sign * expected.half_width) for sign in (-1, 1)
+    )
     if relation.quantity == "accuracy":
-        scale = _accuracy_scale(dense, sparsity)
-        low, high = (predicted + bound * scale for bound in bounds)
         return max(0.0, low - floor), min(1.0, high + floor)
-    damage = _damage(relation, dense, parameters, sparsity)
-    low, high = (dense.value + damage * math.exp(min(bound, 50.0)) for bound in bounds)
     return low - floor, high + floor
 
 
@@ -278,6 +384,7 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
     parameters = shared_fit(relation, usable)
     intercepts: dict[tuple[str, str], list[float]] = defaultdict(list)
     slopes: dict[tuple[str, str], list[float]] = defaultdict(list)
+    sizes = {(one.family, one.model): None if one.parameters is None else math.log(one.parameters) for one in usable}
     squares, degrees = 0.0, 0
     for one in usable:
         found = [deviation(relation, one.dense, parameters, point) for point in one.points]
@@ -299,8 +406,11 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
     return Spread(
         relation=relation,
         parameters=parameters,
-        intercept=Level.learn({key: float(np.mean(some)) for key, some in intercepts.items()}),
-        slope=Level.learn({key: float(np.mean(some)) for key, some in slopes.items()}),
+        intercept=Level.learn(
+            [Member(key[0], float(np.mean(some)), sizes[key]) for key, some in intercepts.items()],
+            USUAL_VARIANCE.get(relation.quantity),
+        ),
+        slope=Level.learn([Member(key[0], float(np.mean(some))) for key, some in slopes.items()]),
         calibration_variance=within / max(1, repeats),
         noise_variance=max(squares / max(1, degrees), 1e-4),
         models=len(intercepts),
@@ -345,19 +455,13 @@ def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, st
 def _parameter_levels(relation: Relation, series: Sequence[Series]) -> tuple[Level, ...]:
     fits = own_fits(relation, series) if relation.parameters else {}
     return tuple(
-        Level.learn({key: float(values[index]) for key, values in fits.items()})
+        Level.learn([Member(family, float(values[index])) for (family, _), values in fits.items()])
         for index in range(len(relation.parameters))
     )
 
 
-def shared_fit(relation: Relation, series: Sequence[Series], family: str | None = None) -> tuple[float, ...]:
-    """Fit one set of parameters to several models: the mean of their own fits.
-
-    Args:
-        relation: The relation.
-        series: Of several models.
-        family: Only models of this family, where there are any; otherwise all families weigh the same.
-    """
+def shared_fit(relation: Relation, series: Sequence[Series]) -> tuple[float, ...]:
+    """Fit one set of parameters to several models: the mean of their own fits, all families weighing the same."""
     if not relation.parameters:
         return ()
     if relation.needs_spectrum:
@@ -365,8 +469,8 @@ def shared_fit(relation: Relation, series: Sequence[Series], family: str | None 
     by_family: dict[str, list[np.ndarray]] = defaultdict(list)
     for (own_family, _), values in own_fits(relation, series).items():
         by_family[own_family].append(values)
-    means = {own: np.mean(np.array(fits), axis=0) for own, fits in by_family.items()}
-    chosen = means[family] if family in means else np.mean(np.array(list(means.values())), axis=0)
+    means = [np.mean(np.array(fits), axis=0) for fits in by_family.values()]
+    chosen = np.mean(np.array(means), axis=0)
     return tuple(float(value) for value in chosen)
 
 

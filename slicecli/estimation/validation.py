@@ -18,7 +18,7 @@ import numpy as np
 from slicecli.estimation.measurements import Series, published_series
 from slicecli.estimation.predictions import Prediction, predict_fitted, predict_new
 from slicecli.estimation.relations import Quantity, Relation, relations_of
-from slicecli.estimation.spread import learn_spread, shared_fit
+from slicecli.estimation.spread import learn_spread
 
 __all__ = ["ANCHOR", "KNOWLEDGE", "Check", "Knowledge", "Row", "check_relations", "summary"]
 
@@ -96,13 +96,13 @@ def _rows(relation: Relation, usable: Sequence[Series], knows: Knowledge) -> Ite
     for model in dict.fromkeys(one.model for one in usable):
         own = [one for one in usable if one.model == model]
         family = own[0].family
+        size = None if own[0].parameters is None else math.log(own[0].parameters)
         others = [one for one in usable if one.model != model and (knows != "other families" or one.family != family)]
         spread = learn_spread(relation, others)
-        shared = shared_fit(relation, others, family)
         for one in own:
             if knows != "one slice":
                 for point in one.points:
-                    expected = predict_new(spread, shared, one.dense, family, one.method, point.sparsity)
+                    expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity)
                     yield Row(one, point.sparsity, point.value, expected)
                 continue
             anchor = next((point for point in one.points if abs(point.sparsity - ANCHOR) <= ANCHOR_RANGE), None)
