@@ -223,15 +223,32 @@ def _print(document: dict[str, Any]) -> None:
         f"layout, {document['dtype']}, serving {work['batch']} x {work['length']} tokens"
     )
     device = document["device"]
-    columns = ["dim", "s", "parameters", "weights", "FLOPs/token", "decode", "KV cache/token", "to serve"]
-    rows = [[f"{document['hidden_size']} dense", "0", *_cost_cells(dense)]]
-    rows += [[_dim(one), f"{one['sparsity']:.3f}", *_cost_cells(one)] for one in estimates]
+    named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
+    show.print_table(
+        ["dim", "s", "parameters", "weights", "cache/token", "to serve"],
+        [
+            [
+                name,
+                f"{one.get('sparsity', 0):.3f}",
+                f"{one['parameters']:,}",
+                show.size(one["bytes"]),
+                show.size(one["kv_cache_bytes_per_token"]),
+                show.size(one["serve_bytes"]),
+            ]
+            for name, one in named
+        ],
+    )
+    columns = ["dim", "prompt FLOPs", "decode FLOPs"]
+    rows = [
+        [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]
+        for name, one in named
+    ]
     if device is not None:
-        columns += ["prefill", "decode is bound by"]
-        rows[0] += ["1.00 x", "1.00 x"]
+        columns += ["prompt", "decode", "bound by"]
+        rows[0] += ["1.00 x", "1.00 x", ""]
         for row, one in zip(rows[1:], estimates, strict=True):
             speed = one["speed_up"]
-            row += [f"{speed['prefill']:.2f} x", f"{speed['decode']:.2f} x {speed['decode_bound']}"]
+            row += [f"{speed['prefill']:.2f} x", f"{speed['decode']:.2f} x", speed["decode_bound"]]
     show.print_table(columns, rows)
     if device is not None:
         show.result(f"Speed-ups are expected, at best, on {device['name']} ({device['source']}).")
@@ -251,24 +268,13 @@ def _print(document: dict[str, Any]) -> None:
         _print_forecast([(one, one["accuracy"][task]) for one in estimates], lambda value: f"{value:.3f}")
 
 
-def _cost_cells(cost: dict[str, Any]) -> list[str]:
-    return [
-        f"{cost['parameters']:,}",
-        show.size(cost["bytes"]),
-        show.count(cost["flops_per_token"]["prefill"]),
-        show.count(cost["flops_per_token"]["decode"]),
-        show.size(cost["kv_cache_bytes_per_token"]),
-        show.size(cost["serve_bytes"]),
-    ]
-
-
 def _dim(one: dict[str, Any]) -> str:
     return f"{one['dim']}" if one["legal"] else f"{one['dim']} (not legal)"
 
 
 def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:
     show.print_table(
-        ["dim", "predicted", "90 % interval", "by", "the paper's relation", ""],
+        ["dim", "predicted", "90 % interval", "by", "paper", ""],
         [
             [
                 _dim(one),
@@ -276,7 +282,7 @@ def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell:
                 f"{cell(forecast['low'])} to {cell(forecast['high'])}",
                 forecast["relation"],
                 "-" if forecast["paper"] is None else cell(forecast["paper"]),
-                "outside what was measured" if forecast["is_outside"] else "",
+                "not measured there" if forecast["is_outside"] else "",
             ]
             for one, forecast in rows
         ],
