@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from slicecli.errors import OutputError
 from slicecli.plan import DTYPE_CODES
@@ -109,6 +109,14 @@ def require_disk_space(output: Path, needed: int) -> None:
             f"The slice needs {needed / 1e9:.2f} GB on disk, and {free / 1e9:.2f} GB are free.",
             "Free some, or give an --output on another disk.",
         )
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or `None` where it cannot be read as such."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
 
 
 def file_digest(path: Path) -> str:

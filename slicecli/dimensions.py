@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from slicecli.adapters import Adapter, Block, Linear
 
-__all__ = ["Dimensions", "Parameter", "Shape"]
+__all__ = ["Dimensions", "Parameter", "Shape", "nearest_in"]
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -47,6 +47,13 @@ class Parameter:
     def elements(self, width: int) -> int:
         """Count its elements where the stream has a width."""
         return math.prod(width if size is None else size for size in self.shape)
+
+
+def nearest_in(dims: range, dim: int) -> tuple[int, ...]:
+    """Return the members of some dims next to `dim`: one below and one above where they exist, or itself."""
+    below = [value for value in dims if value <= dim][-1:]
+    above = [value for value in dims if value >= dim][:1]
+    return tuple(dict.fromkeys(below + above))
 
 
 class Dimensions:
@@ -360,10 +367,7 @@ class Dimensions:
 
     def nearest_legal(self, dim: int) -> tuple[int, ...]:
         """Return the legal dims next to `dim`: one below and one above where they exist."""
-        legal = self.legal_dims()
-        below = [value for value in legal if value <= dim][-1:]
-        above = [value for value in legal if value >= dim][:1]
-        return tuple(dict.fromkeys(below + above))
+        return nearest_in(self.legal_dims(), dim)
 
     def check_dim(self, dim: int) -> None:
         """Refuse a dim that the family or its config class cannot have.

@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
-from slicecli.schedule import Schedule
+from slicecli.schedule import PublishedSizes, Schedule
 
 __all__ = [
     "DTYPE_BYTES",
@@ -28,6 +29,7 @@ __all__ = [
     "parse_bytes",
     "parse_count",
     "preferred_dims",
+    "slice_sizes",
 ]
 
 Method = Literal["refit", "slicegpt"]
@@ -188,6 +190,20 @@ class SlicePlan:
     def sliced_bytes(self) -> int:
         """Bytes of the sliced weights."""
         return self.sliced_parameters * DTYPE_BYTES[self.dtype]
+
+
+def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> SliceSizes:
+    """Return what a slice of a model may be and weighs, by one method.
+
+    Args:
+        dimensions: Sizes of the model.
+        method: How it is sliced.
+        slice_head: Whether the published method slices the input of the head; `None` as it does by default.
+
+    Raises:
+        UnsupportedModelError: The method cannot slice this model.
+    """
+    return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
 
 
 def preferred_dims(sizes: SliceSizes) -> list[int]:

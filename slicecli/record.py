@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import RECORD_FILE, write_whole_file
+from slicecli.checkpoint import RECORD_FILE, read_json, write_whole_file
 from slicecli.errors import OutputError
 from slicecli.plan import SlicePlan
 
@@ -198,8 +198,5 @@ def _record_to_enter_in(folder: Path) -> dict[str, Any]:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a folder, or `None` where it has none that can be read."""
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
+    record = read_json(folder / RECORD_FILE)
     return record if isinstance(record, dict) else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import write_whole_file
+from slicecli.checkpoint import file_digest, read_json, write_whole_file
 from slicecli.dimensions import Dimensions
 from slicecli.engine import Job, SliceOptions, find_adapter, plan_slices, quiet_libraries, run_slices
 from slicecli.errors import OutputError
@@ -26,9 +26,8 @@ from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
-from slicecli.plan import Width
+from slicecli.plan import Width, slice_sizes
 from slicecli.record import enter_curves, enter_results, package_versions, read_record
-from slicecli.schedule import PublishedSizes
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -142,8 +141,7 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
     source.check_is_decoder()
     chosen = find_adapter(source, options.adapter)
     dimensions = Dimensions(chosen.adapter, chosen.fields)
-    sizes = dimensions if options.method == "refit" else PublishedSizes(dimensions, options.slice_head)
-    return tuple(nearest_dims(sizes, sparsities))
+    return tuple(nearest_dims(slice_sizes(dimensions, options.method, options.slice_head), sparsities))
 
 
 def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
@@ -155,7 +153,7 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     for name in ("token", "batch_size", "device_map"):
         measured.pop(name, None)
     texts = [options["calibration"], *evaluation.texts, *evaluation.tasks]
-    files = {name: _digest_of(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}
+    files = {name: file_digest(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}
     content = {
         "version": __version__,
         "model": job.source.name,
@@ -176,10 +174,6 @@ def _weights(source: Source) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def _digest_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:
     """Return the results to go on with: those in the folder if they are of this sweep, else empty ones.
 
@@ -192,10 +186,7 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
             f"The output {folder.name!r} exists and is not a sweep, so it is left alone.", "Give another with --output."
         )
     if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            found = None
+        found = read_json(path)
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             return {**found, "points": list(found["points"])}
         if not overwrite:
@@ -289,6 +280,5 @@ def _draw(path: Path, curves: Sequence[Curve], job: Job) -> None:
 
     if not curves:
         return
-    is_refit = job.options.method == "refit"
-    sizes = job.dimensions if is_refit else PublishedSizes(job.dimensions, job.options.slice_head)
+    sizes = slice_sizes(job.dimensions, job.options.method, job.options.slice_head)
     draw_quality([picture_of_curve(curve, sizes.parameters) for curve in curves], path)

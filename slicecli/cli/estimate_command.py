@@ -14,9 +14,6 @@ from slicecli.cli import output as show
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
 
-# the fractions that the published study of the relation went through
-USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-
 
 @click.command("estimate")
 @click.argument("model")
@@ -81,9 +78,10 @@ USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 @click.option("--tflops", type=float, metavar="T", help="Instead, or with it: its peak in 10^12 operations per second.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    type=shared.DTYPE,
     default="auto",
     show_default=True,
+    callback=shared.auto_as_none,
     help="Dtype of weights and cache; auto takes the checkpoint's.",
 )
 @click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
@@ -120,7 +118,7 @@ def command(
     device: str | None,
     bandwidth: str | None,
     tflops: float | None,
-    dtype: str,
+    dtype: str | None,
     adapter: str | None,
     plot: Path | None,
     revision: str | None,
@@ -142,7 +140,7 @@ def command(
     from slicecli.errors import RequestError
     from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import Subject, estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
     from slicecli.estimation.forecasts import Knowledge, find_forecasts
     from slicecli.plan import DTYPE_BYTES, Width
 
@@ -163,9 +161,7 @@ def command(
         accelerator = device_named(device)
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
-    subject = Subject.find(
-        model, method, slice_head, None if dtype == "auto" else dtype, adapter, revision, token, trust_remote_code
-    )
+    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code)
     knowledge = Knowledge(
         text=text,
         calibration=calibration,

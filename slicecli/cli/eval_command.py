@@ -34,24 +34,13 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     context: dict[str, Any],
+    /,
     model: str,
-    texts: tuple[str, ...],
-    tasks: tuple[str, ...],
-    include_path: Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
     baseline: str | None,
-    seed: int,
-    dtype: str,
-    batch_size: int | None,
-    seq_len: int | None,
-    device_map: str,
     output: Path | None,
     is_recorded: bool,
-    revision: str | None,
-    token: str | None,
-    trust_remote_code: bool,
     output_format: str,
+    **chosen: Any,
 ) -> None:
     """Measure MODEL, dense or sliced: perplexity on texts, and results on tasks by lm-eval.
 
@@ -61,7 +50,7 @@ def command(
       slicecli eval ./my-slice --tasks questions.jsonl --baseline ./my-model
     """
     from slicecli.errors import OutputError, RequestError
-    from slicecli.evaluation.measure import EvaluationOptions, evaluate, evaluate_both
+    from slicecli.evaluation.measure import evaluate, evaluate_both
     from slicecli.record import enter_results, read_record
 
     if is_recorded and (not Path(model).is_dir() or read_record(Path(model)) is None):
@@ -71,21 +60,7 @@ def command(
     if output is not None and not output.parent.is_dir():
         # said now, not after the measuring
         raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
-    options = EvaluationOptions(
-        texts=shared.texts_to_measure(texts, tasks),
-        tasks=tasks,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        include_path=include_path,
-        sequence_length=seq_len,
-        batch_size=batch_size,
-        dtype=None if dtype == "auto" else dtype,
-        device_map=device_map,
-        seed=seed,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
+    options = shared.evaluation_options(chosen, seed=chosen["seed"], revision=chosen["revision"])
     other = None
     with show.progress(context["quiet"]) as watcher:
         if baseline is None:

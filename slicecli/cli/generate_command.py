@@ -24,9 +24,10 @@ from slicecli.cli import output as show
 @click.option("--seed", type=int, default=42, show_default=True, metavar="N", help="Seed for sampling.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    type=shared.DTYPE,
     default="auto",
     show_default=True,
+    callback=shared.auto_as_none,
     help="Dtype to compute in; auto takes the checkpoint's (a CPU computes in float32).",
 )
 @shared.device_map_option
@@ -38,7 +39,7 @@ def command(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    dtype: str,
+    dtype: str | None,
     device_map: str,
     revision: str | None,
     token: str | None,
@@ -55,7 +56,7 @@ def command(
     source.check_is_decoder()
     with quiet_libraries():
         tokenizer = source.tokenizer()
-        loaded = load_model(source, None if dtype == "auto" else dtype, device_map)
+        loaded = load_model(source, dtype, device_map)
         started = time.perf_counter()
         text, count = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
     seconds = time.perf_counter() - started

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slicecli.plan import parse_bytes, parse_count
 
+if TYPE_CHECKING:
+    from slicecli.engine import SliceOptions
+    from slicecli.evaluation.measure import EvaluationOptions
+
 __all__ = [
+    "DTYPE",
     "Auto",
     "Bytes",
     "Count",
@@ -20,17 +25,50 @@ __all__ = [
     "Names",
     "Sweep",
     "adapter_option",
+    "auto_as_none",
     "calibration_options",
     "check_shard_size",
     "device_map_option",
+    "evaluation_options",
     "format_option",
     "measure_options",
     "method_options",
     "model_options",
     "run_options",
-    "texts_to_measure",
+    "slice_options",
 ]
 
+DTYPE = click.Choice(["auto", "bfloat16", "float16", "float32"])
+# fields of SliceOptions by the names of the options that give them
+SLICE_FIELDS = {
+    "method": "method",
+    "final_orientation": "orientation",
+    "slice_head": "slice_head",
+    "calibration": "calibration",
+    "samples": "samples",
+    "seed": "seed",
+    "seq_len": "sequence_length",
+    "batch_size": "batch_size",
+    "dtype": "dtype",
+    "device_map": "device",
+    "adapter": "adapter",
+    "revision": "revision",
+    "token": "token",
+    "trust_remote_code": "trust_remote_code",
+}
+# fields of EvaluationOptions, but for the seed and the revision, which a slice may have too and are not the same
+EVALUATION_FIELDS = {
+    "tasks": "tasks",
+    "limit": "limit",
+    "num_fewshot": "num_fewshot",
+    "include_path": "include_path",
+    "seq_len": "sequence_length",
+    "batch_size": "batch_size",
+    "dtype": "dtype",
+    "device_map": "device_map",
+    "token": "token",
+    "trust_remote_code": "trust_remote_code",
+}
 DEFAULT_TEXT = "wikitext2"
 MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -169,9 +207,10 @@ def run_options(function: Function) -> Function:
     for option in (
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            type=DTYPE,
             default="auto",
             show_default=True,
+            callback=auto_as_none,
             help="Dtype of the weights; auto keeps the checkpoint's (a CPU computes in float32).",
         ),
         click.option(
@@ -273,9 +312,34 @@ def measure_options(function: Function) -> Function:
     return function
 
 
-def texts_to_measure(texts: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the texts that were asked for, or the usual one where nothing else is to be measured."""
-    return texts or (() if tasks else (DEFAULT_TEXT,))
+def auto_as_none(_context: click.Context, _option: click.Parameter, value: str) -> str | None:
+    """Read `auto` as `None`: whatever the rest of the program would take."""
+    return None if value == "auto" else value
+
+
+def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
+    """Return the engine's options, from those of the options above that a command has.
+
+    Args:
+        chosen: Values by the names that click gives them.
+        **more: Fields of a command's own.
+    """
+    from slicecli.engine import SliceOptions
+
+    return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
+
+
+def evaluation_options(chosen: Mapping[str, Any], **more: Any) -> EvaluationOptions:
+    """Return what is to be measured, from the options above: the usual text where nothing is asked for.
+
+    Args:
+        chosen: Values by the names that click gives them.
+        **more: Fields of a command's own.
+    """
+    from slicecli.evaluation.measure import EvaluationOptions
+
+    texts = chosen["texts"] or (() if chosen["tasks"] else (DEFAULT_TEXT,))
+    return EvaluationOptions(texts=texts, **{field: chosen[name] for name, field in EVALUATION_FIELDS.items()}, **more)
 
 
 def adapter_option(function: Function) -> Function:

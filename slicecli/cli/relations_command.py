@@ -40,9 +40,9 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
       slicecli relations --validate --quantity perplexity --max-sparsity 0.31 --plot validation.png
     """
     from slicecli.errors import RequestError
-    from slicecli.estimation.relations import relations_of
+    from slicecli.estimation.relations import QUANTITIES, relations_of
 
-    quantities: list[Any] = [quantity] if quantity else ["perplexity", "accuracy"]
+    quantities = [quantity] if quantity else QUANTITIES
     if plot is not None and not validate:
         raise RequestError("--plot draws the validation.", "Add --validate.")
     if not validate:

@@ -44,6 +44,7 @@ from slicecli.cli import output as show
 @click.pass_obj
 def command(
     context: dict[str, Any],
+    /,
     model: str,
     dim: int | None,
     sparsity: float | None,
@@ -52,23 +53,10 @@ def command(
     output: Path | None,
     overwrite: bool,
     dry_run: bool,
-    method: Any,
-    final_orientation: Any,
-    slice_head: bool | None,
     schedule: str | None,
-    calibration: str,
-    samples: int,
-    seed: int,
-    dtype: str,
-    batch_size: int | None,
-    seq_len: int | None,
-    device_map: str,
     max_shard_size: str,
-    adapter: str | None,
-    revision: str | None,
-    token: str | None,
-    trust_remote_code: bool,
     output_format: str,
+    **chosen: Any,
 ) -> None:
     """Slice the hidden size of MODEL and write a checkpoint that loads like any other.
 
@@ -83,27 +71,10 @@ def command(
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
     shared.check_shard_size(max_shard_size)
 
-    from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+    from slicecli.engine import plan_slices, quiet_libraries, run_slices
     from slicecli.memory import return_freed_memory_at_once
 
-    settings = SliceOptions(
-        method=method,
-        orientation=final_orientation,
-        slice_head=slice_head,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=None if dtype == "auto" else dtype,
-        device=device_map,
-        max_shard_size=max_shard_size,
-        adapter=adapter,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-    )
+    settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     return_freed_memory_at_once()
     job = plan_slices(model, [width], [output], settings)
     plan, _, folder = job.slices[0]

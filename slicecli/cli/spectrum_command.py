@@ -34,20 +34,11 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 @click.pass_obj
 def command(
     context: dict[str, Any],
+    /,
     model: str,
     output: Path | None,
-    calibration: str,
-    samples: int,
-    seed: int,
-    dtype: str,
-    batch_size: int | None,
-    seq_len: int | None,
-    device_map: str,
-    adapter: str | None,
-    revision: str | None,
-    token: str | None,
-    trust_remote_code: bool,
     output_format: str,
+    **chosen: Any,
 ) -> None:
     """Measure what slices of MODEL would lose at any dim, without slicing it.
 
@@ -67,29 +58,18 @@ def command(
         # said now, not after the measuring
         raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
 
-    from slicecli.engine import SliceOptions
     from slicecli.memory import return_freed_memory_at_once
     from slicecli.spectrum import run_spectrum
 
-    settings = SliceOptions(
-        calibration=calibration,
-        samples=samples,
-        sequence_length=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=None if dtype == "auto" else dtype,
-        device=device_map,
-        adapter=adapter,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
+    settings = shared.slice_options(chosen)
     return_freed_memory_at_once()
     with show.progress(context["quiet"]) as watcher:
         document = run_spectrum(model, settings, watcher)
-    rows = document["calibration"]["samples"]
-    if rows < samples:
-        show.warn(f"The text fills {rows} rows of {document['calibration']['sequence_length']} tokens, not {samples}.")
+    found = document["calibration"]
+    if found["samples"] < settings.samples:
+        show.warn(
+            f"The text fills {found['samples']} rows of {found['sequence_length']} tokens, not {settings.samples}."
+        )
     if output is not None:
         show.write_json(output, document)
     if output_format == "json":

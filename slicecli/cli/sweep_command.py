@@ -42,32 +42,15 @@ from slicecli.cli import output as show
 @click.pass_obj
 def command(
     context: dict[str, Any],
+    /,
     model: str,
     dims: tuple[int, ...] | None,
     output: Path | None,
     overwrite: bool,
     keep_slices: bool,
-    texts: tuple[str, ...],
-    tasks: tuple[str, ...],
-    limit: int | None,
-    num_fewshot: int | None,
-    include_path: Path | None,
-    method: Any,
-    final_orientation: Any,
-    slice_head: bool | None,
-    calibration: str,
-    samples: int,
-    seed: int,
     relation: str | None,
-    dtype: str,
-    batch_size: int | None,
-    seq_len: int | None,
-    device_map: str,
-    adapter: str | None,
-    revision: str | None,
-    token: str | None,
-    trust_remote_code: bool,
     output_format: str,
+    **chosen: Any,
 ) -> None:
     """Slice MODEL to many dims, measure the dense model and each slice, and fit a prediction curve.
 
@@ -79,43 +62,12 @@ def command(
       slicecli sweep ./my-model --dims 3584,3328,3072,2816,2560 --perplexity wikitext2 --tasks piqa
       slicecli estimate ./my-model --curve my-model-sweep/results.json --dim 3200
     """
-    from slicecli.cli.estimate_command import USUAL_SPARSITIES
     from slicecli.cli.fit_command import print_curves
-    from slicecli.engine import SliceOptions
-    from slicecli.evaluation.measure import EvaluationOptions
+    from slicecli.estimation.estimate import USUAL_SPARSITIES
     from slicecli.memory import return_freed_memory_at_once
     from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
 
-    precision = None if dtype == "auto" else dtype
-    settings = SliceOptions(
-        method=method,
-        orientation=final_orientation,
-        slice_head=slice_head,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=precision,
-        device=device_map,
-        adapter=adapter,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
-    evaluation = EvaluationOptions(
-        texts=shared.texts_to_measure(texts, tasks),
-        tasks=tasks,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        include_path=include_path,
-        sequence_length=seq_len,
-        batch_size=batch_size,
-        dtype=precision,
-        device_map=device_map,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
+    settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
     return_freed_memory_at_once()
     path = Path(model).expanduser()
     name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]

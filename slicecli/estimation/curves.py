@@ -21,6 +21,7 @@ from slicecli.errors import RequestError, SlicecliError
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
 from slicecli.estimation.relations import (
+    QUANTITIES,
     Dense,
     Quantity,
     Relation,
@@ -210,7 +211,7 @@ def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Cu
     """
     try:
         quantity: Quantity = fields["quantity"]
-        if quantity not in {"perplexity", "accuracy"}:
+        if quantity not in QUANTITIES:
             raise ValueError(f"{quantity!r} is not measured")
         chance = fields.get("chance")
         dense = Dense(

@@ -9,27 +9,28 @@ Legend: d hidden size, k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions
+from slicecli.dimensions import Dimensions, nearest_in
+from slicecli.engine import SliceOptions, check_method
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
-from slicecli.estimation.predictions import (
-    FARTHEST,
-)
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, preferred_dims
+from slicecli.estimation.predictions import FARTHEST
+from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
 from slicecli.plugins import plugins
-from slicecli.schedule import PublishedSizes
 from slicecli.source import DESCRIPTION_FILES, Source
 
-__all__ = ["Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
+__all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 
+# the fractions that the published study of the relation went through
+USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,16 +81,13 @@ class Subject:
         Raises:
             SlicecliError: It cannot be read or sliced.
         """
-        if method == "refit" and slice_head is not None:
-            raise RequestError(
-                "--slice-head is of the published method; the refit has one width.", "Add --method slicegpt."
-            )
+        check_method(SliceOptions(method=method, slice_head=slice_head), ())
         source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
         source.check_is_decoder()
         found = plugins()
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
         dimensions = Dimensions(family, source.fields)
-        sizes: SliceSizes = dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
+        sizes = slice_sizes(dimensions, method, slice_head)
         return cls(source, dimensions, sizes, method, slice_head, dtype or source.stored_dtype())
 
     @property
@@ -156,7 +154,7 @@ class Estimate:
     slices: tuple[Slice, ...]
     forecasts: tuple[Forecast, ...]
     parameters: Callable[[int], int]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the estimate as `estimate --format json` prints it."""
@@ -252,7 +250,7 @@ def estimate(
                 dim=dim,
                 sparsity=1 - dim / dimensions.hidden_size,
                 is_legal=is_legal,
-                nearest_legal=() if is_legal else _around(sizes.legal_dims(), dim),
+                nearest_legal=() if is_legal else nearest_in(sizes.legal_dims(), dim),
                 cost=cost,
                 speed_up=None if device is None else speed_up(dense, cost, workload, device),
             )
@@ -288,23 +286,13 @@ def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _around(legal: range, dim: int) -> tuple[int, ...]:
-    below = [value for value in legal if value < dim][-1:]
-    above = [value for value in legal if value > dim][:1]
-    return tuple(below + above)
-
-
 def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
     """Return the legal dims nearest to fractions removed, each once, from wide to narrow.
 
     Raises:
         RequestError: The model has no legal dim.
     """
-    legal = preferred_dims(sizes)
-    if not legal:
-        raise RequestError("This model has no legal dim below its hidden size.")
-    wishes = [(1 - sparsity) * sizes.hidden_size for sparsity in sparsities]
-    found = {min(legal, key=lambda dim: (abs(dim - wish), dim)) for wish in wishes}
+    found = {Width(sparsity=sparsity).resolve(sizes, bytes_per_parameter=1) for sparsity in sparsities}
     return sorted(found, reverse=True)
 
 
@@ -325,17 +313,15 @@ def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: 
         )
     forecast = forecasts[0]
     legal = preferred_dims(sizes)
-    fitting = [dim for dim in legal if forecast.predict(1 - dim / sizes.hidden_size).value <= math.log(max(most, 1e-9))]
+    limit = math.log(max(most, 1e-9))
+    # from the wide end down to the first that is over, so that a relation that turns back fools nobody
+    fitting = list(
+        itertools.takewhile(lambda dim: forecast.predict(1 - dim / sizes.hidden_size).value <= limit, reversed(legal))
+    )
     if not fitting:
         raise RequestError(
             f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
             f"{forecast.dense.value:.4g}.",
             "Allow more.",
         )
-    # from the wide end down to the first that is over, so that a relation that turns back fools nobody
-    best = legal[-1]
-    for dim in reversed(legal):
-        if dim not in set(fitting):
-            break
-        best = dim
-    return best
+    return fitting[-1]

@@ -9,13 +9,13 @@ Legend: k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slicecli.checkpoint import read_json
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
@@ -37,9 +37,9 @@ from slicecli.plan import Method
 from slicecli.record import read_record
 from slicecli.source import DESCRIPTION_FILES, Source
 
-SPECTRUM_RELATION = "fisher"
-
 __all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
+
+SPECTRUM_RELATION = "fisher"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Forecast:
         evaluation: On which text or task.
         dense: The dense figure.
         chance: Chance level of a task.
-        relation: Name of the relation.
         basis: What the interval rests on, in words.
         predict: The prediction at an s.
         paper: The value by the paper's relation at an s, as people quote it; `None` where that has no meaning.
@@ -63,7 +62,6 @@ class Forecast:
     evaluation: str
     dense: Figure
     chance: float | None
-    relation: str
     basis: str
     predict: Callable[[float], Prediction]
     paper: Callable[[float], float] | None
@@ -269,7 +267,6 @@ def forecast_new(
         evaluation=evaluation,
         dense=figure,
         chance=level,
-        relation=chosen.name,
         basis=_basis(quantity, family, chosen.needs_spectrum),
         predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
         paper=_paper(quantity, dense),
@@ -345,7 +342,6 @@ def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None
         evaluation=series.evaluation,
         dense=Figure(quoted(series.dense.value), dense_source or source),
         chance=series.dense.chance,
-        relation=curve.relation,
         basis=f"{count} measured slice{'s' * (count != 1)} ({source}){error}; {curve.reason}",
         predict=curve.predict,
         paper=_paper(series.quantity, series.dense),
@@ -373,12 +369,9 @@ def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
     """Read the curves of a file, or of the record of a slice on the Hub or in a folder; say where they are from."""
     path = Path(name).expanduser()
     if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            raise RequestError(
-                f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote."
-            ) from None
+        content = read_json(path)
+        if content is None:
+            raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote.")
         return read_curves(content), path.name
     if path.suffix == ".json":
         raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")

@@ -1,8 +1,7 @@
 """What to expect of a slice: a value by a relation, and the interval that published measurements or anchors allow.
 
-Three states of knowledge, one function each: no measured slice of the model (`predict_new`), measured slices
-(`predict_fitted`), and which of these a curve has. Every prediction carries its interval, what it rests on, and
-whether it lies outside what was measured.
+Two states of knowledge, one function each: no measured slice of the model (`predict_new`), or some (`predict_fitted`).
+Every prediction carries its interval, and whether it lies outside what was measured.
 
 Legend: s fraction of the hidden size removed, D = ln(PPL/PPL0).
 """
@@ -84,6 +83,7 @@ def shift_of(name: str) -> Shift:
     return learn_shift(spread_of(name, "perplexity", "slicegpt"), own, other)
 
 
+@functools.cache
 def known_range(relation: Relation, method: str) -> tuple[float, float]:
     """Return the least and the largest s of the series that a relation's intervals are learnt from."""
     values = [point.sparsity for one in _known_series(relation, method) for point in one.points]

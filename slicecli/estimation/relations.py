@@ -21,6 +21,7 @@ from slicecli.errors import RequestError
 
 __all__ = [
     "BUILT_IN",
+    "LEAST_DAMAGE",
     "PAPER",
     "QUANTITIES",
     "Dense",

@@ -8,14 +8,14 @@ what differs in any of these is not one series.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slicecli.checkpoint import read_json
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
@@ -59,12 +59,9 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     documents: list[dict[str, Any]] = []
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            raise RequestError(
-                f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote."
-            ) from None
+        content = read_json(path)
+        if content is None:
+            raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote.")
         found = list(_documents(content))
         if not found:
             raise RequestError(f"{path.name!r} holds no results.", "Give files that eval -o or sweep wrote.")
@@ -257,20 +254,27 @@ def check_relation(name: str) -> None:
 
 def _with_log_ratio(series: Series, curves: Sequence[Curve]) -> Series:
     """Let relations on a task ask for the perplexity of the same slices, as their curve has it."""
+    log_ratio = _log_ratio_among(curves, series.model, series.method, series.calibration)
+    return dataclasses.replace(series, dense=dataclasses.replace(series.dense, log_ratio=log_ratio))
+
+
+def _log_ratio_among(
+    curves: Sequence[Curve], model: object, method: object, calibration: object
+) -> Callable[[float], float] | None:
+    """Return D of some slices as a function of s, by the curve of their perplexity, if there is one."""
     for curve in curves:
-        other = curve.series
-        if other.quantity == "perplexity" and (other.model, other.method, other.calibration) == (
-            series.model,
-            series.method,
-            series.calibration,
+        series = curve.series
+        if (series.quantity, series.model, series.method, series.calibration) == (
+            "perplexity",
+            model,
+            method,
+            calibration,
         ):
-            dense = dataclasses.replace(series.dense, log_ratio=log_ratio_of(curve))
-            return dataclasses.replace(series, dense=dense)
-    return series
+            return _log_ratio_of(curve)
+    return None
 
 
-def log_ratio_of(curve: Curve) -> Any:
-    """Return D by a curve of perplexity, as a function of the fraction removed."""
+def _log_ratio_of(curve: Curve) -> Callable[[float], float]:
     return lambda sparsity: max(0.0, curve.predict(sparsity).value - curve.series.dense.value)
 
 
@@ -317,15 +321,6 @@ def read_curves(content: Any) -> list[Curve]:
         raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")
     curves: list[Curve] = []
     for fields in sorted(found, key=lambda one: one.get("quantity") != "perplexity"):
-        known = next(
-            (
-                Dense(curve.series.dense.value, log_ratio=log_ratio_of(curve))
-                for curve in curves
-                if curve.series.quantity == "perplexity"
-                and (curve.series.model, curve.series.method, curve.series.calibration)
-                == (fields.get("model"), fields.get("method"), fields.get("calibration"))
-            ),
-            None,
-        )
-        curves.append(curve_from_json(fields, known))
+        about = (fields.get(name) for name in ("model", "method", "calibration"))
+        curves.append(curve_from_json(fields, Dense(0.0, log_ratio=_log_ratio_among(curves, *about))))
     return curves

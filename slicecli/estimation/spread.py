@@ -30,7 +30,7 @@ from statistics import NormalDist
 import numpy as np
 
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.relations import Dense, Prior, Quantity, Relation
+from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Prior, Quantity, Relation
 
 __all__ = [
     "CONFIDENCE",
@@ -51,7 +51,7 @@ CONFIDENCE = 0.9
 REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is published
 # what repeated measurements of one slice differ by: printed perplexities of reruns agree to half a percent, published
 # accuracies have standard errors of about a point
-FLOOR: dict[Quantity, float] = {"perplexity": 0.005, "accuracy": 0.01}
+FLOOR: dict[Quantity, float] = {"perplexity": LEAST_DAMAGE, "accuracy": 0.01}
 # models of one family differ by about a factor of 1.6 in what they lose, as if two models had said so
 USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.25}
 USUAL_DEGREES = 2
@@ -242,7 +242,6 @@ class Spread:
         slope: Of b.
         calibration_variance: Of a between the calibrations of a model.
         noise_variance: Of z about the line of its series.
-        models: Number of models it was learnt from.
         parameter_levels: Of each parameter over the models' own fits.
     """
 
@@ -252,7 +251,6 @@ class Spread:
     slope: Level
     calibration_variance: float
     noise_variance: float
-    models: int
     parameter_levels: tuple[Level, ...]
 
     def prior(self, family: str) -> Prior:
@@ -413,7 +411,6 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
         slope=Level.learn([Member(key[0], float(np.mean(some))) for key, some in slopes.items()]),
         calibration_variance=within / max(1, repeats),
         noise_variance=max(squares / max(1, degrees), 1e-4),
-        models=len(intercepts),
         parameter_levels=_parameter_levels(relation, usable),
     )
 
