@@ -565,7 +565,14 @@ def test_a_spectrum_predicts_by_its_weight_at_the_dim(estimate, tmp_path, method
 def test_what_is_no_spectrum_of_this_model_is_refused(run, llama, tmp_path):
     words = ["estimate", llama, "--dense-perplexity", "8", "--spectrum"]
     assert "another model" in refused(run(*words, write_spectrum(tmp_path / "small.json", size=2048)))
-    bad = ("{", "[]", '{"hidden_size": 4096, "spectrum": []}', '{"hidden_size": 4096, "spectrum": [{"dim": 9}]}')
+    only_dense = '{"hidden_size": 4096, "spectrum": [{"dim": 4096, "fisher": {"refit": 0.0}}]}'
+    bad = (
+        "{",
+        "[]",
+        only_dense,
+        '{"hidden_size": 4096, "spectrum": []}',
+        '{"hidden_size": 4096, "spectrum": [{"dim": 9}]}',
+    )
     for content in bad:
         (tmp_path / "bad.json").write_text(content)
         assert "not a spectrum" in refused(run(*words, tmp_path / "bad.json"))

@@ -1,7 +1,7 @@
 """Fisher spectra: what a model would lose at every width, to second order, and how well that holds.
 
 A spectrum comes from `slicecli spectrum`: one calibration pass and one backward pass over the dense model. How the loss
-of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`fisher.csv`).
+of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`study.csv`).
 
 Legend: d hidden size, k dim kept, s = 1 - k/d, F(k) the Fisher weight of what width k discards, in nats per token.
 """
@@ -27,6 +27,8 @@ from slicecli.estimation.relations import Dense
 __all__ = ["read_spectrum", "study_models", "study_series"]
 
 LEAST_WEIGHT = 1e-9
+# the weight in the directions that a method slices with
+STUDY_COLUMNS = {"refit": "fisher_shared", "slicegpt": "fisher_layer"}
 # of slices that lose less, the loss is not known well enough to compare
 LEAST_LOSS = 0.02
 
@@ -50,7 +52,9 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
                 "Give that of this model.",
             )
         weights = {int(entry["dim"]): float(entry["fisher"][method]) for entry in content["spectrum"]}
-        if not weights or not all(0 < dim <= hidden_size and math.isfinite(value) for dim, value in weights.items()):
+        if min(weights, default=hidden_size) == hidden_size or not all(
+            0 < dim <= hidden_size and math.isfinite(value) for dim, value in weights.items()
+        ):
             raise ValueError("no spectrum")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
         raise RequestError(f"{path.name!r} is not a spectrum.", "Give a file that slicecli spectrum wrote.") from None
@@ -75,7 +79,7 @@ def _between(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
 @functools.cache
 def study_series(method: str) -> tuple[Series, ...]:
     """Return the measurements of the study by one method, a series for each model; its family is its training run."""
-    text = resources.files("slicecli.estimation").joinpath("fisher.csv").read_text(encoding="utf-8")
+    text = resources.files("slicecli.estimation").joinpath("study.csv").read_text(encoding="utf-8")
     by_model: dict[str, list[Mapping[str, str]]] = defaultdict(list)
     for row in csv.DictReader(text.splitlines()):
         if row["method"] == method:
@@ -84,7 +88,7 @@ def study_series(method: str) -> tuple[Series, ...]:
     for model, rows in by_model.items():
         size, nll = int(rows[0]["hidden_size"]), float(rows[0]["dense_nll"])
         sparsities = [1 - int(row["dim"]) / size for row in rows]
-        weights = [float(row["fisher"]) for row in rows]
+        weights = [float(row[STUDY_COLUMNS[method]]) for row in rows]
         dense = Dense(nll, spectrum=_between(list(zip(sparsities, weights, strict=True))))
         points = tuple(
             Point(sparsity, float(row["nll"]), float(row["stderr"]), int(row["dim"]))
@@ -92,11 +96,11 @@ def study_series(method: str) -> tuple[Series, ...]:
             if float(row["nll"]) - nll > LEAST_LOSS
         )
         if points:
-            run, text_name = rows[0]["run"], "its own kind of text"
+            run, text_name = rows[0]["group"], "its own kind of text"
             found.append(Series(model, run, method, text_name, "perplexity", text_name, dense, points))
     return tuple(found)
 
 
 def study_models() -> int:
     """Return how many models the study measured."""
-    return len({one.model for method in ("refit", "slicegpt") for one in study_series(method)})
+    return len({one.model for method in STUDY_COLUMNS for one in study_series(method)})
