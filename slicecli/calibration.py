@@ -30,12 +30,14 @@ class Rows:
         ids: Token ids, int64 of shape (rows, sequence length).
         bytes_per_token: UTF-8 bytes of the text per token of it, to convert nats per token to bits per byte.
         digest: SHA-256 of the ids as little-endian int64, in hexadecimal.
+        dataset: Id of the dataset on the Hub that the text comes from, if it comes from there.
     """
 
     name: str
     ids: torch.Tensor
     bytes_per_token: float
     digest: str
+    dataset: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -133,4 +135,4 @@ def _rows(text: Text, rows: list[list[int]], bytes_per_token: float) -> Rows:
 
     ids = torch.tensor(rows, dtype=torch.int64)
     digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return Rows(text.name, ids, bytes_per_token, digest)
+    return Rows(text.name, ids, bytes_per_token, digest, text.dataset)

@@ -5,8 +5,6 @@ The command line and the Python API both call this module; it prints nothing and
 
 from __future__ import annotations
 
-import shlex
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +25,7 @@ from slicecli.errors import (
 )
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.memory import available_memory_bytes, peak_memory_bytes
-from slicecli.modeling import CODE_FILES, CONFIG_TYPE
+from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.record import Energy
@@ -354,6 +352,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
+    from slicecli.completion import complete_folder, licence_warning
     from slicecli.slicing.pipeline import collect_basis, refit
     from slicecli.slicing.published import slice_published
     from slicecli.slicing.state import Batches, Silent
@@ -388,7 +387,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
                 )
                 energies.append(Energy.of_spectrum(spectrum, plan))
         for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
-            _complete_folder(job, plan, config, folder, rows, energy, writer.finish())
+            complete_folder(job, plan, config, folder, rows, energy, writer.finish())
         seconds = time.perf_counter() - started
         for (plan, _, output), energy in zip(job.slices, energies, strict=True):
             reports.append(
@@ -399,7 +398,7 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
                     energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
-                    warnings=warnings + _growth_warning(plan),
+                    warnings=warnings + _growth_warning(plan) + licence_warning(job.source),
                 )
             )
     return reports
@@ -567,35 +566,6 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def reproduce_command(job: Job, plan: SlicePlan) -> str:
-    """Return the command line that makes a slice again; a text file appears by its name only."""
-    options = job.options
-    words = ["slicecli", "slice", plan.model, *_width_words(plan, options.slice_head)]
-    if plan.method != "refit":
-        words += ["--method", plan.method, "--final-orientation", options.orientation]
-    if job.source.commit:
-        words += ["--revision", job.source.commit]
-    words += [
-        "--calibration",
-        Path(options.calibration).name if Path(options.calibration).exists() else options.calibration,
-    ]
-    words += ["--samples", str(options.samples), "--seq-len", str(job.sequence_length), "--seed", str(options.seed)]
-    words += ["--dtype", plan.dtype]
-    if plan.adapter == AUTO_ADAPTER:
-        words += ["--adapter", AUTO_ADAPTER]
-    if job.source.code_files():
-        words += ["--trust-remote-code"]
-    return shlex.join(words)
-
-
-def _width_words(plan: SlicePlan, slice_head: bool | None) -> list[str]:
-    """Return the options that say how wide a slice is."""
-    if plan.schedule is None:
-        return ["--dim", str(plan.dim)]
-    words = ["--schedule", plan.schedule_name] if plan.schedule_name else ["--dim", str(plan.dim)]
-    return [*words, *([] if slice_head is None else ["--slice-head" if slice_head else "--no-slice-head"])]
-
-
 def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptions) -> tuple[Target, ShardWriter]:
     """Make the empty sliced model and lay out its weight files."""
     import torch
@@ -623,25 +593,6 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
             writer.write(stored, part)
 
     return Target(plan.dim, shell, dtype, sink), writer
-
-
-def _complete_folder(
-    job: Job, plan: SlicePlan, config: Any, folder: Path, rows: Rows, energy: Energy, digests: dict[str, str]
-) -> None:
-    """Put everything but the weights into a slice's folder."""
-    from slicecli.hub.card import render_card
-    from slicecli.record import build_record, write_record
-
-    if plan.layout == "stock":
-        config.architectures = job.config.architectures
-    config.save_pretrained(folder)
-    own_code = CODE_FILES if plan.layout == "custom-code" else job.source.code_files()
-    for file in (*job.source.companion_files(), *own_code):
-        shutil.copyfile(file, folder / file.name)
-    record = build_record(plan, job.source, rows, job.options.seed, energy, digests)
-    write_record(folder, record)
-    card = render_card(record, job.source.folder, reproduce_command(job, plan))
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@
     │   └── WeightsError             its weights are missing, damaged, unsafe or not finite
     ├── TextError                a calibration or evaluation text cannot be found or is too short
     ├── OutputError              the result cannot be written
+    ├── PublishError             the result is there, and could not be sent to the Hub
     └── PluginError              a plugin declares something that does not hold
 
 A message is one sentence with the cause and one with the remedy. The command line prints it without a
@@ -25,6 +26,7 @@ __all__ = [
     "NotInferredError",
     "OutputError",
     "PluginError",
+    "PublishError",
     "RequestError",
     "SlicecliError",
     "SourceError",
@@ -93,6 +95,10 @@ class TextError(SlicecliError):
 
 class OutputError(SlicecliError):
     """The result cannot be written."""
+
+
+class PublishError(SlicecliError):
+    """A slice could not be published; it is whole on this machine."""
 
 
 class PluginError(SlicecliError):

@@ -7,7 +7,8 @@ there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from slicecli.testing.adapter_tests import Subject
+    from slicecli.testing.loopback_hub import LoopbackHub
     from slicecli.testing.slice_tests import SliceUnderTest
 
 __all__: list[str] = []
@@ -225,6 +227,25 @@ def isolated_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     return home
+
+
+@pytest.fixture
+def loopback_hub(isolated_hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub on this machine, empty, with a cache of the test's own.
+
+    Processes that the test starts use it as they are, with the token of the user `me`. The Hub's client in the test's
+    own process does not: it was told at import where the Hub is. There, use `loopback_hub.api()`.
+    """
+    from slicecli.testing.loopback_hub import LoopbackHub
+
+    with LoopbackHub() as hub:
+        wanted = hub.environment(isolated_hub_cache)
+        for name in set(os.environ) - set(wanted):
+            monkeypatch.delenv(name)
+        for name, value in wanted.items():
+            if os.environ.get(name) != value:
+                monkeypatch.setenv(name, value)
+        yield hub
 
 
 @pytest.fixture

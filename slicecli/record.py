@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE, read_json, write_whole_file
-from slicecli.errors import OutputError
 from slicecli.plan import SlicePlan
+from slicecli.schema import schema_errors
 
 if TYPE_CHECKING:
     from slicecli.calibration import Rows
@@ -30,8 +30,6 @@ __all__ = [
     "Energy",
     "build_record",
     "calibration_fields",
-    "enter_curves",
-    "enter_results",
     "package_versions",
     "read_record",
     "write_record",
@@ -84,9 +82,17 @@ def _spectrum_dims(plan: SlicePlan) -> range:
 
 
 def build_record(
-    plan: SlicePlan, source: Source, rows: Rows, seed: int, energy: Energy, weights: dict[str, str]
+    plan: SlicePlan,
+    source: Source,
+    rows: Rows,
+    seed: int,
+    energy: Energy,
+    weights: Mapping[str, str],
+    command: str,
+    inherited: Mapping[str, Any],
+    other_dims: Mapping[int, int],
 ) -> dict[str, Any]:
-    """Put a record together.
+    """Put a record together; what is measured and predicted of the slice, and its files, are entered later.
 
     Args:
         plan: What was decided.
@@ -95,6 +101,9 @@ def build_record(
         seed: Seed of their draw.
         energy: What it keeps of the stream.
         weights: SHA-256 of each weight file.
+        command: The command that makes the slice again.
+        inherited: Licence and languages from the dense model's card.
+        other_dims: Parameters of slices to other dims.
     """
     return {
         "record_version": RECORD_VERSION,
@@ -105,6 +114,10 @@ def build_record(
             "commit": source.commit,
             "model_type": plan.model_type,
         },
+        "ancestry": _ancestry(source),
+        "repository": None,
+        "command": command,
+        "inherited": dict(inherited),
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
@@ -120,15 +133,28 @@ def build_record(
         "energy": energy.fields,
         "results": {},
         "curve": None,
-        "weights": weights,
+        "predictions": [],
+        "other_dims": [{"dim": dim, "parameters": count} for dim, count in other_dims.items()],
+        "weights": dict(weights),
+        "files": {},
         "versions": package_versions(),
     }
+
+
+def _ancestry(source: Source) -> list[dict[str, Any]]:
+    """Return the slices that a source is the last of, itself first; nothing where it is no slice."""
+    record = read_record(source.folder)
+    if record is None or schema_errors(record):
+        return []
+    own = {name: record[name] for name in ("method", "hidden_size", "dim", "slicecli_version")}
+    return [{**record["source"], **own}, *record["ancestry"]]
 
 
 def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
     """Return what identifies calibration rows."""
     return {
         "text": rows.name,
+        "dataset": rows.dataset,
         "samples": len(rows.ids),
         "sequence_length": rows.sequence_length,
         "tokens": rows.tokens,
@@ -149,51 +175,12 @@ def package_versions() -> dict[str, str]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write a record into a slice's folder."""
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def enter_results(
-    folder: Path, perplexity: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Enter what was measured into the record of a slice, beside what is there.
-
-    Args:
-        folder: The slice.
-        perplexity: What `PerplexityResult.to_json` returns, by text.
-        tasks: What `TaskResult.to_json` returns, by task.
+    """Write a record into a slice's folder, whole or not at all.
 
     Raises:
-        OutputError: The folder has no record, or it cannot be written.
+        OutputError: It cannot be written.
     """
-    record = _record_to_enter_in(folder)
-    results = dict(record.get("results") or {})
-    for kind, measured in (("perplexity", perplexity), ("tasks", tasks)):
-        if measured:
-            results[kind] = {**(results.get(kind) or {}), **measured}
-    record["results"] = {**results, "versions": package_versions()}
     write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
-    """Enter prediction curves into the record of a slice, in place of those that are there.
-
-    Args:
-        folder: The slice.
-        curves: What `Curve.to_json` returns.
-
-    Raises:
-        OutputError: The folder has no record, or it cannot be written.
-    """
-    record = {**_record_to_enter_in(folder), "curve": {"curves": list(curves)}}
-    write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def _record_to_enter_in(folder: Path) -> dict[str, Any]:
-    record = read_record(folder)
-    if record is None:
-        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
-    return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import file_digest, read_json, write_whole_file
+from slicecli.description import enter_curves, enter_results
 from slicecli.dimensions import Dimensions
 from slicecli.engine import Job, SliceOptions, find_adapter, plan_slices, quiet_libraries, run_slices
 from slicecli.errors import OutputError
@@ -27,7 +28,7 @@ from slicecli.estimation.results import check_relation, curves_json, fit_results
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
 from slicecli.plan import Width, slice_sizes
-from slicecli.record import enter_curves, enter_results, package_versions, read_record
+from slicecli.record import package_versions, read_record
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run_sweep(
     _write(folder, document)
     for point in document["points"]:
         if point["dim"] in places and read_record(places[point["dim"]]) is not None:
-            _complete_slice(places[point["dim"]], point, document["curves"])
+            _complete_slice(places[point["dim"]], point, document)
     _draw(folder / PLOT_FILE, curves, job)
     return Sweep(folder, document, tuple(curves), tuple(warnings))
 
@@ -248,10 +249,11 @@ class _Measure:
         return measured
 
 
-def _complete_slice(folder: Path, point: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> None:
+def _complete_slice(folder: Path, point: Mapping[str, Any], document: Mapping[str, Any]) -> None:
     """Enter into a slice that is kept what the sweep found."""
-    enter_results(folder, point["perplexity"], point["tasks"])
-    enter_curves(folder, curves)
+    dense = {name: document["dense"][name] for name in ("perplexity", "tasks")}
+    enter_results(folder, point["perplexity"], point["tasks"], dense)
+    enter_curves(folder, document["curves"])
     (folder / MARK_FILE).unlink(missing_ok=True)
 
 

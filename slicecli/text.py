@@ -28,10 +28,12 @@ class Text:
     Attributes:
         name: How reports and records name it: a field name, a dataset id, or a file name without its folder.
         documents: The documents, in a fixed order.
+        dataset: Id of the dataset on the Hub that it comes from, if it comes from there.
     """
 
     name: str
     documents: tuple[str, ...]
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
     column = where.column or _text_column(rows, name)
     documents: Iterable[str] = (str(document) for document in rows[column])
     if where.is_joined:
-        return Text(name, ("\n\n".join(documents),))
-    return Text(name, tuple(document for document in documents if document.strip()))
+        return Text(name, ("\n\n".join(documents),), where.dataset)
+    return Text(name, tuple(document for document in documents if document.strip()), where.dataset)
 
 
 def _any_split(splits: Any, part: Part) -> Any:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-from loopback import loopback_hub
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
@@ -283,54 +282,39 @@ def test_estimate_imports_nothing_heavy_and_asks_no_network(llama, more):
     assert done.returncode == 0, done.stderr
 
 
-def by_hub(hub, tmp_path, *words):
-    """Run the command line as a process of its own, with the Hub on this machine."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
+def by_hub(*words):
+    """Run the command line as a process of its own, which uses the Hub of the fixture."""
     command = [sys.executable, "-m", "slicecli", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_of_a_hub_model_only_what_describes_it_is_fetched(checkpoints, tmp_path):
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for file in checkpoints("llama-3").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "README.md").write_text(CARD)
-    with loopback_hub({NAME: folder}) as hub:
-        done = by_hub(hub, tmp_path, "estimate", NAME, "--dim", "36", "--format", "json")
-        assert done.returncode == 0, done.stderr
-        document = json.loads(done.stdout)
-        assert document["dense"]["perplexity"] == {"value": 9.5, "text": "wikitext2", "source": "the model's card"}
-        fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
-        assert fetched <= {"config.json", "README.md", "slicecli.json"}
-        assert "config.json" in fetched
+def test_of_a_hub_model_only_what_describes_it_is_fetched(checkpoints, loopback_hub):
+    loopback_hub.upload(NAME, checkpoints("llama-3"))
+    loopback_hub.upload(NAME, {"README.md": CARD.encode()})
+    done = by_hub("estimate", NAME, "--dim", "36", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["dense"]["perplexity"] == {"value": 9.5, "text": "wikitext2", "source": "the model's card"}
+    fetched = {request.path.rpartition("/")[2] for request in loopback_hub.requests if "/resolve/" in request.path}
+    assert fetched <= {"config.json", "README.md", "slicecli.json"}
+    assert "config.json" in fetched
 
 
-def test_a_curve_is_taken_from_a_slice_on_the_hub(run, results, tmp_path):
+def test_a_curve_is_taken_from_a_slice_on_the_hub(run, results, loopback_hub):
     files = results(*(eval_document(dim, odds(dim)) for dim in (4096, *DIMS)))
     curves = json.loads(run("fit", *files, "--format", "json").stdout)["curves"]
-    dense, holder = tmp_path / "dense", tmp_path / "holder"
-    for folder in (dense, holder):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    (holder / "slicecli.json").write_text(json.dumps({"curve": {"curves": curves}}))
-    with loopback_hub({NAME: dense, "me/slice": holder}) as hub:
-        command = ["estimate", NAME, "--dim", "3200", "--format", "json", "--curve"]
-        done = by_hub(hub, tmp_path, *command, "me/slice")
-        assert done.returncode == 0, done.stderr
-        (one,) = json.loads(done.stdout)["estimates"]
-        assert one["perplexity"]["value"] == pytest.approx(odds(3200), rel=1e-6)
-        assert "(me/slice)" in one["perplexity"]["source"]
-        without = by_hub(hub, tmp_path, *command, NAME)
-        assert without.returncode == 2
-        assert "has no curve" in without.stderr
+    config = {"config.json": json.dumps(LLAMA_3_8B).encode()}
+    loopback_hub.upload(NAME, config)
+    loopback_hub.upload("me/slice", {**config, "slicecli.json": json.dumps({"curve": {"curves": curves}}).encode()})
+    command = ["estimate", NAME, "--dim", "3200", "--format", "json", "--curve"]
+    done = by_hub(*command, "me/slice")
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)["estimates"]
+    assert one["perplexity"]["value"] == pytest.approx(odds(3200), rel=1e-6)
+    assert "(me/slice)" in one["perplexity"]["source"]
+    without = by_hub(*command, NAME)
+    assert without.returncode == 2
+    assert "has no curve" in without.stderr
 
 
 def test_a_type_that_no_plugin_knows_is_one_sentence(run, tmp_path):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from loopback import COMMIT, loopback_hub
 
 from slicecli.checkpoint import file_digest
 
@@ -16,44 +14,34 @@ NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
 @pytest.fixture
-def hub(checkpoints):
-    with loopback_hub({NAME: checkpoints("llama-3")}, gated=("meta-llama/gated",)) as server:
-        yield server
+def commit(loopback_hub, checkpoints):
+    """The commit of a model on the Hub, beside which there is a gated one."""
+    loopback_hub.create("meta-llama/gated", gated=True)
+    loopback_hub.upload("meta-llama/gated", {"config.json": b"{}"})
+    return loopback_hub.upload(NAME, checkpoints("llama-3"))
 
 
 @pytest.fixture
-def slicecli(hub, tmp_path):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN": "hf_dummy",
-        "NO_PROXY": "127.0.0.1",
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-
+def slicecli(loopback_hub, isolated_hub_cache, commit, tmp_path):
     def call(*words, **more):
         command = [sys.executable, "-m", "slicecli", *map(str, words)]
-        return subprocess.run(
-            command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        environment = {**loopback_hub.environment(isolated_hub_cache), **more}
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return call
 
 
-def test_a_hub_model_is_sliced_and_its_commit_recorded(slicecli, hub, run, checkpoints, slice_words, tmp_path):
+def test_a_hub_model_is_sliced_and_its_commit_recorded(slicecli, commit, run, checkpoints, slice_words, tmp_path):
     done = slicecli("slice", NAME, "--dim", "36", "--format", "json", *slice_words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["model"], report["revision"]) == (NAME, COMMIT)
+    assert (report["model"], report["revision"]) == (NAME, commit)
     output = tmp_path / "Meta-Llama-3-8B-Instruct-dim36"
     record = json.loads((output / "slicecli.json").read_text())
-    assert record["source"]["commit"] == COMMIT
+    assert record["source"]["commit"] == commit
     card = (output / "README.md").read_text()
     assert f"base_model: {NAME}" in card
-    assert f"slicecli slice {NAME} --dim 36 --revision {COMMIT}" in card
+    assert f"slicecli slice {NAME} --dim 36 --revision {commit}" in card
     # the same weights as from the folder itself
     assert run("slice", checkpoints("llama-3"), "--dim", "36", "-o", tmp_path / "local", *slice_words).exit_code == 0
     assert file_digest(output / "model.safetensors") == file_digest(tmp_path / "local" / "model.safetensors")
@@ -62,12 +50,13 @@ def test_a_hub_model_is_sliced_and_its_commit_recorded(slicecli, hub, run, check
     assert again.returncode == 0, again.stderr
 
 
-def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, hub, slice_words):
+def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, loopback_hub, slice_words):
     done = slicecli("slice", NAME, "--dim", "37", *slice_words)
     assert done.returncode == 2
     assert "36 and 40" in done.stderr
-    assert hub.requests
-    assert not any("safetensors" in request and "index" not in request for request in hub.requests)
+    fetched = [request.path.rpartition("/")[2] for request in loopback_hub.requests if "/resolve/" in request.path]
+    assert "config.json" in fetched
+    assert not any(name.endswith(".safetensors") for name in fetched)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +69,9 @@ def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, hub, 
         (("bad name",), "not a valid Hub id"),
     ],
 )
-def test_a_model_that_cannot_be_fetched_is_one_sentence(slicecli, words, message):
+def test_a_model_that_cannot_be_fetched_is_one_sentence(slicecli, loopback_hub, words, message):
     done = slicecli("inspect", *words)
     assert done.returncode == 1
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "hf_dummy" not in done.stderr
+    assert loopback_hub.token not in done.stderr

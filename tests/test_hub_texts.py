@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from loopback import loopback_hub
 
 CODE = """
 import json, sys
@@ -24,55 +23,53 @@ for name, part in json.loads(sys.argv[1]):
 """
 
 
-def parquet(path, **columns):
+def parquet(**columns):
     import pyarrow
     import pyarrow.parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), written)
+    return written.getvalue()
 
 
-def packed(path, *texts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": text}) for text in texts).encode()))
+def packed(*texts):
+    return gzip.compress("\n".join(json.dumps({"text": text}) for text in texts).encode())
 
 
 @pytest.fixture
-def read(tmp_path):
-    """Read several texts in one process of its own."""
-    root = tmp_path / "hub"
-    for split in ("train", "test"):
-        parquet(root / "wikitext" / "wikitext-2-raw-v1" / f"{split}-0.parquet", text=[" = A = \n", "", f"{split}\n"])
-        parquet(root / "ptb" / "penn_treebank" / split / "0000.parquet", sentence=[f"{split} one", f"{split} two"])
-    parquet(root / "alpaca" / "data" / "train-0.parquet", instruction=["i"] * 10, text=[f"{n}" for n in range(10)])
-    packed(root / "c4" / "en" / "c4-train.00000-of-01024.json.gz", "a", "b")
-    packed(root / "c4" / "en" / "c4-validation.00000-of-00008.json.gz", "c")
-    parquet(root / "mine" / "train-0.parquet", words=["w", "v"], number=[1, 2])
-    parquet(root / "several" / "train-0.parquet", one=["w"], two=["v"])
-    (root / "wikitext" / "README.md").write_text(
-        "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n"
-        "    path: wikitext-2-raw-v1/test-*\n  - split: train\n    path: wikitext-2-raw-v1/train-*\n---\n"
-    )
-    served = {
-        "Salesforce/wikitext": root / "wikitext",
-        "ptb-text-only/ptb_text_only": root / "ptb",
-        "tatsu-lab/alpaca": root / "alpaca",
-        "allenai/c4": root / "c4",
-        "me/mine": root / "mine",
-        "me/several": root / "several",
+def read(loopback_hub, isolated_hub_cache):
+    """Read several texts in one process of its own, which has no token."""
+    wikitext = {
+        "README.md": (
+            b"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n"
+            b"    path: wikitext-2-raw-v1/test-*\n  - split: train\n    path: wikitext-2-raw-v1/train-*\n---\n"
+        )
     }
+    ptb = {}
+    for split in ("train", "test"):
+        wikitext[f"wikitext-2-raw-v1/{split}-0.parquet"] = parquet(text=[" = A = \n", "", f"{split}\n"])
+        ptb[f"penn_treebank/{split}/0000.parquet"] = parquet(sentence=[f"{split} one", f"{split} two"])
+    c4 = {
+        "en/c4-train.00000-of-01024.json.gz": packed("a", "b"),
+        "en/c4-validation.00000-of-00008.json.gz": packed("c"),
+    }
+    alpaca = {"data/train-0.parquet": parquet(instruction=["i"] * 10, text=[f"{number}" for number in range(10)])}
+    for name, files in (
+        ("Salesforce/wikitext", wikitext),
+        ("tatsu-lab/alpaca", alpaca),
+        ("allenai/c4", c4),
+        ("me/mine", {"train-0.parquet": parquet(words=["w", "v"], number=[1, 2])}),
+        ("me/several", {"train-0.parquet": parquet(one=["w"], two=["v"])}),
+        ("me/gated", {"train-0.parquet": parquet(text=["w"])}),
+    ):
+        loopback_hub.upload(name, files, kind="dataset")
+    loopback_hub.upload("ptb-text-only/ptb_text_only", ptb, kind="dataset", revision="refs/convert/parquet")
+    loopback_hub.repository("me/gated", kind="dataset").gated = True
 
     def call(*wishes):
-        with loopback_hub(served, gated=("me/gated",)) as server:
-            environment = {
-                **os.environ,
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                "HF_HOME": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_XET": "1",
-                "NO_PROXY": "127.0.0.1",
-            }
-            command = [sys.executable, "-c", CODE, json.dumps(wishes)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        environment = loopback_hub.environment(isolated_hub_cache, token=None)
+        command = [sys.executable, "-c", CODE, json.dumps(wishes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

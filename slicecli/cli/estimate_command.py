@@ -292,27 +292,15 @@ def _perplexity(value: float) -> str:
 def _draw(result: Estimate, path: Path) -> None:
     """Draw every forecast; without one there is nothing to draw."""
     from slicecli.errors import RequestError
-    from slicecli.estimation.plot import Picture, draw_quality
+    from slicecli.estimation.plot import draw_quality, picture_of_forecast
 
     if not result.forecasts:
         raise RequestError("There is no prediction to draw.", "Give --dense-perplexity or --dense-accuracy.")
     widest = max((one.sparsity for one in result.slices), default=0.5)
+    title = f"{result.model}, sliced by {result.method}"
+    marked = [one.sparsity for one in result.slices]
     pictures = [
-        Picture(
-            title=f"{result.model}, sliced by {result.method}",
-            subtitle=forecast.basis,
-            quantity=forecast.quantity,
-            evaluation=forecast.evaluation,
-            hidden_size=result.hidden_size,
-            dense=forecast.dense.value,
-            chance=forecast.chance,
-            predict=forecast.predict,
-            paper=forecast.paper,
-            measured=forecast.points,
-            marked=[one.sparsity for one in result.slices],
-            parameters=result.parameters,
-            range=(0.0, min(0.9, widest + 0.05)),
-        )
+        picture_of_forecast(title, forecast, result.hidden_size, marked, widest, result.parameters)
         for forecast in result.forecasts
     ]
     draw_quality(pictures, path)

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON here."
 )
 @click.option(
-    "--record", "is_recorded", is_flag=True, help="Enter the result in the record of MODEL, a slice's folder."
+    "--record",
+    "is_recorded",
+    is_flag=True,
+    help="Enter the result in the record and the card of MODEL, a slice's folder; with --baseline that of the dense "
+    "model too.",
 )
 @shared.model_options
 @shared.format_option
@@ -51,7 +55,7 @@ def command(
     """
     from slicecli.errors import OutputError, RequestError
     from slicecli.evaluation.measure import evaluate, evaluate_both
-    from slicecli.record import enter_results, read_record
+    from slicecli.record import read_record
 
     if is_recorded and (not Path(model).is_dir() or read_record(Path(model)) is None):
         raise RequestError(
@@ -71,13 +75,32 @@ def command(
     if output is not None:
         show.write_json(output, document)
     if is_recorded:
-        enter_results(Path(model), document["perplexity"], document["tasks"])
+        _enter(Path(model), document)
     if output_format == "json":
         show.print_json(document)
     elif other is None:
         _print_one(found)
     else:
         _print_both(found, other, document["comparison"])
+
+
+def _enter(folder: Path, document: dict[str, Any]) -> None:
+    """Enter results into a slice's record; those of the model it was made from too, and what both say together."""
+    from slicecli.description import enter_results
+    from slicecli.estimation.results import fit_results, series_of
+
+    dense = document.get("baseline")
+    if dense is not None and not _is_dense_model_of(document, dense):
+        show.warn(f"{dense['model']} is not the model that the slice was made from: its figures are not recorded.")
+        dense = None
+    curves = [] if dense is None else [one.to_json() for one in fit_results(series_of([dense, document]))]
+    measured = (document["perplexity"], document["tasks"])
+    enter_results(folder, *measured, dense and {name: dense[name] for name in ("perplexity", "tasks")}, curves)
+
+
+def _is_dense_model_of(document: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = ("model", "commit")
+    return other["method"] is None and all(document["source"][name] == other["source"][name] for name in names)
 
 
 def _print_one(found: Evaluation) -> None:

@@ -14,6 +14,7 @@ from slicecli.plan import parse_bytes, parse_count
 if TYPE_CHECKING:
     from slicecli.engine import SliceOptions
     from slicecli.evaluation.measure import EvaluationOptions
+    from slicecli.hub.push import PushOptions
 
 __all__ = [
     "DTYPE",
@@ -34,6 +35,8 @@ __all__ = [
     "measure_options",
     "method_options",
     "model_options",
+    "publication_options",
+    "push_options",
     "run_options",
     "slice_options",
 ]
@@ -189,6 +192,30 @@ def model_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def push_options(function: Function) -> Function:
+    """Add the options that say how a slice is published."""
+    for option in (
+        click.option("--commit-message", metavar="TXT", help="First line of the commit.  [default: what the slice is]"),
+        click.option("--create-pr", is_flag=True, help="Propose a pull request instead of changing the branch."),
+        click.option("--private", is_flag=True, help="Make the repository private if it is new."),
+    ):
+        function = option(function)
+    return function
+
+
+def publication_options(chosen: Mapping[str, Any], revision: str | None = None) -> PushOptions:
+    """Return how a slice is published, from the options above and the token.
+
+    Args:
+        chosen: Values by the names that click gives them.
+        revision: Branch to change.
+    """
+    from slicecli.hub.push import PushOptions
+
+    fields = ("private", "create_pr", "commit_message", "token")
+    return PushOptions(**{name: chosen[name] for name in fields}, revision=revision)
 
 
 def device_map_option(function: Function) -> Function:

@@ -39,6 +39,8 @@ from slicecli.cli import output as show
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
 @shared.adapter_option
+@click.option("--push", "repository", metavar="REPO", help="Publish the slice as REPO on the Hub when it is done.")
+@shared.push_options
 @shared.model_options
 @shared.format_option
 @click.pass_obj
@@ -55,6 +57,7 @@ def command(
     dry_run: bool,
     schedule: str | None,
     max_shard_size: str,
+    repository: str | None,
     output_format: str,
     **chosen: Any,
 ) -> None:
@@ -65,9 +68,13 @@ def command(
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
       slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
+    from slicecli.errors import RequestError, SlicecliError
     from slicecli.plan import Width
 
+    if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
+        raise RequestError("--private, --create-pr and --commit-message are of publishing.", "Add --push REPO.")
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
     shared.check_shard_size(max_shard_size)
 
@@ -75,6 +82,12 @@ def command(
     from slicecli.memory import return_freed_memory_at_once
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
+    publication = shared.publication_options(chosen)
+    if repository is not None and not dry_run:
+        from slicecli.hub.push import check_can_push
+
+        # hours before it would fail otherwise
+        check_can_push(repository, publication)
     return_freed_memory_at_once()
     job = plan_slices(model, [width], [output], settings)
     plan, _, folder = job.slices[0]
@@ -95,20 +108,29 @@ def command(
         report = run_slices(job, watcher)[0]
     for text in report.warnings:
         show.warn(text)
-    _report(
-        {
-            **_fields(plan, folder, report.revision),
-            "energy_kept": report.energy_kept,
-            "seconds": round(report.seconds, 3),
-            "peak_memory_bytes": report.peak_memory_bytes,
-        },
-        output_format,
-    )
+    fields = {
+        **_fields(plan, folder, report.revision),
+        "energy_kept": report.energy_kept,
+        "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": report.peak_memory_bytes,
+    }
+    if repository is not None:
+        from slicecli.cli.push_command import publication_fields, push
+
+        try:
+            published = push(folder, repository, publication, context["quiet"])
+        except SlicecliError:
+            _report({**fields, "published": None}, output_format)
+            raise
+        fields["published"] = publication_fields(published)
+    _report(fields, output_format)
     if not context["quiet"]:
         show.note(
             f"{folder}: {report.energy_kept:.1%} of the energy kept, {report.seconds:.0f} s, "
             f"peak memory {show.size(report.peak_memory_bytes)}"
         )
+        if repository is not None:
+            show.note(f"Published: {published.url}")
         if plan.layout == "custom-code":
             show.note("It brings code of its own: load it with trust_remote_code=True, or after `import slicecli`.")
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")

@@ -91,6 +91,15 @@ class Curve:
         known = (round(point.dim / (1 - point.sparsity)) for point in self.series.points if point.dim)
         return next(known, 1)
 
+    def parameters_with_errors(self) -> list[tuple[str, float, float | None]]:
+        """Return name, value and standard error of each parameter; no error where there are no points to spare."""
+        names = relation_named(self.relation, self.series.quantity).parameters
+        errors = [
+            None if self.covariance is None else math.sqrt(max(0.0, self.covariance[index][index]))
+            for index in range(len(names))
+        ]
+        return list(zip(names, self.parameters, errors, strict=True))
+
     def predict(self, sparsity: float) -> Prediction:
         """Predict at a fraction removed, with the interval that the points allow."""
         series = self.series

@@ -25,6 +25,7 @@ from slicecli.estimation.predictions import (
     DEFAULT_RELATION,
     FARTHEST,
     Prediction,
+    known_range,
     predict_new,
     shift_of,
     spread_of,
@@ -51,6 +52,10 @@ class Forecast:
         evaluation: On which text or task.
         dense: The dense figure.
         chance: Chance level of a task.
+        relation: Name of the relation.
+        parameters: Name and value of each of its parameters, and the standard error where they were fitted to more
+            points than they are.
+        range: The least and the largest s of what they were fitted to, or of what the intervals are learnt from.
         basis: What the interval rests on, in words.
         predict: The prediction at an s.
         paper: The value by the paper's relation at an s, as people quote it; `None` where that has no meaning.
@@ -62,6 +67,9 @@ class Forecast:
     evaluation: str
     dense: Figure
     chance: float | None
+    relation: str
+    parameters: tuple[tuple[str, float, float | None], ...]
+    range: tuple[float, float]
     basis: str
     predict: Callable[[float], Prediction]
     paper: Callable[[float], float] | None
@@ -80,6 +88,22 @@ class Forecast:
             "source": self.basis,
             "is_outside": prediction.is_outside or sparsity > FARTHEST,
             "paper": None if self.paper is None else self.paper(sparsity),
+        }
+
+    def about_json(self) -> dict[str, Any]:
+        """Return all but the predictions themselves as plain data."""
+        return {
+            "quantity": self.quantity,
+            "evaluation": self.evaluation,
+            "dense": {"value": self.dense.value, "source": self.dense.source},
+            "chance": self.chance,
+            "relation": self.relation,
+            "formula": relation_named(self.relation, self.quantity).formula,
+            "parameters": {name: {"value": value, "stderr": error} for name, value, error in self.parameters},
+            "valid_sparsity": list(self.range),
+            "basis": self.basis,
+            "measured_slices": len(self.points),
+            "notes": list(self.notes),
         }
 
 
@@ -267,6 +291,14 @@ def forecast_new(
         evaluation=evaluation,
         dense=figure,
         chance=level,
+        relation=chosen.name,
+        parameters=tuple(
+            (parameter, value, None)
+            for parameter, value in zip(
+                chosen.parameters, spread.typical_parameters(dense, family, size, shift), strict=True
+            )
+        ),
+        range=known_range(chosen, method),
         basis=_basis(quantity, family, chosen.needs_spectrum),
         predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
         paper=_paper(quantity, dense),
@@ -342,6 +374,9 @@ def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None
         evaluation=series.evaluation,
         dense=Figure(quoted(series.dense.value), dense_source or source),
         chance=series.dense.chance,
+        relation=curve.relation,
+        parameters=tuple(curve.parameters_with_errors()),
+        range=curve.valid_sparsity,
         basis=f"{count} measured slice{'s' * (count != 1)} ({source}){error}; {curve.reason}",
         predict=curve.predict,
         paper=_paper(series.quantity, series.dense),

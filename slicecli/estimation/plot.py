@@ -24,9 +24,10 @@ from slicecli.estimation.relations import Quantity, quoted_by, quoted_error, rel
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
+    from slicecli.estimation.forecasts import Forecast
     from slicecli.estimation.validation import Check
 
-__all__ = ["Picture", "check_plot_file", "draw_quality", "draw_validation", "picture_of_curve"]
+__all__ = ["Picture", "check_plot_file", "draw_quality", "draw_validation", "picture_of_curve", "picture_of_forecast"]
 
 # distinct in grey and for colour-blind eyes
 BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#4d9221", "#777777"
@@ -109,6 +110,41 @@ def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = Non
     )
 
 
+def picture_of_forecast(
+    title: str,
+    forecast: Forecast,
+    hidden_size: int,
+    marked: Sequence[float],
+    widest: float,
+    parameters: Callable[[int], int] | None = None,
+) -> Picture:
+    """Return the picture of a forecast.
+
+    Args:
+        title: Above it.
+        forecast: The forecast.
+        hidden_size: d.
+        marked: Values of s to mark on the curve.
+        widest: The largest s of interest.
+        parameters: Parameters at a dim, for the second axis.
+    """
+    return Picture(
+        title=title,
+        subtitle=forecast.basis,
+        quantity=forecast.quantity,
+        evaluation=forecast.evaluation,
+        hidden_size=hidden_size,
+        dense=forecast.dense.value,
+        chance=forecast.chance,
+        predict=forecast.predict,
+        paper=forecast.paper,
+        measured=forecast.points,
+        marked=marked,
+        parameters=parameters,
+        range=(0.0, min(0.9, widest + 0.05)),
+    )
+
+
 def draw_quality(pictures: Sequence[Picture], path: Path) -> None:
     """Draw one panel for each quantity, below each other.
 
@@ -167,9 +203,9 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     _scale(axes, picture, values + [figure for _, figure, _ in picture.measured], highs, lows)
     axes.set_xlim(size * (1 + 0.02), size * (1 - highest))
     axes.set_xlabel("dim kept")
-    axes.set_ylabel(f"{picture.quantity} on {picture.evaluation}")
+    axes.set_ylabel(f"{picture.quantity} on {picture.evaluation}", parse_math=False)
     lines = [picture.title, *picture.subtitle.splitlines()]
-    axes.set_title("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=8, loc="left")
+    axes.set_title("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=8, loc="left", parse_math=False)
     axes.grid(alpha=0.25)
     corner = "upper left" if picture.quantity == "perplexity" else "lower left"
     axes.legend(fontsize=8, loc=corner, framealpha=0.9, edgecolor="none")

@@ -1,146 +1,272 @@
-"""The model card of a slice: what it is, how it loads, what changed, how it was made.
+"""The model card of a slice: what it is, how it loads, what changed, what other dims would give, how it was made.
 
-What a base model's card says is another's text. Only a licence and languages are taken from it, and only where
-they look like what they should be.
+The card is a function of the record alone, so that it can be written again and checked. What slicecli writes stands
+between two marks; text outside of them is its owner's and stays as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["render_card"]
+from slicecli import __version__
+from slicecli.errors import OutputError
+from slicecli.hub.markdown import code, code_block, heading, prose
+from slicecli.hub.metadata import base_model_of, card_metadata
 
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual")
+__all__ = ["CARD_FILE", "PLOT_FILE", "Card", "read_card", "render_body", "render_card"]
+
+CARD_FILE = "README.md"
+PLOT_FILE = "plots/prediction.png"
+TEMPLATE_FILE = "card.md.jinja"
+UNKNOWN_PLACE = "PATH"
+_BEGIN = re.compile(r"<!-- slicecli ([\w.+-]+): begin -->\n")
+_END = "\n<!-- slicecli: end -->"
+CITATION = """\
+@inproceedings{xu2025representation,
+  title = {How can representation dimension dominate structurally pruned {LLMs}?},
+  author = {Xu, Mingxue and Alazraki, Lisa and Mandic, Danilo P.},
+  booktitle = {ICLR 2025 Workshop on Sparsity in LLMs},
+  year = {2025},
+  note = {arXiv:2503.04377}
+}
+
+@inproceedings{ashkboos2024slicegpt,
+  title = {{SliceGPT}: Compress Large Language Models by Deleting Rows and Columns},
+  author = {Ashkboos, Saleh and Croci, Maximilian L. and do Nascimento, Marcelo Gennari and Hoefler, Torsten and
+            Hensman, James},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+  note = {arXiv:2401.15024}
+}"""
 
 
-def render_card(record: dict[str, Any], source_folder: Path, command: str) -> str:
+class Card:
+    """A card in its parts.
+
+    Args:
+        text: The whole card.
+
+    Attributes:
+        metadata: The YAML at its top.
+        before: The owner's text before what slicecli wrote.
+        body: What slicecli wrote; `None` where there is nothing of it.
+        version: The version that wrote it.
+        after: The owner's text after it.
+    """
+
+    def __init__(self, text: str) -> None:
+        from huggingface_hub import ModelCard
+
+        card = ModelCard(text, ignore_metadata_errors=False)
+        self.metadata: dict[str, Any] = card.data.to_dict()
+        self.before, self.body, self.version, self.after = card.text.strip("\n"), None, None, ""
+        found = _BEGIN.search(card.text)
+        end = card.text.find(_END, found.end()) if found else -1
+        if found is not None and end >= 0:
+            self.before = card.text[: found.start()].strip("\n")
+            self.body = card.text[found.end() : end]
+            self.version = found[1]
+            self.after = card.text[end + len(_END) :].strip("\n")
+
+
+def read_card(folder: Path) -> Card | None:
+    """Return the card of a folder, `None` where there is none.
+
+    Raises:
+        OutputError: It cannot be read as one.
+    """
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Card(path.read_text(encoding="utf-8"))
+    except Exception as error:  # YAML errors, and what the Hub's client raises for metadata that is none
+        raise OutputError(
+            f"The card of {folder.name!r} cannot be read: {type(error).__name__}.",
+            f"Mend the YAML at the top of {CARD_FILE}, or remove the file.",
+        ) from None
+
+
+def render_card(record: Mapping[str, Any], existing: Card | None = None) -> str:
     """Return the text of a slice's README.md.
 
     Args:
         record: The slice's record.
-        source_folder: Folder of the dense model, whose card may state a licence and languages.
-        command: The command that makes the slice again.
+        existing: The card there is: text and metadata of its owner are kept.
     """
     from huggingface_hub import ModelCardData
 
-    inherited = _inherited(source_folder)
-    source = record["source"]
-    data = ModelCardData(
-        base_model=source["model"] if source["commit"] else None,
-        base_model_relation="finetune" if source["commit"] else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["slicecli", "sliced", "pruned"],
-        **inherited,
+    metadata = card_metadata(record)
+    before = after = ""
+    if existing is not None:
+        metadata = merged_metadata(existing.metadata, metadata)
+        before, after = existing.before, existing.after
+    parts = [
+        f"---\n{ModelCardData(ignore_metadata_errors=True, **metadata).to_yaml()}\n---",
+        before,
+        f"<!-- slicecli {__version__}: begin -->\n{render_body(record)}{_END}",
+        after,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card's metadata with ours in it: tags of both; a licence of the owner's stays where ours is unknown.
+
+    Args:
+        theirs: What the card has.
+        ours: What the record says.
+    """
+    merged = {**theirs, **ours}
+    tags = theirs.get("tags")
+    merged["tags"] = list(dict.fromkeys([*ours["tags"], *(tags if isinstance(tags, list) else [])]))
+    if ours["license"] == "other":
+        merged |= {name: theirs[name] for name in ("license", "license_name", "license_link") if name in theirs}
+    if "model-index" not in ours:
+        merged.pop("model-index", None)
+    return merged
+
+
+def render_body(record: Mapping[str, Any]) -> str:
+    """Return what slicecli writes into a card, as Markdown.
+
+    Args:
+        record: The slice's record.
+    """
+    name = str(record["source"]["model"])
+    place = record["repository"] or UNKNOWN_PLACE
+    text: str = _template().render(
+        **record,
+        name=name.rpartition("/")[2],
+        base_model_link=f"[{name}](https://huggingface.co/{name})" if base_model_of(record) == name else code(name),
+        is_stock=record["layout"] == "stock" and not record["needs_remote_code"],
+        method_sentence=_method_sentence(record),
+        layout_sentence=_layout_sentence(record),
+        transformers_snippet=_transformers_snippet(place, record["needs_remote_code"]),
+        vllm_snippet=code_block(f"vllm serve {place}"),
+        llama_cpp_snippet=_llama_cpp_snippet(record["repository"]),
+        measured=list(_measured(record)),
+        energy_sentence=_energy_sentence(record),
+        plot=PLOT_FILE if PLOT_FILE in record["files"] else "",
+        command_block=code_block(record["command"]),
+        citation_block=code_block(CITATION, "bibtex"),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(record, command, 'license' in inherited)}"
+    return text.strip("\n")
 
 
-def _inherited(folder: Path) -> dict[str, Any]:
-    """Take licence and languages from the base model's card, where they are well formed."""
-    from huggingface_hub import ModelCard
+@functools.cache
+def _template() -> Any:
+    import jinja2
 
-    try:
-        data = ModelCard.load(folder / "README.md").data.to_dict()
-    except Exception:  # no card, or one that is not valid: then nothing is inherited
-        return {}
-    inherited: dict[str, Any] = {}
-    for key in ("license", "license_name"):
-        value = data.get(key)
-        if isinstance(value, str) and _LICENSE.fullmatch(value):
-            inherited[key] = value
-    link = data.get("license_link")
-    if isinstance(link, str) and re.fullmatch(r"(https://)?[\w./%-]{1,200}", link):
-        inherited["license_link"] = link
-    languages = data.get("language")
-    languages = [languages] if isinstance(languages, str) else languages
-    if isinstance(languages, list) and all(isinstance(x, str) and _LANGUAGE.fullmatch(x) for x in languages):
-        inherited["language"] = languages
-    return inherited
-
-
-def _body(record: dict[str, Any], command: str, has_license: bool) -> str:
-    source, calibration = record["source"], record["calibration"]
-    name, dim, hidden_size = source["model"], record["dim"], record["hidden_size"]
-    parameters, size = record["parameters"], record["bytes"]
-    commit = f" at commit `{source['commit']}`" if source["commit"] else ""
-    license_note = (
-        "" if has_license else "\nThe licence of the base model is not stated in its card; find it out before use.\n"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slicecli.hub", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Markdown, not HTML; every text of others passes through one of the filters below
+        autoescape=False,
     )
-    trust = ", trust_remote_code=True" if record["needs_remote_code"] else ""
-    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    return f"""\
-# {name.rpartition("/")[2]}, sliced to hidden size {dim}
-
-This is `{name}`{commit} with its hidden size sliced from {hidden_size} to {dim} by slicecli
-{record["slicecli_version"]}. {_method_sentence(record)}
-{license_note}
-## Use
-
-{_layout_sentence(record)}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY", dtype="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY"{trust})
-```
-
-## Before and after
-
-| | dense | slice |
-|---|---|---|
-| hidden size | {hidden_size} | {dim} |
-| parameters | {parameters["dense"]:,} | {parameters["sliced"]:,} |
-| bytes of weights | {size["dense"]:,} | {size["sliced"]:,} |
-
-{_energy_sentence(record)}
-
-## How it was made
-
-```
-{command}
-```
-
-Calibration: `{calibration["text"]}`, {calibration["samples"]} rows of {calibration["sequence_length"]} tokens, seed
-{calibration["seed"]}, SHA-256 of the ids `{calibration["sha256"]}`. Versions: {versions}. `slicecli.json` has the whole
-record, with the SHA-256 of each weight file.
-
-A slice is worse than the model it comes from; measure it on your own task before you rely on it.
-"""
+    environment.filters.update(
+        code=code,
+        heading=heading,
+        prose=prose,
+        sentence=_sentence,
+        thousands=lambda number: f"{number:,}",
+        figure=_figure,
+    )
+    return environment.get_template(TEMPLATE_FILE)
 
 
-def _method_sentence(record: dict[str, Any]) -> str:
-    if record["method"] == "refit":
-        return (
-            "Every matrix that reads or writes the residual stream\nwas refitted by least squares; nothing was trained."
+def _figure(value: float, quantity: str) -> str:
+    """Return a perplexity or an accuracy as a person reads it."""
+    if quantity == "perplexity":
+        return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+    return f"{value:.3f}"
+
+
+def _sentence(text: str) -> str:
+    """Return a remark as a sentence."""
+    return prose(text[:1].upper() + text[1:].rstrip(".") + ".")
+
+
+def _measured(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of measured figures."""
+    results = record["results"]
+    dense = results.get("dense") or {}
+    for text, figure in (results.get("perplexity") or {}).items():
+        before = (dense.get("perplexity") or {}).get(text)
+        what = f"perplexity, {figure['tokens']:,} tokens in rows of {figure['seq_len']}"
+        yield {"what": text, "metric": what, "dense": _cell(before, 3), "slice": _cell(figure, 3)}
+    for task, figure in (results.get("tasks") or {}).items():
+        before = (dense.get("tasks") or {}).get(task)
+        chance = "" if figure.get("chance") is None else f", chance {figure['chance']:.3f}"
+        what = f"{figure['metric']}, {figure['num_fewshot']} examples, {figure['samples']:,} questions{chance}"
+        yield {"what": task, "metric": what, "dense": _cell(before, 4), "slice": _cell(figure, 4)}
+
+
+def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:
+    if figure is None or figure.get("value") is None:
+        return "not measured"
+    error = figure.get("stderr")
+    return f"{figure['value']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _transformers_snippet(place: str, needs_remote_code: bool) -> str:
+    trust = ", trust_remote_code=True" if needs_remote_code else ""
+    return code_block(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}"{trust})\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
+        "python",
+    )
+
+
+def _llama_cpp_snippet(repository: str | None) -> str:
+    folder = "PATH" if repository is None else repository.rpartition("/")[2]
+    name = "slice" if repository is None else folder
+    download = [] if repository is None else [f"hf download {repository} --local-dir {folder}"]
+    return code_block(
+        "\n".join(
+            [
+                *download,
+                f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
+                f"llama-cli -m {name}.gguf",
+            ]
         )
-    return (
-        "The stream is projected on the principal directions of each\n"
-        "place it is read at, as published ([SliceGPT](https://arxiv.org/abs/2401.15024)); nothing was refitted or "
-        "trained."
     )
 
 
-def _layout_sentence(record: dict[str, Any]) -> str:
-    model_type = record["source"]["model_type"]
+def _method_sentence(record: Mapping[str, Any]) -> str:
+    if record["method"] == "refit":
+        return "Every matrix that reads or writes the stream was refitted by least squares; nothing was trained."
+    return (
+        "The stream is projected on the principal directions of each place it is read at, as published "
+        "([SliceGPT](https://arxiv.org/abs/2401.15024)); nothing was refitted or trained."
+    )
+
+
+def _layout_sentence(record: Mapping[str, Any]) -> str:
+    model_type = code(record["source"]["model_type"])
     if record["layout"] == "custom-code":
         return (
-            f"It is a `{model_type}` model with a narrower residual stream than that class can describe, so it brings\n"
+            f"It is a {model_type} model with a narrower residual stream than that class can describe, so it brings "
             "`configuration_slicecli.py` and `modeling_slicecli.py`, which need torch and transformers only: read them "
-            "before you\ntrust them. After `import slicecli` transformers takes the installed ones instead, and the "
-            "flag is not needed. Made with\n"
-            f"transformers {record['versions']['transformers']}."
+            "before you trust them. After `import slicecli` transformers takes the installed ones instead, and the "
+            f"flag is not needed. Made with transformers {code(record['versions']['transformers'])}; vLLM and "
+            "llama.cpp do not know it."
         )
     if record["needs_remote_code"]:
         return "It runs the code of its base model, which lies beside the weights: read it before you trust it."
-    return f"It is a stock `{model_type}` checkpoint: no custom code is needed."
+    return f"It is a stock {model_type} checkpoint: no custom code is needed."
 
 
-def _energy_sentence(record: dict[str, Any]) -> str:
+def _energy_sentence(record: Mapping[str, Any]) -> str:
     kept = record["energy"]["kept"]
     if record["method"] == "refit":
         return f"The basis keeps {kept:.2%} of the energy of the normalised residual stream on the calibration text."

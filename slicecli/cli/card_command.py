@@ -1,0 +1,50 @@
+"""`slicecli card`: the model card of a slice, written again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import output as show
+
+
+@click.command("card")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--curve",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Enter the curves that `fit` or `sweep` wrote here, for the predictions of other dims.",
+)
+@click.option("--print", "is_printed", is_flag=True, help="Print the card on standard output.")
+@click.pass_obj
+def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printed: bool) -> None:
+    """Write the model card of the slice in DIR again, from its record.
+
+    What slicecli writes stands between two marks; what you write before and after them, and metadata that you add,
+    stay.
+
+    \b
+    Examples:
+      slicecli card ./my-slice
+      slicecli card ./my-slice --curve my-model-sweep/results.json
+    """
+    from slicecli.checkpoint import read_json
+    from slicecli.description import enter_curves, write_card
+    from slicecli.errors import RequestError
+    from slicecli.hub.card import CARD_FILE
+
+    if curve is None:
+        write_card(folder)
+    else:
+        content = read_json(curve)
+        found = content.get("curves") if isinstance(content, dict) else None
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise RequestError(f"{curve.name!r} holds no curves.", "Give a file that slicecli fit or sweep wrote.")
+        enter_curves(folder, found)
+    if is_printed:
+        show.result((folder / CARD_FILE).read_text(encoding="utf-8"))
+    elif not context["quiet"]:
+        show.note(f"{folder / CARD_FILE} is written.")

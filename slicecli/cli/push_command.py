@@ -1,0 +1,93 @@
+"""`slicecli push`: publish a slice on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+if TYPE_CHECKING:
+    from slicecli.hub.push import Publication, PushOptions
+
+
+@click.command("push")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repository", metavar="REPO")
+@shared.push_options
+@click.option("--revision", metavar="BRANCH", help="Branch to change, made if it is new.  [default: main]")
+@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@click.option("--dry-run", is_flag=True, help="Check the slice, print what would go, and stop.")
+@shared.format_option
+@click.pass_obj
+def command(
+    context: dict[str, Any],
+    /,
+    folder: Path,
+    repository: str,
+    revision: str | None,
+    dry_run: bool,
+    output_format: str,
+    **chosen: Any,
+) -> None:
+    """Publish the slice in DIR as REPO on the Hugging Face Hub.
+
+    Before anything is sent the slice is checked: whole, its files those of its record, no token and no local path in
+    any of them. Afterwards what the Hub has is compared with what is here. What the Hub has already is not sent again.
+
+    \b
+    Examples:
+      slicecli push ./my-slice me/my-slice --dry-run
+      slicecli push ./my-slice me/my-slice --private
+    """
+    from slicecli.hub.push import check_publishable
+
+    settings = shared.publication_options(chosen, revision)
+    if not dry_run:
+        print_publication(push(folder, repository, settings, context["quiet"]), output_format, context["quiet"])
+        return
+    files = check_publishable(folder, settings)
+    if output_format == "json":
+        show.print_json({"repository": repository, "files": files, "bytes": sum(files.values()), "dry_run": True})
+        return
+    show.print_table(["file", "size"], [[name, show.size(count)] for name, count in files.items()])
+    show.result(f"{len(files)} files, {show.size(sum(files.values()))}, would go to {repository}.")
+
+
+def push(folder: Path, repository: str, settings: PushOptions, is_quiet: bool) -> Publication:
+    """Push a slice, with the bars of the Hub's client in a terminal only."""
+    import sys
+
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    from slicecli.hub.push import push_slice
+
+    if is_quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    return push_slice(folder, repository, settings)
+
+
+def publication_fields(publication: Publication) -> dict[str, Any]:
+    """Return a publication as plain data."""
+    return {
+        "repository": publication.repository,
+        "url": publication.url,
+        "commit": publication.commit,
+        "pull_request": publication.pull_request,
+        "files": publication.files,
+        "bytes": sum(publication.files.values()),
+    }
+
+
+def print_publication(publication: Publication, output_format: str, is_quiet: bool) -> None:
+    """Say what was published where."""
+    if output_format == "json":
+        show.print_json(publication_fields(publication))
+        return
+    size = show.size(sum(publication.files.values()))
+    show.result(f"{publication.repository}: {len(publication.files)} files, {size}, {publication.url}")
+    if not is_quiet:
+        show.note("What the Hub has was compared with the folder, file by file: nothing differs.")

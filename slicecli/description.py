@@ -1,0 +1,246 @@
+"""What a slice says of itself, kept in step: its record, the predictions of other dims, their plot, and the card.
+
+Everything that is learnt of a slice after its weights are written is entered here: what was measured, curves that were
+fitted, the repository it goes to. The record is changed first, and the card is written from it.
+
+Legend: d hidden size, k dim kept, s = 1 - k/d.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_file
+from slicecli.errors import OutputError, RequestError
+from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
+from slicecli.record import package_versions, read_record, write_record
+
+if TYPE_CHECKING:
+    from slicecli.estimation.forecasts import Forecast
+
+__all__ = ["describe_slice", "enter_curves", "enter_repository", "enter_results", "own_files", "write_card"]
+
+RESULT_KINDS = ("perplexity", "tasks")
+HALF = 0.5  # of a unit of hidden size: closer than that is the same dim
+
+
+def describe_slice(folder: Path, record: dict[str, Any], forecasts: Sequence[Forecast]) -> None:
+    """Write plot, record and card of a new slice, whose other files are there.
+
+    Args:
+        folder: The slice.
+        record: What `slicecli.record.build_record` returned.
+        forecasts: What is predicted of slices of its model.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    record = _with_predictions(folder, record, forecasts)
+    files = {name: file_digest(folder / name) for name in own_files(folder) if name not in record["weights"]}
+    _write(folder, {**record, "files": files}, None)
+
+
+def own_files(folder: Path) -> list[str]:
+    """Return the files of a slice that its record has hashes of: all but the record, the card and hidden ones."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix()
+        for path in found
+        if path.as_posix() not in {RECORD_FILE, CARD_FILE} and not any(part.startswith(".") for part in path.parts)
+    )
+
+
+def enter_results(
+    folder: Path,
+    perplexity: Mapping[str, Mapping[str, Any]],
+    tasks: Mapping[str, Mapping[str, Any]],
+    dense: Mapping[str, Any] | None = None,
+    curves: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Enter what was measured into the record and the card of a slice, beside what is there.
+
+    Args:
+        folder: The slice.
+        perplexity: What `PerplexityResult.to_json` returns, by text.
+        tasks: What `TaskResult.to_json` returns, by task.
+        dense: The same two of the dense model, by `perplexity` and `tasks`.
+        curves: What `Curve.to_json` returns of curves through these figures; one that is there already and rests on
+            more slices stays.
+
+    Raises:
+        OutputError: The folder has no record, or it cannot be written.
+        RequestError: A curve is of another model or method.
+    """
+    record = _record_to_enter_in(folder)
+    results = _merged(record["results"], {"perplexity": perplexity, "tasks": tasks})
+    if dense is not None:
+        results["dense"] = _merged(results.get("dense") or {}, dense)
+    record["results"] = {**results, "versions": package_versions()}
+    by_subject = {_subject(one): one for one in (record["curve"] or {}).get("curves", [])}
+    for curve in curves:
+        known = by_subject.get(_subject(curve))
+        if known is None or len(known["points"]) <= len(curve["points"]):
+            by_subject[_subject(curve)] = curve
+    _write(folder, _with_curves(folder, record, list(by_subject.values())), folder)
+
+
+def _merged(results: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    new = {kind: {**(results.get(kind) or {}), **measured[kind]} for kind in RESULT_KINDS if measured.get(kind)}
+    return {**results, **new}
+
+
+def _subject(curve: Mapping[str, Any]) -> tuple[str, str]:
+    return str(curve["quantity"]), str(curve["evaluation"])
+
+
+def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Enter prediction curves into the record and the card of a slice, in place of those that are there.
+
+    Args:
+        folder: The slice.
+        curves: What `Curve.to_json` returns; those of other models and methods are left out.
+
+    Raises:
+        OutputError: The folder has no record, or it cannot be written.
+        RequestError: None is of this slice's model and method.
+    """
+    record = _record_to_enter_in(folder)
+    own = [
+        one for one in curves if (one.get("model"), one.get("method")) == (record["source"]["model"], record["method"])
+    ]
+    if not own:
+        raise RequestError(
+            f"There is no curve of {record['source']['model']} sliced by {record['method']} among them.",
+            "Give what fit or sweep wrote for the model that this slice was made from.",
+        )
+    _write(folder, _with_curves(folder, record, own), folder)
+
+
+def enter_repository(folder: Path, repository: str) -> None:
+    """Enter where a slice is published, so that its card says how to load it from there.
+
+    Raises:
+        OutputError: The folder has no record, or it cannot be written.
+    """
+    _write(folder, {**_record_to_enter_in(folder), "repository": repository}, folder)
+
+
+def write_card(folder: Path) -> None:
+    """Write the card of a slice again, from its record; what its owner wrote into the card stays.
+
+    Raises:
+        OutputError: The folder has no record, or the card cannot be read or written.
+    """
+    _write(folder, _record_to_enter_in(folder), folder)
+
+
+def _record_to_enter_in(folder: Path) -> dict[str, Any]:
+    from slicecli.schema import schema_errors
+
+    record = read_record(folder)
+    if record is None:
+        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
+    errors = schema_errors(record)
+    if errors:
+        raise OutputError(f"The {RECORD_FILE} of {folder.name!r} is damaged: {errors[0]}.", "Slice the model again.")
+    return copy.deepcopy(record)
+
+
+def _write(folder: Path, record: dict[str, Any], card_folder: Path | None) -> None:
+    """Write record and card; text of the owner of a card that is there already stays."""
+    card = render_card(record, None if card_folder is None else read_card(card_folder))
+    write_record(folder, record)
+    write_whole_file(folder / CARD_FILE, card)
+
+
+def _with_curves(folder: Path, record: dict[str, Any], curves: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a record with curves and what they predict; draw that."""
+    from slicecli.estimation.forecasts import forecast_by_curve
+    from slicecli.estimation.results import read_curves
+
+    if not curves:
+        return record
+    record = {**record, "curve": {"curves": curves}}
+    # read back, so that what is entered is what a reader will find
+    forecasts = [forecast_by_curve(one, "of this model", "measured") for one in read_curves(record["curve"])]
+    return _with_predictions(folder, record, forecasts)
+
+
+def _with_predictions(folder: Path, record: dict[str, Any], forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """Return a record with forecasts in it, as tables for the usual dims; draw them."""
+    if not forecasts:
+        return record
+    known = {one["dim"]: one["parameters"] for one in record["other_dims"]}
+    known[record["dim"]] = record["parameters"]["sliced"]
+    measured = {round((1 - s) * record["hidden_size"]) for forecast in forecasts for s, _, _ in forecast.points}
+    rows = {dim: known.get(dim) or _parameters_at(dim, known) for dim in known.keys() | measured}
+    predictions = [
+        {
+            **forecast.about_json(),
+            "estimates": [
+                _estimate(forecast, dim, count, record["hidden_size"])
+                for dim, count in sorted(rows.items(), reverse=True)
+            ],
+        }
+        for forecast in forecasts
+    ]
+    record = {**record, "predictions": predictions}
+    _draw(folder / PLOT_FILE, record, forecasts)
+    return {**record, "files": {**record["files"], PLOT_FILE: file_digest(folder / PLOT_FILE)}}
+
+
+def _parameters_at(dim: int, known: Mapping[int, int]) -> int | None:
+    """Return the parameters of a slice from those of others, whose number is a polynomial in k of degree two at most.
+
+    Args:
+        dim: k.
+        known: Parameters by dim.
+
+    Returns:
+        The number, or `None` where too few others are known or theirs is no such polynomial.
+    """
+    if len(known) < 3:
+        return None
+    places = sorted(known)[:: max(1, (len(known) - 1) // 2)][:3]
+    total = Fraction(0)
+    for place in places:
+        others = [other for other in places if other != place]
+        total += known[place] * Fraction(
+            math.prod(dim - other for other in others), math.prod(place - other for other in others)
+        )
+    return int(total) if total.denominator == 1 else None
+
+
+def _estimate(forecast: Forecast, dim: int, parameters: int | None, hidden_size: int) -> dict[str, Any]:
+    sparsity = 1 - dim / hidden_size
+    found = forecast.to_json(sparsity)
+    measured = (figure for s, figure, _ in forecast.points if abs(s - sparsity) * hidden_size < HALF)
+    return {
+        "dim": dim,
+        "sparsity": sparsity,
+        "parameters": parameters,
+        **{name: found[name] for name in ("value", "low", "high", "is_outside", "paper")},
+        "measured": next(measured, None),
+    }
+
+
+def _draw(path: Path, record: Mapping[str, Any], forecasts: Sequence[Forecast]) -> None:
+    """Draw the perplexity, and every task that was measured."""
+    from slicecli.estimation.plot import draw_quality, picture_of_forecast
+
+    shown = [one for one in forecasts if one.quantity == "perplexity" or one.points] or list(forecasts)
+    title = f"{record['source']['model']}, sliced by {record['method']}"
+    widest = max(1 - one["dim"] / record["hidden_size"] for one in record["predictions"][0]["estimates"])
+    path.parent.mkdir(exist_ok=True)
+    draw_quality(
+        [
+            picture_of_forecast(title, forecast, record["hidden_size"], [record["sparsity"]], widest)
+            for forecast in shown
+        ],
+        path,
+    )

@@ -1,0 +1,126 @@
+"""The metadata of a slice's card: what the Hub lists, links and filters it by.
+
+What a base model's card says is another's text. Only a licence and languages are taken from it, and only where they
+look like what they should be. Results in the `model-index` are measured ones: a prediction is no result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.text import NAMED_TEXTS
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+__all__ = ["HUB_ID", "TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
+
+TAGS = ("slicecli", "sliced", "pruned")
+UNKNOWN_LICENSE = "other"
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LICENSE_LINK = re.compile(r"(https://)?[\w./%-]{1,200}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def inherited_metadata(folder: Path) -> dict[str, Any]:
+    """Take licence and languages from a base model's card, where they are well formed.
+
+    Args:
+        folder: Folder with the card; it may have none.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+    except Exception:  # no card, or one that is not valid: then nothing is inherited
+        return {}
+    inherited: dict[str, Any] = {}
+    for key in ("license", "license_name"):
+        value = data.get(key)
+        if isinstance(value, str) and _LICENSE.fullmatch(value):
+            inherited[key] = value
+    link = data.get("license_link")
+    if isinstance(link, str) and _LICENSE_LINK.fullmatch(link):
+        inherited["license_link"] = link
+    languages = data.get("language")
+    languages = [languages] if isinstance(languages, str) else languages
+    if isinstance(languages, list) and languages:
+        # YAML reads the code of Norwegian as a truth value
+        known = [one for one in languages if isinstance(one, str) and _LANGUAGE.fullmatch(one)]
+        if len(known) == len(languages):
+            inherited["language"] = known
+    return inherited
+
+
+def base_model_of(record: Mapping[str, Any]) -> str | None:
+    """Return the Hub id of the model a slice was made from, or of the nearest one before it that is on the Hub."""
+    for one in (record["source"], *record["ancestry"]):
+        if one["commit"] and HUB_ID.fullmatch(str(one["model"])):
+            return str(one["model"])
+    return None
+
+
+def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a slice's card, as the Hub names it.
+
+    Args:
+        record: The slice's record.
+    """
+    from huggingface_hub import ModelCardData
+
+    base_model = base_model_of(record)
+    dataset = record["calibration"]["dataset"]
+    data = ModelCardData(
+        base_model=base_model,
+        # the Hub knows four relations, none of which is pruning; unstated it would count as this one too
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        datasets=[dataset] if dataset and HUB_ID.fullmatch(dataset) else None,
+        tags=list(TAGS),
+        **{"license": UNKNOWN_LICENSE, **record["inherited"]},
+    )
+    results = list(_eval_results(record))
+    if results:
+        data.model_name = _model_name(record)
+        data.eval_results = results
+    metadata: dict[str, Any] = data.to_dict()
+    return metadata
+
+
+def _model_name(record: Mapping[str, Any]) -> str:
+    repository = record["repository"]
+    return str(repository) if repository else f"{record['source']['model'].rpartition('/')[2]}-dim{record['dim']}"
+
+
+def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """Yield what was measured of the slice."""
+    from huggingface_hub import EvalResult
+
+    results = record["results"]
+    for text, figure in (results.get("perplexity") or {}).items():
+        if figure["value"] is not None:
+            known = NAMED_TEXTS.get(text)
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=known.dataset if known else text,
+                dataset_config=known.config if known else None,
+                dataset_name=text,
+                metric_type="perplexity",
+                metric_value=figure["value"],
+                metric_name=f"perplexity, rows of {figure['seq_len']} tokens",
+            )
+    for task, figure in (results.get("tasks") or {}).items():
+        if figure["value"] is not None:
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=figure["metric"],
+                metric_value=figure["value"],
+                metric_name=f"{figure['metric']}, {figure['num_fewshot']} examples, {figure['samples']} questions",
+            )

@@ -1,0 +1,200 @@
+"""Publishing a slice: checked before anything is sent, and compared with what the Hub has afterwards.
+
+huggingface_hub does the transfer: it retries, and what the Hub has already is not sent again. Whatever goes wrong, the
+slice stays whole on this machine, and pushing again completes what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.checkpoint import RECORD_FILE, file_digest
+from slicecli.description import enter_repository, own_files
+from slicecli.errors import OutputError, PublishError, RequestError
+from slicecli.hub.card import CARD_FILE
+from slicecli.hub.errors import describe_hub_error
+from slicecli.hub.metadata import HUB_ID
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+
+__all__ = ["Publication", "PushOptions", "check_can_push", "check_publishable", "push_slice"]
+
+# of what an earlier slice in the same repository may have left; other files there are its owner's
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "configuration_slicecli.py", "modeling_slicecli.py", "plots/*"]
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How a slice is published.
+
+    Attributes:
+        private: Make the repository private if it is new.
+        create_pr: Propose a pull request instead of changing the branch.
+        revision: Branch to change, made if it is new; `None` takes the default branch.
+        commit_message: First line of the commit; `None` says what the slice is.
+        token: Hub token; `None` takes the stored one.
+    """
+
+    private: bool = False
+    create_pr: bool = False
+    revision: str | None = None
+    commit_message: str | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        # never the token: this may end in a log
+        return f"PushOptions(private={self.private}, create_pr={self.create_pr}, revision={self.revision!r})"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A published slice.
+
+    Attributes:
+        repository: Its Hub id.
+        url: Where it can be looked at: the commit, or the pull request.
+        commit: Hash of the commit.
+        pull_request: Number of the pull request, if it is one.
+        files: Size in bytes of each file, by name.
+    """
+
+    repository: str
+    url: str
+    commit: str
+    pull_request: int | None
+    files: dict[str, int]
+
+
+def check_can_push(repository: str, options: PushOptions) -> None:
+    """Refuse early what could not be pushed later: an id that is none, a token that is missing or not valid.
+
+    Raises:
+        RequestError: The id is not one.
+        PublishError: There is no valid token, or the Hub cannot be reached.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise RequestError(f"{repository!r} is not the id of a repository on the Hub.", "Give owner/name.")
+    try:
+        _client(options).whoami()
+    except Exception as error:
+        raise PublishError(
+            f"Nothing can be pushed to {repository}: {describe_hub_error(error)}.",
+            "Log in with `hf auth login`, or give a --token with the right to write.",
+        ) from error
+
+
+def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
+    """Check a slice before it is sent; return the size of each file that would go.
+
+    Args:
+        folder: The slice.
+        options: How it would be pushed.
+
+    Raises:
+        OutputError: It is not whole, its files are not those of its record, or one holds a secret or a local path.
+    """
+    from slicecli.hub.verify import verify_folder
+
+    faults = [one for one in verify_folder(folder, [options.token] if options.token else []) if one.is_error]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise OutputError(
+            f"{folder.name!r} is not fit to be published: {faults[0].text}{more}.",
+            "`slicecli verify` says more; where only the card differs, `slicecli card` writes it again.",
+        )
+    names = [*own_files(folder), RECORD_FILE, CARD_FILE]
+    return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def push_slice(folder: Path, repository: str, options: PushOptions) -> Publication:
+    """Publish a slice and make sure that the Hub has it as it is here.
+
+    Args:
+        folder: The slice; its record and card are given the repository's name.
+        repository: Hub id of the repository, made if it is new.
+        options: How.
+
+    Raises:
+        RequestError: The id is not one.
+        OutputError: The slice is not fit to be published.
+        PublishError: It could not be sent, or what the Hub has is not what was sent.
+    """
+    check_can_push(repository, options)
+    check_publishable(folder, options)
+    enter_repository(folder, repository)
+    files = check_publishable(folder, options)
+    api = _client(options)
+    try:
+        if not options.create_pr:
+            api.create_repo(repository, private=options.private or None, exist_ok=True)
+            if options.revision is not None:
+                api.create_branch(repository, branch=options.revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=options.commit_message or _message(folder),
+            revision=options.revision,
+            create_pr=options.create_pr,
+            allow_patterns=list(files),
+            delete_patterns=REPLACED,
+        )
+        revision = commit.pr_revision or options.revision or "main"
+        differing = _differences(api, repository, revision, folder, files)
+    except Exception as error:
+        raise PublishError(
+            f"{folder.name!r} could not be pushed to {repository}: {describe_hub_error(error)}.",
+            _again(folder, repository),
+        ) from error
+    if differing:
+        raise PublishError(
+            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}.",
+            _again(folder, repository),
+        )
+    return Publication(repository, _url(commit), commit.oid, commit.pr_num, files)
+
+
+def _client(options: PushOptions) -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=options.token, library_name="slicecli")
+
+
+def _message(folder: Path) -> str:
+    from slicecli.record import read_record
+
+    record = read_record(folder) or {}
+    return f"{record['source']['model']} sliced to hidden size {record['dim']}"
+
+
+def _again(folder: Path, repository: str) -> str:
+    return f"It is whole on this machine: `slicecli push {folder} {repository}` sends what the Hub does not have yet."
+
+
+def _url(commit: CommitInfo) -> str:
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _differences(api: HfApi, repository: str, revision: str, folder: Path, files: dict[str, int]) -> list[str]:
+    """Return the files that the Hub does not have, or has otherwise."""
+    there: dict[str, Any] = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repository, recursive=True, revision=revision)
+        if hasattr(entry, "blob_id")
+    }
+    return [name for name in files if name not in there or not _is_same(there[name], folder / name)]
+
+
+def _is_same(entry: Any, path: Path) -> bool:
+    if entry.lfs is not None:
+        return str(entry.lfs.sha256) == file_digest(path)
+    return str(entry.blob_id) == _git_digest(path)
+
+
+def _git_digest(path: Path) -> str:
+    """Return what git calls the content of a file: the SHA-1 of it behind its kind and size."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
