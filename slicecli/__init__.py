@@ -12,9 +12,9 @@ from slicecli.hookspecs import hookimpl
 from slicecli.modeling import register_when_needed
 
 if TYPE_CHECKING:
-    from slicecli.api import estimate, evaluate, perplexity, slice_model
+    from slicecli.api import estimate, evaluate, load, perplexity, slice_model
 
-__all__ = ["__version__", "estimate", "evaluate", "hookimpl", "perplexity", "slice_model"]
+__all__ = ["__version__", "estimate", "evaluate", "hookimpl", "load", "perplexity", "slice_model"]
 
 __version__ = "0.1.0"
 

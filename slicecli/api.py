@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.slicing.state import Progress
 
-__all__ = ["estimate", "evaluate", "generate_text", "perplexities", "perplexity", "slice_model"]
+__all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
 
 
 def slice_model(
@@ -61,6 +61,46 @@ def slice_model(
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
         return run_slices(job, progress)[0]
+
+
+def load(
+    model: str,
+    *,
+    dtype: str | None = None,
+    device_map: Any = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model, sliced or not, to run it.
+
+    A slice with code of its own needs no `trust_remote_code` here: the code is that of this package, whatever lies
+    beside the weights.
+
+    Args:
+        model: Hub id or folder.
+        dtype: Name of the dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
+        device_map: As in transformers; a device name is one too.
+        revision: Revision on the Hub.
+        token: Hub token.
+        trust_remote_code: Whether code from the model's repository may run.
+
+    Returns:
+        The transformers model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        SlicecliError: It does not exist, cannot be reached or loaded, or arrived damaged.
+
+    Example:
+        >>> import slicecli
+        >>> model, tokenizer = slicecli.load("me/my-slice")  # doctest: +SKIP
+    """
+    from slicecli.loading import load_model
+    from slicecli.source import Source
+
+    source = Source.find(model, revision, token, trust_remote_code)
+    with quiet_libraries():
+        return load_model(source, dtype, device_map), source.tokenizer()
 
 
 def perplexity(model: str, text: str = "wikitext2", **options: Any) -> PerplexityResult:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicecli.checkpoint import file_digest
 from slicecli.errors import SourceError, UnsupportedModelError, WeightsError, reason_of
 from slicecli.hub.errors import describe_hub_error
 from slicecli.plan import DTYPE_CODES
@@ -225,7 +227,10 @@ class Source:
 
         files = self.weight_files()
         if self.commit is not None:
+            new = [file for file in files if not (self.folder / file).is_file()]
             _download(self.name, self.commit, self.token, tuple(files))
+            for file in new:
+                self._check_arrived(file)
         for file in files:
             if not (self.folder / file).is_file():
                 raise WeightsError(
@@ -239,6 +244,23 @@ class Source:
                     f"The weight file {file} of {self.name} is damaged: {reason_of(error)}.",
                     "Download the checkpoint again.",
                 ) from None
+
+    def _check_arrived(self, file: str) -> None:
+        """Compare a file that was downloaded with the hash that the Hub states, under which the cache keeps it.
+
+        Raises:
+            WeightsError: It is another; the file is removed, so that it is fetched again.
+        """
+        path = self.folder / file
+        blob = path.resolve()
+        if not re.fullmatch("[0-9a-f]{64}", blob.name) or file_digest(blob) == blob.name:
+            return
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise WeightsError(
+            f"The weight file {file} of {self.name} arrived damaged: its hash is not the one that the Hub states.",
+            "It is removed; run the command again to fetch it anew.",
+        )
 
 
 class DenseWeights:

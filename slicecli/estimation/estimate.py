@@ -23,6 +23,7 @@ from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_u
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.predictions import FARTHEST
+from slicecli.origin import Origin, origin_of
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
 from slicecli.plugins import plugins
 from slicecli.source import DESCRIPTION_FILES, Source
@@ -39,12 +40,14 @@ class Subject:
     """The model whose slices are estimated, and how they would be made.
 
     Attributes:
-        source: The model; only what describes it has been fetched.
+        source: The model; only what describes it has been fetched. Of a slice it is the dense model that it was made
+            from.
         dimensions: Its sizes.
         sizes: What a slice of it may be.
         method: How it would be sliced.
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
+        origin: The slice that was asked for, if it was one.
     """
 
     source: Source
@@ -53,6 +56,7 @@ class Subject:
     method: Method
     slice_head: bool | None
     dtype: str
+    origin: Origin | None = None
 
     @classmethod
     def find(
@@ -69,7 +73,7 @@ class Subject:
         """Find a model by Hub id or folder, from its config alone.
 
         Args:
-            model: Hub id or folder.
+            model: Hub id or folder; of a slice, the dense model is found.
             method: How it would be sliced.
             slice_head: Whether the published method slices the input of the head.
             dtype: Of weights and cache; `None` takes the checkpoint's.
@@ -85,10 +89,14 @@ class Subject:
         source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
         source.check_is_decoder()
         found = plugins()
+        origin = origin_of(source, found.adapters, found.refusals, adapter)
+        stored_dtype = source.stored_dtype()
+        if origin is not None:
+            source = origin.source
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
         dimensions = Dimensions(family, source.fields)
         sizes = slice_sizes(dimensions, method, slice_head)
-        return cls(source, dimensions, sizes, method, slice_head, dtype or source.stored_dtype())
+        return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
 
     @property
     def model_type(self) -> str:
@@ -268,7 +276,10 @@ def estimate(
         slices=tuple(slices),
         forecasts=tuple(forecasts),
         parameters=lambda dim: costs.sliced(dim, dtype, workload).parameters,
-        notes=tuple(_notes(slices, forecasts)),
+        notes=(
+            *(() if subject.origin is None else (subject.origin.note,)),
+            *_notes(slices, forecasts),
+        ),
     )
 
 

@@ -172,7 +172,7 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
     """Return what can be predicted of a model's slices, perplexity first.
 
     Args:
-        source: The model.
+        source: The model; where its folder is that of a slice of it, with a curve, that is used.
         dimensions: Its sizes.
         method: How it would be sliced.
         knowledge: What the user knows.
@@ -185,8 +185,9 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
     knowledge.check(dimensions.hidden_size)
     text, family = knowledge.text, str(source.fields.get("model_type"))
     forecasts: list[Forecast] = []
-    if knowledge.curve is not None:
-        curves, origin = _read_curve(knowledge.curve, source)
+    found = _known_curves(source, method, knowledge)
+    if found is not None:
+        curves, origin = found
         forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
     known = {(one.quantity, one.evaluation) for one in forecasts}
     if not any(one.quantity == "perplexity" for one in forecasts):
@@ -398,6 +399,17 @@ def _paper(quantity: Quantity, dense: Dense) -> Callable[[float], float] | None:
 def _log_ratio(forecast: Forecast) -> Callable[[float], float]:
     level = math.log(forecast.dense.value)
     return lambda sparsity: max(0.0, forecast.predict(sparsity).value - level)
+
+
+def _known_curves(source: Source, method: str, knowledge: Knowledge) -> tuple[list[Curve], str] | None:
+    """Return the curves to predict by and where they are from: those asked for, else those of a slice that was."""
+    if knowledge.curve is not None:
+        return _read_curve(knowledge.curve, source)
+    if knowledge.relation is not None or knowledge.measured or knowledge.spectrum is not None:
+        return None
+    content = (read_record(source.folder) or {}).get("curve")
+    own = [] if content is None else [one for one in read_curves(content) if one.series.method == method]
+    return (own, "published with the slice") if own else None
 
 
 def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
