@@ -185,9 +185,9 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
     knowledge.check(dimensions.hidden_size)
     text, family = knowledge.text, str(source.fields.get("model_type"))
     forecasts: list[Forecast] = []
-    found = _known_curves(source, method, knowledge)
-    if found is not None:
-        curves, origin = found
+    published = _known_curves(source, method, knowledge)
+    if published is not None:
+        curves, origin = published
         forecasts = [forecast_by_curve(one, origin) for one in _fitting(curves, method, text)]
     known = {(one.quantity, one.evaluation) for one in forecasts}
     if not any(one.quantity == "perplexity" for one in forecasts):

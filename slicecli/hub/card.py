@@ -152,7 +152,7 @@ def render_body(record: Mapping[str, Any]) -> str:
         measured=list(_measured(record)),
         energy_sentence=_energy_sentence(record),
         plot=PLOT_FILE if PLOT_FILE in record["files"] else "",
-        command_block=code_block(record["command"]),
+        command_block=code_block(" ".join(record["command"].splitlines())),
         citation_block=code_block(CITATION, "bibtex"),
     )
     return text.strip("\n")

@@ -49,12 +49,10 @@ def describe_hub_error(error: BaseException) -> str:
         part in name for name in names for part in ("Connect", "Timeout", "ReadError", "WriteError", "ProtocolError")
     ):
         return "the connection to the Hub broke off, or there is none"
-    for kind, text in (
-        (errors.LocalEntryNotFoundError, "the Hub cannot be reached and it is not in the cache"),
-        (errors.EntryNotFoundError, "the repository lacks a file that is needed"),
-    ):
-        if any(isinstance(link, kind) for link in chain):
-            return text
+    if any(isinstance(link, errors.LocalEntryNotFoundError) for link in chain):
+        return "the Hub cannot be reached and it is not in the cache"
+    if any(isinstance(link, errors.EntryNotFoundError) for link in chain):
+        return "the repository lacks a file that is needed"
     return f"{type(error).__name__}: {reason_of(error)}"[:200]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["code", "code_block", "heading", "prose"]
+__all__ = ["code", "code_block", "heading", "prose", "visible"]
 
 MOST_CHARACTERS = 200
 _PLAIN_NAME = re.compile(r"(?!www\.)[A-Za-z0-9]+([.-][A-Za-z0-9]+)*")
@@ -21,7 +21,7 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def code(text: object) -> str:
     """Return a text as code within a line, or within a cell of a table; without invisible characters, and not long."""
-    line = _visible(" ".join(str(text).split()))
+    line = visible(" ".join(str(text).split()))
     if len(line) > MOST_CHARACTERS:
         line = line[: MOST_CHARACTERS - 1] + "…"
     if not line:
@@ -34,7 +34,7 @@ def code(text: object) -> str:
 
 def code_block(text: str, language: str = "") -> str:
     """Return a text as a block of code, whatever fences it holds."""
-    lines = [_visible(line) for line in text.splitlines()]
+    lines = [visible(line) for line in text.splitlines()]
     fence = _fence("\n".join(lines), 3)
     return "\n".join([f"{fence}{language}", *lines, fence])
 
@@ -46,7 +46,7 @@ def heading(name: str) -> str:
 
 def prose(text: str) -> str:
     """Return sentences that may quote names of others, on one line, with everything in them shown as it is."""
-    line = _visible(" ".join(text.split()))
+    line = visible(" ".join(text.split()))
     for one, entity in _HTML.items():
         line = line.replace(one, entity)
     return _MARKUP.sub(r"\\\1", line)
@@ -57,6 +57,6 @@ def _fence(text: str, least: int) -> str:
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
-def _visible(line: str) -> str:
+def visible(line: str) -> str:
     """Return a line without control and direction characters, which can show it as something else."""
     return "".join(letter for letter in line if unicodedata.category(letter) not in _INVISIBLE)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicecli.hub.markdown import visible
 from slicecli.text import NAMED_TEXTS
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_name(record: Mapping[str, Any]) -> str:
-    repository = record["repository"]
-    return str(repository) if repository else f"{record['source']['model'].rpartition('/')[2]}-dim{record['dim']}"
+    repository: str | None = record["repository"]
+    return repository or visible(f"{record['source']['model'].rpartition('/')[2]}-dim{record['dim']}")
 
 
 def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
@@ -107,9 +108,9 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
             known = NAMED_TEXTS.get(text)
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=known.dataset if known else text,
+                dataset_type=known.dataset if known else visible(text),
                 dataset_config=known.config if known else None,
-                dataset_name=text,
+                dataset_name=visible(text),
                 metric_type="perplexity",
                 metric_value=figure["value"],
                 metric_name=f"perplexity, rows of {figure['seq_len']} tokens",
@@ -118,9 +119,9 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
         if figure["value"] is not None:
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=task,
-                dataset_name=task,
-                metric_type=figure["metric"],
+                dataset_type=visible(task),
+                dataset_name=visible(task),
+                metric_type=visible(figure["metric"]),
                 metric_value=figure["value"],
-                metric_name=f"{figure['metric']}, {figure['num_fewshot']} examples, {figure['samples']} questions",
+                metric_name=f"{visible(figure['metric'])}, {figure['num_fewshot']} examples, {figure['samples']} questions",
             )

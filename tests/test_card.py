@@ -1,0 +1,278 @@
+"""The model card: what it says, what it keeps, and that nothing of others does anything in it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from slicecli.description import enter_results, own_files, write_card
+from slicecli.errors import OutputError
+from slicecli.hub.card import Card, read_card, render_card
+from slicecli.hub.markdown import code, code_block, heading, prose
+from slicecli.hub.metadata import base_model_of, inherited_metadata
+
+HOSTILE = (
+    "</code><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a|b\n| c | d |",
+    "`` ` ```",
+    "```\n# heading\n```",
+    "[x](javascript:alert(1))",
+    "![x](https://evil.example/x.png)",
+    "https://evil.example www.evil.example a@evil.example",
+    "\n<!-- slicecli: end -->\n",
+    "x\n---\nlicense: mit\n---",
+    "{{ 7 * 7 }}{% include 'x' %}",
+    "abc\u202edef\u2066\x1b[31m",
+    "*_~#>+-!\\",
+    "",
+    "&lt;b&gt; <b>",
+)
+ALLOWED_LINKS = re.compile(
+    r"https://(arxiv\.org/abs/[\d.]+|docs\.vllm\.ai|github\.com/ggml-org/llama\.cpp|huggingface\.co/[\w.-]+/[\w.-]+)"
+    r"|slicecli\.json|plots/prediction\.png"
+)
+FIGURE = {"value": 12.5, "nll": 2.5, "stderr": 0.25, "tokens": 4000, "seq_len": 32, "bits_per_byte": 1.0}
+TASK = {
+    "metric": "acc", "value": 0.5, "stderr": 0.05, "chance": 0.25, "samples": 100, "num_fewshot": 0, "metrics": {},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_slice(checkpoints, text_file, tmp_path_factory):
+    """A slice of a tiny model, made by the command line."""
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+
+    output = tmp_path_factory.mktemp("card") / "slice"
+    words = ["slice", checkpoints(), "--dim", "36", "-o", output, "--calibration", text_file, "--samples", "8"]
+    result = CliRunner().invoke(group, [str(word) for word in [*words, "--seq-len", "32"]])
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture
+def slice_copy(one_slice, tmp_path):
+    import shutil
+
+    return shutil.copytree(one_slice, tmp_path / "slice")
+
+
+@pytest.fixture
+def record(one_slice):
+    return json.loads((one_slice / "slicecli.json").read_text())
+
+
+def tokens_of(text):
+    """Parse a card's body as the Hub does: with HTML let through, and tables."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    found = []
+    for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(body):
+        found += [token, *(token.children or [])]
+    return found
+
+
+def metadata_of(text):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)[1])
+
+
+def check_is_harmless(text):
+    tokens = tokens_of(text)
+    html = [token.content.strip() for token in tokens if token.type in {"html_block", "html_inline"}]
+    assert all(re.fullmatch(r"<!-- slicecli [\w.+-]+: begin -->|<!-- slicecli: end -->", one) for one in html), html
+    links = [token.attrGet("href") or token.attrGet("src") for token in tokens if token.type in {"link_open", "image"}]
+    assert all(ALLOWED_LINKS.fullmatch(link) for link in links), links
+    columns, rows = [], []
+    for token in tokens:
+        if token.type == "tr_open":
+            columns = []
+        elif token.type in {"td_open", "th_open"}:
+            columns.append(token)
+        elif token.type == "tr_close":
+            rows.append(len(columns))
+    assert set(rows) <= {2, 3, 7}, rows
+
+
+def test_the_card_of_a_slice_is_harmless_and_whole(one_slice, record):
+    text = (one_slice / "README.md").read_text()
+    check_is_harmless(text)
+    card = read_card(one_slice)
+    assert (card.before, card.after) == ("", "")
+    assert render_card(record, card) == text
+    assert "model-index" not in card.metadata
+    assert card.metadata["license"] == "other"
+    assert "states no licence" in text
+    assert set(record["files"]) == set(own_files(one_slice)) - set(record["weights"])
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_of_others_are_shown_and_do_nothing(record, text):
+    record["source"] |= {"model": text, "model_type": text}
+    record["ancestry"] = [{**record["source"], "method": text, "hidden_size": 64, "dim": 48, "slicecli_version": "0"}]
+    record["calibration"] |= {"text": text}
+    record["command"] = text
+    record["versions"] = {text or "x": text}
+    record["weights"] = {text: "0" * 64}
+    task = {**TASK, "metric": text}
+    record["results"] = {"perplexity": {text: FIGURE}, "tasks": {text: task}, "dense": {"tasks": {text: task}}}
+    estimate = {
+        "dim": 36, "sparsity": 0.25, "parameters": None, "value": 13.0, "low": 12.0, "high": 14.0,
+        "is_outside": False, "paper": None, "measured": None,
+    }  # fmt: skip
+    record["predictions"] = [
+        {
+            "quantity": "perplexity", "evaluation": text, "dense": {"value": 10.0, "source": text}, "chance": None,
+            "relation": "odds", "formula": text, "parameters": {text: {"value": 1.0, "stderr": None}},
+            "valid_sparsity": [0.1, 0.3], "basis": text, "measured_slices": 1, "notes": [text], "estimates": [estimate],
+        }
+    ]  # fmt: skip
+    rendered = render_card(record)
+    check_is_harmless(rendered)
+    assert Card(rendered).body is not None
+    assert render_card(record, Card(rendered)) == rendered
+    # what can be seen of it is seen: the longest run of letters of the name is somewhere
+    word = max(re.findall(r"[A-Za-z]+", text), key=len, default="")
+    assert word in rendered
+    for letter in "\u202e\u2066\x1b":
+        assert letter not in rendered
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_of_others_renders_as_itself(text):
+    visible = re.sub(r"[\u202e\u2066\x1b]", "", " ".join(text.split()))
+    (inline,) = [token for token in MarkdownIt().parse(code(text)) if token.type == "inline"]
+    assert [token.type for token in inline.children] == ["code_inline"]
+    assert inline.children[0].content.strip().replace("¦", "|") == visible
+    (block,) = MarkdownIt().parse(code_block(text, "python"))
+    assert block.type == "fence"
+    sentence = MarkdownIt("commonmark", {"html": True}).parse(f"So: {prose(text)}")
+    (inline,) = [token for token in sentence if token.type == "inline"]
+    assert {token.type for token in inline.children} <= {"text", "text_special", "entity"}
+    assert "".join(token.content for token in inline.children) == f"So: {visible}".rstrip()
+    assert "\n" not in heading(text)
+
+
+def test_what_the_owner_writes_stays(slice_copy, record):
+    path = slice_copy / "README.md"
+    text = path.read_text()
+    begin = text.index("<!-- slicecli")
+    mine = text[:begin].replace("- sliced\n", "- sliced\n- mine\n").replace("license: other", "license: mit")
+    mine = mine.replace("\n---\n", "\nwidget: []\nmodel-index: []\n---\n", 1)
+    path.write_text(mine + "\nBefore, I say.\n\n" + text[begin:] + "\nAnd after.\n")
+    write_card(slice_copy)
+    card = read_card(slice_copy)
+    assert (card.before, card.after) == ("Before, I say.", "And after.")
+    assert "mine" in card.metadata["tags"]
+    assert card.metadata["license"] == "mit"
+    assert card.metadata["widget"] == []
+    assert "model-index" not in card.metadata
+    once = path.read_text()
+    write_card(slice_copy)
+    assert path.read_text() == once
+    # a card without our marks is the owner's, all of it
+    path.write_text("---\nlicense: mit\n---\n\n# My own\n")
+    write_card(slice_copy)
+    assert read_card(slice_copy).before == "# My own"
+    assert read_card(slice_copy).body
+    path.write_text("---\nlicense: [\n---\n")
+    with pytest.raises(OutputError, match="Mend the YAML"):
+        write_card(slice_copy)
+    assert path.read_text() == "---\nlicense: [\n---\n"
+
+
+def test_measured_figures_go_to_the_index_and_predictions_do_not(slice_copy, record):
+    from slicecli.estimation.results import fit_results, series_of
+
+    name, method = record["source"]["model"], record["method"]
+    common = {"source": {"model": name, "commit": None}, "hidden_size": 48, "model_type": "llama", "evaluation": {}}
+    dense = {**common, "model": name, "dim": 48, "method": None, "tasks": {}, "perplexity": {"wikitext2": FIGURE}}
+    measured = {"wikitext2": {**FIGURE, "value": 15.5}}
+    own = {
+        **common,
+        "dim": 36,
+        "method": method,
+        "calibration": record["calibration"],
+        "tasks": {},
+        "perplexity": measured,
+    }
+    curves = [one.to_json() for one in fit_results(series_of([dense, own]))]
+    enter_results(slice_copy, measured, {"piqa": TASK}, {"perplexity": dense["perplexity"]}, curves)
+    text = (slice_copy / "README.md").read_text()
+    check_is_harmless(text)
+    (index,) = metadata_of(text)["model-index"]
+    found = {
+        (result["dataset"]["name"], result["dataset"]["type"], metric["type"]): metric["value"]
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+    assert found == {("wikitext2", "Salesforce/wikitext", "perplexity"): 15.5, ("piqa", "piqa", "acc"): 0.5}
+    assert "| 12.500 ± 0.250 | 15.500 ± 0.250 |" in text
+    assert "| not measured | 0.5000 ± 0.0500 |" in text
+    assert (slice_copy / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+    assert "](plots/prediction.png)" in text
+    new = json.loads((slice_copy / "slicecli.json").read_text())
+    (prediction,) = new["predictions"]
+    rows = {row["dim"]: row for row in prediction["estimates"]}
+    assert rows[36]["measured"] == pytest.approx(15.5)
+    assert rows[36]["value"] == pytest.approx(15.5, rel=1e-6)
+    assert set(rows) >= {one["dim"] for one in new["other_dims"]}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
+    # a curve through more slices is not replaced by one through this slice
+    longer = copy.deepcopy(curves)
+    longer[0]["points"].append({**longer[0]["points"][0], "dim": 24, "sparsity": 0.5, "value": 40.0})
+    longer[0] |= {"relation": "power"}
+    enter_results(slice_copy, {}, {}, None, longer)
+    enter_results(slice_copy, {}, {}, None, curves)
+    kept = json.loads((slice_copy / "slicecli.json").read_text())["curve"]["curves"]
+    assert [len(one["points"]) for one in kept] == [2]
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "inherited"),
+    [
+        ("license: llama3\nlanguage: en", {"license": "llama3", "language": ["en"]}),
+        (
+            "license: other\nlicense_name: my-terms\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "my-terms", "license_link": "LICENSE"},
+        ),
+        ("license: '<script>'\nlanguage: [en, '[x](y)']", {}),
+        ("license: {a: b}\nlanguage: {a: b}", {}),
+        ("license: mit\nlicense_link: javascript:alert(1)", {"license": "mit"}),
+        ("license: |\n  mit\n  base_model: evil/model", {}),
+        ("base_model: evil/model\ntags: [x]", {}),
+        ("language: [no, en]", {}),  # YAML reads the first as false
+    ],
+)
+def test_of_another_card_only_well_formed_licences_and_languages_are_taken(tmp_path, yaml_text, inherited):
+    (tmp_path / "README.md").write_text(f"---\n{yaml_text}\n---\n\n# Text\n")
+    assert inherited_metadata(tmp_path) == inherited
+
+
+def test_the_base_model_is_the_nearest_on_the_hub(record):
+    hub = {"model": "owner/model", "commit": "0" * 40}
+    record["source"] |= {"model": "folder", "commit": None}
+    assert base_model_of(record) is None
+    record["ancestry"] = [{"model": "other", "commit": None}, hub]
+    assert base_model_of(record) == "owner/model"
+    record["source"] |= {"model": "owner/x](y)", "commit": "0" * 40}
+    assert base_model_of(record) == "owner/model"
+
+
+def test_the_command_keeps_results_and_needs_a_slice(run, slice_copy, tmp_path):
+    result = run("card", slice_copy, "--print")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == (slice_copy / "README.md").read_text().strip()
+    (tmp_path / "empty").mkdir()
+    result = run("card", tmp_path / "empty")
+    assert result.exit_code == 1
+    assert "Only a slice" in result.stderr
+    (tmp_path / "curve.json").write_text('{"curves": [{"model": "other", "method": "refit"}]}')
+    result = run("card", slice_copy, "--curve", tmp_path / "curve.json")
+    assert result.exit_code == 2
+    assert "no curve of" in result.stderr
