@@ -1,8 +1,8 @@
 """Where a dense figure comes from when the user gives none: never silently.
 
-In this order: what the user says, the model's card (its `model-index`), the bundled table of published figures. Where
-the model is known by a slice of it, what the slice's `slicecli.json` says of the dense model stands for the card. A
-card is another's text: only its metadata is read, and only numbers are taken from it.
+In this order: what the user says, the model's card (its `model-index`), its `slicecli.json`, the bundled table of
+published figures. Where the model is known by a slice of it, card and results are the slice's, and only what its record
+says of the dense model counts. A card is another's text: only its metadata is read, and only numbers are taken from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slicecli.record import read_record
 __all__ = ["accuracies", "dense_perplexity"]
 
 MOST_CARD_BYTES = 1_000_000
-SLICE_RECORD = "the slice's slicecli.json"
+RECORD = "slicecli.json"
 TEXT_NAMES = {
     "wikitext": "wikitext2",
     "wikitext2": "wikitext2",
@@ -57,7 +57,7 @@ def dense_perplexity(folder: Path, model: str, text: str, given: float | None) -
             return Figure(value, "the model's card")
     measured = _recorded(folder, "perplexity").get(text)
     if isinstance(measured, dict) and isinstance(measured.get("value"), (int, float)) and measured["value"] > 1:
-        return Figure(float(measured["value"]), SLICE_RECORD)
+        return Figure(float(measured["value"]), RECORD)
     return published_figure(model, "perplexity", text)
 
 
@@ -78,7 +78,7 @@ def accuracies(folder: Path, model: str, given: Mapping[str, float]) -> dict[str
     for task, measured in _recorded(folder, "tasks").items():
         value = measured.get("value") if isinstance(measured, dict) else None
         if isinstance(value, (int, float)) and 0 <= value <= 1:
-            found[str(task)] = Figure(float(value), SLICE_RECORD)
+            found[str(task)] = Figure(float(value), RECORD)
     on_card: dict[str, dict[str, float]] = {}
     for name, kind, value in _card_figures(folder):
         if kind in ACCURACIES:
@@ -91,16 +91,22 @@ def accuracies(folder: Path, model: str, given: Mapping[str, float]) -> dict[str
 
 
 def _recorded(folder: Path, kind: str) -> Mapping[str, Any]:
-    """Return what the record of a slice says was measured of its dense model."""
-    results = (read_record(folder) or {}).get("results")
-    dense = results.get("dense") if isinstance(results, dict) else None
-    found = dense.get(kind) if isinstance(dense, dict) else None
+    """Return what the record of a folder says was measured of the dense model."""
+    record = read_record(folder) or {}
+    results = record.get("results")
+    if isinstance(results, dict) and _is_of_slice(record):
+        results = results.get("dense")
+    found = results.get(kind) if isinstance(results, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def _is_of_slice(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("source"), dict)
 
 
 def _card_figures(folder: Path) -> Iterator[tuple[str, str, float]]:
     """Yield dataset, metric and value of every number in the card's `model-index`; of a slice's card, none."""
-    if read_record(folder) is not None:
+    if _is_of_slice(read_record(folder) or {}):
         return
     for entry in _list(_card_metadata(folder).get("model-index")):
         for result in _list(entry.get("results")):
