@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import file_digest
 from slicecli.errors import SourceError, UnsupportedModelError, WeightsError, reason_of
-from slicecli.hub.errors import describe_hub_error
+from slicecli.hub.client import patiently, quiet_client
+from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
 from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -228,9 +229,17 @@ class Source:
         files = self.weight_files()
         if self.commit is not None:
             new = [file for file in files if not (self.folder / file).is_file()]
-            _download(self.name, self.commit, self.token, tuple(files))
-            for file in new:
-                self._check_arrived(file)
+            try:
+                _download(self.name, self.commit, self.token, tuple(files))
+            except SourceError:
+                # the next run takes for whole what is there
+                self._remove_damaged(new)
+                raise
+            if damaged := self._remove_damaged(new):
+                raise WeightsError(
+                    f"{_listed(damaged)} of {self.name} arrived damaged: the hash is not the one that the Hub states.",
+                    "What was damaged is removed; run it again to fetch it anew.",
+                )
         for file in files:
             if not (self.folder / file).is_file():
                 raise WeightsError(
@@ -245,22 +254,21 @@ class Source:
                     "Download the checkpoint again.",
                 ) from None
 
-    def _check_arrived(self, file: str) -> None:
-        """Compare a file that was downloaded with the hash that the Hub states, under which the cache keeps it.
+    def _remove_damaged(self, files: list[str]) -> list[str]:
+        """Remove those of some new files whose hash is not what the Hub states, and return them.
 
-        Raises:
-            WeightsError: It is another; the file is removed, so that it is fetched again.
+        The cache keeps each under that hash.
         """
-        path = self.folder / file
-        blob = path.resolve()
-        if not re.fullmatch("[0-9a-f]{64}", blob.name) or file_digest(blob) == blob.name:
-            return
-        path.unlink()
-        blob.unlink(missing_ok=True)
-        raise WeightsError(
-            f"The weight file {file} of {self.name} arrived damaged: its hash is not the one that the Hub states.",
-            "It is removed; run the command again to fetch it anew.",
-        )
+        damaged = []
+        for file in files:
+            path = self.folder / file
+            blob = path.resolve()
+            is_named_by_hash = re.fullmatch("[0-9a-f]{64}", blob.name)
+            if path.is_file() and is_named_by_hash and file_digest(blob) != blob.name:
+                path.unlink()
+                blob.unlink(missing_ok=True)
+                damaged.append(file)
+        return damaged
 
 
 class DenseWeights:
@@ -391,6 +399,11 @@ def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
     return stored
 
 
+def _listed(files: list[str]) -> str:
+    """Name a weight file, or the first of several."""
+    return f"The weight file {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
 def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / "config.json"
     try:
@@ -436,14 +449,17 @@ def _indexed_files(path: Path) -> list[str]:
 def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-            )
+    def fetch() -> str:
+        # what has arrived whole is not asked for again
+        return huggingface_hub.snapshot_download(
+            model, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
         )
+
+    try:
+        with quiet_client():
+            return Path(patiently(fetch))
     except Exception as error:
-        raise SourceError(
-            f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.",
-            "A local folder is given as a path, for example ./model.",
-        ) from error
+        remedy = remedy_of_hub_error(error)
+        if is_transient(error):
+            remedy = f"{remedy[:-1]}: files that have arrived whole are kept."
+        raise SourceError(f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.", remedy) from error

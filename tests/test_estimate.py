@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -235,7 +234,7 @@ def test_dense_figures_come_from_flag_card_record_and_table_in_this_order(tmp_pa
     results = {"perplexity": {"wikitext2": {"value": 7.7}}, "tasks": {"piqa": {"value": 0.7, "metric": "acc"}}}
     (tmp_path / "slicecli.json").write_text(json.dumps({"results": results}))
     assert dense_perplexity(tmp_path, published, "wikitext2", None).value == 7.7
-    assert accuracies(tmp_path, published, {})["piqa"].source == "the model's slicecli.json"
+    assert accuracies(tmp_path, published, {})["piqa"].source == "slicecli.json"
     (tmp_path / "README.md").write_text(CARD)
     assert dense_perplexity(tmp_path, published, "wikitext2", None).value == 9.5
     found = accuracies(tmp_path, published, {"piqa": 0.1})

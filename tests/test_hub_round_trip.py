@@ -113,3 +113,22 @@ def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_word
     third = json.loads((tmp_path / "third" / "slicecli.json").read_text())
     assert [one["dim"] for one in third["ancestry"]] == [32, 40]
     assert "base_model: me/first\n" in (tmp_path / "third" / "README.md").read_text()
+
+
+def test_published_slices_are_found_by_their_base_model(loopback_hub, tmp_path):
+    def card(*lines):
+        return {"README.md": "\n".join(["---", *lines, "---", "", "# A model"]).encode()}
+
+    loopback_hub.upload("me/slice", card(f"base_model: {NAME}", "tags:", "- slicecli", "- sliced"))
+    loopback_hub.upload("me/other-slice", card("base_model: owner/other", "tags:", "- slicecli"))
+    loopback_hub.upload("me/no-slice", card(f"base_model: {NAME}"))
+
+    def search(*words):
+        done = program("-m", "slicecli", "search", *words, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        return {one["repository"]: one["base_model"] for one in json.loads(done.stdout)}
+
+    assert search() == {"me/slice": NAME, "me/other-slice": "owner/other"}
+    assert search("--base-model", NAME) == {"me/slice": NAME}
+    assert search("other") == {"me/other-slice": "owner/other"}
+    assert search("nothing") == {}

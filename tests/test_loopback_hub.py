@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
 import types
@@ -21,6 +23,8 @@ from huggingface_hub.utils import _http
 from safetensors.numpy import save
 
 from slicecli.testing.loopback_hub import Fault, LoopbackHub
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the client's own
 
 CARD = """---
 license: llama3.1
@@ -150,7 +154,9 @@ def test_the_client_knows_files_by_the_digests_it_computes(hub, folder):
         assert config.blob_id == done.stdout.strip()
     assert config.lfs is None
     assert weights.lfs.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
-    assert (weights.size, weights.lfs.size, weights.lfs.pointer_size) == (50_000, 50_000, 130)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{weights.lfs.sha256}\nsize 50000\n".encode()
+    assert weights.blob_id == hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
+    assert (weights.size, weights.lfs.size, weights.lfs.pointer_size) == (50_000, 50_000, len(pointer))
     assert {entry.path for entry in api.list_repo_tree("me/slice", "plots")} == {"plots/curve.png"}
     assert {entry.path for entry in api.list_repo_tree("me/slice")} & {"plots", "plots/curve.png"} == {"plots"}
     found = api.get_paths_info("me/slice", ["notes/déjà vu.txt", "plots", "nothing"])
@@ -501,8 +507,9 @@ def test_a_fault_begins_and_ends(hub):
 def test_a_status_comes_with_the_headers_and_body_that_the_client_reads(hub):
     hub.upload("me/slice", {"config.json": b"{}"})
     waiting = {"Retry-After": "7", "X-Error-Message": "Slow down"}
-    hub.faults.append(Fault(method="GET", path="/tree/", status=429, headers=waiting))
-    assert hub.api().list_repo_files("me/slice") == ["config.json"]
+    hub.faults.append(Fault(method="PUT", path="^/lfs/", status=429, headers=waiting))
+    hub.api().upload_file(repo_id="me/slice", path_in_repo="model.safetensors", path_or_fileobj=WEIGHTS)
+    assert hub.files("me/slice")["model.safetensors"] == WEIGHTS
     assert hub.waits == [8.0]  # a second more than it was told
     hub.faults.append(Fault(method="GET", path="models/me", status=403, headers={"X-Error-Code": "GatedRepo"}))
     with pytest.raises(errors.GatedRepoError):
@@ -529,15 +536,19 @@ def test_of_an_upload_that_broke_off_the_broken_part_is_sent_again(hub, parts):
     assert len(hub.waits) == 1
 
 
-def test_a_commit_that_broke_off_changes_nothing(hub):
+@pytest.mark.parametrize("drop_after", [0, 10, 10**9])
+def test_a_commit_that_broke_off_changes_nothing(hub, drop_after):
     hub.create("me/slice")
-    hub.faults.append(Fault(method="POST", path="/commit/main$", drop_after=10))
+    hub.faults.append(Fault(method="POST", path="/commit/main$", drop_after=drop_after))
     hub.faults.append(Fault(method="POST", path="/commit/main$", status=500))
     api = hub.api()
     words = {"repo_id": "me/slice", "path_in_repo": "config.json", "path_or_fileobj": b"{}"}
     with pytest.raises(Exception, match=r".") as broken:
         api.upload_file(**words)
     assert not isinstance(broken.value, errors.HfHubHTTPError)
+    (request,) = asked(hub, "POST", "/commit/main")
+    assert request.status == 0
+    assert request.received_bytes == len(request.body) <= drop_after
     with pytest.raises(errors.HfHubHTTPError, match="500"):
         api.upload_file(**words)
     assert hub.files("me/slice") == {}
@@ -595,8 +606,29 @@ def test_parts_that_were_not_sent_do_not_make_a_file(hub):
     assert send(hub, target, json.dumps({"oid": digest, "parts": listed}), "POST") == 400
     assert send(hub, f"{target}/2", parts[1]) == 200
     assert send(hub, target, json.dumps({"oid": digest, "parts": listed[:1]}), "POST") == 400
+    wrong = [listed[0], {"partNumber": 2, "etag": listed[0]["etag"]}]
+    assert send(hub, target, json.dumps({"oid": digest, "parts": wrong}), "POST") == 400
     assert send(hub, target, json.dumps({"oid": digest, "parts": listed}), "POST") == 200
     assert send(hub, target, WEIGHTS) == 403
+
+
+def test_half_a_request_is_none(hub):
+    hub.create("me/slice")
+    header, file = (
+        {"key": "header", "value": {"summary": "Add", "description": ""}},
+        {"key": "file", "value": {"path": "a.txt", "content": "YQ==", "encoding": "base64"}},
+    )
+    body = "\n".join(map(json.dumps, (header, file))).encode()
+    start = f"POST /api/models/me/slice/commit/main HTTP/1.1\r\nAuthorization: Bearer {hub.token}\r\n"
+    for length in (f"Content-Length: {len(body) + 1}", "Transfer-Encoding: chunked"):
+        with socket.create_connection(("127.0.0.1", int(hub.endpoint.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(f"{start}{length}\r\n\r\n".encode())
+            # a client that goes after all of its lines, but before the end that it announced
+            connection.sendall(body if "Length" in length else b"%x\r\n%s\r\n" % (len(body), body))
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(100) == b""
+    assert hub.files("me/slice") == {}
+    assert [(request.status, request.received_bytes) for request in hub.requests] == [(0, len(body))] * 2
 
 
 def test_the_same_calls_give_the_same_commits():
@@ -643,7 +675,7 @@ def test_a_child_of_the_test_uses_the_hub_as_it_is(loopback_hub, isolated_hub_ca
 
 
 def test_an_environment_leads_nowhere_else(monkeypatch, tmp_path):
-    before = constants.HF_HUB_DISABLE_XET
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
         monkeypatch.setenv(name, "1")
     with LoopbackHub() as hub:
@@ -656,6 +688,14 @@ def test_an_environment_leads_nowhere_else(monkeypatch, tmp_path):
         assert done.stdout.split()[2:4] == ["None", str(tmp_path / "hub")]
         assert hub.environment(tmp_path)["HF_TOKEN"] == hub.token
         assert {request.authorization for request in hub.requests} == {None}
-    assert before == constants.HF_HUB_DISABLE_XET
+    assert not constants.HF_HUB_DISABLE_XET
     with pytest.raises(OSError, match="refused"):
         send(hub, "/", None, "GET")
+
+
+def test_the_page_about_it_shows_tests_that_pass(pytester, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+    page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+    section = page.partition("## A Hub for tests")[2].partition("\n## ")[0]
+    pytester.makepyfile(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)[0])
+    pytester.runpytest_subprocess().assert_outcomes(passed=3)

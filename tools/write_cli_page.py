@@ -26,7 +26,8 @@ def page() -> str:
     """Return the page: the help of the group, then of every built-in command."""
     parts = [HEAD]
     for words in ([], *([name] for name in COMMANDS)):
-        shown = CliRunner().invoke(group, [*words, "--help"], prog_name="slicecli", terminal_width=100)
+        options = {"prog_name": "slicecli", "terminal_width": 100, "catch_exceptions": False}
+        shown = CliRunner().invoke(group, [*words, "--help"], **options)
         parts.append(f"\n## {' '.join(['slicecli', *words])}\n\n```\n{shown.output.rstrip()}\n```\n")
     return "".join(parts)
 

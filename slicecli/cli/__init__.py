@@ -30,6 +30,7 @@ COMMANDS = {
     "card": "Write the model card of a slice again, or with a curve.",
     "verify": "Check a slice against its record: files, counts, card.",
     "push": "Publish a slice on the Hugging Face Hub.",
+    "search": "List slices on the Hugging Face Hub.",
     "generate": "Continue a prompt with a model.",
     "adapters": "List the model families that can be sliced.",
     "plugins": "List the installed plugins and what became of them.",

@@ -1,13 +1,20 @@
-"""Turning what the Hub's client raises into one clause a person can act on."""
+"""Turning what the Hub's client raises into a clause that says what is wrong, and a sentence that says what to do."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator
+from typing import Any
 
 from slicecli.errors import reason_of
 
-__all__ = ["describe_hub_error"]
+__all__ = ["describe_hub_error", "is_transient", "remedy_of_hub_error", "seconds_to_wait"]
+
+TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+LOG_IN = "Log in with `hf auth login`, or give a --token"
+LOCAL = "a local folder is given as a path, for example ./model."
+AGAIN = "Run it again later."
+MOST_CHARACTERS = 200
 
 
 def describe_hub_error(error: BaseException) -> str:
@@ -16,56 +23,168 @@ def describe_hub_error(error: BaseException) -> str:
     Args:
         error: Anything raised by `huggingface_hub`, `datasets`, or the HTTP client under them.
     """
+    return _explain(error)[0]
+
+
+def remedy_of_hub_error(error: BaseException) -> str:
+    """Say in one sentence what a person can do about what `describe_hub_error` says.
+
+    Args:
+        error: The same.
+    """
+    return _explain(error)[1]
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the same may go well a little later: a fault of the Hub's own, or of a connection that was there.
+
+    Args:
+        error: Anything raised by the Hub's client.
+    """
+    if (response := _response(error)) is not None:
+        return int(response.status_code) in TRANSIENT_STATUSES
+    return not _is_unreachable(error) and (_is_broken_off(error) or _is_incomplete(error))
+
+
+def seconds_to_wait(error: BaseException) -> int | None:
+    """Return after how many seconds the Hub wants to be asked again, `None` where it does not say.
+
+    Args:
+        error: Anything raised by the Hub's client.
+    """
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    response = _response(error)
+    if response is None:
+        return None
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    text = response.headers.get("Retry-After", "")
+    return int(text) if text.isdecimal() else None
+
+
+def _explain(error: BaseException) -> tuple[str, str]:
+    """Return cause and remedy."""
     from huggingface_hub import errors
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for kind, text in (
-        (errors.GatedRepoError, "access to it is gated: accept its terms on the Hub and pass a token"),
-        (errors.RevisionNotFoundError, "there is no such revision"),
-        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and the token lacks access"),
-        (errors.HFValidationError, "that is not a valid Hub id (owner/name)"),
-        (errors.LocalTokenNotFoundError, "no token is given or stored"),
-        (errors.OfflineModeIsEnabled, "offline mode is on (HF_HUB_OFFLINE) and it is not in the cache"),
-    ):
-        if any(isinstance(link, kind) for link in chain):
-            return text
-    for link in chain:
-        if isinstance(link, errors.HfHubHTTPError) and link.response is not None:
-            found = _of_status(link.response.status_code, link.response.headers)
-            if found:
-                return found
-    for link in chain:
+    response = _response(error)
+    has_token = response is None or "authorization" in response.request.headers
+    if _find(error, errors.GatedRepoError):
+        if has_token:
+            return "access to it is gated, and the token has none", "Ask for access on its page on the Hub."
+        return (
+            "access to it is gated, and no token was sent",
+            f"Accept its terms on its page on the Hub, then {_small(LOG_IN)}.",
+        )
+    if _find(error, errors.RevisionNotFoundError):
+        return "there is no such revision", "Give another --revision: a branch, a tag or a commit."
+    if _find(error, errors.RepositoryNotFoundError):
+        missing = "there is no such repository, or it is private"
+        if has_token:
+            return f"{missing} and the token does not open it", f"Check the name; {LOCAL}"
+        return f"{missing} and no token was sent", f"Check the name; if it is private, {_small(LOG_IN)}; {LOCAL}"
+    if _find(error, errors.HFValidationError):
+        return "that is not a valid Hub id (owner/name)", f"Check the name; {LOCAL}"
+    if _find(error, errors.LocalTokenNotFoundError):
+        return "no token is given or stored", f"{LOG_IN}."
+    if _find(error, errors.OfflineModeIsEnabled):
+        lacking = ", and the cache does not have all of it" if _find(error, errors.LocalEntryNotFoundError) else ""
+        return f"offline mode is on (HF_HUB_OFFLINE){lacking}", "Unset HF_HUB_OFFLINE."
+    if response is not None and response.status_code != 404:
+        return _explain_status(error, response, has_token)
+    return _explain_machine(error)
+
+
+def _explain_status(error: BaseException, response: Any, has_token: bool) -> tuple[str, str]:
+    """Return cause and remedy of a status that no other error says better."""
+    status = response.status_code
+    if status == 401:
+        return "the Hub does not accept the token", f"{LOG_IN} that is valid; HF_TOKEN, where it is set, comes before the stored one."
+    if status == 429:
+        wait = seconds_to_wait(error)
+        when = AGAIN if wait is None else f"Run it again in {wait} seconds."
+        return "the Hub was asked too often (status 429)", when if has_token else f"{when[:-1]}; it may be asked more often with a token."
+    if status == 412:
+        return "somebody else changed the repository at the same time (status 412)", "Run it again."
+    if status in TRANSIENT_STATUSES or status >= 500:
+        return f"the Hub has a fault of its own (status {status})", AGAIN
+    said = next((link.server_message for link in _chain(error) if getattr(link, "server_message", None)), "")
+    reason = f": {said.splitlines()[0].rstrip('.')}"[:MOST_CHARACTERS] if said else ""
+    remedy = f"{LOG_IN} that has the right." if status == 403 else "Mend that and run it again."
+    return f"the Hub refuses it (status {status}{reason})", remedy
+
+
+def _explain_machine(error: BaseException) -> tuple[str, str]:
+    """Return cause and remedy of what went wrong on this machine, or on the way."""
+    from huggingface_hub import errors
+
+    for link in _chain(error):
         number = getattr(link, "errno", None)
         if number in {errno.ENOSPC, errno.EDQUOT}:
-            return "the disk became full"
+            return "the disk became full", "Free some of it, or let HF_HOME name a folder on another disk."
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return "a folder cannot be written; HF_HOME says where the Hub's cache lies"
-    names = {type(link).__name__ for link in chain}
-    if any(isinstance(link, (ConnectionError, TimeoutError)) for link in chain) or any(
-        part in name for name in names for part in ("Connect", "Timeout", "ReadError", "WriteError", "ProtocolError")
-    ):
-        return "the connection to the Hub broke off, or there is none"
-    if any(isinstance(link, errors.LocalEntryNotFoundError) for link in chain):
-        return "the Hub cannot be reached and it is not in the cache"
-    if any(isinstance(link, errors.EntryNotFoundError) for link in chain):
-        return "the repository lacks a file that is needed"
-    return f"{type(error).__name__}: {reason_of(error)}"[:200]
+            return "the Hub's cache cannot be written", "Let HF_HOME name a folder that can be written."
+        if isinstance(link, UserWarning):
+            return "the disk has too little room for it", "Free some of it, or let HF_HOME name a folder on another disk."
+    if _is_unreachable(error):
+        return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
+    if _is_broken_off(error):
+        return "the connection to the Hub broke off", "Run it again."
+    if _is_incomplete(error):
+        return "a file of it arrived incomplete", "Run it again."
+    if _find(error, errors.LocalEntryNotFoundError):
+        return "the Hub cannot be reached and it is not in the cache", "Check the network."
+    if _find(error, errors.EntryNotFoundError):
+        return "the repository lacks a file that is needed", "Check the name and the --revision."
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.strerror:
+            # without the path
+            return f"{type(link).__name__}: {link.strerror}", AGAIN
+    return f"{type(error).__name__}: {reason_of(error)}"[:MOST_CHARACTERS], AGAIN
 
 
-def _of_status(status: int, headers: Mapping[str, str]) -> str:
-    """Say what a status of the Hub means; nothing of those that other errors say better."""
-    if status == 401:
-        return "the Hub does not accept the token"
-    if status == 403:
-        return "the token does not give the right to do that"
-    if status == 429:
-        wait = headers.get("Retry-After", "")
-        after = f" in {wait} seconds" if wait.isdecimal() else " later"
-        return f"the Hub was asked too often (status 429); try again{after}"
-    if status >= 500:
-        return f"the Hub has a fault of its own (status {status}); try again later"
-    return "" if status == 404 else f"the Hub refused with status {status}"
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, the last first."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _find(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(link, kind) for link in _chain(error))
+
+
+def _response(error: BaseException) -> Any:
+    """Return the answer of the Hub that an error is about, `None` where there was none."""
+    from huggingface_hub import errors
+
+    for link in _chain(error):
+        if isinstance(link, errors.HfHubHTTPError) and link.response is not None:
+            return link.response
+    return None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    names = ("ConnectError", "ConnectTimeout", "ProxyError")
+    return any(isinstance(link, ConnectionRefusedError) or type(link).__name__ in names for link in _chain(error))
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    # by name: the client has changed from one HTTP library to another, and datasets have theirs
+    parts = ("Connect", "Timeout", "ReadError", "WriteError", "ProtocolError")
+    return any(
+        isinstance(link, (ConnectionError, TimeoutError)) or any(part in type(link).__name__ for part in parts)
+        for link in _chain(error)
+    )
+
+
+def _is_incomplete(error: BaseException) -> bool:
+    return any(isinstance(link, OSError) and "Consistency check failed" in str(link) for link in _chain(error))
+
+
+def _small(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]

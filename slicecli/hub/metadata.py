@@ -117,11 +117,12 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
             )
     for task, figure in (results.get("tasks") or {}).items():
         if figure["value"] is not None:
+            how = f"{figure['num_fewshot']} examples, {figure['samples']} questions"
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type=visible(task),
                 dataset_name=visible(task),
                 metric_type=visible(figure["metric"]),
                 metric_value=figure["value"],
-                metric_name=f"{visible(figure['metric'])}, {figure['num_fewshot']} examples, {figure['samples']} questions",
+                metric_name=f"{visible(figure['metric'])}, {how}",
             )

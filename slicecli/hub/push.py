@@ -7,6 +7,7 @@ slice stays whole on this machine, and pushing again completes what is missing.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from slicecli.checkpoint import RECORD_FILE, file_digest
 from slicecli.description import enter_repository, own_files
 from slicecli.errors import OutputError, PublishError, RequestError
 from slicecli.hub.card import CARD_FILE
-from slicecli.hub.errors import describe_hub_error
+from slicecli.hub.client import patiently, quiet_client
+from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.hub.metadata import HUB_ID
 
 if TYPE_CHECKING:
@@ -70,21 +72,28 @@ class Publication:
 
 
 def check_can_push(repository: str, options: PushOptions) -> None:
-    """Refuse early what could not be pushed later: an id that is none, a token that is missing or not valid.
+    """Refuse early what could not be pushed later: an id that is none, a token that is missing or opens nothing.
 
     Raises:
         RequestError: The id is not one.
-        PublishError: There is no valid token, or the Hub cannot be reached.
+        PublishError: There is no valid token, it may not change a repository that exists, or the Hub cannot be reached.
     """
     if not HUB_ID.fullmatch(repository):
         raise RequestError(f"{repository!r} is not the id of a repository on the Hub.", "Give owner/name.")
+    api = _client(options)
     try:
-        _client(options).whoami()
+        with quiet_client():
+            patiently(api.whoami)
+            may_write = options.create_pr or _may_write(api, repository)
     except Exception as error:
         raise PublishError(
-            f"Nothing can be pushed to {repository}: {describe_hub_error(error)}.",
-            "Log in with `hf auth login`, or give a --token with the right to write.",
+            f"Nothing can be pushed to {repository}: {describe_hub_error(error)}.", remedy_of_hub_error(error)
         ) from error
+    if not may_write:
+        raise PublishError(
+            f"Nothing can be pushed to {repository}: the token does not give the right to change it.",
+            "Give a --token that does, or propose a pull request with --create-pr.",
+        )
 
 
 def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
@@ -103,7 +112,7 @@ def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise OutputError(
-            f"{folder.name!r} is not fit to be published: {faults[0].text}{more}.",
+            f"{folder.resolve().name!r} is not fit to be published: {faults[0].text}{more}.",
             "`slicecli verify` says more; where only the card differs, `slicecli card` writes it again.",
         )
     names = [*own_files(folder), RECORD_FILE, CARD_FILE]
@@ -123,36 +132,41 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
         OutputError: The slice is not fit to be published.
         PublishError: It could not be sent, or what the Hub has is not what was sent.
     """
-    check_can_push(repository, options)
+    again = _again(folder, repository, options)
+    try:
+        check_can_push(repository, options)
+    except PublishError as error:
+        raise PublishError(error.cause, f"{error.remedy} {again}") from error
     check_publishable(folder, options)
     enter_repository(folder, repository)
     files = check_publishable(folder, options)
     api = _client(options)
     try:
-        if not options.create_pr:
-            api.create_repo(repository, private=options.private or None, exist_ok=True)
-            if options.revision is not None:
-                api.create_branch(repository, branch=options.revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message=options.commit_message or _message(folder),
-            revision=options.revision,
-            create_pr=options.create_pr,
-            allow_patterns=list(files),
-            delete_patterns=REPLACED,
-        )
-        revision = commit.pr_revision or options.revision or "main"
-        differing = _differences(api, repository, revision, folder, files)
+        with quiet_client():
+            if not options.create_pr:
+                patiently(lambda: api.create_repo(repository, private=options.private or None, exist_ok=True))
+                if options.revision is not None:
+                    branch = options.revision
+                    patiently(lambda: api.create_branch(repository, branch=branch, exist_ok=True))
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=options.commit_message or _message(folder),
+                revision=options.revision,
+                create_pr=options.create_pr,
+                allow_patterns=list(files),
+                delete_patterns=REPLACED,
+            )
+            revision = commit.pr_revision or options.revision or "main"
+            differing = _differences(api, repository, revision, folder, files)
     except Exception as error:
         raise PublishError(
-            f"{folder.name!r} could not be pushed to {repository}: {describe_hub_error(error)}.",
-            _again(folder, repository),
+            f"{folder.resolve().name!r} could not be pushed to {repository}: {describe_hub_error(error)}.", again
         ) from error
     if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise PublishError(
-            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}.",
-            _again(folder, repository),
+            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}{more}.", again
         )
     return Publication(repository, _url(commit), commit.oid, commit.pr_num, files)
 
@@ -170,8 +184,25 @@ def _message(folder: Path) -> str:
     return f"{record['source']['model']} sliced to hidden size {record['dim']}"
 
 
-def _again(folder: Path, repository: str) -> str:
-    return f"It is whole on this machine: `slicecli push {folder} {repository}` sends what the Hub does not have yet."
+def _may_write(api: HfApi, repository: str) -> bool:
+    """Ask whether a repository may be changed; one that does not exist is made when the slice is sent."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        patiently(lambda: api.auth_check(repository, write=True))
+    except HfHubHTTPError as error:
+        return bool(error.response.status_code != 403)
+    return True
+
+
+def _again(folder: Path, repository: str, options: PushOptions) -> str:
+    """Say how a push is completed; the token stays out of it."""
+    words = ["slicecli", "push", str(folder), repository]
+    words += ["--private"] if options.private else []
+    words += ["--create-pr"] if options.create_pr else []
+    words += ["--revision", options.revision] if options.revision else []
+    words += ["--commit-message", options.commit_message] if options.commit_message else []
+    return f"It is whole on this machine: `{shlex.join(words)}` sends what the Hub does not have yet."
 
 
 def _url(commit: CommitInfo) -> str:

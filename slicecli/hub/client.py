@@ -1,0 +1,60 @@
+"""How the Hub's client is called: without remarks of its own, and again where it gives up at the first fault.
+
+huggingface_hub repeats uploads, commits and questions about files, with growing pauses. What else it asks, above all for
+the body of a file, fails at the first status such as 503; a download that is begun again asks only for what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from slicecli.hub.errors import is_transient, seconds_to_wait
+
+__all__ = ["patiently", "quiet_client"]
+
+PAUSES = (2.0, 8.0)  # seconds before the second and the third attempt
+LONGEST_PAUSE = 60  # seconds; for longer the Hub's wish is a matter for the user
+Result = TypeVar("Result")
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """Call, and call again after a pause where the fault may pass; the last error is raised.
+
+    Args:
+        call: What may be done again after it failed.
+    """
+    for pause in PAUSES:
+        try:
+            return call()
+        except Exception as error:
+            asked = seconds_to_wait(error)
+            if not is_transient(error) or (asked or 0) > LONGEST_PAUSE:
+                raise
+            # a second more, since the Hub states whole ones
+            time.sleep(pause if asked is None else asked + 1)
+    return call()
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """Keep the client's remarks, which have addresses and paths in them, out of the output; HF_HUB_VERBOSITY shows them.
+
+    A file that the disk has no room for is an error here, before its first byte, and not a remark.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    with warnings.catch_warnings():
+        if "HF_HUB_VERBOSITY" not in os.environ:
+            logger.setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module="huggingface_hub")
+        warnings.filterwarnings("error", message="Not enough free disk space", category=UserWarning)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
