@@ -226,7 +226,7 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
 
     from slicecli.engine import compute_dtype, pick_device
     from slicecli.slicing.basis import principal_basis
-    from slicecli.slicing.moments import add_outer, normalise
+    from slicecli.slicing.moments import add_square, normalise
     from slicecli.slicing.pipeline import collect_basis
     from slicecli.slicing.state import Batches, DenseModel, Silent
     from slicecli.source import DenseWeights, empty_model
@@ -239,8 +239,8 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
         flat = stream.flatten(0, -2)
         n = normalise(flat, job.dimensions.epsilon, is_centred)
         x = flat - flat.mean(-1, keepdim=True) if is_centred else flat
-        add_outer(normalised[index], n, n)
-        add_outer(raw[index], x, x)
+        add_square(normalised[index], n)
+        add_square(raw[index], x)
 
     with torch.no_grad(), hooked(model, places, see):
         for some in rows.split(batch):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from slicecli.slicing.moments import CHUNK_TOKENS, Moments, add_outer, normalise
+from slicecli.slicing.moments import BANDS, CHUNK_TOKENS, LEAST_BAND_ROWS, Moments, add_outer, add_square, normalise
 from slicecli.slicing.ridge import solve_ridge
 
 
@@ -45,6 +45,16 @@ def test_chunked_outer_products_equal_the_float64_sum():
     add_outer(total, left, right)
     expected = left.double().T @ right.double()
     assert float((total - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 7, LEAST_BAND_ROWS, LEAST_BAND_ROWS + 1, BANDS * LEAST_BAND_ROWS + 3])
+def test_squares_equal_the_float64_sum(width):
+    rows = torch.randn(CHUNK_TOKENS + 17, width)
+    total = torch.eye(width, dtype=torch.float64)
+    add_square(total, rows)
+    expected = torch.eye(width, dtype=torch.float64) + rows.double().T @ rows.double()
+    assert float((total - expected).norm() / expected.norm()) < 1e-5
+    torch.testing.assert_close(total, total.T, rtol=1e-5, atol=1e-3)
 
 
 def test_moments_of_both_parts_add_up():

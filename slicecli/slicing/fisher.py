@@ -30,7 +30,7 @@ from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, principal_basis
 from slicecli.slicing.blocks import Call
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
-from slicecli.slicing.moments import add_outer, widen
+from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress
 from slicecli.slicing.walk import embedding_tables, enter, filled, read_block, require_finite
 
@@ -119,7 +119,7 @@ class _Weights:
     def add_tokens(self, moment: torch.Tensor, norm_input: torch.Tensor) -> None:
         """Add tokens to the second moment of one norm input."""
         n = self._dense.normalise(norm_input).flatten(0, -2)
-        add_outer(moment, n, n)
+        add_square(moment, n)
 
     def principal(self, moment: torch.Tensor) -> torch.Tensor:
         """Return the principal directions of a norm input, in the dtype of products."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "inverse_scale", "normalise", "widen"]
+__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "add_square", "inverse_scale", "normalise", "widen"]
 
 CHUNK_TOKENS = 4096
 BAND_ROWS = 1024
+LEAST_BAND_ROWS = 256  # narrower products do not keep a processor busy
+BANDS = 8
 
 
 def normalise(stream: torch.Tensor, epsilon: float, is_centred: bool = False) -> torch.Tensor:
@@ -69,6 +71,24 @@ def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> N
             total[rows] += left[chunk, rows].T @ right[chunk]
 
 
+def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add Σₜ rowₜ rowₜᵀ to `total` in place; what lies below the diagonal is not computed again.
+
+    Args:
+        total: Shape (a, a), float64.
+        rows: Shape (tokens, a).
+    """
+    width = len(total)
+    size = min(BAND_ROWS, max(LEAST_BAND_ROWS, -(-width // BANDS)))
+    for start in range(0, len(rows), CHUNK_TOKENS):
+        chunk = rows[start : start + CHUNK_TOKENS]
+        for first in range(0, width, size):
+            end = min(first + size, width)
+            product = chunk[:, first:end].T @ chunk[:, first:]
+            total[first:end, first:] += product
+            total[end:, first:end] += product[:, end - first :].T
+
+
 class Moments:
     """The normal equations of a linear regression, for fitted and for held-out tokens apart.
 
@@ -100,6 +120,6 @@ class Moments:
         """
         for index, chosen in enumerate((~is_held_out, is_held_out)):
             some_inputs, some_residuals = inputs[chosen], residuals[chosen]
-            add_outer(self.gram[index], some_inputs, some_inputs)
+            add_square(self.gram[index], some_inputs)
             add_outer(self.cross[index], some_inputs, some_residuals)
             self.residual_energy[index] += some_residuals.double().square().sum()

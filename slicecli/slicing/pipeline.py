@@ -24,7 +24,7 @@ from slicecli.slicing.folding import (
     norm_weight_and_bias,
     project_embeddings,
 )
-from slicecli.slicing.moments import add_outer, widen
+from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress, Target
 from slicecli.slicing.step import Step, fit_reading
 from slicecli.slicing.walk import (
@@ -164,7 +164,7 @@ class _Statistics:
     def add_tokens(self, moment: torch.Tensor, norm_input: torch.Tensor) -> None:
         """Add tokens to the second moment Cⱼ of one norm input."""
         flat = self._dense.normalise(norm_input).flatten(0, -2)
-        add_outer(moment, flat, flat)
+        add_square(moment, flat)
 
     def add_norm_input(
         self, moment: torch.Tensor, weight: torch.Tensor | None, readers: Sequence[torch.Tensor]
@@ -182,7 +182,7 @@ class _Statistics:
                 scaled = widen(rows)
                 if weight is not None:
                     scaled = scaled * weight.to(scaled)
-                add_outer(metric, scaled, scaled)
+                add_square(metric, scaled)
         self.second_moment += moment
         seen = (metric * moment).sum()
         if bool(seen > 0):

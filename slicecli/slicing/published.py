@@ -34,7 +34,7 @@ from slicecli.slicing.folding import (
     stored_form,
 )
 from slicecli.slicing.maps import fold_reader, rows_times
-from slicecli.slicing.moments import add_outer, widen
+from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress, Target
 from slicecli.slicing.walk import (
     embedding_tables,
@@ -85,7 +85,7 @@ class _Bases:
         moment = torch.zeros(size, size, dtype=torch.float64, device=self._dense.device)
         for stream in streams:
             flat = widen(stream).flatten(0, -2)
-            add_outer(moment, flat, flat)
+            add_square(moment, flat)
         vectors, energies = principal_basis(moment)
         shares = (energies.cumsum(0) / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
         self._shares.append(shares)
