@@ -8,6 +8,7 @@ are per unknown; the held-out error decides, and an infinite ridge (no correctio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,23 +43,11 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
 
     Args:
         moments: The normal equations; they are merged in place and of no use afterwards.
-        ridges: The ridges to try, besides infinity.
+        ridges: The ridges to try, in ascending order, besides infinity.
     """
     fitted, held_out = 0, 1
     gram, cross = moments.gram, moments.cross
-    best_ridge, best_error = math.inf, 0.0
-    for ridge in ridges:
-        factor = _factorise(gram[fitted].clone(), ridge)
-        if factor is None:
-            continue
-        error = 0.0
-        # outputs do not mix, so a few hundred at a time do, and no whole solution is held
-        for some, left_out in zip(cross[fitted].split(COLUMNS, 1), cross[held_out].split(COLUMNS, 1), strict=True):
-            delta = _substitute(factor, some)
-            error += float((delta * (gram[held_out] @ delta).sub_(left_out, alpha=2)).sum())
-        del factor, delta  # before the next is made
-        if error < best_error:
-            best_ridge, best_error = ridge, error
+    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge))
     energy = float(moments.residual_energy[held_out])
     left = 1.0 + best_error / energy if energy else 1.0
     factor = None
@@ -69,6 +58,47 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
     if factor is None:
         return Correction(torch.zeros_like(cross[fitted]).T, math.inf, 1.0)
     return Correction(_substitute(factor, all_cross).T, best_ridge, left)
+
+
+def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
+    """Go down from the middle of the ridges to the least error; return it and its ridge, or infinity and 0.
+
+    The error has one valley in practice: too small a ridge fits noise, too large a one fits nothing. So the ridges
+    beyond the first that is worse need not be tried, and each costs as much as the final solution.
+
+    Args:
+        ridges: In ascending order.
+        error_of: The held-out error at a ridge, against that of no correction; infinite where there is no solution.
+    """
+    if not ridges:
+        return math.inf, 0.0
+    errors: dict[int, float] = {}
+
+    def error_at(index: int) -> float:
+        if index not in errors:
+            errors[index] = error_of(ridges[index])
+        return errors[index]
+
+    best = len(ridges) // 2
+    for direction in (-1, 1):
+        while 0 <= best + direction < len(ridges) and error_at(best + direction) <= error_at(best):
+            best += direction
+    return (ridges[best], error_at(best)) if error_at(best) < 0 else (math.inf, 0.0)
+
+
+def _held_out_error(moments: Moments, ridge: float) -> float:
+    """Return Σ |r − Δ z|² − Σ |r|² over held-out tokens, Δ solved on the fitted ones; infinite where it cannot be."""
+    fitted, held_out = 0, 1
+    factor = _factorise(moments.gram[fitted].clone(), ridge)
+    if factor is None:
+        return math.inf
+    error = 0.0
+    # outputs do not mix, so a few hundred at a time do, and no whole solution is held
+    columns = zip(moments.cross[fitted].split(COLUMNS, 1), moments.cross[held_out].split(COLUMNS, 1), strict=True)
+    for some, left_out in columns:
+        delta = _substitute(factor, some)
+        error += float((delta * (moments.gram[held_out] @ delta).sub_(left_out, alpha=2)).sum())
+    return error
 
 
 def _factorise(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
