@@ -110,8 +110,8 @@ def _fault(error: Any) -> str:
 
 def _required(error: Any) -> str:
     """Return the name that is missing: the library reports each in an error of its own, in the order of the schema."""
-    missing = (name for name in error.validator_value if error.message.startswith(repr(name)))
-    return next(missing)
+    names: list[str] = error.validator_value
+    return next(name for name in names if error.message.startswith(repr(name)))
 
 
 def _quoted(value: Any) -> str:

@@ -1,7 +1,8 @@
 """How the Hub's client is called: without remarks of its own, and again where it gives up at the first fault.
 
-huggingface_hub repeats uploads, commits and questions about files, with growing pauses. What else it asks, above all for
-the body of a file, fails at the first status such as 503; a download that is begun again asks only for what is missing.
+huggingface_hub sends a large file again that broke off, asks again about a file, and goes on with a download from where
+it ended. Everything else, above all the body of a file and the commit of a push, fails at the first status such as 503.
+What is begun again here asks only for what has not arrived, and sends only what the Hub does not have.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep the client's remarks, which have addresses and paths in them, out of the output; HF_HUB_VERBOSITY shows them.
+    """Keep the client's remarks, which have addresses and paths in them, out of the output.
 
-    A file that the disk has no room for is an error here, before its first byte, and not a remark.
+    Whoever sets HF_HUB_VERBOSITY sees them. A file that the disk has no room for is an error here, before its first
+    byte, and not a remark.
     """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

@@ -10,20 +10,22 @@ import functools
 import glob
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slicecli.checkpoint import RECORD_FILE, file_digest
 from slicecli.errors import SourceError
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.schema import schema_errors
+from slicecli.source import DESCRIPTION_FILES, INDEX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     from slicecli.slicing.state import Progress
 
@@ -38,6 +40,7 @@ WEIGHT_SUFFIXES = frozenset(
 _PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"})
 MOST_TEXT_BYTES = 64_000_000
 THREADS = 8
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -89,34 +92,31 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
 
     Args:
         folder: The folder.
-        progress: Hears of each file.
+        progress: Hears of each weight file.
         name: What to call it, where it is the copy of a repository.
 
     Raises:
         SourceError: A file cannot be read.
     """
+    if not (folder / RECORD_FILE).is_file():
+        return _nothing(name or folder.resolve().name, bool(name))
     try:
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         sizes = {file: path.stat().st_size for file, path in sorted(paths.items()) if not _is_hidden(file)}
-        record, faults = _read_record(paths[RECORD_FILE].read_bytes() if RECORD_FILE in sizes else b"")
-        weights, files = (set(), set()) if faults else (record["weights"].keys(), record["files"].keys())
-        known = [file for file in sizes if file in weights or file in files]
-        if progress is not None:
-            progress.start("files", len(known))
-        digests = {}
-        for file in known:
+        named = _Named.of(paths[RECORD_FILE].read_bytes())
+        weights = [file for file in sizes if file in named.weights]
+        digests = {file: file_digest(paths[file]) for file in sizes if file in named.files}
+        for file in _with_progress(weights, progress):
             digests[file] = file_digest(paths[file])
-            if progress is not None:
-                progress.advance(file)
         return Contents(
             name=name or folder.resolve().name,
             is_published=bool(name),
-            record=record,
-            faults=faults,
+            record=named.record,
+            faults=named.faults,
             sizes=sizes,
             digests=digests,
             texts={file: paths[file].read_bytes() for file, size in sizes.items() if _is_text(file, size)},
-            tensors={file: _read_tensors(paths[file]) for file in known if file in weights},
+            tensors={file: _read_tensors(paths[file]) for file in weights},
         )
     except OSError as error:
         raise SourceError(
@@ -139,50 +139,47 @@ def repository_contents(
     Raises:
         SourceError: It does not exist or cannot be reached.
     """
+    return _from_hub(repository, lambda: _look_at(repository, revision, token, progress))
+
+
+def _look_at(repository: str, revision: str | None, token: str | None, progress: Progress | None) -> Contents:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi(token=token, library_name="slicecli")
+    commit = str(api.model_info(repository, revision=revision).sha)
+    tree = api.list_repo_tree(repository, recursive=True, revision=commit)
+    entries = {one.path: one for one in tree if isinstance(one, RepoFile) and not _is_hidden(one.path)}
+    if RECORD_FILE not in entries:
+        return _nothing(repository, is_published=True)
+    named = _Named.of(_fetch(api, repository, commit, [RECORD_FILE])[RECORD_FILE].read_bytes())
+    known = named.weights | named.files
 
-    def look() -> Contents:
-        commit = api.model_info(repository, revision=revision).sha
-        assert commit is not None
-        tree = api.list_repo_tree(repository, recursive=True, revision=commit)
-        entries = {one.path: one for one in tree if isinstance(one, RepoFile) and not _is_hidden(one.path)}
-        fetch = functools.partial(_fetch, api, repository, commit)
+    def is_wanted(file: str, entry: RepoFile) -> bool:
         # of large files the Hub states the hash; the others are small, and only fetching them tells theirs
-        is_small = {file: entry.lfs is None for file, entry in entries.items()}
-        content = fetch([RECORD_FILE]).get(RECORD_FILE) if is_small.get(RECORD_FILE) else None
-        record, faults = _read_record(b"" if content is None else content.read_bytes())
-        weights, files = (set(), set()) if faults else (record["weights"].keys(), record["files"].keys())
-        known = [file for file in entries if file in weights or file in files]
-        wanted = [
-            file
-            for file, entry in entries.items()
-            if is_small[file] and (file in weights or file in files or _is_text(file, entry.size))
-        ]
-        paths = fetch(wanted)
-        digests = {}
-        for file in known:
-            lfs = entries[file].lfs
-            digests[file] = file_digest(paths[file]) if lfs is None else lfs.sha256
-        return Contents(
-            name=repository,
-            is_published=True,
-            record=record,
-            faults=faults,
-            sizes={file: entries[file].size for file in sorted(entries)},
-            digests=digests,
-            texts={file: paths[file].read_bytes() for file in paths if _is_text(file, entries[file].size)},
-            tensors={
-                **{file: _read_tensors(paths[file]) for file in known if file in weights and file in paths},
-                **_fetch_tensors(
-                    api, repository, commit, [file for file in known if file in weights and file not in paths], progress
-                ),
-            },
-        )
+        if entry.lfs is None:
+            return file in known or _is_text(file, entry.size)
+        return file in (*DESCRIPTION_FILES, INDEX_FILE) and _is_text(file, entry.size)
 
-    return _from_hub(repository, look)
+    paths = _fetch(api, repository, commit, [file for file, entry in entries.items() if is_wanted(file, entry)])
+    weights = [file for file in entries if file in named.weights]
+    tensors: dict[str, Mapping[str, Tensor] | None] = {
+        file: _read_tensors(paths[file]) for file in weights if file in paths
+    }
+    far = [file for file in weights if file not in paths]
+    with ThreadPoolExecutor(THREADS) as pool:
+        heads = pool.map(functools.partial(_fetch_tensors, api, repository, commit), far)
+        tensors |= {file: next(heads) for file in _with_progress(far, progress)}
+    return Contents(
+        name=repository,
+        is_published=True,
+        record=named.record,
+        faults=named.faults,
+        sizes={file: entries[file].size for file in sorted(entries)},
+        digests={file: _digest(entry, paths.get(file)) for file, entry in entries.items() if file in known},
+        texts={file: path.read_bytes() for file, path in paths.items() if _is_text(file, entries[file].size)},
+        tensors=tensors,
+    )
 
 
 def download_repository(repository: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -198,7 +195,12 @@ def download_repository(repository: str, revision: str | None = None, token: str
     )
 
 
-def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
+def _nothing(name: str, is_published: bool) -> Contents:
+    """Return what is looked at where there is no record: nothing, since that may be any folder."""
+    return Contents(name, is_published, None, tuple(schema_errors(None)), {}, {}, {}, {})
+
+
+def _from_hub(repository: str, call: Callable[[], Result]) -> Result:
     try:
         with quiet_client():
             return patiently(call)
@@ -210,42 +212,56 @@ def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
 
 def _fetch(api: HfApi, repository: str, commit: str, files: Collection[str]) -> dict[str, Path]:
     """Download some files of a repository; return where each is."""
-    if not files:
-        return {}
     patterns = [glob.escape(file) for file in files]
     folder = Path(api.snapshot_download(repository, revision=commit, allow_patterns=patterns))
     return {file: folder / file for file in files}
 
 
-def _fetch_tensors(
-    api: HfApi, repository: str, commit: str, files: Collection[str], progress: Progress | None
-) -> dict[str, Mapping[str, Tensor] | None]:
-    """Fetch the heads of safetensors files."""
+def _fetch_tensors(api: HfApi, repository: str, commit: str, file: str) -> Mapping[str, Tensor] | None:
+    """Fetch the head of a safetensors file; `None` where it is damaged."""
     from huggingface_hub.errors import SafetensorsParsingError
 
-    def fetch(file: str) -> Mapping[str, Tensor] | None:
-        try:
-            head = api.parse_safetensors_file_metadata(repository, file, revision=commit)
-            return {name: Tensor(one.dtype, tuple(one.shape)) for name, one in head.tensors.items()}
-        except (SafetensorsParsingError, TypeError, ValueError):
-            return None
-        finally:
-            if progress is not None:
-                progress.advance(file)
+    try:
+        head = api.parse_safetensors_file_metadata(repository, file, revision=commit)
+    except (SafetensorsParsingError, TypeError, ValueError):
+        return None
+    return {name: Tensor(one.dtype, tuple(one.shape)) for name, one in head.tensors.items()}
 
+
+def _digest(entry: RepoFile, path: Path | None) -> str:
+    if entry.lfs is not None:
+        return str(entry.lfs.sha256)
+    assert path is not None
+    return file_digest(path)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A record, and the files that it names; none where it is damaged."""
+
+    record: Any
+    faults: tuple[str, ...]
+    weights: frozenset[str]
+    files: frozenset[str]
+
+    @classmethod
+    def of(cls, content: bytes) -> _Named:
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError):
+            record = None
+        faults = tuple(schema_errors(record))
+        weights, files = ((), ()) if faults or record is None else (record["weights"], record["files"])
+        return cls(record, faults, frozenset(weights), frozenset(files))
+
+
+def _with_progress(files: Collection[str], progress: Progress | None) -> Iterator[str]:
     if progress is not None:
         progress.start("weight files", len(files))
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(files, pool.map(fetch, files), strict=True))
-
-
-def _read_record(content: bytes) -> tuple[Any, tuple[str, ...]]:
-    """Return a record, and what is wrong with it."""
-    try:
-        record = json.loads(content) if content else None
-    except (ValueError, RecursionError):
-        record = None
-    return record, tuple(schema_errors(record))
+    for file in files:
+        yield file
+        if progress is not None:
+            progress.advance(file)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor] | None:

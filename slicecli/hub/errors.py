@@ -14,6 +14,7 @@ TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 LOG_IN = "Log in with `hf auth login`, or give a --token"
 LOCAL = "a local folder is given as a path, for example ./model."
 AGAIN = "Run it again later."
+OTHER_DISK = "Free some of it, or let HF_HOME name a folder on another disk."
 MOST_CHARACTERS = 200
 
 
@@ -41,9 +42,13 @@ def is_transient(error: BaseException) -> bool:
     Args:
         error: Anything raised by the Hub's client.
     """
+    from huggingface_hub import errors
+
     if (response := _response(error)) is not None:
         return int(response.status_code) in TRANSIENT_STATUSES
-    return not _is_unreachable(error) and (_is_broken_off(error) or _is_incomplete(error))
+    if _find(error, errors.OfflineModeIsEnabled) or _is_unreachable(error):
+        return False
+    return _is_broken_off(error) or _is_incomplete(error)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
@@ -91,7 +96,9 @@ def _explain(error: BaseException) -> tuple[str, str]:
     if _find(error, errors.OfflineModeIsEnabled):
         lacking = ", and the cache does not have all of it" if _find(error, errors.LocalEntryNotFoundError) else ""
         return f"offline mode is on (HF_HUB_OFFLINE){lacking}", "Unset HF_HUB_OFFLINE."
-    if response is not None and response.status_code != 404:
+    if _find(error, errors.RemoteEntryNotFoundError):
+        return "the repository lacks a file that is needed", "Check the name and the --revision."
+    if response is not None:
         return _explain_status(error, response, has_token)
     return _explain_machine(error)
 
@@ -100,16 +107,18 @@ def _explain_status(error: BaseException, response: Any, has_token: bool) -> tup
     """Return cause and remedy of a status that no other error says better."""
     status = response.status_code
     if status == 401:
-        return "the Hub does not accept the token", f"{LOG_IN} that is valid; HF_TOKEN, where it is set, comes before the stored one."
+        remedy = f"{LOG_IN} that is valid; HF_TOKEN, where it is set, comes before the stored one."
+        return "the Hub does not accept the token", remedy
     if status == 429:
         wait = seconds_to_wait(error)
         when = AGAIN if wait is None else f"Run it again in {wait} seconds."
-        return "the Hub was asked too often (status 429)", when if has_token else f"{when[:-1]}; it may be asked more often with a token."
+        remedy = when if has_token else f"{when[:-1]}; it may be asked more often with a token."
+        return "the Hub was asked too often (status 429)", remedy
     if status == 412:
         return "somebody else changed the repository at the same time (status 412)", "Run it again."
     if status in TRANSIENT_STATUSES or status >= 500:
         return f"the Hub has a fault of its own (status {status})", AGAIN
-    said = next((link.server_message for link in _chain(error) if getattr(link, "server_message", None)), "")
+    said = next(filter(None, (getattr(link, "server_message", None) for link in _chain(error))), "")
     reason = f": {said.splitlines()[0].rstrip('.')}"[:MOST_CHARACTERS] if said else ""
     remedy = f"{LOG_IN} that has the right." if status == 403 else "Mend that and run it again."
     return f"the Hub refuses it (status {status}{reason})", remedy
@@ -122,11 +131,11 @@ def _explain_machine(error: BaseException) -> tuple[str, str]:
     for link in _chain(error):
         number = getattr(link, "errno", None)
         if number in {errno.ENOSPC, errno.EDQUOT}:
-            return "the disk became full", "Free some of it, or let HF_HOME name a folder on another disk."
+            return "the disk became full", OTHER_DISK
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
             return "the Hub's cache cannot be written", "Let HF_HOME name a folder that can be written."
-        if isinstance(link, UserWarning):
-            return "the disk has too little room for it", "Free some of it, or let HF_HOME name a folder on another disk."
+        if isinstance(link, UserWarning) and "disk space" in str(link):
+            return "the disk has too little room for it", OTHER_DISK
     if _is_unreachable(error):
         return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
     if _is_broken_off(error):
@@ -135,8 +144,6 @@ def _explain_machine(error: BaseException) -> tuple[str, str]:
         return "a file of it arrived incomplete", "Run it again."
     if _find(error, errors.LocalEntryNotFoundError):
         return "the Hub cannot be reached and it is not in the cache", "Check the network."
-    if _find(error, errors.EntryNotFoundError):
-        return "the repository lacks a file that is needed", "Check the name and the --revision."
     for link in _chain(error):
         if isinstance(link, OSError) and link.strerror:
             # without the path

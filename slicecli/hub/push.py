@@ -148,15 +148,20 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
                 if options.revision is not None:
                     branch = options.revision
                     patiently(lambda: api.create_branch(repository, branch=branch, exist_ok=True))
-            commit = api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                commit_message=options.commit_message or _message(folder),
-                revision=options.revision,
-                create_pr=options.create_pr,
-                allow_patterns=list(files),
-                delete_patterns=REPLACED,
-            )
+
+            def send() -> CommitInfo:
+                return api.upload_folder(
+                    repo_id=repository,
+                    folder_path=folder,
+                    commit_message=options.commit_message or _message(folder),
+                    revision=options.revision,
+                    create_pr=options.create_pr,
+                    allow_patterns=list(files),
+                    delete_patterns=REPLACED,
+                )
+
+            # a second attempt could open a second pull request
+            commit = send() if options.create_pr else patiently(send)
             revision = commit.pr_revision or options.revision or "main"
             differing = _differences(api, repository, revision, folder, files)
     except Exception as error:

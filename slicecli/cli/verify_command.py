@@ -1,0 +1,88 @@
+"""`slicecli verify`: check a slice against its record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+if TYPE_CHECKING:
+    from slicecli.hub.contents import Contents
+
+
+@click.command("verify")
+@click.argument("subject", metavar="DIR|REPO")
+@click.option(
+    "--download", is_flag=True, help="Download REPO whole and hash it, instead of trusting the hashes the Hub states."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
+@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@shared.format_option
+@click.pass_context
+def command(
+    ctx: click.Context, subject: str, download: bool, revision: str | None, token: str | None, output_format: str
+) -> None:
+    """Check that the slice in DIR, or in REPO on the Hub, is what its record says.
+
+    Checked are the record itself, the hash of every file, files that nobody recorded, the numbers of parameters and
+    bytes, config and card, and that no file holds a token or tells of this machine. The exit code is 1 where something
+    differs. Of REPO only small files are downloaded.
+
+    \b
+    Examples:
+      slicecli verify ./my-slice
+      slicecli verify me/my-slice --format json
+    """
+    from slicecli.hub.verify import CHECKS, verify_contents
+
+    contents = _look_at(subject, download, revision, token, ctx.obj["quiet"])
+    findings = verify_contents(contents, [token] if token else [])
+    differences = Counter(one.check for one in findings if one.is_error)
+    if output_format == "json":
+        show.print_json(
+            {
+                "subject": contents.name,
+                "ok": not differences,
+                "files": len(contents.sizes),
+                "checks": {name: differences[name] for name in CHECKS},
+                "findings": [dataclasses.asdict(one) for one in findings],
+            }
+        )
+    else:
+        for one in findings:
+            show.result(f"{'' if one.is_error else 'note, '}{one.check}: {one.text}")
+        count = differences.total()
+        said = f"{count} difference{'' if count == 1 else 's'}" if count else "nothing differs"
+        made = "" if contents.faults else f" {len(contents.sizes)} files, {', '.join(CHECKS[:-1])} and {CHECKS[-1]}:"
+        show.result(f"{contents.name}:{made} {said}.")
+    ctx.exit(1 if differences else 0)
+
+
+def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Contents:
+    """Look at what is in a folder or a repository.
+
+    Raises:
+        RequestError: A folder is asked for a revision.
+        SourceError: There is no such folder or repository, or it cannot be read.
+    """
+    from slicecli.errors import RequestError, SourceError
+    from slicecli.hub.contents import folder_contents
+    from slicecli.hub.verify import examine_repository
+
+    folder = Path(subject).expanduser()
+    is_folder = folder.is_dir()
+    if is_folder and (download or revision is not None):
+        raise RequestError(f"{subject!r} is a folder.", "Leave out --download and --revision.")
+    if not is_folder and (folder.exists() or subject.startswith((".", "/", "~")) or subject.count("/") > 1):
+        raise SourceError(f"There is no folder {subject!r}.", "Check the path, or give a Hub id such as owner/name.")
+    with nullcontext() if is_quiet else show.progress(False) as watcher:
+        if is_folder:
+            return folder_contents(folder, watcher)
+        return examine_repository(subject, revision, token, download, watcher)

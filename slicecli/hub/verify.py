@@ -1,0 +1,448 @@
+"""Checking a slice: that its files, its config and its card are what its record says, and that nothing in it is secret.
+
+A record vouches for nothing by itself: whoever changes weights can change the record with them. What is found here is
+damage, and what was changed in one place and not in the others.
+
+Legend: d hidden size, k dim kept, s = 1 - k/d.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from slicecli import __version__
+from slicecli.checkpoint import RECORD_FILE
+from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
+from slicecli.hub.contents import (
+    WEIGHT_SUFFIXES,
+    Contents,
+    download_repository,
+    folder_contents,
+    repository_contents,
+)
+from slicecli.hub.markdown import visible
+from slicecli.hub.metadata import card_metadata
+from slicecli.hub.secrets import find_paths, find_tokens
+from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
+from slicecli.plan import DTYPE_BYTES, DTYPE_CODES
+from slicecli.schedule import Schedule
+from slicecli.source import COMPANION_FILES, INDEX_FILE, SINGLE_FILE
+
+if TYPE_CHECKING:
+    from slicecli.slicing.state import Progress
+
+__all__ = [
+    "CHECKS",
+    "Finding",
+    "check_card",
+    "check_config",
+    "check_counts",
+    "check_files",
+    "check_record",
+    "check_secrets",
+    "examine_repository",
+    "verify_contents",
+    "verify_folder",
+    "verify_repository",
+]
+
+CONFIG_FILE = "config.json"
+# what is run or unpickled by whoever loads a model, or by whoever opens it
+_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh"})
+# what loading reads besides; an adapter's config can make it load another model
+_LOADED_FILES = (*COMPANION_FILES, CONFIG_FILE, "adapter_config.json", "*.index.json", "*.jinja")
+_LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+# what becomes neither a parameter nor a bias is called otherwise, in every family of transformers
+_PARAMETER_NAMES = (".weight", ".bias")
+_WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "added_tokens.json", "*.model")
+TOLERANCE = 1e-9
+MOST_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that was found.
+
+    Attributes:
+        check: Name of the check, one of `CHECKS`.
+        is_error: Whether it is wrong; else it is good to know.
+        text: What was found, as a clause.
+    """
+
+    check: str
+    is_error: bool
+    text: str
+
+
+def verify_folder(folder: Path, tokens: Sequence[str] = (), progress: Progress | None = None) -> list[Finding]:
+    """Check the slice in a folder.
+
+    Args:
+        folder: The folder.
+        tokens: Tokens that must not be in a file, besides those that the program knows.
+        progress: Hears of each weight file.
+
+    Raises:
+        SourceError: A file cannot be read.
+    """
+    return verify_contents(folder_contents(folder, progress), tokens)
+
+
+def verify_repository(
+    repository: str, revision: str | None = None, token: str | None = None, download: bool = False
+) -> list[Finding]:
+    """Check the slice in a repository.
+
+    Args:
+        repository: Hub id.
+        revision: Branch, tag or commit.
+        token: Hub token; `None` takes the stored one.
+        download: Download it all and hash what arrives, instead of trusting the hashes that the Hub states.
+
+    Raises:
+        SourceError: It does not exist or cannot be reached.
+    """
+    return verify_contents(examine_repository(repository, revision, token, download), [token] if token else [])
+
+
+def examine_repository(
+    repository: str,
+    revision: str | None = None,
+    token: str | None = None,
+    download: bool = False,
+    progress: Progress | None = None,
+) -> Contents:
+    """Look at what is in a repository, see `verify_repository`.
+
+    Raises:
+        SourceError: It does not exist or cannot be reached.
+    """
+    if download:
+        return folder_contents(download_repository(repository, revision, token), progress, repository)
+    return repository_contents(repository, revision, token, progress)
+
+
+def verify_contents(contents: Contents, tokens: Sequence[str] = ()) -> list[Finding]:
+    """Make all checks that can be made; without a sound record most cannot.
+
+    Args:
+        contents: What is there.
+        tokens: Tokens that must not be in a file, besides those that the program knows.
+    """
+    checks: list[Callable[[Contents], Iterator[Finding]]] = [check_record]
+    if not contents.faults:
+        checks += [check_files, check_counts, check_config, check_card]
+    found = [finding for check in checks for finding in check(contents)]
+    return [*found, *check_secrets(contents, tokens)]
+
+
+def check_record(contents: Contents) -> Iterator[Finding]:
+    """Check that there is a record and that it fits its schema."""
+    if RECORD_FILE not in contents.sizes:
+        yield _error("record", f"there is no {RECORD_FILE}, so this is no slice")
+    elif contents.record is None:
+        yield _error("record", f"{RECORD_FILE} is no JSON")
+    else:
+        yield from (_error("record", f"{RECORD_FILE}: {fault}") for fault in contents.faults)
+    if contents.is_published and not contents.faults and contents.record["repository"] not in (None, contents.name):
+        yield _note("record", f"it says that the slice is published as {contents.record['repository']}")
+
+
+def check_files(contents: Contents) -> Iterator[Finding]:
+    """Check that the recorded files are there as they were, and that there is no other that loading would read."""
+    recorded = {**contents.record["weights"], **contents.record["files"]}
+    for file, digest in recorded.items():
+        if file not in contents.sizes:
+            yield _error("files", f"{file} is missing")
+        elif contents.digests[file] != digest:
+            yield _error("files", f"{file} is not the file that was recorded")
+    for file in contents.sizes:
+        if file in recorded or file in (RECORD_FILE, CARD_FILE):
+            continue
+        if _is_loaded(file):
+            yield _error("files", f"{_short(file)} is not in the record, and is something that loading may read or run")
+        else:
+            yield _note("files", f"{_short(file)} is not in the record")
+
+
+def _is_loaded(file: str) -> bool:
+    path = PurePosixPath(file)
+    if path.suffix.lower() in WEIGHT_SUFFIXES | _CODE_SUFFIXES:
+        return True
+    is_legal = any(fnmatch(path.name, pattern) for pattern in _LEGAL_FILES)
+    return not is_legal and any(fnmatch(path.name, pattern) for pattern in _LOADED_FILES)
+
+
+def check_counts(contents: Contents) -> Iterator[Finding]:
+    """Check that the numbers of the record follow from one another, and from the heads of the weight files."""
+    record = contents.record
+    sliced, count_of_bytes = record["parameters"]["sliced"], record["bytes"]["sliced"]
+    sparsity = 1 - record["dim"] / record["hidden_size"]
+    if abs(record["sparsity"] - sparsity) > TOLERANCE:
+        yield _error("counts", f"sparsity is {record['sparsity']:g} in the record, 1 - dim/hidden_size is {sparsity:g}")
+    if record["schedule"] is not None:
+        dim = _schedule(record["schedule"]).dim
+        if record["dim"] != dim:
+            yield _error("counts", f"dim is {record['dim']} in the record, the mean of its schedule is {dim}")
+    if count_of_bytes != sliced * DTYPE_BYTES[record["dtype"]]:
+        yield _error(
+            "counts",
+            f"{count_of_bytes:,} bytes in the record are not those of {sliced:,} parameters in {record['dtype']}",
+        )
+    if record["bytes"]["dense"] not in {record["parameters"]["dense"] * size for size in DTYPE_BYTES.values()}:
+        yield _error("counts", "the dense model's bytes in the record are not those of its parameters in any dtype")
+    rows = record["calibration"]
+    if rows["tokens"] != rows["samples"] * rows["sequence_length"]:
+        yield _error(
+            "counts",
+            f"{rows['samples']} rows of {rows['sequence_length']} tokens are not {rows['tokens']:,} calibration tokens",
+        )
+    yield from _check_tensors(contents)
+
+
+def _check_tensors(contents: Contents) -> Iterator[Finding]:
+    record = contents.record
+    for file, tensors in contents.tensors.items():
+        if tensors is None:
+            yield _error("counts", f"{file} is no safetensors file, or a damaged one")
+        else:
+            code = DTYPE_CODES[record["dtype"]]
+            other = {one.dtype for one in tensors.values()} - {code}
+            if other:
+                yield _error(
+                    "counts", f"{file} has tensors of dtype {', '.join(sorted(other))}, the record says {code}"
+                )
+    known = {file: tensors for file, tensors in contents.tensors.items() if tensors is not None}
+    if known.keys() != record["weights"].keys():
+        return  # without all of them nothing can be counted
+    elements = sum(one.elements for tensors in known.values() for one in tensors.values())
+    surplus = elements - record["parameters"]["sliced"]
+    # persistent buffers lie in the files too, and are no parameters
+    most = sum(
+        one.elements
+        for tensors in known.values()
+        for name, one in tensors.items()
+        if not name.endswith(_PARAMETER_NAMES)
+    )
+    if not 0 <= surplus <= most:
+        yield _error(
+            "counts",
+            f"the weight files hold {elements:,} numbers, the record {record['parameters']['sliced']:,} parameters",
+        )
+    elif surplus:
+        yield _note(
+            "counts", f"the weight files hold {surplus:,} numbers more than the parameters: buffers of the model"
+        )
+    yield from _check_index(contents, {name: file for file, tensors in known.items() for name in tensors}, elements)
+
+
+def _check_index(contents: Contents, file_of: Mapping[str, str], elements: int) -> Iterator[Finding]:
+    """Check that the index leads to each tensor."""
+    record = contents.record
+    if INDEX_FILE not in contents.texts:
+        if list(record["weights"]) != [SINGLE_FILE]:
+            yield _error("counts", f"{INDEX_FILE} is missing, without which the weight files are not found")
+        return
+    index = _json_of(contents, INDEX_FILE)
+    if index.get("weight_map") != file_of:
+        yield _error("counts", f"{INDEX_FILE} does not lead to the tensors that are in the weight files")
+    total = elements * DTYPE_BYTES[record["dtype"]]
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated != total:
+        yield _error("counts", f"{INDEX_FILE} states {_short(stated)} bytes, the weight files hold {total:,}")
+
+
+def check_config(contents: Contents) -> Iterator[Finding]:
+    """Check that the config is that of a slice as it is recorded."""
+    record, config = contents.record, _json_of(contents, CONFIG_FILE)
+    if not config:
+        yield _error("config", f"{CONFIG_FILE} is missing, or no JSON object")
+        return
+    expected = _custom_code_fields(record) if record["layout"] == "custom-code" else _stock_fields(record, config)
+    for path, value in {**expected, ("dtype",): record["dtype"]}.items():
+        found = _at(config, path)
+        if found != value:
+            yield _error(
+                "config", f"{'.'.join(path)} is {_short(found)} in {CONFIG_FILE}, {_short(value)} by the record"
+            )
+    yield from _check_code(contents, config.get("auto_map"))
+
+
+def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Return what the config of a stock slice has, by path."""
+    from slicecli.plugins import plugins
+
+    adapter = plugins().adapters.get(record["adapter"])
+    width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
+    if width is None:
+        width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
+    return {("model_type",): record["source"]["model_type"], (width,): record["dim"]}
+
+
+def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Return what the config of a slice with code of its own has, by path."""
+    fields: dict[tuple[str, ...], Any] = {
+        ("model_type",): CONFIG_TYPE,
+        ("auto_map",): AUTO_MAP,
+        ("text_config", "model_type"): record["source"]["model_type"],
+        ("slicing", "hidden_size"): record["hidden_size"],
+        ("slicing", "has_shortcuts"): record["schedule"] is not None,
+        ("embedding_size",): record["dim"],
+        ("slicing", "head_width"): record["dim"],
+    }
+    if record["schedule"] is not None:
+        schedule = _schedule(record["schedule"])
+        fields |= {
+            ("embedding_size",): schedule.places[0],
+            ("slicing", "widths"): [list(block) for block in schedule.blocks],
+            ("slicing", "head_width"): schedule.head,
+        }
+    return fields
+
+
+def _check_code(contents: Contents, auto_map: Any) -> Iterator[Finding]:
+    """Check that the config asks for code where the record does, and for none from elsewhere."""
+    record = contents.record
+    if bool(auto_map) != record["needs_remote_code"]:
+        says = "needs" if record["needs_remote_code"] else "does not need"
+        names = "names code of its own" if auto_map else "names none"
+        yield _error("config", f"{CONFIG_FILE} {names} (auto_map), and the record says that the slice {says} any")
+    for name in auto_map.values() if isinstance(auto_map, dict) else ():
+        repository, _, reference = str(name).rpartition("--")
+        if repository:
+            yield _error("config", f"{CONFIG_FILE} takes code from another repository: {_short(name)}")
+        elif f"{reference.partition('.')[0]}.py" not in record["files"]:
+            yield _error("config", f"{CONFIG_FILE} takes code from a file that is not in the record: {_short(name)}")
+
+
+def check_card(contents: Contents) -> Iterator[Finding]:
+    """Check that the card says what the record does; what its owner added may stand there."""
+    content = contents.texts.get(CARD_FILE)
+    if content is None:
+        yield _error("card", f"{CARD_FILE} is missing")
+        return
+    try:
+        card = Card(content.decode("utf-8"))
+    except Exception as error:  # YAML errors, and what the Hub's client raises for metadata that is none
+        yield _error("card", f"{CARD_FILE} cannot be read as a card ({type(error).__name__})")
+        return
+    yield from _check_metadata(card.metadata, card_metadata(contents.record))
+    if card.body is None:
+        yield _error("card", f"{CARD_FILE} has nothing between the marks of slicecli")
+    elif card.version != __version__:
+        yield _note("card", f"slicecli {card.version} wrote the card, so that {__version__} does not compare its text")
+    else:
+        expected = render_body(contents.record)
+        pairs = enumerate(zip_longest(card.body.split("\n"), expected.split("\n"), fillvalue=""), start=1)
+        number, (line, wanted) = next(((number, pair) for number, pair in pairs if pair[0] != pair[1]), (0, ("", "")))
+        if number:
+            yield _error("card", f"line {number} of the text is {_short(line)}, {_short(wanted)} by the record")
+
+
+def _check_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Finding]:
+    expected = merged_metadata(theirs, ours)
+    for field in ours:
+        if field == "tags":
+            missing = [tag for tag in ours["tags"] if tag not in (theirs.get("tags") or ())]
+            if missing:
+                yield _error("card", f"its metadata lacks the tag {', '.join(missing)}")
+        elif field != "model-index" and theirs.get(field) != expected[field]:
+            yield _error(
+                "card",
+                f"{field} is {_short(theirs.get(field))} in its metadata, {_short(expected[field])} by the record",
+            )
+    shown, recorded = _results(theirs.get("model-index")), _results(ours.get("model-index"))
+    for name in dict.fromkeys([*recorded, *shown]):
+        if name not in shown:
+            yield _error("card", f"its model-index lacks {_short(name)}")
+        elif name not in recorded:
+            yield _error("card", f"its model-index has {_short(name)}, which the record has not")
+        elif shown[name] != recorded[name]:
+            yield _error(
+                "card",
+                f"its model-index has {_short(shown[name])} for {_short(name)}, {_short(recorded[name])} by the record",
+            )
+    if shown == recorded and theirs.get("model-index") != ours.get("model-index"):
+        yield _error("card", "its model-index is of another model, or names other texts than the record")
+
+
+def _results(model_index: Any) -> dict[str, Any]:
+    """Return the values of a model-index by text and metric; it was read by the Hub's client, and is of its form."""
+    return {
+        f"{result['dataset']['name']}, {metric.get('name') or metric['type']}": metric["value"]
+        for model in model_index or ()
+        for result in model["results"]
+        for metric in result["metrics"]
+    }
+
+
+def check_secrets(contents: Contents, tokens: Sequence[str] = ()) -> Iterator[Finding]:
+    """Check that no file holds a token, nor anything that tells of this machine and its user.
+
+    Vocabularies are searched for tokens only: among a hundred thousand pieces of text there may be paths. What a slice
+    took over from a model on the Hub was public before, so that a path in it is a note.
+
+    Args:
+        contents: What is there.
+        tokens: Tokens that must not be in a file, besides those that the program knows.
+    """
+    for file, content in contents.texts.items():
+        text = content.decode("utf-8", errors="replace")
+        for kind in find_tokens(text, tokens):
+            yield _error("secrets", f"{_short(file)} holds {kind}")
+        if any(fnmatch(PurePosixPath(file).name, pattern) for pattern in _VOCABULARIES):
+            continue
+        for kind in find_paths(text):
+            yield Finding("secrets", not _is_from_hub(contents, file), f"{_short(file)} holds {kind}")
+
+
+def _is_from_hub(contents: Contents, file: str) -> bool:
+    if contents.faults or contents.record["source"]["commit"] is None:
+        return False
+    return file in contents.record["files"] and file != CONFIG_FILE
+
+
+def _json_of(contents: Contents, file: str) -> dict[str, Any]:
+    """Return a JSON object; empty where the file is missing or holds none."""
+    try:
+        found = json.loads(contents.texts.get(file, b"null"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _at(fields: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = fields
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _schedule(fields: Mapping[str, Any]) -> Schedule:
+    return Schedule(tuple(tuple(block) for block in fields["blocks"]), fields["head"])
+
+
+def _short(value: Any) -> str:
+    """Return a value of somebody's for a line on a terminal."""
+    line = visible(value if isinstance(value, str) else json.dumps(value, default=str))
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
+
+
+def _error(check: str, text: str) -> Finding:
+    return Finding(check, True, text)
+
+
+def _note(check: str, text: str) -> Finding:
+    return Finding(check, False, text)
+
+
+CHECKS = ("record", "files", "counts", "config", "card", "secrets")
+"""Names of the checks, in their order."""
