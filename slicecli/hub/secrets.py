@@ -33,8 +33,7 @@ _BEGIN = r"(?:(?<![\w.:/\\~-])|(?<=file://))"
 _END = r"(?![\w.-])"
 # in JSON the separators of Windows are doubled
 _SEPARATOR = r"(?:\\{1,2}|/)"
-# a letter as JSON writes it
-_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+_ESCAPED = re.compile(r"(?<!\\)\\(?:u([0-9a-fA-F]{4})|[bfnrt])")
 _HOME_OF_SOMEBODY = re.compile(rf"{_BEGIN}/(?:home|Users)/[\w.-]+(?=/)|\b[A-Za-z]:{_SEPARATOR}Users{_SEPARATOR}[\w.-]+")
 _PATH = re.compile(rf"{_BEGIN}(?:[A-Za-z]:)?(?:{_SEPARATOR}[\w.+@-]+)+")
 
@@ -75,7 +74,9 @@ def _stored_tokens() -> Iterator[str]:
 
 def find_paths(text: str) -> list[str]:
     """Say what in a text tells of this machine, its user, or another's: the home folder, a name, a path."""
-    return list(dict.fromkeys(_paths_in(_ESCAPED.sub(lambda found: chr(int(found[1], 16)), text))))
+    # in JSON letters and the ends of lines are escaped, and would hide where a path begins
+    texts = dict.fromkeys((text, _ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)))
+    return list(dict.fromkeys(kind for one in texts for kind in _paths_in(one)))
 
 
 def _paths_in(text: str) -> Iterator[str]:
