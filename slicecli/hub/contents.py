@@ -223,9 +223,11 @@ def _fetch_tensors(api: HfApi, repository: str, commit: str, file: str) -> Mappi
 
     try:
         head = api.parse_safetensors_file_metadata(repository, file, revision=commit)
-    except (SafetensorsParsingError, TypeError, ValueError):
+    except (SafetensorsParsingError, AttributeError, TypeError, ValueError, RecursionError):
+        return None  # the client takes the form of the head for granted
+    if not all(isinstance(size, int) and size >= 0 for one in head.tensors.values() for size in one.shape):
         return None
-    return {name: Tensor(one.dtype, tuple(one.shape)) for name, one in head.tensors.items()}
+    return {name: Tensor(str(one.dtype), tuple(one.shape)) for name, one in head.tensors.items()}
 
 
 def _digest(entry: RepoFile, path: Path | None) -> str:

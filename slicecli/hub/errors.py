@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ def is_transient(error: BaseException) -> bool:
         return int(response.status_code) in TRANSIENT_STATUSES
     if _find(error, errors.OfflineModeIsEnabled) or _is_unreachable(error):
         return False
-    return _is_broken_off(error) or _is_incomplete(error)
+    return _is_broken_off(error) or _is_incomplete(error) or _find(error, json.JSONDecodeError)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
@@ -57,14 +58,14 @@ def seconds_to_wait(error: BaseException) -> int | None:
     Args:
         error: Anything raised by the Hub's client.
     """
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     response = _response(error)
     if response is None:
         return None
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
-        return limit.reset_in_seconds
+        return int(limit.reset_in_seconds)
     text = response.headers.get("Retry-After", "")
     return int(text) if text.isdecimal() else None
 
@@ -77,7 +78,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
     has_token = response is None or "authorization" in response.request.headers
     if _find(error, errors.GatedRepoError):
         if has_token:
-            return "access to it is gated, and the token has none", "Ask for access on its page on the Hub."
+            return "access to it is gated, and the token does not give it", "Ask for access on its page on the Hub."
         return (
             "access to it is gated, and no token was sent",
             f"Accept its terms on its page on the Hub, then {_small(LOG_IN)}.",
@@ -142,6 +143,9 @@ def _explain_machine(error: BaseException) -> tuple[str, str]:
         return "the connection to the Hub broke off", "Run it again."
     if _is_incomplete(error):
         return "a file of it arrived incomplete", "Run it again."
+    if _find(error, json.JSONDecodeError):
+        # such as a page in HTML, where something between here and the Hub fails
+        return "what came from the Hub is not valid JSON", AGAIN
     if _find(error, errors.LocalEntryNotFoundError):
         return "the Hub cannot be reached and it is not in the cache", "Check the network."
     for link in _chain(error):

@@ -136,7 +136,7 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
     try:
         check_can_push(repository, options)
     except PublishError as error:
-        raise PublishError(error.cause, f"{error.remedy} {again}") from error
+        raise PublishError(error.cause, f"{error.remedy[:-1]}; then {again}.") from error
     check_publishable(folder, options)
     enter_repository(folder, repository)
     files = check_publishable(folder, options)
@@ -166,12 +166,14 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
             differing = _differences(api, repository, revision, folder, files)
     except Exception as error:
         raise PublishError(
-            f"{folder.resolve().name!r} could not be pushed to {repository}: {describe_hub_error(error)}.", again
+            f"{folder.resolve().name!r} could not be pushed to {repository}: {describe_hub_error(error)}.",
+            f"The slice is whole on this machine: {again}.",
         ) from error
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise PublishError(
-            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}{more}.", again
+            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}{more}.",
+            f"The slice is whole on this machine: {again}.",
         )
     return Publication(repository, _url(commit), commit.oid, commit.pr_num, files)
 
@@ -201,13 +203,13 @@ def _may_write(api: HfApi, repository: str) -> bool:
 
 
 def _again(folder: Path, repository: str, options: PushOptions) -> str:
-    """Say how a push is completed; the token stays out of it."""
+    """Say in a clause how a push is completed; the token stays out of it."""
     words = ["slicecli", "push", str(folder), repository]
     words += ["--private"] if options.private else []
     words += ["--create-pr"] if options.create_pr else []
     words += ["--revision", options.revision] if options.revision else []
     words += ["--commit-message", options.commit_message] if options.commit_message else []
-    return f"It is whole on this machine: `{shlex.join(words)}` sends what the Hub does not have yet."
+    return f"`{shlex.join(words)}` sends what the Hub does not have yet"
 
 
 def _url(commit: CommitInfo) -> str:

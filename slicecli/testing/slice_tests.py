@@ -70,21 +70,15 @@ class SliceUnderTest:
         """Its tokenizer."""
         return self.source.tokenizer()
 
-    @functools.cached_property
-    def _findings(self) -> list[Finding]:
-        from slicecli.hub.verify import verify_folder, verify_repository
-
-        if self.source.commit is None:
-            return verify_folder(self.folder)
-        return verify_repository(self.source.name, self.source.commit, self.source.token)
-
     def faults(self, *checks: str) -> list[str]:
         """Return what `slicecli verify` finds wrong in its record, and by some other checks.
 
         Args:
             *checks: Names of `slicecli.hub.verify.CHECKS`.
         """
-        return [one.text for one in self._findings if one.is_error and one.check in ("record", *checks)]
+        source = self.source
+        found = _verify(self.folder, None if source.commit is None else source.name, source.commit, source.token)
+        return [one.text for one in found if one.is_error and one.check in ("record", *checks)]
 
     @property
     def recorded(self) -> dict[str, dict[str, Any]]:
@@ -148,6 +142,13 @@ def _load(folder: Path, device: str) -> Any:
     from slicecli.loading import load_model
 
     return load_model(Source.find(str(folder)), device_map=device)
+
+
+@functools.lru_cache(maxsize=1)
+def _verify(folder: Path, repository: str | None, commit: str | None, token: str | None) -> list[Finding]:
+    from slicecli.hub.verify import verify_folder, verify_repository
+
+    return verify_folder(folder) if repository is None else verify_repository(repository, commit, token)
 
 
 @pytest.mark.slicecli_suite
