@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,40 +23,88 @@ from slicecli.plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ShardWriter", "file_digest", "require_disk_space", "whole_folder", "write_whole_file"]
+__all__ = [
+    "ShardWriter",
+    "clear_folder",
+    "file_digest",
+    "require_disk_space",
+    "unfinished_folder",
+    "whole_folder",
+    "write_whole_file",
+]
 
 RECORD_FILE = "slicecli.json"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
-def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder that takes the output's name once the body ends without an error.
+def whole_folder(
+    output: Path,
+    overwrite: bool = False,
+    resumes: bool = False,
+    keeps: Callable[[BaseException], bool] = lambda _error: False,
+) -> Iterator[Path]:
+    """Give an unfinished folder beside the output that takes its name once the body ends without an error.
 
-    Whatever ends the body otherwise removes the temporary folder. With `overwrite` an older slice of that name
-    is replaced in the last step, not before.
+    Whatever ends the body otherwise removes the unfinished folder. With `overwrite` an older slice of the output's name is replaced in the last
+    step, not before. What a killed run left is removed at the beginning, unless it is to be gone on with.
 
     Args:
         output: The folder to make.
         overwrite: Replace an existing slice.
+        resumes: Leave what a killed run left.
+        keeps: Says whether the unfinished folder is worth keeping after an error or a signal.
 
     Raises:
-        OutputError: The output exists and may not be replaced, or cannot be written.
+        OutputError: The output exists and may not be replaced, is being written by another process, or cannot be
+            written.
     """
+    from filelock import FileLock, Timeout
+
     check_output(output, overwrite)
+    partial = unfinished_folder(output)
+    lock = FileLock(partial / LOCK_FILE)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        partial = output.parent / f".{output.name}.{os.getpid()}.incomplete"
-        partial.mkdir()
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"Another process is writing {output.name!r}.", "Wait for it, or give another with --output."
+        ) from None
     except OSError as error:
         raise _writing_error(output, error) from error
+    is_kept = False
     try:
+        if not resumes:
+            clear_folder(partial)
         yield partial
+        (partial / LOCK_FILE).unlink(missing_ok=True)
         _put_in_place(partial, output)
     except OSError as error:
         raise _writing_error(output, error) from error
+    except BaseException as error:
+        is_kept = keeps(error)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+        if not is_kept:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Return the folder that an output is until it is whole."""
+    return output.parent / f".{output.name}.incomplete"
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove everything in an unfinished folder but its lock."""
+    for path in folder.iterdir():
+        if path.name == LOCK_FILE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_whole_file(path: Path, content: str | bytes) -> None:
@@ -115,7 +163,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or `None` where it cannot be read as such."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):  # not there, not text, not JSON, or made to exhaust a parser
         return None
 
 
@@ -136,10 +184,16 @@ class ShardWriter:
         shapes: Shape of every tensor by name, in the order in which they shall lie.
         dtype: Dtype of all of them.
         max_shard_size: Most bytes of one shard, as a number or as `5GB`.
+        missing: The tensors that are not yet in the shards, where an interrupted run has laid them out already.
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int | str
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        max_shard_size: int | str,
+        missing: Sequence[str] | None = None,
     ) -> None:
         import math
 
@@ -160,19 +214,22 @@ class ShardWriter:
         self._is_sharded = split.is_sharded
         self._offset: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
-        self._missing = set(shapes)
+        self._missing = set(shapes if missing is None else missing)
+        self._there = set(shapes) - self._missing
         for file, names in split.filename_to_tensors.items():
-            self._lay_out(file, names)
+            self._lay_out(file, names, is_new=missing is None)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor at its place.
 
         Args:
-            name: Its name; each must be written exactly once.
+            name: Its name; each must be written exactly once, but for those that were there at the beginning.
             tensor: Its value on the CPU, of the shape and dtype announced.
         """
         import torch
 
+        if name in self._there:
+            return
         if name not in self._missing:
             raise ValueError(f"{name} is not expected, or was written already")
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self._dtype:
@@ -187,9 +244,7 @@ class ShardWriter:
         """Close the shards, write the index where there are several, and return each file's SHA-256."""
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were never written, among them {min(self._missing)}")
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
+        self.synchronise()
         self.close()
         if self._is_sharded:
             index = {"metadata": {"total_size": sum(self._size.values())}, "weight_map": self._file_of}
@@ -197,14 +252,21 @@ class ShardWriter:
             (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         return {file: file_digest(self._folder / file) for file in self.files}
 
+    def synchronise(self) -> list[str]:
+        """Wait until what was written is on the disk; return the names of the tensors that are not."""
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return sorted(self._missing)
+
     def close(self) -> None:
         """Close all files."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
-    def _lay_out(self, file: str, names: list[str]) -> None:
-        """Write a shard's header, and note where each of its tensors goes."""
+    def _lay_out(self, file: str, names: list[str], is_new: bool) -> None:
+        """Write a shard's header unless it is there, and note where each of its tensors goes."""
         code = DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
@@ -215,29 +277,12 @@ class ShardWriter:
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        handle = (self._folder / file).open("wb")
+        handle = (self._folder / file).open("wb" if is_new else "r+b")
         self._open[file] = handle
-        handle.write(len(text).to_bytes(8, "little") + text)
+        if is_new:
+            handle.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             self._offset[name] += 8 + len(text)
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove temporary folders of runs that were killed before they could."""
-    for leftover in output.parent.glob(f".{output.name}.*.incomplete"):
-        process = leftover.name.removeprefix(f".{output.name}.").removesuffix(".incomplete")
-        if process.isdecimal() and not _is_alive(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

@@ -9,6 +9,7 @@ Legend: d hidden size, k dim kept, s = 1 - k/d.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,6 +20,7 @@ from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_file
 from slicecli.errors import OutputError, RequestError
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
 from slicecli.record import package_versions, read_record, write_record
+from slicecli.schema import schema_errors
 
 if TYPE_CHECKING:
     from slicecli.estimation.forecasts import Forecast
@@ -140,8 +142,6 @@ def write_card(folder: Path) -> None:
 
 
 def _record_to_enter_in(folder: Path) -> dict[str, Any]:
-    from slicecli.schema import schema_errors
-
     record = read_record(folder)
     if record is None:
         raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
@@ -153,6 +153,12 @@ def _record_to_enter_in(folder: Path) -> dict[str, Any]:
 
 def _write(folder: Path, record: dict[str, Any], card_folder: Path | None) -> None:
     """Write record and card; text of the owner of a card that is there already stays."""
+    record = json.loads(json.dumps(record))  # as a reader will find it
+    errors = schema_errors(record)
+    if errors:
+        raise OutputError(
+            f"What would be entered does not fit a record: {errors[0]}.", "Give what slicecli itself has written."
+        )
     card = render_card(record, None if card_folder is None else read_card(card_folder))
     write_record(folder, record)
     write_whole_file(folder / CARD_FILE, card)

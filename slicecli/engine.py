@@ -5,6 +5,8 @@ The command line and the Python API both call this module; it prints nothing and
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicecli import __version__
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint import ShardWriter, check_output, require_disk_space, whole_folder
+from slicecli.checkpoint import ShardWriter, check_output, clear_folder, require_disk_space, whole_folder
 from slicecli.dimensions import Dimensions
 from slicecli.errors import (
     NoAdapterError,
+    OutputError,
     PluginError,
     RequestError,
     SourceError,
@@ -28,7 +32,7 @@ from slicecli.memory import available_memory_bytes, peak_memory_bytes
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
-from slicecli.record import Energy
+from slicecli.record import Energy, package_versions
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model, parameter_shapes
 
@@ -39,8 +43,9 @@ if TYPE_CHECKING:
 
     from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
+    from slicecli.slicing.basis import Basis
     from slicecli.slicing.published import Orientation
-    from slicecli.slicing.state import DenseModel, Progress, Target
+    from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
 
 __all__ = [
     "ChosenAdapter",
@@ -85,6 +90,9 @@ class SliceOptions:
         token: Hub token.
         trust_remote_code: Whether code from the model's repository may run.
         overwrite: Replace an existing slice.
+        resume: Go on with what an interrupted run of the same job has left.
+        cache: Whether statistics are taken from and put into the cache.
+        cache_folder: Where it lies; `None` takes the usual place.
     """
 
     method: Method = "refit"
@@ -103,6 +111,9 @@ class SliceOptions:
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
     overwrite: bool = False
+    resume: bool = False
+    cache: bool = True
+    cache_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ class SliceReport:
         seconds: Wall-clock time, all slices of the job together.
         peak_memory_bytes: Peak resident memory of the process.
         warnings: What the user should know.
+        is_from_cache: The statistics were in the cache.
     """
 
     plan: SlicePlan
@@ -151,6 +163,7 @@ class SliceReport:
     seconds: float
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
+    is_from_cache: bool = False
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
@@ -216,7 +229,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         )
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         check_output(folder, options.overwrite)
-        slices.append((plan, config_of(plan, config, dimensions, output_length), folder))
+        sliced_config = config_of(plan, config, dimensions, output_length, bool(source.code_files()))
+        slices.append((plan, sliced_config, folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
         require_disk_space(folder, needed)
@@ -264,7 +278,9 @@ def resolve(
     return dim, schedule
 
 
-def config_of(plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0) -> Any:
+def config_of(
+    plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
+) -> Any:
     """Return the config of a planned slice.
 
     Args:
@@ -272,9 +288,10 @@ def config_of(plan: SlicePlan, config: Any, dimensions: Dimensions, block_output
         config: The dense model's config.
         dimensions: Its sizes.
         block_output_length: What `slicecli.proof.prove_shortcuts` found.
+        has_code: Whether the dense model's own code goes along.
     """
     if plan.layout == "stock":
-        return stock_config(config, dimensions, plan.dim, plan.dtype)
+        return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)
     has_shortcuts = plan.schedule is not None
     return custom_code_config(config, dimensions, schedule, has_shortcuts, block_output_length, plan.dtype)
@@ -343,17 +360,24 @@ def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
     return ChosenAdapter(inference.adapter, full_fields(source, config), inference)
 
 
-def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
+def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
     """Do a job, and write a whole folder for each of its slices.
 
     The refit makes one pass for statistics and one for all the slices whose streams fit the memory together; the
     published method a pass for each.
 
+    Args:
+        job: The job.
+        progress: Hears how far the work has come.
+        resumes_if_possible: Go on where an interrupted run of the same job has left something, and start anew where
+            another has; `SliceOptions.resume` refuses then.
+
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
     from slicecli.completion import complete_folder, licence_warning
-    from slicecli.slicing.pipeline import collect_basis, refit
+    from slicecli.journal import FileJournal, seconds_between_snapshots
+    from slicecli.slicing.pipeline import refit
     from slicecli.slicing.published import slice_published
     from slicecli.slicing.state import Batches, Silent
 
@@ -364,28 +388,46 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
     dense = open_dense(job)
     batches = Batches(rows.ids, options.batch_size or batch_rows(dense.device, rows.sequence_length))
     reports = []
+    seconds_apart = seconds_between_snapshots()
+    fingerprint = _fingerprint(job, rows, batches, dense)
+    journal: FileJournal | None = None
+    resumes = options.resume or resumes_if_possible
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        if journal is None:  # refused to go on with what another run has left: that stays
+            return resumes
+        return journal.has_something and isinstance(error, (KeyboardInterrupt, SystemExit))
+
     with ExitStack() as stack:
-        folders = [stack.enter_context(whole_folder(folder, options.overwrite)) for _, _, folder in job.slices]
+        folders = [
+            stack.enter_context(whole_folder(folder, options.overwrite, resumes, is_worth_keeping))
+            for _, _, folder in job.slices
+        ]
+        state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
         targets, writers = [], []
-        for (plan, config, _), folder in zip(job.slices, folders, strict=True):
-            target, writer = _open_target(plan, config, folder, options)
+        for number, ((plan, config, _), folder) in enumerate(zip(job.slices, folders, strict=True)):
+            missing = None if state is None else state["missing"][number]
+            target, writer = _open_target(plan, config, folder, options, missing)
             stack.callback(writer.close)
             targets.append(target)
             writers.append(writer)
+        journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
         energies: list[Energy]
+        is_from_cache = False
         if options.method == "refit":
-            basis = collect_basis(dense, batches, progress)
+            basis, is_from_cache = _find_basis(job, rows, dense, batches, progress, journal)
             for group in _groups_in_memory(job, dense, rows.tokens):
-                refit(dense, basis, [targets[index] for index in group], batches, progress)
+                refit(dense, basis, [targets[index] for index in group], batches, progress, journal)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
             energies = []
             for (plan, _, _), target in zip(job.slices, targets, strict=True):
                 assert plan.schedule is not None
                 spectrum = slice_published(
-                    dense, target, plan.schedule, options.orientation, options.seed, batches, progress
+                    dense, target, plan.schedule, options.orientation, options.seed, batches, progress, journal
                 )
                 energies.append(Energy.of_spectrum(spectrum, plan))
+        journal.remove()
         for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
             complete_folder(job, plan, config, folder, rows, energy, writer.finish())
         seconds = time.perf_counter() - started
@@ -399,9 +441,79 @@ def run_slices(job: Job, progress: Progress | None = None) -> list[SliceReport]:
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
                     warnings=warnings + _growth_warning(plan) + licence_warning(job.source),
+                    is_from_cache=is_from_cache,
                 )
             )
     return reports
+
+
+def _find_basis(
+    job: Job, rows: Rows, dense: DenseModel, batches: Batches, progress: Progress, journal: Journal
+) -> tuple[Basis, bool]:
+    """Return the basis, from the cache if it is there; say whether it was."""
+    from slicecli.slicing.pipeline import STATISTICS, collect_basis
+    from slicecli.statistics_cache import StatisticsCache
+
+    if not job.options.cache:
+        return collect_basis(dense, batches, progress, journal), False
+    cache = StatisticsCache(job.options.cache_folder)
+    key = {
+        **_identity(job, batches, dense),
+        "calibration": rows.digest,
+        "declaration": job.dimensions.declaration(),
+    }
+    found = cache.load(key, dense.device)
+    if found is not None:
+        progress.start(STATISTICS, 1)
+        progress.advance("from the cache")
+        return found, True
+    basis = collect_basis(dense, batches, progress, journal)
+    cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
+    return basis, False
+
+
+def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
+    """Return what numbers depend on, apart from the calibration rows and the slices, as plain data."""
+    return {
+        "model": [job.source.name, job.source.weights_identity()],
+        "config": dict(job.source.fields),
+        "versions": {**package_versions(), "slicecli": __version__},
+        "computing": [str(dense.dtype), dense.device.type, batches.size],
+    }
+
+
+def _fingerprint(job: Job, rows: Rows, batches: Batches, dense: DenseModel) -> dict[str, Any]:
+    """Return what identifies a job to its journal, as JSON gives it back."""
+    options = job.options
+    content = {
+        **_identity(job, batches, dense),
+        "calibration": rows.digest,
+        "slices": [dataclasses.asdict(plan) for plan, _, _ in job.slices],
+        "options": [options.orientation, options.slice_head, options.seed, options.max_shard_size],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return found
+
+
+def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:
+    """Return the journal's state that an interrupted run has left, or clear the folders and return `None`.
+
+    Raises:
+        OutputError: The journal is of another run, and that is not to be overlooked.
+    """
+    from slicecli.journal import read_state
+
+    try:
+        state = read_state(folders[0], fingerprint)
+    except OutputError:
+        if not is_lenient:
+            raise
+        state = None
+    if state is None or not all(any(folder.glob("*.safetensors")) for folder in folders):
+        for folder in folders:
+            clear_folder(folder)
+        return None
+    return state
 
 
 def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
@@ -566,8 +678,10 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptions) -> tuple[Target, ShardWriter]:
-    """Make the empty sliced model and lay out its weight files."""
+def _open_target(
+    plan: SlicePlan, config: Any, folder: Path, options: SliceOptions, missing: Sequence[str] | None
+) -> tuple[Target, ShardWriter]:
+    """Make the empty sliced model and lay out its weight files, or open those of an interrupted run."""
     import torch
 
     from slicecli.slicing.state import Target
@@ -586,7 +700,7 @@ def _open_target(plan: SlicePlan, config: Any, folder: Path, options: SliceOptio
         for name, value in shell.state_dict().items()
         for stored, tensor in checkpoint_tensors(shell, name, value).items()
     }
-    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size)
+    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
 
     def sink(name: str, tensor: torch.Tensor) -> None:
         for stored, part in checkpoint_tensors(shell, name, tensor).items():

@@ -19,7 +19,7 @@ __all__ = ["custom_code_config", "stock_config"]
 _LOCAL = ("_name_or_path", "transformers_version")
 
 
-def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> Any:
+def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_code: bool = False) -> Any:
     """Return the config of a stock slice.
 
     Args:
@@ -27,11 +27,14 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> A
         dimensions: Its sizes.
         dim: k.
         dtype: Dtype of the weights.
+        has_code: Whether the dense model's own code goes along, to which its config may point.
 
     Raises:
         RequestError: The family's config class refuses the dim.
     """
     fields = _own_fields(config) | dimensions.sliced_fields(dim) | {"dtype": dtype}
+    if not has_code:
+        fields.pop("auto_map", None)
     try:
         return type(config).from_dict(fields)
     except Exception as error:  # config classes raise what they like

@@ -37,6 +37,7 @@ __all__ = [
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LONGEST_NAME = 255
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
@@ -116,6 +117,11 @@ class Source:
         else:
             folder = _download(model, revision, token, files + (("*.py",) if trust_remote_code else ()))
             name, commit = model, folder.name
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise SourceError(
+                f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
+                "Rename the folder.",
+            )
         return cls(name, folder, revision, commit, _read_config(folder, name), token, trust_remote_code)
 
     def check_is_decoder(self) -> None:
@@ -216,6 +222,19 @@ class Source:
                 "Convert them to safetensors, or take a revision that has them.",
             )
         raise WeightsError(f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).", "Check the folder.")
+
+    def weights_identity(self) -> Any:
+        """Return what changes when the weights do: the commit, or names, sizes and times of a folder's files.
+
+        To read them all would take as long as to slice.
+
+        Raises:
+            WeightsError: There are none.
+        """
+        if self.commit is not None:
+            return self.commit
+        states = [(name, (self.folder / name).stat()) for name in self.weight_files() if (self.folder / name).is_file()]
+        return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
     def fetch_weights(self) -> None:
         """Make sure the weight files are whole and on this machine, downloading them where needed.
@@ -461,5 +480,5 @@ def _download(model: str, revision: str | None, token: str | None, patterns: tup
     except Exception as error:
         remedy = remedy_of_hub_error(error)
         if is_transient(error):
-            remedy = f"{remedy[:-1]}: files that have arrived whole are kept."
+            remedy = f"{remedy[:-1]}; files that have arrived whole are kept."
         raise SourceError(f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.", remedy) from error

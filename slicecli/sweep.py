@@ -109,7 +109,7 @@ def run_sweep(
     if unsliced:
         some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one[0].dim in unsliced))
         with quiet_libraries():
-            reports = run_slices(some, progress)
+            reports = run_slices(some, progress, resumes_if_possible=True)
         for report in reports:
             _mark(report.output, fingerprint)
             warnings += [text for text in report.warnings if text not in warnings]
@@ -148,7 +148,7 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
 def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
     options = dataclasses.asdict(job.options)
-    for name in ("token", "overwrite", "max_shard_size", "batch_size", "device"):
+    for name in ("token", "overwrite", "max_shard_size", "batch_size", "device", "resume", "cache", "cache_folder"):
         options.pop(name)
     measured = dataclasses.asdict(evaluation)
     for name in ("token", "batch_size", "device_map"):
@@ -160,19 +160,13 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
         "model": job.source.name,
         "commit": job.source.commit,
         "config": dict(job.source.fields),
-        "weights": [] if job.source.commit else _weights(job.source),
+        "weights": job.source.weights_identity(),
         "sequence_length": job.sequence_length,
         "options": options,
         "evaluation": measured,
         "files": files,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _weights(source: Source) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of a folder's weight files: to read them all would take as long as to slice."""
-    states = [(name, (source.folder / name).stat()) for name in source.weight_files()]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:

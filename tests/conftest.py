@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ pytest_plugins = ["pytester"]
 
 # the models are tiny: threads would only wait for each other, badly so where several test runs share a machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the statistics of the tests out of the user's cache, in this process and those it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLICECLI_CACHE", str(folder))
+        yield folder
 
 VOCABULARY = 300
 BASE = {
@@ -51,6 +60,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
     "phi3": {"model_type": "phi3"},
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-faults-page", action="store_true", help="Write docs/faults.md from what tests/test_hub_faults.py sees."
+    )
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slicecli.checkpoint import ShardWriter, file_digest, require_disk_space, whole_folder
+from slicecli.checkpoint import ShardWriter, file_digest, require_disk_space, unfinished_folder, whole_folder
 from slicecli.errors import OutputError
 
 SHAPES = {"embed.weight": (7, 4), "blocks.0.weight": (4, 4), "blocks.0.bias": (4,), "head.weight": (7, 4)}
@@ -125,15 +125,57 @@ def test_overwrite_replaces_a_slice_in_the_last_step(tmp_path):
     assert (output / "slicecli.json").read_text() == "new"
 
 
-def test_the_leftover_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path):
-    script = "import os, pathlib, sys; pathlib.Path(sys.argv[1], f'.out.{os.getpid()}.incomplete').mkdir()"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    living = tmp_path / f".out.{os.getppid()}.incomplete"
-    living.mkdir()
-    assert len(list(tmp_path.iterdir())) == 2
-    with whole_folder(tmp_path / "out"):
-        pass
-    assert sorted(os.listdir(tmp_path)) == sorted([living.name, "out"])
+def test_the_leftover_of_a_killed_run_is_removed_or_gone_on_with(tmp_path):
+    script = (
+        "import os, sys, pathlib; from slicecli.checkpoint import whole_folder; output = pathlib.Path(sys.argv[1])\n"
+        "with whole_folder(output) as partial: (partial / 'left').write_text('left'); os.kill(os.getpid(), 9)"
+    )
+    for resumes in (True, False):
+        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
+        assert killed.returncode == -9
+        assert os.listdir(tmp_path) == [".out.incomplete"]
+        with pytest.raises(RuntimeError), whole_folder(tmp_path / "out", resumes=resumes) as partial:
+            assert (partial / "left").exists() == resumes
+            raise RuntimeError
+        assert os.listdir(tmp_path) == []
+
+
+def test_an_unfinished_folder_is_kept_where_that_is_wanted(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", keeps=lambda _: True) as partial:
+        (partial / "a").write_text("a")
+        raise KeyboardInterrupt
+    assert (unfinished_folder(tmp_path / "out") / "a").read_text() == "a"
+
+
+def test_a_folder_that_is_being_written_is_not_written_by_another(tmp_path):
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("a")
+        script = (
+            "import sys, pathlib; from slicecli.checkpoint import whole_folder\n"
+            "with whole_folder(pathlib.Path(sys.argv[1])): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, check=False)
+        assert other.returncode == 1
+        assert b"Another process is writing" in other.stderr
+    assert os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_shards_of_an_interrupted_run_are_completed(tmp_path):
+    tensors = random_tensors(torch.float32)
+    (tmp_path / "whole").mkdir()
+    expected = write(tmp_path / "whole", tensors, torch.float32, max_shard_size=120)
+    writer = ShardWriter(tmp_path, SHAPES, torch.float32, 120)
+    first, second, *others = tensors
+    writer.write(first, tensors[first])
+    missing = writer.synchronise()
+    assert missing == sorted([second, *others])
+    writer.write(second, torch.zeros_like(tensors[second]))  # written after the state was noted, by a run that died
+    writer.close()
+    resumed = ShardWriter(tmp_path, SHAPES, torch.float32, 120, missing)
+    resumed.write(first, torch.zeros_like(tensors[first]))  # it is there, and stays
+    for name in missing:
+        resumed.write(name, tensors[name])
+    assert resumed.finish() == expected
 
 
 def test_too_little_disk_is_said_before_starting(tmp_path):

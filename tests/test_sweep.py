@@ -210,7 +210,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
     checkpoints, text_file, monkeypatch, counted, tmp_path
 ):
     def sweep_into(folder):
-        options = SliceOptions(calibration=str(text_file), samples=24, sequence_length=32)
+        options = SliceOptions(calibration=str(text_file), samples=24, sequence_length=32, cache=False)
         evaluation = EvaluationOptions(texts=(str(text_file),), limit=6, sequence_length=32)
         return run_sweep(str(checkpoints()), (44, 36, 24), folder, options, evaluation)
 

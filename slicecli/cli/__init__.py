@@ -31,6 +31,7 @@ COMMANDS = {
     "verify": "Check a slice against its record: files, counts, card.",
     "push": "Publish a slice on the Hugging Face Hub.",
     "search": "List slices on the Hugging Face Hub.",
+    "cache": "List or clear the statistics kept for other dims.",
     "generate": "Continue a prompt with a model.",
     "adapters": "List the model families that can be sliced.",
     "plugins": "List the installed plugins and what became of them.",

@@ -27,6 +27,7 @@ __all__ = [
     "Sweep",
     "adapter_option",
     "auto_as_none",
+    "cache_options",
     "calibration_options",
     "check_shard_size",
     "device_map_option",
@@ -58,6 +59,9 @@ SLICE_FIELDS = {
     "revision": "revision",
     "token": "token",
     "trust_remote_code": "trust_remote_code",
+    "resume": "resume",
+    "cache": "cache",
+    "cache_dir": "cache_folder",
 }
 # fields of EvaluationOptions, but for the seed and the revision, which a slice may have too and are not the same
 EVALUATION_FIELDS = {
@@ -295,6 +299,23 @@ def calibration_options(function: Function) -> Function:
             show_default=True,
             metavar="NAME|FILE|HUB_ID",
             help="Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def cache_options(function: Function) -> Function:
+    """Add the options of the statistics cache."""
+    for option in (
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Where statistics are kept for other dims.  [default: SLICECLI_CACHE, or the user's cache folder]",
+        ),
+        click.option(
+            "--cache/--no-cache", default=True, show_default=True, help="Take statistics from the cache and keep them."
         ),
     ):
         function = option(function)

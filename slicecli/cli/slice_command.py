@@ -24,6 +24,7 @@ from slicecli.cli import output as show
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing slice.")
+@click.option("--resume", is_flag=True, help="Go on where a run of the same command was interrupted.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @shared.method_options
 @click.option(
@@ -33,6 +34,7 @@ from slicecli.cli import output as show
     "width at each step of each block.  [default: constant]",
 )
 @shared.calibration_options
+@shared.cache_options
 @shared.run_options
 @click.option(
     "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
@@ -70,6 +72,7 @@ def command(
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
+    from slicecli.checkpoint import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError
     from slicecli.plan import Width
 
@@ -104,13 +107,19 @@ def command(
     if dry_run:
         _report({**_fields(plan, folder, job.source.commit), "dry_run": True}, output_format)
         return
-    with quiet_libraries(), show.progress(context["quiet"]) as watcher:
-        report = run_slices(job, watcher)[0]
+    try:
+        with quiet_libraries(), show.progress(context["quiet"]) as watcher:
+            report = run_slices(job, watcher)[0]
+    except (KeyboardInterrupt, SystemExit):
+        if unfinished_folder(folder).exists():
+            show.note("Interrupted: the same command with --resume goes on.")
+        raise
     for text in report.warnings:
         show.warn(text)
     fields = {
         **_fields(plan, folder, report.revision),
         "energy_kept": report.energy_kept,
+        "statistics": "cache" if report.is_from_cache else "collected",
         "seconds": round(report.seconds, 3),
         "peak_memory_bytes": report.peak_memory_bytes,
     }

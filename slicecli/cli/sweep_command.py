@@ -31,6 +31,7 @@ from slicecli.cli import output as show
 @shared.measure_options
 @shared.method_options
 @shared.calibration_options
+@shared.cache_options
 @click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
 @shared.run_options
 @click.option(

@@ -25,7 +25,17 @@ from slicecli.slicing.folding import (
     project_embeddings,
 )
 from slicecli.slicing.moments import add_square, widen
-from slicecli.slicing.state import Batches, DenseModel, Progress, Target
+from slicecli.slicing.state import (
+    Batches,
+    Content,
+    DenseModel,
+    Journal,
+    NoJournal,
+    Progress,
+    Target,
+    stream_tensors,
+    streams_in,
+)
 from slicecli.slicing.step import Step, fit_reading
 from slicecli.slicing.walk import (
     embedding_tables,
@@ -41,20 +51,36 @@ from slicecli.slicing.walk import (
 __all__ = ["collect_basis", "refit"]
 
 READER_ROWS = 8192
+STATISTICS = "statistics"
 
 
 @torch.no_grad()
-def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Basis:
+def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journal: Journal | None = None) -> Basis:
     """Run the dense model over the calibration rows and solve for the shared basis.
+
+    Args:
+        dense: The dense model.
+        batches: The calibration rows.
+        progress: Hears of each block.
+        journal: Where an interrupted pass goes on, and leaves word for the next.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
     """
     adapter = dense.adapter
+    journal = journal or NoJournal()
     statistics = _Statistics(dense)
-    progress.start("statistics", len(dense.blocks) + 1)
+    progress.start(STATISTICS, len(dense.blocks) + 1)
     streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
+    snapshot = journal.resume(STATISTICS)
+    if snapshot is not None:
+        streams = streams_in("dense", snapshot, dense.device)
+        statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
+        statistics.metric = snapshot.tensors["metric"].to(dense.device)
     for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
+        if snapshot is not None and index < snapshot.position:
+            progress.advance("done before")
+            continue
         weights = read_block(dense, dense.block_name(index))
         with filled(dense, block, weights):
             moments = {path: statistics.empty() for path in declared.norms}
@@ -68,6 +94,8 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
             for path, moment in moments.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
+        sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}
+        journal.offer(STATISTICS, index + 1, Content(stream_tensors("dense", streams) | sums))
         progress.advance()
     final = statistics.empty()
     for stream in streams:
@@ -80,22 +108,50 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress) -> Ba
 
 
 @torch.no_grad()
-def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: Batches, progress: Progress) -> None:
+def refit(
+    dense: DenseModel,
+    basis: Basis,
+    targets: Sequence[Target],
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None = None,
+) -> None:
     """Refit every map that reads or writes the stream, for one or more slices at once.
 
-    Each target's tensors go to its sink in the order embeddings, blocks, final norm, head.
+    Each target's tensors go to its sink in the order embeddings, blocks, final norm, head; after an interruption
+    some of them a second time.
+
+    Args:
+        dense: The dense model.
+        basis: The basis.
+        targets: The slices in the making.
+        batches: The calibration rows.
+        progress: Hears of each block.
+        journal: Where an interrupted pass goes on, and leaves word for the next.
 
     Raises:
         WeightsError: A stream becomes NaN or infinite; the message names the block.
     """
+    journal = journal or NoJournal()
+    phase = f"refit to {', '.join(str(target.dim) for target in targets)}"
+    if journal.result(phase) is not None:
+        return
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
     streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     bases = {target.dim: basis.leading(target.dim) for target in targets}
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
+    snapshot = journal.resume(phase)
+    if snapshot is not None:
+        streams = streams_in("dense", snapshot, dense.device)
+        for target in targets:
+            target.stream = streams_in(f"slice{target.dim}", snapshot, dense.device)
 
     for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
+        if snapshot is not None and index < snapshot.position:
+            progress.advance("done before")
+            continue
         name = dense.block_name(index)
         weights = read_block(dense, name)
         block_calls = {shape: some[index] for shape, some in calls.items()}
@@ -134,13 +190,23 @@ def refit(dense: DenseModel, basis: Basis, targets: Sequence[Target], batches: B
             before[position].clear()
         for target in targets:
             hand_over_block(target, name, weights)
+        journal.offer(phase, index + 1, _streams_of(streams, targets))
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
         _fit_head(dense, target, streams, bases[target.dim], held_out)
         hand_over_buffers(dense, target)
         target.stream.clear()
+    journal.finish(phase, Content({}))
     progress.advance()
+
+
+def _streams_of(streams: Sequence[torch.Tensor], targets: Sequence[Target]) -> Content:
+    """Return the dense stream and that of each slice, for a journal."""
+    tensors = stream_tensors("dense", streams)
+    for target in targets:
+        tensors |= stream_tensors(f"slice{target.dim}", target.stream)
+    return Content(tensors)
 
 
 class _Statistics:

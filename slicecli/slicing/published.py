@@ -35,7 +35,18 @@ from slicecli.slicing.folding import (
 )
 from slicecli.slicing.maps import fold_reader, rows_times
 from slicecli.slicing.moments import add_square, widen
-from slicecli.slicing.state import Batches, DenseModel, Progress, Target
+from slicecli.slicing.state import (
+    Batches,
+    Content,
+    DenseModel,
+    Journal,
+    NoJournal,
+    Progress,
+    Snapshot,
+    Target,
+    stream_tensors,
+    streams_in,
+)
 from slicecli.slicing.walk import (
     embedding_tables,
     enter,
@@ -93,6 +104,17 @@ class _Bases:
         basis = vectors[:, :width].contiguous()
         return basis @ random_rotation(width, self._generator).to(basis.device) if self._is_random else basis
 
+    def content(self) -> Content:
+        """Return what the places so far leave for those that follow."""
+        tensors = {"shares": torch.stack(self._shares), "generator": self._generator.get_state()}
+        return Content(tensors, {"kept": self._kept})
+
+    def go_on(self, snapshot: Snapshot) -> None:
+        """Take up what `content` returned."""
+        self._shares = list(snapshot.tensors["shares"])
+        self._kept = [float(value) for value in snapshot.about["kept"]]
+        self._generator.set_state(snapshot.tensors["generator"])
+
     def spectrum(self) -> Spectrum:
         """Return the mean over the places so far."""
         return Spectrum(torch.stack(self._shares).mean(0), sum(self._kept) / len(self._kept))
@@ -107,6 +129,7 @@ def slice_published(
     seed: int,
     batches: Batches,
     progress: Progress,
+    journal: Journal | None = None,
 ) -> Spectrum:
     """Slice a model as published; each tensor goes to the target's sink.
 
@@ -118,11 +141,18 @@ def slice_published(
         seed: Seed of random orientations.
         batches: The calibration rows.
         progress: Hears of each block.
+        journal: Where an interrupted pass goes on, and leaves word for the next.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
     """
     bases = _Bases(dense, orientation, seed)
+    journal = journal or NoJournal()
+    phase = f"slice to {target.dim}"
+    finished = journal.result(phase)
+    if finished is not None:
+        bases.go_on(finished)
+        return bases.spectrum()
     progress.start("slice", len(dense.blocks) + 1)
     wide, _ = enter(dense, dense.shell, embedding_tables(dense), batches)
     basis = bases.find([_without_mean(dense, stream) for stream in wide], schedule.blocks[0][0])
@@ -133,8 +163,16 @@ def slice_published(
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
     del tables
+    snapshot = journal.resume(phase)
+    if snapshot is not None:
+        bases.go_on(snapshot)
+        target.stream = streams_in("slice", snapshot, dense.device)
+        basis = snapshot.tensors["basis"].to(dense.device)
 
     for index, declared in enumerate(dense.dimensions.declared_blocks):
+        if snapshot is not None and index < snapshot.position:
+            progress.advance("done before")
+            continue
         name = dense.block_name(index)
         weights = read_block(dense, name)
         block = target.shell.get_submodule(name)
@@ -150,13 +188,21 @@ def slice_published(
             target.stream = [(widen(stream) @ turn).to(dense.dtype) for stream in target.stream]
             basis = following
         hand_over_block(target, name, weights)
+        journal.offer(phase, index + 1, _content(bases, target, basis))
         progress.advance()
 
     _hand_over_head(dense, target, basis)
     hand_over_buffers(dense, target)
     target.stream.clear()
+    journal.finish(phase, bases.content())
     progress.advance()
     return bases.spectrum()
+
+
+def _content(bases: _Bases, target: Target, basis: torch.Tensor) -> Content:
+    """Return what the next block needs, for a journal."""
+    content = bases.content()
+    return Content({**content.tensors, **stream_tensors("slice", target.stream), "basis": basis}, content.about)
 
 
 @dataclass(frozen=True)

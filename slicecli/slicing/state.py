@@ -8,7 +8,7 @@ Legend: d hidden size, k dim kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,19 @@ from slicecli.dimensions import Dimensions
 from slicecli.slicing.folding import WeightReader
 from slicecli.slicing.moments import normalise
 
-__all__ = ["Batches", "DenseModel", "Progress", "Silent", "Target"]
+__all__ = [
+    "Batches",
+    "Content",
+    "DenseModel",
+    "Journal",
+    "NoJournal",
+    "Progress",
+    "Silent",
+    "Snapshot",
+    "Target",
+    "stream_tensors",
+    "streams_in",
+]
 
 HELD_OUT_EVERY = 5
 
@@ -45,6 +57,81 @@ class Silent:
 
     def advance(self, detail: str = "") -> None:
         """Ignore a step."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a run needs to go on from some block.
+
+    Attributes:
+        tensors: Streams and sums, by name.
+        about: Plain data.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was saved.
+
+    Attributes:
+        position: Index of the block to go on with.
+        tensors: As of `Content`, on the CPU.
+        about: As of `Content`.
+    """
+
+    position: int
+    tensors: Mapping[str, torch.Tensor]
+    about: Mapping[str, Any]
+
+
+class Journal(Protocol):
+    """Keeps what a run needs to go on after an interruption."""
+
+    def resume(self, phase: str) -> Snapshot | None:
+        """Return where to go on within a phase, if it had begun."""
+        ...
+
+    def result(self, phase: str) -> Snapshot | None:
+        """Return what a finished phase left."""
+        ...
+
+    def offer(self, phase: str, position: int, content: Content) -> None:
+        """Take what is needed to go on with the block at `position`, if it is time to."""
+        ...
+
+    def finish(self, phase: str, content: Content) -> None:
+        """Take what a finished phase leaves."""
+        ...
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    def resume(self, phase: str) -> Snapshot | None:
+        """Know of nothing to go on with."""
+
+    def result(self, phase: str) -> Snapshot | None:
+        """Know of nothing finished."""
+
+    def offer(self, phase: str, position: int, content: Content) -> None:
+        """Take nothing."""
+
+    def finish(self, phase: str, content: Content) -> None:
+        """Take nothing."""
+
+
+def stream_tensors(name: str, streams: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the batches of a stream by names that `streams_in` knows."""
+    return {f"{name}.{number}": stream for number, stream in enumerate(streams)}
+
+
+def streams_in(name: str, snapshot: Snapshot, device: torch.device) -> list[torch.Tensor]:
+    """Return the batches of a stream from a snapshot, in their order."""
+    count = sum(key.startswith(f"{name}.") for key in snapshot.tensors)
+    return [snapshot.tensors[f"{name}.{number}"].to(device) for number in range(count)]
 
 
 @dataclass(frozen=True)

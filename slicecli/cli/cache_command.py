@@ -1,0 +1,78 @@
+"""`slicecli cache`: the statistics that are kept for other dims of the same models."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slicecli.cli import options as shared
+from slicecli.cli import output as show
+
+FOLDER = click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where the cache lies.  [default: SLICECLI_CACHE, or the user's cache folder]",
+)
+
+
+@click.group("cache")
+def command() -> None:
+    """List or clear the statistics that are kept for other dims of the same models.
+
+    Slicing needs the statistics of a model on its calibration text; they do not depend on the dim. The least recently
+    used go when all together exceed SLICECLI_CACHE_SIZE (10 GB).
+    """
+
+
+@command.command("ls")
+@FOLDER
+@shared.format_option
+def ls(cache_dir: Path | None, output_format: str) -> None:
+    """List what is in the cache, the last used first."""
+    from slicecli.statistics_cache import StatisticsCache
+
+    entries = StatisticsCache(cache_dir).entries()
+    if output_format == "json":
+        show.print_json(
+            [
+                {
+                    "model": entry.model,
+                    "hidden_size": entry.hidden_size,
+                    "calibration": entry.calibration,
+                    "bytes": entry.size,
+                    "used": _day(entry.used),
+                }
+                for entry in entries
+            ]
+        )
+    elif entries:
+        show.print_table(
+            ["model", "hidden size", "calibration", "size", "used"],
+            [
+                [entry.model, f"{entry.hidden_size}", entry.calibration, show.size(entry.size), _day(entry.used)]
+                for entry in entries
+            ],
+            is_numeric=False,
+        )
+    else:
+        show.note("The cache is empty.")
+
+
+@command.command("clear")
+@FOLDER
+@click.pass_obj
+def clear(context: dict[str, Any], /, cache_dir: Path | None) -> None:
+    """Remove everything from the cache."""
+    from slicecli.statistics_cache import StatisticsCache
+
+    freed = StatisticsCache(cache_dir).clear()
+    if not context["quiet"]:
+        show.note(f"{show.size(freed)} are free again.")
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="minutes")

@@ -1,0 +1,194 @@
+"""Killed at any moment, a run leaves nothing half-written, and goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from conftest import tiny_model
+
+from slicecli.checkpoint import file_digest
+
+KILLS = 24
+
+
+def digests(folder):
+    """Hash all files of a slice whose content is the same each time."""
+    found = {path.relative_to(folder).as_posix(): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+    assert not any(".journal" in name or ".lock" in name or "incomplete" in name for name in found), found
+    return found
+
+
+def in_child(words, log, kill_after=None, signal_number=signal.SIGKILL, **variables):
+    """Run the command line in a fork of this process, where everything is imported, and perhaps kill it.
+
+    Returns the exit status, negative for a signal, and the seconds it took.
+    """
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            import sys
+
+            from slicecli.cli import main
+
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ.update(variables)
+            sys.argv = ["slicecli", *map(str, words)]
+            main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal_number)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model of many blocks; everything that a run imports is imported here, before the forks."""
+    import accelerate  # noqa: F401
+
+    import slicecli.cli.slice_command
+    import slicecli.cli.sweep_command
+    import slicecli.completion
+    import slicecli.evaluation.tasks
+    import slicecli.hub.secrets
+    import slicecli.journal
+    import slicecli.slicing.published
+    import slicecli.sweep  # noqa: F401
+    from slicecli.testing.checkpoints import save_checkpoint
+
+    return save_checkpoint(tiny_model("llama", num_hidden_layers=10), tmp_path_factory.mktemp("many") / "model")
+
+
+@pytest.fixture
+def slice_command(model, slice_words):
+    def words(output, *more):
+        return ["slice", model, "--dim", "36", "-o", output, *slice_words, *more]
+
+    return words
+
+
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_path, method):
+    log = tmp_path / "log"
+    words = ["--method", method, "--no-cache", "--max-shard-size", "100KB"]
+    code, seconds = in_child(slice_command(tmp_path / "whole", *words), log, SLICECLI_JOURNAL_SECONDS="0")
+    assert code == 0, log.read_text()
+    expected = digests(tmp_path / "whole")
+    generator = random.Random(method)
+    resumed = 0
+    for number in range(KILLS // 3):
+        output = tmp_path / f"out{number}"
+        command = slice_command(output, *words, "--resume")
+        # killed several times on its way, at moments drawn over the whole run
+        for _ in range(2):
+            in_child(command, log, kill_after=generator.uniform(0, seconds), SLICECLI_JOURNAL_SECONDS="0")
+            if output.exists():
+                break
+            assert not any(path.name == output.name for path in tmp_path.iterdir())
+        if not output.exists():
+            code, _ = in_child(command, log, SLICECLI_JOURNAL_SECONDS="0")
+            assert code == 0, log.read_text()
+            resumed += "done before" in log.read_text()
+        assert digests(output) == expected
+        assert not list(tmp_path.glob(".out*"))
+    assert resumed, "no kill came where there was something to go on with"
+
+
+def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, slice_words, tmp_path):
+    log = tmp_path / "log"
+    measure = ["--perplexity", text_file, "--limit", "4", "--keep-slices", "--dims", "40,36,32", "--no-cache"]
+
+    def words(output):
+        return ["sweep", model, "-o", output, *slice_words, *measure]
+
+    code, seconds = in_child(words(tmp_path / "whole"), log)
+    assert code == 0, log.read_text()
+    expected = json.loads((tmp_path / "whole" / "results.json").read_text())
+    generator = random.Random(0)
+    for number in range(KILLS // 3):
+        output = tmp_path / f"out{number}"
+        in_child(words(output), log, kill_after=generator.uniform(0, seconds), SLICECLI_JOURNAL_SECONDS="0")
+        code, _ = in_child(words(output), log, SLICECLI_JOURNAL_SECONDS="0")
+        assert code == 0, log.read_text()
+        assert json.loads((output / "results.json").read_text()) == expected
+        for dim in (40, 36, 32):
+            place = f"slices/dim{dim}/model.safetensors"
+            assert file_digest(output / place) == file_digest(tmp_path / "whole" / place)
+        assert not list((output / "slices").glob(".*"))
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(slice_command, tmp_path, signal_number, code):
+    log = tmp_path / "log"
+    words = slice_command(tmp_path / "out", "--no-cache")
+    _, seconds = in_child(slice_command(tmp_path / "whole", "--no-cache"), log)
+    partial = tmp_path / ".out.incomplete"
+    for share in (0.5, 0.6, 0.7, 0.4, 0.8):  # until one comes between the first snapshot and the end
+        found, _ = in_child(
+            words, log, kill_after=share * seconds, signal_number=signal_number, SLICECLI_JOURNAL_SECONDS="0"
+        )
+        if partial.exists():
+            break
+    assert found == code, log.read_text()
+    assert "--resume goes on" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not (tmp_path / "out").exists()
+    # another plan does not go on with it, and says why
+    other = ["--dim", "32"]
+    refused, _ = in_child([*words, *other, "--resume"], log)
+    assert refused == 1
+    assert "differs in slices" in log.read_text()
+    assert partial.exists()
+    # nor another calibration
+    refused, _ = in_child([*words, "--seed", "7", "--resume"], log)
+    assert refused == 1
+    assert "calibration" in log.read_text()
+    # without --resume it starts clean
+    again, _ = in_child(words, log)
+    assert again == 0, log.read_text()
+    assert "done before" not in log.read_text()
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_two_runs_do_not_write_the_same_output(slice_command, tmp_path):
+    from filelock import FileLock
+
+    partial = tmp_path / ".out.incomplete"
+    partial.mkdir()
+    with FileLock(partial / ".lock"):
+        log = tmp_path / "log"
+        code, _ = in_child(slice_command(tmp_path / "out"), log)
+    assert code == 1
+    assert "Another process is writing 'out'" in log.read_text()
+
+
+def test_a_damaged_journal_starts_anew(slice_command, tmp_path):
+    log = tmp_path / "log"
+    for number, content in enumerate(("", "{", "[]", '{"fingerprint": {}}')):
+        journal = tmp_path / f".out{number}.incomplete" / ".journal"
+        journal.mkdir(parents=True)
+        (journal / "state.json").write_text(content)
+        code, _ = in_child(slice_command(tmp_path / f"out{number}", "--resume"), log)
+        if number < 3:
+            assert code == 0, log.read_text()
+        else:
+            assert code == 1
+            assert "cannot go on" in log.read_text()
