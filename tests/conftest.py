@@ -27,6 +27,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SLICECLI_CACHE", str(folder))
         yield folder
 
+
 VOCABULARY = 300
 BASE = {
     "vocab_size": VOCABULARY,
