@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slicecli.errors import SourceError
-from slicecli.hub.errors import describe_hub_error
+from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.hub.metadata import TAGS
 
 __all__ = ["PublishedSlice", "find_slices"]
@@ -50,7 +50,9 @@ def find_slices(
     try:
         found = list(HfApi(token=token).list_models(filter=tags, search=text, sort="downloads", limit=limit))
     except Exception as error:
-        raise SourceError(f"The Hub cannot be searched: {describe_hub_error(error)}.") from error
+        raise SourceError(
+            f"The Hub cannot be searched: {describe_hub_error(error)}.", remedy_of_hub_error(error)
+        ) from error
     return [
         PublishedSlice(
             repository=model.id,
