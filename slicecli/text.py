@@ -165,8 +165,8 @@ def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
     except Exception as error:
         raise TextError(
             f"The dataset {where.dataset!r} cannot be loaded: {describe_hub_error(error)}.",
-            f"Give a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}; a gated or private one "
-            "needs a token (hf auth login).",
+            f"Give a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}; what is gated or "
+            "private needs a token (hf auth login).",
         ) from error
     column = where.column or _text_column(rows, name)
     documents: Iterable[str] = (str(document) for document in rows[column])
