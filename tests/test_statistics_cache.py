@@ -117,3 +117,28 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_slice(slice_to, tmp_path
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "statistics").write_text("not a folder")
     assert slice_to(36)[0] == "collected"
+
+
+def test_the_commands_on_the_page_of_long_runs_run_as_written(tmp_path, monkeypatch, embedded_model):
+    import re
+    import shlex
+    from pathlib import Path
+
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "demo" / "model").symlink_to(embedded_model)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
+    printed = []
+    for command in block.splitlines():
+        # less text, which changes nothing but the time
+        words = shlex.split(command.replace("--samples 32", "--samples 4"))[1:]
+        result = CliRunner().invoke(group, words, prog_name="slicecli")
+        assert result.exit_code == 0, result.output
+        printed.append(result.output)
+    assert "from the cache" not in printed[0]
+    assert "statistics 1/1 from the cache" in printed[1]
