@@ -105,7 +105,7 @@ def test_an_adapter_that_does_not_exist_is_wrong_usage(pytester):
 
 
 def test_the_suite_runs_on_a_real_checkpoint(pytester, embedded_model):
-    words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model]
+    words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model, "-n", "0"]
     result = pytester.runpytest_subprocess(*words)
     result.assert_outcomes(passed=32, deselected=6)
     result.stdout.fnmatch_lines([f"slicecli: model {embedded_model} *"])

@@ -23,12 +23,12 @@ def digests(folder):
     return found
 
 
-def in_child(words, log, kill_after=None, signal_number=signal.SIGKILL, **variables):
-    """Run the command line in a fork of this process, where everything is imported, and perhaps kill it.
+def in_child(words, log, kill_when=None, signal_number=signal.SIGKILL, **variables):
+    """Run the command line in a fork of this process, where everything is imported; return its exit status.
 
-    Returns the exit status, negative for a signal, and the seconds it took.
+    With `kill_when` it is killed as soon as that says so, unless it has ended before.
     """
-    started = time.monotonic()
+    log.write_text("")
     child = os.fork()
     if child == 0:
         code = 70
@@ -37,7 +37,7 @@ def in_child(words, log, kill_after=None, signal_number=signal.SIGKILL, **variab
 
             from slicecli.cli import main
 
-            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            stream = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(stream, 1)
             os.dup2(stream, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -51,11 +51,28 @@ def in_child(words, log, kill_after=None, signal_number=signal.SIGKILL, **variab
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal_number)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), time.monotonic() - started
+    ended, status = 0, 0
+    while kill_when is not None and not ended:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended and kill_when():
+            os.kill(child, signal_number)
+            break
+        time.sleep(0.001)
+    if not ended:
+        _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def after_lines(log, count, pause=0.0):
+    """Say, from the moment on when so many lines are in a log and a pause has passed, that it is time."""
+
+    def is_time():
+        if log.read_text().count("\n") < count:
+            return False
+        time.sleep(pause)
+        return True
+
+    return is_time
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +105,23 @@ def slice_command(model, slice_words):
 def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_path, method):
     log = tmp_path / "log"
     words = ["--method", method, "--no-cache", "--max-shard-size", "100KB"]
-    code, seconds = in_child(slice_command(tmp_path / "whole", *words), log, SLICECLI_JOURNAL_SECONDS="0")
+    code = in_child(slice_command(tmp_path / "whole", *words), log, SLICECLI_JOURNAL_SECONDS="0")
     assert code == 0, log.read_text()
+    lines = log.read_text().count("\n")
     expected = digests(tmp_path / "whole")
     generator = random.Random(method)
     resumed = 0
     for number in range(KILLS // 3):
         output = tmp_path / f"out{number}"
         command = slice_command(output, *words, "--resume")
-        # killed several times on its way, at moments drawn over the whole run
+        # killed twice on its way, at moments drawn over the whole run
         for _ in range(2):
-            in_child(command, log, kill_after=generator.uniform(0, seconds), SLICECLI_JOURNAL_SECONDS="0")
+            moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.03))
+            in_child(command, log, kill_when=moment, SLICECLI_JOURNAL_SECONDS="0")
             if output.exists():
                 break
-            assert not any(path.name == output.name for path in tmp_path.iterdir())
         if not output.exists():
-            code, _ = in_child(command, log, SLICECLI_JOURNAL_SECONDS="0")
+            code = in_child(command, log, SLICECLI_JOURNAL_SECONDS="0")
             assert code == 0, log.read_text()
             resumed += "done before" in log.read_text()
         assert digests(output) == expected
@@ -118,14 +136,16 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, s
     def words(output):
         return ["sweep", model, "-o", output, *slice_words, *measure]
 
-    code, seconds = in_child(words(tmp_path / "whole"), log)
+    code = in_child(words(tmp_path / "whole"), log)
     assert code == 0, log.read_text()
+    lines = log.read_text().count("\n")
     expected = json.loads((tmp_path / "whole" / "results.json").read_text())
     generator = random.Random(0)
     for number in range(KILLS // 3):
         output = tmp_path / f"out{number}"
-        in_child(words(output), log, kill_after=generator.uniform(0, seconds), SLICECLI_JOURNAL_SECONDS="0")
-        code, _ = in_child(words(output), log, SLICECLI_JOURNAL_SECONDS="0")
+        moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.03))
+        in_child(words(output), log, kill_when=moment, SLICECLI_JOURNAL_SECONDS="0")
+        code = in_child(words(output), log, SLICECLI_JOURNAL_SECONDS="0")
         assert code == 0, log.read_text()
         assert json.loads((output / "results.json").read_text()) == expected
         for dim in (40, 36, 32):
@@ -138,30 +158,31 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, s
 def test_an_interrupted_run_says_how_to_go_on(slice_command, tmp_path, signal_number, code):
     log = tmp_path / "log"
     words = slice_command(tmp_path / "out", "--no-cache")
-    _, seconds = in_child(slice_command(tmp_path / "whole", "--no-cache"), log)
+    assert in_child(slice_command(tmp_path / "whole", "--no-cache"), log) == 0
     partial = tmp_path / ".out.incomplete"
-    for share in (0.5, 0.6, 0.7, 0.4, 0.8):  # until one comes between the first snapshot and the end
-        found, _ = in_child(
-            words, log, kill_after=share * seconds, signal_number=signal_number, SLICECLI_JOURNAL_SECONDS="0"
-        )
-        if partial.exists():
-            break
+    found = in_child(
+        words,
+        log,
+        kill_when=(partial / ".journal" / "state.json").exists,
+        signal_number=signal_number,
+        SLICECLI_JOURNAL_SECONDS="0",
+    )
     assert found == code, log.read_text()
     assert "--resume goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (tmp_path / "out").exists()
     # another plan does not go on with it, and says why
     other = ["--dim", "32"]
-    refused, _ = in_child([*words, *other, "--resume"], log)
+    refused = in_child([*words, *other, "--resume"], log)
     assert refused == 1
     assert "differs in slices" in log.read_text()
     assert partial.exists()
     # nor another calibration
-    refused, _ = in_child([*words, "--seed", "7", "--resume"], log)
+    refused = in_child([*words, "--seed", "7", "--resume"], log)
     assert refused == 1
     assert "calibration" in log.read_text()
     # without --resume it starts clean
-    again, _ = in_child(words, log)
+    again = in_child(words, log)
     assert again == 0, log.read_text()
     assert "done before" not in log.read_text()
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -175,7 +196,7 @@ def test_two_runs_do_not_write_the_same_output(slice_command, tmp_path):
     partial.mkdir()
     with FileLock(partial / ".lock"):
         log = tmp_path / "log"
-        code, _ = in_child(slice_command(tmp_path / "out"), log)
+        code = in_child(slice_command(tmp_path / "out"), log)
     assert code == 1
     assert "Another process is writing 'out'" in log.read_text()
 
@@ -186,7 +207,7 @@ def test_a_damaged_journal_starts_anew(slice_command, tmp_path):
         journal = tmp_path / f".out{number}.incomplete" / ".journal"
         journal.mkdir(parents=True)
         (journal / "state.json").write_text(content)
-        code, _ = in_child(slice_command(tmp_path / f"out{number}", "--resume"), log)
+        code = in_child(slice_command(tmp_path / f"out{number}", "--resume"), log)
         if number < 3:
             assert code == 0, log.read_text()
         else:
