@@ -22,8 +22,9 @@ def words(checkpoints, text_file, slice_words):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Count what a sweep does."""
+def counted(monkeypatch, tmp_path_factory):
+    """Count what a sweep does, with no statistics kept from before."""
+    monkeypatch.setenv("SLICECLI_CACHE", str(tmp_path_factory.mktemp("empty")))
     counts = {"statistics": 0, "refits": 0, "measured": []}
     from slicecli.slicing import pipeline
 
