@@ -12,9 +12,17 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from slicecli.errors import NoAdapterError, RequestError, UnsupportedModelError
+from slicecli.errors import (
+    NoAdapterError,
+    PluginError,
+    RequestError,
+    SlicecliError,
+    UnsupportedModelError,
+    reason_of,
+    shown,
+)
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -32,6 +40,7 @@ __all__ = [
     "Norm",
     "Refusal",
     "Sizes",
+    "ask",
     "attention",
     "gated_mlp",
     "mlp",
@@ -40,6 +49,8 @@ __all__ = [
 
 AUTO_ADAPTER = "auto"
 """The name that asks for an inferred adapter; no plugin can take it."""
+
+Answer = TypeVar("Answer")
 
 Fields: TypeAlias = Mapping[str, Any]
 """The fields of a config: the content of `config.json`."""
@@ -363,17 +374,17 @@ class Adapter:
         Raises:
             UnsupportedModelError: It cannot; the message says why.
         """
-        reason = _reason(self.obstacle, config)
+        reason = _reason(self.name, self.obstacle, config)
         if reason:
             raise UnsupportedModelError(reason)
 
     def why_not_stock(self, config: Fields) -> str:
         """Say why the family's own class cannot describe a slice of a config; empty where it can."""
-        return _reason(self.stock_obstacle, config)
+        return _reason(self.name, self.stock_obstacle, config)
 
     def why_no_shortcuts(self, config: Fields) -> str:
         """Say why the published method cannot slice a config; empty where it can."""
-        return _reason(self.shortcut_obstacle, config)
+        return _reason(self.name, self.shortcut_obstacle, config)
 
     def layout(self, config: Fields) -> Literal["stock", "custom-code"]:
         """Return how the refit writes a slice of a config: in the family's own class, or with code of its own."""
@@ -393,8 +404,30 @@ class Refusal:
     reason: str
 
 
-def _reason(given: str | Callable[[Fields], str], config: Fields) -> str:
-    return given if isinstance(given, str) else given(config)
+def _reason(adapter: str, given: str | Callable[[Fields], str], config: Fields) -> str:
+    return given if isinstance(given, str) else ask(adapter, given, config)
+
+
+def ask(adapter: str, function: Callable[..., Answer], *arguments: object) -> Answer:
+    """Return what a function of a declaration says.
+
+    Args:
+        adapter: Name of the adapter, for the message.
+        function: The function.
+        *arguments: What it takes.
+
+    Raises:
+        PluginError: It fails.
+    """
+    try:
+        return function(*arguments)
+    except SlicecliError:
+        raise
+    except Exception as error:  # it is a plugin's, and a config may hold anything
+        raise PluginError(
+            f"Adapter {adapter!r} fails on this config: {type(error).__name__}: {reason_of(error)}.",
+            "Check config.json, or mend the adapter.",
+        ) from error
 
 
 def select_adapter(
@@ -417,11 +450,11 @@ def select_adapter(
         model_type = str(config.get("model_type", ""))
         refused = next((refusal for refusal in refusals if model_type in refusal.model_types), None)
         if refused is not None:
-            raise UnsupportedModelError(f"Models of type {model_type!r} cannot be sliced: {refused.reason}")
+            raise UnsupportedModelError(f"Models of type {shown(model_type)} cannot be sliced: {refused.reason}")
         found = [candidate for candidate in adapters.values() if model_type in candidate.model_types]
         if not found:
             raise NoAdapterError(
-                f"Models of type {model_type!r} are not supported."
+                f"Models of type {shown(model_type)} are not supported."
                 if model_type
                 else "config.json states no model_type.",
                 _known(model_type, (kind for candidate in adapters.values() for kind in candidate.model_types)),

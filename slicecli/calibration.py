@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slicecli.errors import TextError
+from slicecli.errors import SourceError, TextError, reason_of
 from slicecli.text import Text, shuffled
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def calibration_rows(text: Text, tokenizer: Any, samples: int, sequence_length: 
         seed: Seed of both random choices.
 
     Raises:
+        SourceError: The tokenizer fails.
         TextError: The text does not fill a single row.
     """
     # one text in one piece (wikitext2) is tokenised whole, so that rows come from all of it; of many
@@ -83,6 +84,7 @@ def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: i
         samples: Keep only the first so many rows.
 
     Raises:
+        SourceError: The tokenizer fails.
         TextError: The text does not fill a single row.
     """
     ids, byte_count = _tokenise(text.documents, tokenizer, None)
@@ -94,11 +96,11 @@ def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> t
     """Return the ids of the documents laid end to end, at least `wanted` if there are, and their UTF-8 bytes."""
     # a tokenizer that marks neither beginning nor end would run documents into each other
     adds_tokens = tokenizer.num_special_tokens_to_add() > 0
-    separator = [] if adds_tokens else tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    separator = [] if adds_tokens else _encoded(tokenizer, "\n\n", add_special_tokens=False)
     ids: list[int] = []
     byte_count = 0
     for chunk in _chunks(documents, size=256):
-        for document, encoded in zip(chunk, tokenizer(chunk, verbose=False)["input_ids"], strict=True):
+        for document, encoded in zip(chunk, _encoded(tokenizer, chunk), strict=True):
             if ids:
                 ids.extend(separator)
             ids.extend(encoded)
@@ -106,6 +108,21 @@ def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> t
         if wanted is not None and len(ids) >= wanted:
             break
     return ids, byte_count
+
+
+def _encoded(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """Return the token ids of a text, or of each of several.
+
+    Raises:
+        SourceError: The tokenizer fails.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)["input_ids"]
+    except Exception as error:  # tokenizers are data of others, and fail in many ways
+        raise SourceError(
+            f"The tokenizer cannot read the text: {type(error).__name__}: {reason_of(error)}.",
+            "Check tokenizer.json and tokenizer_config.json.",
+        ) from error
 
 
 def _chunks(documents: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from slicecli.errors import OutputError
 from slicecli.plan import DTYPE_CODES
@@ -31,6 +31,7 @@ __all__ = [
     "unfinished_folder",
     "whole_folder",
     "write_whole_file",
+    "write_whole_files",
 ]
 
 RECORD_FILE = "slicecli.json"
@@ -46,8 +47,9 @@ def whole_folder(
 ) -> Iterator[Path]:
     """Give an unfinished folder beside the output that takes its name once the body ends without an error.
 
-    Whatever ends the body otherwise removes the unfinished folder. With `overwrite` an older slice of the output's name is replaced in the last
-    step, not before. What a killed run left is removed at the beginning, unless it is to be gone on with.
+    Whatever ends the body otherwise removes the unfinished folder. With `overwrite` an older slice of the output's name
+    is replaced in the last step, not before. What a killed run left is removed at the beginning, unless it is to be
+    gone on with.
 
     Args:
         output: The folder to make.
@@ -113,14 +115,29 @@ def write_whole_file(path: Path, content: str | bytes) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    partial = path.with_name(f".{path.name}.incomplete")
+    write_whole_files({path: content})
+
+
+def write_whole_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write some files that belong together, all of them whole or none; text is encoded as UTF-8.
+
+    Raises:
+        OutputError: One cannot be written.
+    """
+    partials = {path.with_name(f".{path.name}.incomplete"): path for path in contents}
+    path = next(iter(contents))
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
+        for partial, path in partials.items():
+            content = contents[path]
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        for partial, path in partials.items():
+            partial.replace(path)
     except OSError as error:
         raise _writing_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -157,14 +174,6 @@ def require_disk_space(output: Path, needed: int) -> None:
             f"The slice needs {needed / 1e9:.2f} GB on disk, and {free / 1e9:.2f} GB are free.",
             "Free some, or give an --output on another disk.",
         )
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or `None` where it cannot be read as such."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, not text, not JSON, or made to exhaust a parser
-        return None
 
 
 def file_digest(path: Path) -> str:

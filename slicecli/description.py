@@ -9,6 +9,7 @@ Legend: d hidden size, k dim kept, s = 1 - k/d.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_file
-from slicecli.errors import OutputError, RequestError
+from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_files
+from slicecli.errors import OutputError, RequestError, reason_of
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
-from slicecli.record import package_versions, read_record, write_record
+from slicecli.record import package_versions, read_record, record_text
 from slicecli.schema import schema_errors
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def describe_slice(folder: Path, record: dict[str, Any], forecasts: Sequence[For
     Raises:
         OutputError: They cannot be written.
     """
-    record = _with_predictions(folder, record, forecasts)
-    files = {name: file_digest(folder / name) for name in own_files(folder) if name not in record["weights"]}
-    _write(folder, {**record, "files": files}, None)
+    record, plots = _with_predictions(record, forecasts)
+    found = {name: file_digest(folder / name) for name in own_files(folder) if name not in record["weights"]}
+    files = dict(sorted({**found, **record["files"]}.items()))
+    _write(folder, {**record, "files": files}, None, plots)
 
 
 def own_files(folder: Path) -> list[str]:
@@ -88,7 +90,8 @@ def enter_results(
         known = by_subject.get(_subject(curve))
         if known is None or len(known["points"]) <= len(curve["points"]):
             by_subject[_subject(curve)] = curve
-    _write(folder, _with_curves(folder, record, list(by_subject.values())), folder)
+    record, plots = _with_curves(record, list(by_subject.values()))
+    _write(folder, record, folder, plots)
 
 
 def _merged(results: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +123,8 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
             f"There is no curve of {record['source']['model']} sliced by {record['method']} among them.",
             "Give what fit or sweep wrote for the model that this slice was made from.",
         )
-    _write(folder, _with_curves(folder, record, own), folder)
+    record, plots = _with_curves(record, own)
+    _write(folder, record, folder, plots)
 
 
 def enter_repository(folder: Path, repository: str) -> None:
@@ -151,36 +155,52 @@ def _record_to_enter_in(folder: Path) -> dict[str, Any]:
     return copy.deepcopy(record)
 
 
-def _write(folder: Path, record: dict[str, Any], card_folder: Path | None) -> None:
-    """Write record and card; text of the owner of a card that is there already stays."""
+def _write(
+    folder: Path, record: dict[str, Any], card_folder: Path | None, plots: Mapping[str, bytes] | None = None
+) -> None:
+    """Write record, card and plots together; text of the owner of a card that is there already stays."""
     record = json.loads(json.dumps(record))  # as a reader will find it
     errors = schema_errors(record)
     if errors:
         raise OutputError(
             f"What would be entered does not fit a record: {errors[0]}.", "Give what slicecli itself has written."
         )
-    card = render_card(record, None if card_folder is None else read_card(card_folder))
-    write_record(folder, record)
-    write_whole_file(folder / CARD_FILE, card)
+    existing = None if card_folder is None else read_card(card_folder)
+    try:
+        card = render_card(record, existing)
+    except Exception as error:  # the metadata of an owner may be anything that YAML can say
+        raise OutputError(
+            f"The card of {folder.name!r} cannot be written again: {type(error).__name__}: {reason_of(error)}.",
+            f"Mend the YAML at the top of {CARD_FILE}, or remove the file.",
+        ) from error
+    contents: dict[str, str | bytes] = {**(plots or {}), RECORD_FILE: record_text(record), CARD_FILE: card}
+    try:
+        for name in contents:
+            (folder / name).parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder.name!r} cannot be written: {error.strerror}.", "Check who may write it.") from error
+    write_whole_files({folder / name: content for name, content in contents.items()})
 
 
-def _with_curves(folder: Path, record: dict[str, Any], curves: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a record with curves and what they predict; draw that."""
+def _with_curves(record: dict[str, Any], curves: list[Mapping[str, Any]]) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """Return a record with curves and what they predict, and the plots of that by file name."""
     from slicecli.estimation.forecasts import forecast_by_curve
     from slicecli.estimation.results import read_curves
 
     if not curves:
-        return record
+        return record, {}
     record = {**record, "curve": {"curves": curves}}
     # read back, so that what is entered is what a reader will find
     forecasts = [forecast_by_curve(one, "of this model", "measured") for one in read_curves(record["curve"])]
-    return _with_predictions(folder, record, forecasts)
+    return _with_predictions(record, forecasts)
 
 
-def _with_predictions(folder: Path, record: dict[str, Any], forecasts: Sequence[Forecast]) -> dict[str, Any]:
-    """Return a record with forecasts in it, as tables for the usual dims; draw them."""
+def _with_predictions(
+    record: dict[str, Any], forecasts: Sequence[Forecast]
+) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """Return a record with forecasts in it, as tables for the usual dims, and their plots by file name."""
     if not forecasts:
-        return record
+        return record, {}
     known = {one["dim"]: one["parameters"] for one in record["other_dims"]}
     known[record["dim"]] = record["parameters"]["sliced"]
     measured = {round((1 - s) * record["hidden_size"]) for forecast in forecasts for s, _, _ in forecast.points}
@@ -196,8 +216,9 @@ def _with_predictions(folder: Path, record: dict[str, Any], forecasts: Sequence[
         for forecast in forecasts
     ]
     record = {**record, "predictions": predictions}
-    _draw(folder / PLOT_FILE, record, forecasts)
-    return {**record, "files": {**record["files"], PLOT_FILE: file_digest(folder / PLOT_FILE)}}
+    plot = _drawn(record, forecasts)
+    files = {**record["files"], PLOT_FILE: hashlib.sha256(plot).hexdigest()}
+    return {**record, "files": files}, {PLOT_FILE: plot}
 
 
 def _parameters_at(dim: int, known: Mapping[int, int]) -> int | None:
@@ -235,18 +256,16 @@ def _estimate(forecast: Forecast, dim: int, parameters: int | None, hidden_size:
     }
 
 
-def _draw(path: Path, record: Mapping[str, Any], forecasts: Sequence[Forecast]) -> None:
-    """Draw the perplexity, and every task that was measured."""
-    from slicecli.estimation.plot import draw_quality, picture_of_forecast
+def _drawn(record: Mapping[str, Any], forecasts: Sequence[Forecast]) -> bytes:
+    """Return the plot of the perplexity, and of every task that was measured."""
+    from slicecli.estimation.plot import picture_of_forecast, quality_picture
 
     shown = [one for one in forecasts if one.quantity == "perplexity" or one.points] or list(forecasts)
     title = f"{record['source']['model']}, sliced by {record['method']}"
     widest = max(1 - one["dim"] / record["hidden_size"] for one in record["predictions"][0]["estimates"])
-    path.parent.mkdir(exist_ok=True)
-    draw_quality(
+    return quality_picture(
         [
             picture_of_forecast(title, forecast, record["hidden_size"], [record["sparsity"]], widest)
             for forecast in shown
-        ],
-        path,
+        ]
     )

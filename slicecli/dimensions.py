@@ -14,14 +14,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from slicecli.errors import PluginError, RequestError, UnsupportedModelError
+from slicecli.adapters import ask
+from slicecli.errors import PluginError, RequestError, UnsupportedModelError, shown
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from slicecli.adapters import Adapter, Block, Linear
 
-__all__ = ["Dimensions", "Parameter", "Shape", "nearest_in"]
+__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+
+# more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
+MOST_BLOCKS = MOST_HEADS = 1024
+MOST_WIDTH = 2**20
+MOST = 2**31 - 1  # of all other sizes
+MOST_NAMED = 4  # in a message
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -54,6 +61,12 @@ def nearest_in(dims: range, dim: int) -> tuple[int, ...]:
     below = [value for value in dims if value <= dim][-1:]
     above = [value for value in dims if value >= dim][:1]
     return tuple(dict.fromkeys(below + above))
+
+
+def _first_of(names: list[str]) -> str:
+    """Return some names for a message, and how many there are besides."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 class Dimensions:
@@ -101,7 +114,7 @@ class Dimensions:
         A null is not a missing field: it stands for what follows from others, not for the class's default.
         """
         if name in self.adapter.derived:
-            value = self.adapter.derived[name](self._config)
+            value = ask(self.adapter.name, self.adapter.derived[name], self._config)
             return otherwise if value is None else value
         # transformers writes some configs under the usual names
         given = [self._config[one] for one in (self.adapter.names.get(name, name), name) if one in self._config]
@@ -114,12 +127,30 @@ class Dimensions:
         """Return a config field that must be a positive integer."""
         value = self.value(name, otherwise)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            own_name = self.adapter.names.get(name, name)
-            raise UnsupportedModelError(
-                f"config.json gives {own_name} = {value!r}, where a positive integer is needed.",
-                f"Check the config, or whether the model really is of type {self.adapter.name}.",
-            )
+            raise self._misfit(name, value, "a positive integer")
+        most = {
+            "hidden_size": MOST_WIDTH,
+            "num_hidden_layers": MOST_BLOCKS,
+            "num_attention_heads": MOST_HEADS,
+            "num_key_value_heads": MOST_HEADS,
+        }.get(name, MOST)
+        if value > most:
+            raise self._misfit(name, value, f"a number of {most:,} at most")
         return value
+
+    def _real_number(self, name: str) -> float:
+        """Return a config field that must be a finite number."""
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST:
+            raise self._misfit(name, value, "a number")
+        return float(value)
+
+    def _misfit(self, name: str, value: object, needed: str) -> UnsupportedModelError:
+        own_name = self.adapter.names.get(name, name)
+        return UnsupportedModelError(
+            f"config.json gives {own_name} = {shown(value)}, where {needed} is needed.",
+            f"Check the config, or whether the model really is of type {self.adapter.name}.",
+        )
 
     def width(self, name: str) -> int:
         """Return the size a declaration refers to by name.
@@ -151,13 +182,15 @@ class Dimensions:
     def epsilon(self) -> float:
         """The ε of the norms that read the stream."""
         epsilon = self.adapter.norm.epsilon
-        return float(self.value(epsilon)) if isinstance(epsilon, str) else epsilon
+        return self._real_number(epsilon) if isinstance(epsilon, str) else epsilon
 
     @functools.cached_property
     def declared_blocks(self) -> tuple[Block, ...]:
         """The declaration of each block, in order."""
         block = self.adapter.block
-        return tuple(block(self, index) if callable(block) else block for index in range(self.blocks))
+        return tuple(
+            ask(self.adapter.name, block, self, index) if callable(block) else block for index in range(self.blocks)
+        )
 
     def window(self, block: int) -> int | None:
         """Return the sliding window of a block's attention: the tokens that one attends to, itself among them.
@@ -174,21 +207,22 @@ class Dimensions:
         if not self.value("sliding_window"):
             return None
         kinds = self.value("layer_types")
+        if kinds and not isinstance(kinds, list):
+            raise self._misfit("layer_types", kinds, "a list")
         if kinds and len(kinds) != self.blocks:
             raise UnsupportedModelError(
                 f"config.json lists {len(kinds)} layer_types for {self.blocks} blocks.", "Mend the config."
             )
-        slides = kinds[block] == "sliding_attention" if kinds else self.adapter.has_window(self, block)
+        slides = (
+            kinds[block] == "sliding_attention"
+            if kinds
+            else ask(self.adapter.name, self.adapter.has_window, self, block)
+        )
         return self.number("sliding_window") if slides else None
 
     def multiplier(self, name: str) -> float:
         """Return what multiplies a branch's output: the value of a config field, or 1 without a name."""
-        if not name:
-            return 1.0
-        value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedModelError(f"config.json gives {name} = {value!r}, where a number is needed.")
-        return float(value)
+        return self._real_number(name) if name else 1.0
 
     def stream_parameters(self) -> dict[str, Shape]:
         """Return the shape of every declared parameter with an axis of hidden size, by name; that axis is `None`."""
@@ -420,9 +454,9 @@ class Dimensions:
             # of what is kept only the number of elements is declared
             if (math.prod(found) != math.prod(expected)) if name in kept else (found != expected):
                 wrong.append(f"{name} is {' x '.join(map(str, found))}, not {' x '.join(map(str, expected))}")
-        parts = [f"it does not cover {', '.join(missing)}"] if missing else []
-        parts += [f"the model has no {', '.join(extra)}"] if extra else []
-        parts += wrong[:3]
+        parts = [f"it does not cover {_first_of(missing)}"] if missing else []
+        parts += [f"the model has no {_first_of(extra)}"] if extra else []
+        parts += wrong[:MOST_NAMED]
         if parts:
             raise PluginError(
                 f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,20 @@ from slicecli.memory import available_memory_bytes, peak_memory_bytes
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
+from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.source import DenseWeights, Source, checkpoint_tensors, empty_model, parameter_shapes
+from slicecli.source import (
+    DenseWeights,
+    Source,
+    checkpoint_tensors,
+    empty_model,
+    parameter_shapes,
+    quiet_libraries,
+    running,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from slicecli.auto.infer import Inference
@@ -57,8 +64,10 @@ __all__ = [
     "open_dense",
     "pick_device",
     "plan_slices",
+    "quiet_libraries",
     "read_rows",
     "run_slices",
+    "share_work",
 ]
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -178,8 +187,12 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     Raises:
         SlicecliError: The model or the request is not possible; nothing was downloaded but small files.
     """
+    processes = Processes.find()
+    if options.resume and processes.count > 1:
+        raise RequestError("Many processes leave nothing to go on with.", "Leave out --resume, or start one process.")
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
+    source.check_companions()
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
     dimensions = Dimensions(adapter, chosen.fields)
@@ -207,14 +220,14 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     if options.method == "slicegpt":
         from slicecli.proof import prove_shortcuts
 
-        with quiet_libraries():
+        with quiet_libraries(), running(source.name):
             output_length = prove_shortcuts(adapter, config, slices_head(dimensions, options.slice_head))
     slices = []
     for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
         sliced_parameters = dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions))
         plan = SlicePlan(
             model=source.name,
-            model_type=str(source.fields.get("model_type")),
+            model_type=str(config.model_type),
             adapter=AUTO_ADAPTER if inference else adapter.name,
             hidden_size=dimensions.hidden_size,
             dim=dim,
@@ -228,12 +241,14 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             schedule_name=Path(width.schedule or "").name,
         )
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        check_output(folder, options.overwrite)
+        if processes.is_main:
+            check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, bool(source.code_files()))
         slices.append((plan, sliced_config, folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
-        require_disk_space(folder, needed)
+        if processes.is_main:
+            require_disk_space(folder, needed)
     return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
 
 
@@ -379,19 +394,20 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.journal import FileJournal, seconds_between_snapshots
     from slicecli.slicing.pipeline import refit
     from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import Batches, Silent
+    from slicecli.slicing.state import Silent
 
     started = time.perf_counter()
-    progress = progress or Silent()
+    processes = Processes.find()
+    progress = progress if progress is not None and processes.is_main else Silent()
     options = job.options
     rows, warnings = read_rows(job)
-    dense = open_dense(job)
-    batches = Batches(rows.ids, options.batch_size or batch_rows(dense.device, rows.sequence_length))
-    reports = []
+    dense, batches = share_work(job, rows)
+    warnings += _idle_warning(processes.count, batches)
+    reports: list[SliceReport] = []
     seconds_apart = seconds_between_snapshots()
     fingerprint = _fingerprint(job, rows, batches, dense)
     journal: FileJournal | None = None
-    resumes = options.resume or resumes_if_possible
+    resumes = (options.resume or resumes_if_possible) and processes.count == 1
 
     def is_worth_keeping(error: BaseException) -> bool:
         if journal is None:  # refused to go on with what another run has left: that stays
@@ -402,21 +418,26 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         folders = [
             stack.enter_context(whole_folder(folder, options.overwrite, resumes, is_worth_keeping))
             for _, _, folder in job.slices
+            if processes.is_main
         ]
+        stack.enter_context(running(job.source.name))
         state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
         targets, writers = [], []
-        for number, ((plan, config, _), folder) in enumerate(zip(job.slices, folders, strict=True)):
+        for number, (plan, config, _) in enumerate(job.slices):
             missing = None if state is None else state["missing"][number]
+            folder = folders[number] if processes.is_main else None
             target, writer = _open_target(plan, config, folder, options, missing)
-            stack.callback(writer.close)
             targets.append(target)
-            writers.append(writer)
-        journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
+            if writer is not None:
+                stack.callback(writer.close)
+                writers.append(writer)
+        if processes.count == 1:
+            journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
         energies: list[Energy]
         is_from_cache = False
         if options.method == "refit":
             basis, is_from_cache = _find_basis(job, rows, dense, batches, progress, journal)
-            for group in _groups_in_memory(job, dense, rows.tokens):
+            for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
                 refit(dense, basis, [targets[index] for index in group], batches, progress, journal)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
@@ -427,7 +448,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     dense, target, plan.schedule, options.orientation, options.seed, batches, progress, journal
                 )
                 energies.append(Energy.of_spectrum(spectrum, plan))
-        journal.remove()
+        if not processes.is_main:
+            return processes.from_main(lambda: reports)
+        if journal is not None:
+            journal.remove()
         for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
             complete_folder(job, plan, config, folder, rows, energy, writer.finish())
         seconds = time.perf_counter() - started
@@ -444,14 +468,15 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     is_from_cache=is_from_cache,
                 )
             )
-    return reports
+    return processes.from_main(lambda: reports)
 
 
 def _find_basis(
-    job: Job, rows: Rows, dense: DenseModel, batches: Batches, progress: Progress, journal: Journal
+    job: Job, rows: Rows, dense: DenseModel, batches: Batches, progress: Progress, journal: Journal | None
 ) -> tuple[Basis, bool]:
     """Return the basis, from the cache if it is there; say whether it was."""
     from slicecli.slicing.pipeline import STATISTICS, collect_basis
+    from slicecli.slicing.together import give_basis
     from slicecli.statistics_cache import StatisticsCache
 
     if not job.options.cache:
@@ -462,13 +487,14 @@ def _find_basis(
         "calibration": rows.digest,
         "declaration": job.dimensions.declaration(),
     }
-    found = cache.load(key, dense.device)
-    if found is not None:
+    found = cache.load(key, dense.device) if dense.processes.is_main else None
+    if dense.processes.from_main(lambda: found is not None):
         progress.start(STATISTICS, 1)
         progress.advance("from the cache")
-        return found, True
+        return give_basis(dense, found), True
     basis = collect_basis(dense, batches, progress, journal)
-    cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
+    if dense.processes.is_main:
+        cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
     return basis, False
 
 
@@ -530,13 +556,42 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
 
     from slicecli.slicing.state import DenseModel
 
-    job.source.fetch_weights()
+    with Processes.find().main_of_machine_first():
+        job.source.fetch_weights()
+    job.source.check_describes_weights()
     device = pick_device(job.options.device)
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, job.options.trust_remote_code)
     job.dimensions.require_declared(parameter_shapes(shell))
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     return DenseModel(shell, weights, job.dimensions, device, compute_dtype(stored, device))
+
+
+def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches]:
+    """Open a job's model, and divide the rows in batches, and among the processes where there are several.
+
+    Args:
+        job: The job.
+        rows: The rows.
+        dtype: As of `open_dense`.
+
+    Raises:
+        SlicecliError: The weights cannot be had, or are not the same everywhere.
+    """
+    from slicecli.slicing.together import share_rows
+
+    dense = open_dense(job, dtype)
+    weights = job.source.weights_identity()
+    Processes.find().require_same(
+        {
+            "config": dict(job.source.fields),
+            "checkpoint": weights if isinstance(weights, str) else [[name, size] for name, size, _ in weights],
+            "set of rows": rows.digest,
+            "set of versions": {**package_versions(), "slicecli": __version__},
+            "kind of device": [dense.device.type, str(dense.dtype)],
+        }
+    )
+    return share_rows(dense, rows.ids, job.options.batch_size or batch_rows(dense.device, rows.sequence_length))
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
@@ -547,11 +602,11 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     Args:
         job: The job.
         dense: The dense model.
-        tokens: Calibration tokens.
+        tokens: Calibration tokens that run here.
     """
     most_steps = max(len(block.steps) for block in job.dimensions.declared_blocks)
     per_number = tokens * dense.dtype.itemsize
-    room = MEMORY_SHARE * available_memory_bytes(dense.device)
+    room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(dense.device)))
     # the dense stream, and the dense stream at each step of a block
     room -= per_number * dense.dimensions.hidden_size * (most_steps + 1)
     groups: list[list[int]] = []
@@ -614,13 +669,14 @@ def pick_sequence_length(source: Source, wanted: int | None) -> int:
 
     Raises:
         RequestError: The wish is too short to predict anything, or longer than the model can do.
+        SourceError: The config says nonsense of the model's longest.
     """
-    longest = source.fields.get("max_position_embeddings")
+    longest = source.size("max_position_embeddings", least=2)
     if wanted is None:
-        return min(DEFAULT_SEQUENCE_LENGTH, longest) if isinstance(longest, int) else DEFAULT_SEQUENCE_LENGTH
+        return DEFAULT_SEQUENCE_LENGTH if longest is None else min(DEFAULT_SEQUENCE_LENGTH, longest)
     if wanted < 2:
         raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
-    if isinstance(longest, int) and wanted > longest:
+    if longest is not None and wanted > longest:
         raise RequestError(
             f"A sequence length of {wanted} is longer than {source.name} can do.", f"Give --seq-len {longest} or less."
         )
@@ -628,7 +684,7 @@ def pick_sequence_length(source: Source, wanted: int | None) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or the CPU.
+    """Return the device to compute on; `auto` is the first GPU, or that of the process, or the CPU.
 
     Raises:
         RequestError: There is no such device.
@@ -636,7 +692,9 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return Processes.find().device()
+    if Processes.find().count > 1 and name != "cpu":
+        raise RequestError(f"Many processes cannot all be on {name}.", "Give --device-map auto: each has its own.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -662,26 +720,13 @@ def batch_rows(device: torch.device, sequence_length: int) -> int:
     return max(1, tokens // sequence_length)
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep transformers' own warnings and bars out of the output, which has its own."""
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
 def _open_target(
-    plan: SlicePlan, config: Any, folder: Path, options: SliceOptions, missing: Sequence[str] | None
-) -> tuple[Target, ShardWriter]:
-    """Make the empty sliced model and lay out its weight files, or open those of an interrupted run."""
+    plan: SlicePlan, config: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
+) -> tuple[Target, ShardWriter | None]:
+    """Make the empty sliced model and lay out its weight files, or open those of an interrupted run.
+
+    Without a folder nothing is written.
+    """
     import torch
 
     from slicecli.slicing.state import Target
@@ -695,6 +740,8 @@ def _open_target(
             "Mend the widths and biases it declares.",
         )
     dtype = getattr(torch, plan.dtype)
+    if folder is None:
+        return Target(plan.dim, shell, dtype, lambda _name, _tensor: None), None
     shapes = {
         stored: tuple(tensor.shape)
         for name, value in shell.state_dict().items()
@@ -707,6 +754,15 @@ def _open_target(
             writer.write(stored, part)
 
     return Target(plan.dim, shell, dtype, sink), writer
+
+
+def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
+    rows, size = len(batches.rows), batches.size
+    busy = -(-rows // size)
+    if busy >= processes:
+        return ()
+    more = f"--batch-size {max(1, rows // processes)}" if size > 1 else "--samples"
+    return (f"{rows} rows in batches of {size} occupy {busy} of {processes} processes; {more} would occupy more.",)
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

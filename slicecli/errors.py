@@ -10,6 +10,7 @@
     ├── TextError                a calibration or evaluation text cannot be found or is too short
     ├── OutputError              the result cannot be written
     ├── PublishError             the result is there, and could not be sent to the Hub
+    ├── ProcessError             another of the processes that do the job together has failed, or is gone
     └── PluginError              a plugin declares something that does not hold
 
 A message is one sentence with the cause and one with the remedy. The command line prints it without a
@@ -18,6 +19,7 @@ traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ __all__ = [
     "NotInferredError",
     "OutputError",
     "PluginError",
+    "ProcessError",
     "PublishError",
     "RequestError",
     "SlicecliError",
@@ -34,7 +37,12 @@ __all__ = [
     "UnsupportedModelError",
     "WeightsError",
     "reason_of",
+    "shown",
 ]
+
+MOST_CHARACTERS = 1000  # of a cause; a remedy may list what there is
+MOST_REASON_CHARACTERS = 300
+MOST_VALUE_CHARACTERS = 80
 
 
 class SlicecliError(Exception):
@@ -48,9 +56,9 @@ class SlicecliError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, remedy: str = "") -> None:
-        super().__init__(f"{cause} {remedy}".strip())
-        self.cause = cause
-        self.remedy = remedy
+        self.cause = _one_line(cause, MOST_CHARACTERS)
+        self.remedy = _one_line(remedy)
+        super().__init__(f"{self.cause} {self.remedy}".strip())
 
 
 class RequestError(SlicecliError):
@@ -101,6 +109,20 @@ class PublishError(SlicecliError):
     """A slice could not be published; it is whole on this machine."""
 
 
+class ProcessError(SlicecliError):
+    """Another of the processes that do the job together has failed, or is gone.
+
+    Args:
+        cause: What is wrong there; empty where nothing need be said.
+        remedy: What to do about it.
+        exit_code: The other's exit code.
+    """
+
+    def __init__(self, cause: str, remedy: str = "", exit_code: int = 1) -> None:
+        super().__init__(cause, remedy)
+        self.exit_code = exit_code
+
+
 class PluginError(SlicecliError):
     """A plugin declares something that does not hold for the model at hand."""
 
@@ -108,9 +130,24 @@ class PluginError(SlicecliError):
 def reason_of(error: BaseException) -> str:
     """Return the telling line of another library's error, without its closing full stop.
 
-    That is its first line; where that only announces the next ("...:"), the next.
+    That is its first line; where that only announces the next ("...:"), the next. It is cut where it is long: it may
+    quote what somebody has written.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines.pop(0)
-    return (lines[0] if lines else type(error).__name__).rstrip(".: ")
+    return _one_line(lines[0] if lines else type(error).__name__, MOST_REASON_CHARACTERS).rstrip(".: ")
+
+
+def shown(value: object) -> str:
+    """Return a value that somebody has written, for a message: as Python writes it, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = MOST_VALUE_CHARACTERS
+    short.maxlevel = 3
+    return _one_line(short.repr(value), MOST_VALUE_CHARACTERS)
+
+
+def _one_line(text: str, most: int | None = None) -> str:
+    """Return a text without what could move a terminal's cursor or change its colours, cut where it is long."""
+    line = "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
+    return line if most is None or len(line) <= most else f"{line[: most - 1]}…"

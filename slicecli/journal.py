@@ -7,16 +7,19 @@ to one run: its fingerprint says of which model, plan, calibration and versions,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint import ShardWriter, read_json
-from slicecli.errors import OutputError, RequestError
+from slicecli.checkpoint import ShardWriter
+from slicecli.errors import OutputError, RequestError, reason_of
+from slicecli.json_files import read_json
 from slicecli.slicing.state import Content, Snapshot
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ FOLDER = ".journal"
 STATE_FILE = "state.json"
 SECONDS_VARIABLE = "SLICECLI_JOURNAL_SECONDS"
 USUAL_SECONDS = 60.0
+MOST_STATE_BYTES = 1_000_000_000  # it names tensors of all slices
 MOST_SHARE = 0.1  # of the time may go into snapshots
 
 
@@ -56,7 +60,7 @@ def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] |
     Raises:
         OutputError: The journal is of another run.
     """
-    state = read_json(folder / FOLDER / STATE_FILE)
+    state = read_json(folder / FOLDER / STATE_FILE, MOST_STATE_BYTES)
     if not isinstance(state, dict):
         return None
     found = state.get("fingerprint")
@@ -131,13 +135,19 @@ class FileJournal:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _save(self, phase: str, position: int, content: Content) -> dict[str, Any]:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._folder.mkdir(exist_ok=True)
         self._number += 1
         file = f"{self._number}.safetensors" if content.tensors else None
         if file is not None:
-            save_file({name: value.contiguous().cpu() for name, value in content.tensors.items()}, self._folder / file)
+            tensors = {name: value.contiguous().cpu() for name, value in content.tensors.items()}
+            try:
+                save_file(tensors, self._folder / file)
+            except SafetensorError as error:  # it says so only in words where the disk is full
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, reason_of(error)) from error
             _synchronise(self._folder / file)
         return {"phase": phase, "position": position, "file": file, "about": dict(content.about)}
 

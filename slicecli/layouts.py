@@ -12,6 +12,7 @@ from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, reason_of
 from slicecli.modeling import AUTO_MAP
 from slicecli.schedule import Schedule
+from slicecli.source import quiet_libraries
 
 __all__ = ["custom_code_config", "stock_config"]
 
@@ -36,7 +37,8 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_
     if not has_code:
         fields.pop("auto_map", None)
     try:
-        return type(config).from_dict(fields)
+        with quiet_libraries():
+            return type(config).from_dict(fields)
     except Exception as error:  # config classes raise what they like
         raise RequestError(f"{type(config).__name__} refuses a hidden size of {dim}: {reason_of(error)}.") from error
 
@@ -58,21 +60,22 @@ def custom_code_config(
 
     dense = _own_fields(config) | {"tie_word_embeddings": False, "dtype": dtype, "model_type": config.model_type}
     dense.pop("architectures", None)
-    return SlicedConfig(
-        text_config=dense,
-        embedding_size=schedule.places[0],
-        slicing={
-            "hidden_size": dimensions.hidden_size,
-            "declaration": dimensions.declaration(),
-            "widths": [list(block) for block in schedule.blocks],
-            "head_width": schedule.head,
-            "has_shortcuts": has_shortcuts,
-            "block_output_length": block_output_length,
-        },
-        dtype=dtype,
-        architectures=["SlicedForCausalLM"],
-        auto_map=dict(AUTO_MAP),
-    )
+    with quiet_libraries():
+        return SlicedConfig(
+            text_config=dense,
+            embedding_size=schedule.places[0],
+            slicing={
+                "hidden_size": dimensions.hidden_size,
+                "declaration": dimensions.declaration(),
+                "widths": [list(block) for block in schedule.blocks],
+                "head_width": schedule.head,
+                "has_shortcuts": has_shortcuts,
+                "block_output_length": block_output_length,
+            },
+            dtype=dtype,
+            architectures=["SlicedForCausalLM"],
+            auto_map=dict(AUTO_MAP),
+        )
 
 
 def _own_fields(config: Any) -> dict[str, Any]:

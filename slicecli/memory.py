@@ -7,6 +7,8 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
+from slicecli.processes import Processes
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,7 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Return the memory that is free for new tensors on a device, in bytes."""
+    """Return the memory that is free for new tensors on a device, in bytes; of main memory, this process's share."""
     if device.type == "cuda":
         import torch
 
@@ -35,7 +37,7 @@ def available_memory_bytes(device: torch.device) -> int:
         return free
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // Processes.find().local_count
 
 
 def return_freed_memory_at_once() -> None:

@@ -14,8 +14,7 @@ from typing import Any
 from slicecli.adapters import Adapter, Refusal, select_adapter
 from slicecli.dimensions import Dimensions
 from slicecli.modeling import CONFIG_TYPE
-from slicecli.record import read_record
-from slicecli.schema import schema_errors
+from slicecli.record import read_sound_record
 from slicecli.source import Source
 
 __all__ = ["Origin", "origin_of"]
@@ -58,8 +57,8 @@ def origin_of(
     Raises:
         SlicecliError: No adapter serves the dense model's type.
     """
-    record = read_record(source.folder)
-    if record is None or schema_errors(record):
+    record = read_sound_record(source.folder)
+    if record is None:
         return None
     fields = dict(source.fields)
     if fields.get("model_type") == CONFIG_TYPE:

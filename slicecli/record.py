@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import RECORD_FILE, read_json, write_whole_file
+from slicecli.checkpoint import RECORD_FILE
+from slicecli.json_files import read_json
 from slicecli.plan import SlicePlan
 from slicecli.schema import schema_errors
 
@@ -32,7 +33,8 @@ __all__ = [
     "calibration_fields",
     "package_versions",
     "read_record",
-    "write_record",
+    "read_sound_record",
+    "record_text",
 ]
 
 RECORD_VERSION = 1
@@ -143,8 +145,8 @@ def build_record(
 
 def _ancestry(source: Source) -> list[dict[str, Any]]:
     """Return the slices that a source is the last of, itself first; nothing where it is no slice."""
-    record = read_record(source.folder)
-    if record is None or schema_errors(record):
+    record = read_sound_record(source.folder)
+    if record is None:
         return []
     own = {name: record[name] for name in ("method", "hidden_size", "dim", "slicecli_version")}
     return [{**record["source"], **own}, *record["ancestry"]]
@@ -174,16 +176,18 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write a record into a slice's folder, whole or not at all.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    write_whole_file(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+def record_text(record: Mapping[str, Any]) -> str:
+    """Return a record as its file has it."""
+    return json.dumps(record, indent=2) + "\n"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a folder, or `None` where it has none that can be read."""
     record = read_json(folder / RECORD_FILE)
     return record if isinstance(record, dict) else None
+
+
+def read_sound_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a folder, or `None` where it has none whose fields can be relied on."""
+    record = read_record(folder)
+    return None if record is None or schema_errors(record) else record

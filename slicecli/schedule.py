@@ -9,7 +9,6 @@ Legend: d hidden size, k width kept, s = 1 - k/d.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
+from slicecli.json_files import load_json
 
 __all__ = ["PublishedSizes", "Schedule", "read_schedule", "slices_head"]
 
@@ -226,8 +226,8 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
 def _read_file(path: Path) -> tuple[tuple[tuple[int, ...], ...], int | None]:
     remedy = 'Write {"blocks": [[48, 40], [48, 40]], "head": 64}, or give linear:S0:S1.'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        content = load_json(path)
+    except (OSError, ValueError):
         raise RequestError(f"There is no schedule {path.name!r} that can be read.", remedy) from None
     blocks = content.get("blocks") if isinstance(content, dict) else None
     head = content.get("head") if isinstance(content, dict) else None

@@ -9,17 +9,30 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import file_digest
-from slicecli.errors import SourceError, UnsupportedModelError, WeightsError, reason_of
+from slicecli.dimensions import MOST_BLOCKS
+from slicecli.errors import (
+    RequestError,
+    SlicecliError,
+    SourceError,
+    UnsupportedModelError,
+    WeightsError,
+    reason_of,
+    shown,
+)
+from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.json_files import MOST_JSON_BYTES, load_json
 from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -31,14 +44,33 @@ __all__ = [
     "Source",
     "checkpoint_tensors",
     "empty_model",
+    "outline",
     "parameter_shapes",
+    "quiet_libraries",
+    "running",
     "with_plain_experts",
 ]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 LONGEST_NAME = 255
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MOST_HEADER_BYTES = 16_000_000
+MOST_COMPANION_BYTES = 200_000_000
+MOST_TABLE_BYTES = 1_000_000_000
+MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
+# of these a config class or a model makes a list, a dictionary, a module or a width for each
+MOST_OF = {
+    "num_hidden_layers": MOST_BLOCKS,
+    "num_layers": MOST_BLOCKS,
+    "n_layer": MOST_BLOCKS,
+    "n_layers": MOST_BLOCKS,
+    "num_labels": 100_000,
+    "partial_rotary_factor": 1,
+    "rotary_pct": 1,
+}
+MOST_LISTED = 10_000_000
+CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
     "tokenizer*",
@@ -57,6 +89,7 @@ COMPANION_FILES = (
     "USE_POLICY*",
 )
 DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
+MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
 SMALL_FILES = (*DESCRIPTION_FILES, INDEX_FILE, *COMPANION_FILES)
 
 
@@ -124,21 +157,49 @@ class Source:
             )
         return cls(name, folder, revision, commit, _read_config(folder, name), token, trust_remote_code)
 
+    def size(self, field: str, least: int = 1) -> int | None:
+        """Return a field of the config that is a size, or `None` where it is missing or null.
+
+        Raises:
+            SourceError: It is no integer, or less than the least there can be.
+        """
+        value = self.fields.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise SourceError(
+                f"The config.json of {self.name} gives {field} = {shown(value)}, where an integer of {least} or more "
+                "is needed.",
+                "Check config.json.",
+            )
+        return value
+
     def check_is_decoder(self) -> None:
         """Refuse what cannot be a dense decoder language model, judging by the config alone.
 
         Raises:
-            UnsupportedModelError: Encoder, encoder-decoder, multimodal or quantised.
+            SourceError: The config does not say what it is.
+            UnsupportedModelError: Encoder, encoder-decoder, multimodal, quantised, or no model of its own.
         """
-        kind = self.fields.get("model_type", "?")
-        architectures = [str(name) for name in self.fields.get("architectures") or []]
+        kind = shown(self.fields.get("model_type", "?")).strip("'")
+        architectures = self.fields.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise SourceError(
+                f"The config.json of {self.name} gives architectures = {shown(architectures)}, where a list of names "
+                "is needed.",
+                "Check config.json.",
+            )
+        if (self.folder / ADAPTER_FILE).exists():
+            # transformers would load the model that is named in it instead
+            raise UnsupportedModelError(
+                f"{self.name} has an {ADAPTER_FILE}: it holds changes to another model.",
+                "Merge them into that model first, or remove the file if this is the merged model.",
+            )
         if self.fields.get("is_encoder_decoder"):
             raise UnsupportedModelError(
                 f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
             )
         if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
             raise UnsupportedModelError(
-                f"{self.name} ({', '.join(architectures)}) is not a decoder language model.",
+                f"{self.name} ({shown(', '.join(architectures))}) is not a decoder language model.",
                 "Only models with a causal language-modelling head can be sliced.",
             )
         quantization = self.fields.get("quantization_config")
@@ -156,10 +217,17 @@ class Source:
         """
         import transformers
 
+        for field in self.fields:
+            if field in CLASS_FIELDS or callable(getattr(transformers.PreTrainedConfig, field, None)):
+                raise SourceError(
+                    f"The config.json of {self.name} has {shown(field)}, which is a part of config classes.",
+                    "Remove it.",
+                )
         try:
-            return transformers.AutoConfig.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
+            with quiet_libraries():
+                return transformers.AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
         except Exception as error:  # transformers raises many kinds for a bad config
             raise SourceError(
                 f"transformers refuses the config of {self.name}: {reason_of(error)}.", "Check config.json."
@@ -173,15 +241,52 @@ class Source:
         """
         import transformers
 
+        self._check_sizes()
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
+            with quiet_libraries():
+                return transformers.AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+                )
         except Exception as error:
             raise SourceError(
                 f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
                 "The folder needs the tokenizer's files next to config.json.",
             ) from error
+
+    def check_companions(self) -> None:
+        """Refuse files that a slice would take over and that do not belong to the model, before anything is computed.
+
+        Raises:
+            SourceError: One is a link to somewhere else: what lies there may be nobody else's business; or no file of
+                its kind is so large.
+        """
+        folder = self.folder.resolve()
+        blobs = folder.parent.parent / "blobs"  # where the Hub's cache has the files of a model
+        for path in (*self.companion_files(), *self.code_files()):
+            real = path.resolve()
+            if not real.is_relative_to(folder) and real.parent != blobs:
+                raise SourceError(
+                    f"{path.name} of {self.name} is a link to a file outside of the model's folder, and a slice would "
+                    "take it over.",
+                    "Copy the file into the folder if it belongs to the model.",
+                )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuse small files that are no such thing, which others would read whole.
+
+        Raises:
+            SourceError: One is.
+        """
+        for path in (*self.companion_files(), *(self.folder / name for name in DESCRIPTION_FILES)):
+            if path.exists() and not path.is_file():
+                raise SourceError(f"{path.name} of {self.name} is no regular file.", "Get it again.")
+            most = MOST_BYTES_OF.get(path.name, MOST_COMPANION_BYTES)
+            if path.exists() and path.stat().st_size > most:
+                raise SourceError(
+                    f"{path.name} of {self.name} has {path.stat().st_size:,} bytes, more than such a file needs.",
+                    "Get it again.",
+                )
 
     def stored_dtype(self) -> str:
         """Return the dtype of the checkpoint: what the config says, else the first weight file, else float32."""
@@ -190,8 +295,8 @@ class Source:
             return dtype
         names = {code: name for name, code in DTYPE_CODES.items()}
         for path in sorted(self.folder.glob("model*.safetensors")):
-            for entry in _read_header(path).values():
-                if isinstance(entry, dict) and entry.get("dtype") in names:
+            for entry in _read_header(path).values() if path.is_file() else ():
+                if isinstance(entry, dict) and str(entry.get("dtype")) in names:
                     return names[entry["dtype"]]
         return "float32"
 
@@ -267,11 +372,49 @@ class Source:
             try:
                 with safe_open(self.folder / file, framework="pt"):
                     pass
-            except (SafetensorError, OSError, ValueError) as error:
+            except (SafetensorError, OSError, ValueError, OverflowError) as error:
                 raise WeightsError(
                     f"The weight file {file} of {self.name} is damaged: {reason_of(error)}.",
                     "Download the checkpoint again.",
                 ) from None
+
+    def check_describes_weights(self) -> None:
+        """Refuse a config that describes a far larger model than the weight files hold.
+
+        Whatever is not in them would be made up, and of any size; where less is missing, it is named later.
+
+        Raises:
+            SourceError: transformers cannot build the model.
+            WeightsError: There are not half as many numbers in the files as the model has.
+        """
+        from safetensors import safe_open
+
+        parameters = sum(value.numel() for value in outline(self.config(), self.trust_remote_code).parameters())
+        held = 0
+        for file in self.weight_files():
+            with safe_open(self.folder / file, framework="pt") as tensors:
+                held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        if 2 * held < parameters:
+            raise WeightsError(
+                f"The weight files of {self.name} hold {held:,} numbers, and a model of its config has {parameters:,}.",
+                "Download it again, or check that config.json belongs to it.",
+            )
+
+    def check_is_complete(self, report: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of which transformers had to make up a part.
+
+        Args:
+            report: What transformers says of the loading.
+
+        Raises:
+            WeightsError: A tensor is missing.
+        """
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise WeightsError(
+                f"The checkpoint of {self.name} lacks {len(missing)} tensors, the first of them {missing[0]}.",
+                "Download it again, or check that config.json belongs to it.",
+            )
 
     def _remove_damaged(self, files: list[str]) -> list[str]:
         """Remove those of some new files whose hash is not what the Hub states, and return them.
@@ -325,12 +468,7 @@ class DenseWeights:
                 f"The weights of {source.name} cannot be loaded: {reason_of(error)}.",
                 "Check that config.json belongs to these weights.",
             ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise WeightsError(
-                f"The checkpoint of {source.name} lacks {len(missing)} tensors, the first of them {missing[0]}.",
-                "Download it again, or check that config.json belongs to it.",
-            )
+        source.check_is_complete(report)
         own = dict(self._model.named_parameters())
         shared = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - own.keys()
         self._names = [name for name in self._model.state_dict() if name not in shared]
@@ -350,12 +488,13 @@ class DenseWeights:
         try:
             with align_module_device(module, torch.device("cpu")):
                 tensor: torch.Tensor = getattr(module, leaf).detach()
+            is_finite = bool(torch.isfinite(tensor).all())
         except Exception as error:
             raise WeightsError(
                 f"{name} of {self._name} cannot be read: {reason_of(error)}.",
                 "Check that config.json belongs to these weights.",
             ) from error
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite:
             raise WeightsError(
                 f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
             )
@@ -367,17 +506,101 @@ class DenseWeights:
         return {name[len(prefix) :]: self.tensor(name) for name in self._names if name.startswith(prefix)}
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the warnings and bars of transformers and of the Hub's client out of the output, which has its own."""
+    import huggingface_hub
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging = huggingface_hub.utils.logging
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    # what they log as an error they raise, or go on without
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Let a model run, which is its family's code and may fail with whatever its config and weights hold.
+
+    Args:
+        name: Its name, for the message.
+
+    Raises:
+        RequestError: The memory does not suffice.
+        SourceError: It cannot be run.
+    """
+    import torch
+
+    try:
+        yield
+    except (SlicecliError, OSError):
+        raise
+    except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise RequestError(
+                f"The memory does not suffice to run {name}.",
+                "Give a smaller --batch-size or --seq-len, or another --device-map.",
+            ) from error
+        raise SourceError(
+            f"{name} cannot be run: {type(error).__name__}: {reason_of(error)}.", "Check its config.json."
+        ) from error
+
+
+def outline(config: Any, trust_remote_code: bool = False, most_bytes: int | None = None) -> Any:
+    """Build a model of a config without any memory: parameters and buffers are on `meta`, so that it cannot be run.
+
+    Args:
+        config: The config.
+        trust_remote_code: Whether code from the model's repository may run.
+        most_bytes: The most that parameters and buffers may take together if they were there.
+
+    Raises:
+        SourceError: transformers cannot build it, or it is too large.
+    """
+    import torch
+    import transformers
+
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise SourceError(
+            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
+        ) from error
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if most_bytes is not None and size > most_bytes:
+        raise SourceError(f"A model of this config takes {size / 1e9:,.2f} GB, too much here.", "Check config.json.")
+    return model
+
+
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation.
 
     Raises:
-        SourceError: transformers cannot build it.
+        SourceError: transformers cannot build it, or what it computes beforehand is too large.
     """
     import transformers
     from accelerate import init_empty_weights
 
+    # those of some classes grow with a number in the config and with nothing in the weights
+    tables = sum(buffer.nbytes for buffer in outline(config, trust_remote_code).buffers())
+    if tables > MOST_TABLE_BYTES:
+        raise SourceError(
+            f"A model of this config computes tables of {tables / 1e9:,.2f} GB for itself.",
+            "Check max_position_embeddings and the like in config.json.",
+        )
     try:
-        with init_empty_weights():
+        with quiet_libraries(), init_empty_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
@@ -424,45 +647,77 @@ def _listed(files: list[str]) -> str:
 
 
 def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
-    path = folder / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = load_json(folder / "config.json")
     except FileNotFoundError:
         raise SourceError(f"{name} has no config.json.", "Give the folder of a transformers model.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(f"The config.json of {name} cannot be read: {reason_of(error)}.") from None
     if not isinstance(fields, dict):
         raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
+    _check_counts(fields, name)
     return fields
+
+
+def _check_counts(content: Any, name: str, field: str = "", is_listed: bool = False) -> None:
+    """Refuse a config that would have its class make lists or modules without end.
+
+    Args:
+        content: The fields, or a value among them.
+        name: Name of the model.
+        field: The field that has the value.
+        is_listed: The value is in a list.
+
+    Raises:
+        SourceError: A number in it is more than any model has.
+    """
+    if isinstance(content, dict):
+        for inner, value in content.items():
+            _check_counts(value, name, inner)
+    elif isinstance(content, list):
+        for value in content:
+            _check_counts(value, name, field, is_listed=True)
+    elif isinstance(content, (int, float)):
+        most = MOST_LISTED if is_listed else MOST_OF.get(field)
+        if most is not None and content > most:
+            raise SourceError(
+                f"The config.json of {name} gives {field} = {shown(content)}, and no model has more than {most:,}.",
+                "Check config.json.",
+            )
 
 
 def _read_header(path: Path) -> dict[str, Any]:
     """Return the table at the head of a safetensors file; empty where it is damaged, which is found out later."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
-        except (ValueError, RecursionError):
-            return {}
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, MOST_HEADER_BYTES)))
+    except (OSError, ValueError, RecursionError):
+        return {}
     return header if isinstance(header, dict) else {}
 
 
 def _indexed_files(path: Path) -> list[str]:
     """Return the shards an index names, refusing any that does not lie beside it."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = load_json(path, MOST_INDEX_BYTES)["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not _is_file_name(file) or not file.endswith(".safetensors"):
             raise WeightsError(
-                f"The index {path.name} points to {file!r}, which is not a safetensors file beside it.",
+                f"The index {path.name} points to {shown(file)}, which is not a safetensors file beside it.",
                 "Do not use this checkpoint unless you know why.",
             )
     if not files:
         raise WeightsError(f"The index {path.name} names no files.", "Get it again.")
     return files
+
+
+def _is_file_name(text: str) -> bool:
+    """Say whether a text can be the name of a file in a folder, on any system and in any message."""
+    return text.isprintable() and len(text.encode()) <= LONGEST_NAME and not set(text) & set("/\\:")
 
 
 def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:

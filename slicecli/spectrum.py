@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.engine import SliceOptions, batch_rows, open_dense, plan_slices, quiet_libraries, read_rows
+from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, read_rows, share_work
 from slicecli.record import calibration_fields, package_versions
+from slicecli.source import running
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -40,16 +41,16 @@ def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = 
     """
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.pipeline import collect_basis
-    from slicecli.slicing.state import Batches, Silent
+    from slicecli.slicing.state import Silent
 
     progress = progress or Silent()
     job = plan_slices(model, (), (), options)
     with quiet_libraries():
         rows, _ = read_rows(job)
-        dense = open_dense(job, options.dtype)
-        batches = Batches(rows.ids, options.batch_size or batch_rows(dense.device, rows.sequence_length))
-        basis = collect_basis(dense, batches, progress)
-        fisher = collect_fisher(dense, basis, batches, options.seed, progress)
+        dense, batches = share_work(job, rows, options.dtype)
+        with running(job.source.name):
+            basis = collect_basis(dense, batches, progress)
+            fisher = collect_fisher(dense, basis, batches, options.seed, progress)
     size = job.dimensions.hidden_size
     step = max(1, size // SPECTRUM_POINTS)
     return {

@@ -108,6 +108,7 @@ class StatisticsCache:
             RequestError: The bound is no size.
         """
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         bound = parse_bytes(os.environ.get(SIZE_VARIABLE, str(USUAL_BYTES)))
@@ -127,7 +128,7 @@ class StatisticsCache:
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
-        except OSError:
+        except (OSError, SafetensorError):  # its writer reports a full disk as its own error
             # a cache that cannot be written costs time, not the slice
             return
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import file_digest, read_json, write_whole_file
+from slicecli.checkpoint import file_digest, write_whole_file
 from slicecli.description import enter_curves, enter_results
 from slicecli.dimensions import Dimensions
 from slicecli.engine import Job, SliceOptions, find_adapter, plan_slices, quiet_libraries, run_slices
@@ -27,7 +27,9 @@ from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
+from slicecli.json_files import read_json
 from slicecli.plan import Width, slice_sizes
+from slicecli.processes import Processes
 from slicecli.record import package_versions, read_record
 from slicecli.source import Source
 
@@ -97,7 +99,8 @@ def run_sweep(
         check_relation(relation)
     measure = _Measure(job, evaluation, progress)
     fingerprint = _fingerprint(job, evaluation)
-    document = _begin(folder, fingerprint, job, overwrite)
+    processes = Processes.find()
+    document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
     warnings: list[str] = []
     done = {point["dim"] for point in document["points"]}
     left = [dim for dim in wanted if dim not in done]
@@ -105,25 +108,29 @@ def run_sweep(
     if document["dense"] is None:
         document["dense"] = measure.dense()
         _write(folder, document)
-    unsliced = [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)]
+    unsliced = processes.from_main(lambda: [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)])
     if unsliced:
         some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one[0].dim in unsliced))
         with quiet_libraries():
             reports = run_slices(some, progress, resumes_if_possible=True)
         for report in reports:
-            _mark(report.output, fingerprint)
+            if processes.is_main:
+                _mark(report.output, fingerprint)
             warnings += [text for text in report.warnings if text not in warnings]
     for dim in left:
         document["points"].append(measure.slice(places[dim]))
         document["points"].sort(key=lambda point: -point["dim"])
         _write(folder, document)
-        if not keeps_slices:
+        processes.barrier()  # none reads the slice any more
+        if not keeps_slices and processes.is_main:
             shutil.rmtree(places[dim])
-    if not keeps_slices:
+    if not keeps_slices and processes.is_main:
         shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
 
     curves = _fit(document, relation)
     document.update(curves_json(curves))
+    if not processes.is_main:
+        return Sweep(folder, document, tuple(curves), tuple(warnings))
     _write(folder, document)
     for point in document["points"]:
         if point["dim"] in places and read_record(places[point["dim"]]) is not None:
@@ -264,7 +271,8 @@ def _is_of_this_sweep(folder: Path, fingerprint: str) -> bool:
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:
-    write_whole_file(folder / RESULTS_FILE, json.dumps(document, indent=2) + "\n")
+    if Processes.find().is_main:
+        write_whole_file(folder / RESULTS_FILE, json.dumps(document, indent=2) + "\n")
 
 
 def _fit(document: Mapping[str, Any], relation: str | None) -> list[Curve]:

@@ -128,12 +128,14 @@ def _read_file(path: Path) -> Text:
     if path.suffix == ".txt":
         return Text(path.name, (content,))
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # not splitlines: it also breaks at characters that JSON allows inside a string
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            document.encode()  # JSON can hold half a character, which is no text
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             document = None
         if not isinstance(document, str):
             raise TextError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from slicecli.errors import SourceError, reason_of
-from slicecli.source import with_plain_experts
+from slicecli.source import outline, with_plain_experts
 
 __all__ = ["SIZES", "random_model", "tiny_config"]
 
@@ -45,6 +45,8 @@ SIZES: dict[str, int] = {
     "bos_token_id": 0,
 }
 """The sizes of a tiny model, by config field."""
+
+MOST_BYTES = 500_000_000  # what is not named above keeps the size it has in a config
 
 # rotations of a fraction of the head (0.25, 0.4, 0.5, 0.75) come out even
 HEAD_DIM = 40
@@ -86,10 +88,10 @@ def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
     fields = {name: value for name, value in fields.items() if name not in _DROPPED}
     fields |= {name: size for name, size in SIZES.items() if fields.get(name) is not None}
     fields |= {name: SIZES[name] for name in _MAY_BE_NULL if name in fields}
-    fields |= {name: None for name in _FOLLOWS_WIDTH if fields.get(name) == like.hidden_size}
-    fields |= {name: _short_factors(fields[name], has_head_dim) for name in _ROTATIONS if fields.get(name)}
-    fields |= {"pad_token_id": None, **({"head_dim": HEAD_DIM} if has_head_dim else {}), **changes}
     try:
+        fields |= {name: None for name in _FOLLOWS_WIDTH if fields.get(name) == like.hidden_size}
+        fields |= {name: _short_factors(fields[name], has_head_dim) for name in _ROTATIONS if fields.get(name)}
+        fields |= {"pad_token_id": None, **({"head_dim": HEAD_DIM} if has_head_dim else {}), **changes}
         return type(like).from_dict(fields)
     except Exception as error:  # config classes raise what they like
         raise SourceError(f"{type(like).__name__} refuses small sizes: {reason_of(error)}.") from error
@@ -119,6 +121,7 @@ def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remot
     import torch
     import transformers
 
+    outline(config, trust_remote_code, MOST_BYTES)
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:

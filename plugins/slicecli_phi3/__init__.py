@@ -15,8 +15,8 @@ def long_rope_obstacle(config: Mapping[str, Any]) -> str:
 
     A sliced config would need factors of another length than the heads (whose width does not change) use.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("short_factor") is None and rope.get("long_factor") is None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping) or (rope.get("short_factor") is None and rope.get("long_factor") is None):
         return ""
     return (
         "this config uses LongRoPE, whose factors Phi3Config ties to hidden_size / num_attention_heads, so no stock "

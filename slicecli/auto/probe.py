@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slicecli.errors import SlicecliError, UnsupportedModelError
-from slicecli.source import empty_model, parameter_shapes
+from slicecli.source import outline, parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, tiny_config
 
 __all__ = ["ConfigProbe", "shapes_of"]
@@ -27,7 +27,7 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> dict[str, tuple[i
     Raises:
         SourceError: transformers cannot build the model.
     """
-    return parameter_shapes(empty_model(config, trust_remote_code))
+    return parameter_shapes(outline(config, trust_remote_code))
 
 
 class ConfigProbe:

@@ -15,8 +15,9 @@ import click
 
 from slicecli import __version__
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError
+from slicecli.processes import Processes, started_alone
 
-__all__ = ["group", "main"]
+__all__ = ["group", "main", "say_error"]
 
 COMMANDS = {
     "slice": "Slice the hidden size of a model.",
@@ -66,16 +67,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except SlicecliError as error:
-            if ctx.params.get("verbose"):
+            # of many processes one is chosen to say it
+            if ctx.params.get("verbose") or Processes.find().count > 1:
                 raise
-            if isinstance(error, UnsupportedModelError):
-                # the family that is missing may be that of a plugin that did not load
-                from slicecli.cli.output import warn_of_broken_plugins
-
-                warn_of_broken_plugins()
-            if isinstance(error, NotInferredError):
-                _say_what_was_found(error.found)
-            click.echo(f"Error: {error}", err=True)
+            say_error(error)
             ctx.exit(error.exit_code)
 
     def _with_plugins(self) -> dict[str, click.Command]:
@@ -86,6 +81,18 @@ class LazyGroup(click.Group):
             self._asked_plugins = True
             plugins().manager.hook.slicecli_register_commands(group=self)
         return dict(self.commands)
+
+
+def say_error(error: SlicecliError) -> None:
+    """Print an error as a sentence."""
+    if isinstance(error, UnsupportedModelError):
+        # the family that is missing may be that of a plugin that did not load
+        from slicecli.cli.output import warn_of_broken_plugins
+
+        warn_of_broken_plugins()
+    if isinstance(error, NotInferredError):
+        _say_what_was_found(error.found)
+    click.echo(f"Error: {error}", err=True)
 
 
 def _say_what_was_found(found: dict[str, Any]) -> None:
@@ -112,6 +119,21 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _stop)
+    try:
+        processes = Processes.find()
+    except SlicecliError as error:
+        say_error(error)
+        sys.exit(error.exit_code)
+    if processes.count > 1:
+        from slicecli.cli.launched import run_together
+
+        sys.exit(run_together(group, processes, sys.argv[1:]))
+    if started_alone():
+        click.echo(
+            "Warning: accelerate launch has started one process. Without GPUs it starts several with --multi_gpu, and "
+            "so does torchrun --nproc_per_node N.",
+            err=True,
+        )
     group(prog_name="slicecli")
 
 

@@ -31,10 +31,10 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
       slicecli card ./my-slice
       slicecli card ./my-slice --curve my-model-sweep/results.json
     """
-    from slicecli.checkpoint import read_json
     from slicecli.description import enter_curves, write_card
     from slicecli.errors import RequestError
     from slicecli.hub.card import CARD_FILE
+    from slicecli.json_files import read_json
 
     if curve is None:
         write_card(folder)

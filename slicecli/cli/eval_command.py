@@ -55,13 +55,15 @@ def command(
     """
     from slicecli.errors import OutputError, RequestError
     from slicecli.evaluation.measure import evaluate, evaluate_both
-    from slicecli.record import read_record
+    from slicecli.processes import Processes
+    from slicecli.record import read_sound_record
 
-    if is_recorded and (not Path(model).is_dir() or read_record(Path(model)) is None):
+    if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(
             f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
         )
-    if output is not None and not output.parent.is_dir():
+    is_main = Processes.find().is_main
+    if is_main and output is not None and not output.parent.is_dir():
         # said now, not after the measuring
         raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
     options = shared.evaluation_options(chosen, seed=chosen["seed"], revision=chosen["revision"])
@@ -71,6 +73,8 @@ def command(
             found = evaluate(model, options, watcher)
         else:
             found, other = evaluate_both(model, baseline, options, watcher)
+    if not is_main:
+        return
     document = found.to_json() if other is None else found.compared_to_json(other)
     if output is not None:
         show.write_json(output, document)

@@ -50,7 +50,7 @@ def command(
     from slicecli.api import generate_text
     from slicecli.engine import quiet_libraries
     from slicecli.loading import load_model
-    from slicecli.source import Source
+    from slicecli.source import Source, running
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()
@@ -58,7 +58,8 @@ def command(
         tokenizer = source.tokenizer()
         loaded = load_model(source, dtype, device_map)
         started = time.perf_counter()
-        text, count = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
+        with running(source.name):
+            text, count = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
     seconds = time.perf_counter() - started
     if output_format == "json":
         show.print_json(

@@ -33,7 +33,7 @@ def command(
     from slicecli.dimensions import Dimensions
     from slicecli.engine import find_adapter
     from slicecli.errors import NotInferredError
-    from slicecli.record import read_record
+    from slicecli.record import read_sound_record
     from slicecli.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)
@@ -49,7 +49,7 @@ def command(
     chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
     dimensions = Dimensions(chosen, fields)
     legal = dimensions.legal_dims()
-    record = read_record(source.folder)
+    record = read_sound_record(source.folder)
     document: dict[str, Any] = {
         "model": source.name,
         "revision": source.commit,
@@ -72,7 +72,7 @@ def command(
             "smallest": legal[0] if legal else None,
             "largest": legal[-1] if legal else None,
         },
-        "slice_of": record["source"]["model"] if record and "source" in record else None,
+        "slice_of": record["source"]["model"] if record else None,
         "declaration": dimensions.declaration(),
     }
     if output_format == "json":

@@ -83,10 +83,12 @@ def command(
 
     from slicecli.engine import plan_slices, quiet_libraries, run_slices
     from slicecli.memory import return_freed_memory_at_once
+    from slicecli.processes import Processes
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     publication = shared.publication_options(chosen)
-    if repository is not None and not dry_run:
+    is_main = Processes.find().is_main
+    if repository is not None and not dry_run and is_main:
         from slicecli.hub.push import check_can_push
 
         # hours before it would fail otherwise
@@ -114,6 +116,8 @@ def command(
         if unfinished_folder(folder).exists():
             show.note("Interrupted: the same command with --resume goes on.")
         raise
+    if not is_main:
+        return
     for text in report.warnings:
         show.warn(text)
     fields = {

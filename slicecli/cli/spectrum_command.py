@@ -54,7 +54,10 @@ def command(
 
     if output is None and output_format != "json":
         raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
-    if output is not None and not output.parent.is_dir():
+    from slicecli.processes import Processes
+
+    is_main = Processes.find().is_main
+    if is_main and output is not None and not output.parent.is_dir():
         # said now, not after the measuring
         raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
 
@@ -65,6 +68,8 @@ def command(
     return_freed_memory_at_once()
     with show.progress(context["quiet"]) as watcher:
         document = run_spectrum(model, settings, watcher)
+    if not is_main:
+        return
     found = document["calibration"]
     if found["samples"] < settings.samples:
         show.warn(

@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from slicecli.errors import RequestError, SlicecliError
+from slicecli.dimensions import MOST_WIDTH
+from slicecli.errors import RequestError, reason_of, shown
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
+from slicecli.estimation.reading import fields_of, list_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import (
+    LARGEST_LOGARITHM,
     QUANTITIES,
     Dense,
     Quantity,
@@ -33,6 +36,8 @@ from slicecli.estimation.relations import (
 
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
 
+MOST_POINTS = 100  # each is predicted from all the others
+LEAST_SPARSITY = 1e-6
 # what does best on published models with one slice known, see docs/relations.md
 ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "decay"}
 
@@ -101,10 +106,24 @@ class Curve:
         return list(zip(names, self.parameters, errors, strict=True))
 
     def predict(self, sparsity: float) -> Prediction:
-        """Predict at a fraction removed, with the interval that the points allow."""
+        """Predict at a fraction removed, with the interval that the points allow.
+
+        Raises:
+            RequestError: What it says there is beyond all numbers.
+        """
         series = self.series
         spread = spread_of(self.relation, series.quantity, series.method)
-        return predict_fitted(spread, self.parameters, series.dense, series.family, series.points, sparsity)
+        try:
+            with np.errstate(all="ignore"):
+                found = predict_fitted(spread, self.parameters, series.dense, series.family, series.points, sparsity)
+            if all(map(math.isfinite, (found.value, found.low, found.high))):
+                return found
+        except (ArithmeticError, ValueError):
+            pass
+        raise RequestError(
+            f"The curve of {series.model} on {series.evaluation} says nothing sensible of s = {sparsity:.3g}.",
+            "Check the measured figures, or give another --relation.",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the curve as plain data, of figures as people quote them: perplexities, not their logarithms."""
@@ -172,7 +191,13 @@ def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, An
             for one in relations_of(series.quantity)
             if not one.why_not(series.dense) and _has_points_for(one, len(series.points))
         ]
-    fitted = [Alternative(one.name, _fit(one, series, series.points), leave_one_out(one, series)) for one in wanted]
+    fitted = [found for one in wanted if (found := _alternative(one, series)) is not None]
+    if not fitted:
+        raise RequestError(
+            f"No relation can be fitted to the slices of {series.model} measured on {series.evaluation}: the numbers "
+            "are too far apart.",
+            "Check them.",
+        )
     fitted.sort(key=lambda one: one.loo_error if math.isfinite(one.loo_error) else math.inf)
     chosen, reason = _choose(fitted, series, name)
     relation = relation_named(chosen.relation, series.quantity)
@@ -204,8 +229,9 @@ def leave_one_out(relation: Relation, series: Series, is_relative: bool = False)
             return math.nan
         parameters = _fit(relation, series, others)
         error = relation.predict(point.sparsity, series.dense, parameters) - point.value
-        errors.append(abs(math.expm1(error)) if is_relative and series.quantity == "perplexity" else abs(error))
-    return float(np.mean(errors))
+        is_of_perplexity = is_relative and series.quantity == "perplexity"
+        errors.append(abs(math.expm1(min(error, LARGEST_LOGARITHM))) if is_of_perplexity else abs(error))
+    return math.fsum(error / len(errors) for error in errors)
 
 
 def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Curve:
@@ -219,40 +245,47 @@ def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Cu
         RequestError: It is not a curve.
     """
     try:
-        quantity: Quantity = fields["quantity"]
+        quantity = fields.get("quantity")
         if quantity not in QUANTITIES:
-            raise ValueError(f"{quantity!r} is not measured")
+            raise ValueError(f"{shown(quantity)} is not measured")
         chance = fields.get("chance")
         dense = Dense(
-            _unquoted(fields["dense"], quantity),
-            None if chance is None else float(chance),
+            _unquoted(fields.get("dense"), "dense", quantity),
+            None if chance is None else real_number(chance, "chance", 0, 1),
             None if known is None else known.log_ratio,
             None if known is None else known.spectrum,
         )
-        points = tuple(
-            Point(
-                _fraction(point["sparsity"]),
-                _unquoted(point["value"], quantity),
-                _error_of(point, quantity),
-                point.get("dim"),
-            )
-            for point in fields["points"]
-        )
+        points = tuple(_point(one, quantity) for one in list_of(fields.get("points"), "points", MOST_POINTS))
+        names = (name_of(fields.get(name), name) for name in ("model", "model_type", "method", "calibration"))
+        model, model_type, method, calibration = names
         series = Series(
-            str(fields["model"]), str(fields["model_type"]), str(fields["method"]), str(fields["calibration"]),
-            quantity, str(fields["evaluation"]), dense, tuple(sorted(points, key=lambda one: one.sparsity)),
+            model, model_type, method, calibration, quantity, name_of(fields.get("evaluation"), "evaluation"), dense,
+            tuple(sorted(points, key=lambda one: one.sparsity)),
         )  # fmt: skip
-        settings = fields.get("settings") or {}
-        name = str(fields["relation"])
-        reason = str(fields.get("reason") or "")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"That is not a curve: {type(error).__name__}: {error}.", "Give what fit wrote.") from None
-    try:
-        return dataclasses.replace(fit_curve(series, name, settings), reason=reason)
-    except SlicecliError:
-        raise
-    except (ArithmeticError, ValueError) as error:
-        raise RequestError(f"That is not a usable curve: {error}.", "Give what fit wrote.") from None
+        settings = fields_of(fields.get("settings"), "settings")
+        for setting, number in settings.items():
+            real_number(number, name_of(setting, "a setting"))
+        name = name_of(fields.get("relation"), "relation")
+        reason = fields.get("reason") or ""
+        if not isinstance(reason, str):
+            raise ValueError(f"reason is {shown(reason)}, not a text")
+    except ValueError as error:
+        raise RequestError(f"That is not a curve: {reason_of(error)}.", "Give what fit wrote.") from None
+    return dataclasses.replace(fit_curve(series, name, settings), reason=reason)
+
+
+def _point(fields: Mapping[str, Any], quantity: Quantity) -> Point:
+    sparsity = real_number(fields.get("sparsity"), "sparsity", LEAST_SPARSITY, 1 - LEAST_SPARSITY)
+    value = _unquoted(fields.get("value"), "value", quantity)
+    stderr, dim = fields.get("stderr"), fields.get("dim")
+    error = None if stderr is None else real_number(stderr, "stderr", 0)
+    return Point(
+        sparsity,
+        value,
+        # on the scale of fits
+        error / math.exp(value) if error is not None and quantity == "perplexity" else error,
+        None if dim is None else whole_number(dim, "dim", 1, MOST_WIDTH),
+    )
 
 
 def _has_points_for(relation: Relation, points: int) -> bool:
@@ -260,9 +293,30 @@ def _has_points_for(relation: Relation, points: int) -> bool:
 
 
 def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[float, ...]:
+    """Return the parameters fitted to some points.
+
+    Raises:
+        ArithmeticError: They are beyond all numbers.
+    """
     spread = spread_of(relation.name, relation.quantity, series.method) if relation.has_prior else None
     prior = None if spread is None else spread.prior(series.family)
-    return relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
+    with np.errstate(all="ignore"):
+        parameters = relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
+    if not all(map(math.isfinite, parameters)):
+        raise ArithmeticError(f"{relation.name} has no finite parameters")
+    return parameters
+
+
+def _alternative(relation: Relation, series: Series) -> Alternative | None:
+    """Fit a relation to a series, or return `None` where what it predicts of the points is beyond all numbers."""
+    try:
+        parameters = _fit(relation, series, series.points)
+        predicted = [relation.predict(point.sparsity, series.dense, parameters) for point in series.points]
+        if not all(map(math.isfinite, predicted)):
+            return None
+        return Alternative(relation.name, parameters, leave_one_out(relation, series))
+    except (ArithmeticError, ValueError):  # whatever a relation is not made for; numpy's is one of these too
+        return None
 
 
 def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> tuple[Alternative, str]:
@@ -279,7 +333,10 @@ def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> 
 def _covariance(
     relation: Relation, series: Series, parameters: Sequence[float]
 ) -> tuple[tuple[float, ...], ...] | None:
-    """Return the covariance of fitted parameters: σ² (JᵀJ)⁻¹ with σ² from the residuals and J by differences."""
+    """Return the covariance of fitted parameters: σ² (JᵀJ)⁻¹ with σ² from the residuals and J by differences.
+
+    There is none without points to spare, or where it is beyond all numbers.
+    """
     spare = len(series.points) - len(parameters)
     if not parameters or spare <= 0:
         return None
@@ -288,38 +345,28 @@ def _covariance(
         return np.array([relation.predict(point.sparsity, series.dense, values) for point in series.points])
 
     columns = []
-    for index, value in enumerate(parameters):
-        size = 1e-5 * max(1.0, abs(value))
-        up, down = list(parameters), list(parameters)
-        up[index], down[index] = value + size, value - size
-        columns.append((predicted(up) - predicted(down)) / (2 * size))
-    slopes = np.array(columns).T
-    residuals = np.array([point.value for point in series.points]) - predicted(parameters)
-    variance = float(residuals @ residuals) / spare
-    covariance = variance * np.linalg.pinv(slopes.T @ slopes)
+    try:
+        with np.errstate(all="ignore"):
+            for index, value in enumerate(parameters):
+                size = 1e-5 * max(1.0, abs(value))
+                up, down = list(parameters), list(parameters)
+                up[index], down[index] = value + size, value - size
+                columns.append((predicted(up) - predicted(down)) / (2 * size))
+            slopes = np.array(columns).T
+            residuals = np.array([point.value for point in series.points]) - predicted(parameters)
+            variance = float(residuals @ residuals) / spare
+            covariance = variance * np.linalg.pinv(slopes.T @ slopes)
+    except (ArithmeticError, ValueError):
+        return None
+    if not np.isfinite(covariance).all():
+        return None
     return tuple(tuple(float(value) for value in row) for row in covariance)
 
 
-def _unquoted(value: Any, quantity: Quantity) -> float:
-    number = float(value)
-    if not math.isfinite(number) or (quantity == "perplexity" and number < 1) or not number >= 0:
-        raise ValueError(f"{number} is no {quantity}")
+def _unquoted(value: Any, what: str, quantity: Quantity) -> float:
+    """Return ln PPL or the accuracy from the figure that people quote."""
+    number = real_number(value, what, 1 if quantity == "perplexity" else 0)
     return math.log(number) if quantity == "perplexity" else number
-
-
-def _fraction(value: Any) -> float:
-    number = float(value)
-    if not 0 < number < 1:
-        raise ValueError(f"{number} is no fraction removed")
-    return number
-
-
-def _error_of(point: Mapping[str, Any], quantity: Quantity) -> float | None:
-    """Return the standard error on the scale of fits, from that of what is quoted."""
-    error = point.get("stderr")
-    if error is None:
-        return None
-    return float(error) / float(point["value"]) if quantity == "perplexity" else float(error)
 
 
 def _finite(value: float) -> float | None:

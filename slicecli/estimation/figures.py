@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.estimation.measurements import Figure, published_figure, published_rows
+from slicecli.front_matter import read_front_matter
 from slicecli.record import read_record
 
 __all__ = ["accuracies", "dense_perplexity"]
 
-MOST_CARD_BYTES = 1_000_000
+MOST = 1e300
+LONGEST_NAME = 100
 RECORD = "slicecli.json"
 TEXT_NAMES = {
     "wikitext": "wikitext2",
@@ -56,8 +58,9 @@ def dense_perplexity(folder: Path, model: str, text: str, given: float | None) -
         if kind == "perplexity" and _text_name(name) == text and value > 1:
             return Figure(value, "the model's card")
     measured = _recorded(folder, "perplexity").get(text)
-    if isinstance(measured, dict) and isinstance(measured.get("value"), (int, float)) and measured["value"] > 1:
-        return Figure(float(measured["value"]), RECORD)
+    recorded = _number(measured.get("value")) if isinstance(measured, dict) else None
+    if recorded is not None and recorded > 1:
+        return Figure(recorded, RECORD)
     return published_figure(model, "perplexity", text)
 
 
@@ -76,9 +79,9 @@ def accuracies(folder: Path, model: str, given: Mapping[str, float]) -> dict[str
         if figure is not None:
             found[task] = figure
     for task, measured in _recorded(folder, "tasks").items():
-        value = measured.get("value") if isinstance(measured, dict) else None
-        if isinstance(value, (int, float)) and 0 <= value <= 1:
-            found[str(task)] = Figure(float(value), RECORD)
+        value = _number(measured.get("value")) if isinstance(measured, dict) else None
+        if value is not None and 0 <= value <= 1 and task.isprintable() and len(task) <= LONGEST_NAME:
+            found[task] = Figure(value, RECORD)
     on_card: dict[str, dict[str, float]] = {}
     for name, kind, value in _card_figures(folder):
         if kind in ACCURACIES:
@@ -108,42 +111,27 @@ def _card_figures(folder: Path) -> Iterator[tuple[str, str, float]]:
     """Yield dataset, metric and value of every number in the card's `model-index`; of a slice's card, none."""
     if _is_of_slice(read_record(folder) or {}):
         return
-    for entry in _list(_card_metadata(folder).get("model-index")):
+    for entry in _list(read_front_matter(folder / "README.md").get("model-index")):
         for result in _list(entry.get("results")):
             dataset = result.get("dataset")
             dataset = dataset if isinstance(dataset, dict) else {}
             for metric in _list(result.get("metrics")):
-                value, kind = metric.get("value"), str(metric.get("type", "")).lower()
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                value, kind = _number(metric.get("value")), metric.get("type")
+                if value is None or not isinstance(kind, str):
                     continue
-                names = [str(dataset[key]) for key in ("name", "config", "type") if dataset.get(key)]
-                for name in dict.fromkeys(names):
-                    yield name, kind, float(value)
+                names = [dataset.get(key) for key in ("name", "config", "type")]
+                for name in dict.fromkeys(name for name in names if name and isinstance(name, str)):
+                    yield name, kind.lower(), value
+
+
+def _number(value: Any) -> float | None:
+    """Return a number that somebody has written, or `None` where it is none, or none that a figure can be."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST
+    return float(value) if is_number else None
 
 
 def _list(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
-def _card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the YAML at the top of a card; nothing where it has none that can be read."""
-    path = folder / "README.md"
-    try:
-        if path.stat().st_size > MOST_CARD_BYTES:
-            return {}
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return {}
-    match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", text, flags=re.DOTALL)
-    if match is None:
-        return {}
-    import yaml
-
-    try:
-        metadata = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _plain(name: str) -> str:

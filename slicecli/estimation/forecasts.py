@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicecli.checkpoint import read_json
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
@@ -34,6 +33,7 @@ from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_err
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
+from slicecli.json_files import read_json
 from slicecli.plan import Method
 from slicecli.record import read_record
 from slicecli.source import DESCRIPTION_FILES, Source

@@ -157,10 +157,20 @@ def draw_quality(pictures: Sequence[Picture], path: Path) -> None:
         OutputError: The file cannot be written.
     """
     check_plot_file(path)
+    write_whole_file(path, quality_picture(pictures, path.suffix.lower()))
+
+
+def quality_picture(pictures: Sequence[Picture], suffix: str = ".png") -> bytes:
+    """Return the same as the content of a file.
+
+    Args:
+        pictures: What to show.
+        suffix: Of a format that can be drawn.
+    """
     figure, grid = _panels(len(pictures), 1, width=8.0, height=4.8)
     for axes, picture in zip(grid[:, 0], pictures, strict=True):
         _draw_one(axes, picture)
-    _save(figure, path)
+    return _drawn(figure, suffix)
 
 
 def _draw_one(axes: Any, picture: Picture) -> None:
@@ -253,7 +263,7 @@ def draw_validation(checks: Sequence[Check], path: Path) -> None:
         axes.set_visible(False)
     for axes, check in zip(grid.flat, checks, strict=False):
         _draw_check(axes, check)
-    _save(figure, path)
+    write_whole_file(path, _drawn(figure, path.suffix.lower()))
 
 
 def _draw_check(axes: Any, check: Check) -> None:
@@ -316,18 +326,15 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _drawn(figure: Any, suffix: str) -> bytes:
     import matplotlib
 
     drawn = io.BytesIO()
     # no date and no random ids inside: the same figures give the same bytes
+    metadata: dict[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with matplotlib.rc_context({"svg.hashsalt": "slicecli"}):
-        figure.savefig(drawn, dpi=130, format=path.suffix[1:].lower(), metadata=_metadata(path))
-    write_whole_file(path, drawn.getvalue())
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    return {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
+        figure.savefig(drawn, dpi=130, format=suffix[1:], metadata=metadata[suffix])
+    return drawn.getvalue()
 
 
 def _plain() -> Any:

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slicecli.checkpoint import read_json
-from slicecli.errors import RequestError
-from slicecli.estimation.curves import Curve, curve_from_json, fit_curve
+import numpy as np
+
+from slicecli.dimensions import MOST, MOST_WIDTH
+from slicecli.errors import RequestError, reason_of, shown
+from slicecli.estimation.curves import MOST_POINTS, Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, relation_named, relations_of
+from slicecli.estimation.reading import fields_of, name_of, real_number, whole_number
+from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, Relation, relation_named, relations_of
 from slicecli.estimation.spread import shared_fit
+from slicecli.json_files import read_json
 
 __all__ = [
     "Group",
@@ -35,6 +39,7 @@ __all__ = [
     "series_of",
 ]
 
+MOST_CURVES = 100
 SETTINGS = ("sequence_length", "limit", "num_fewshot")
 
 
@@ -59,7 +64,7 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     documents: list[dict[str, Any]] = []
     for path in paths:
-        content = read_json(path)
+        content = _finite(read_json(path))
         if content is None:
             raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote.")
         found = list(_documents(content))
@@ -67,6 +72,15 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
             raise RequestError(f"{path.name!r} holds no results.", "Give files that eval -o or sweep wrote.")
         documents += found
     return documents
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON with null for numbers that are none, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _documents(content: Any) -> Iterator[dict[str, Any]]:
@@ -83,69 +97,143 @@ def _documents(content: Any) -> Iterator[dict[str, Any]]:
         yield content
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """A measured figure.
+
+    Attributes:
+        value: Perplexity, or what a task's metric is.
+        stderr: Its standard error.
+        chance: What a guess has.
+        hidden_size: Of the dense model.
+    """
+
+    value: float
+    stderr: float | None
+    chance: float | None
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """An eval document, read.
+
+    Attributes:
+        model: The dense model.
+        model_type: Its family.
+        method: How a slice was made; empty for the dense model.
+        calibration: On what, in words.
+        dim: Its own width.
+        hidden_size: The dense model's.
+        settings: How it was measured.
+        figures: What was measured, by quantity and text or task.
+    """
+
+    model: str
+    model_type: str
+    method: str
+    calibration: str
+    dim: int
+    hidden_size: int
+    settings: Mapping[str, Any]
+    figures: Mapping[tuple[Quantity, str], _Figure]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> _Measured:
+        """Read a document.
+
+        Raises:
+            ValueError: Something in it is not what it should be.
+        """
+        hidden_size = whole_number(document.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
+        dim = whole_number(document.get("dim"), "dim", 1, hidden_size)
+        source = fields_of(document.get("source"), "source")
+        evaluation = fields_of(document.get("evaluation"), "evaluation")
+        settings = {
+            name: whole_number(value, name, 0, MOST) for name in SETTINGS if (value := evaluation.get(name)) is not None
+        }
+        is_slice = dim < hidden_size
+        figures: dict[tuple[Quantity, str], _Figure] = {}
+        for text, fields in fields_of(document.get("perplexity"), "perplexity").items():
+            figures["perplexity", name_of(text, "a text")] = _figure(
+                fields, f"perplexity on {shown(text)}", hidden_size, 1
+            )
+        for task, fields in fields_of(document.get("tasks"), "tasks").items():
+            if fields_of(fields, shown(task)).get("value") is not None:
+                figures["accuracy", name_of(task, "a task")] = _figure(
+                    fields, f"figure on {shown(task)}", hidden_size, 0
+                )
+        return cls(
+            model=name_of(source.get("model") or document.get("model"), "model"),
+            model_type=name_of(document.get("model_type") or "?", "model_type"),
+            method=name_of(document.get("method"), "method") if is_slice else "",
+            calibration=_calibration(fields_of(document.get("calibration"), "calibration")) if is_slice else "",
+            dim=dim,
+            hidden_size=hidden_size,
+            settings=settings,
+            figures=figures,
+        )
+
+
+def _figure(value: Any, what: str, hidden_size: int, least: float) -> _Figure:
+    fields = fields_of(value, what)
+    stderr, chance = fields.get("stderr"), fields.get("chance")
+    return _Figure(
+        value=real_number(fields.get("value"), f"the {what}", least),
+        stderr=None if stderr is None else real_number(stderr, f"stderr of the {what}", 0),
+        chance=None if chance is None else real_number(chance, f"chance of the {what}", 0, 1),
+        hidden_size=hidden_size,
+    )
+
+
+def _calibration(fields: Mapping[str, Any]) -> str:
+    """Return what a slice was calibrated on, in words."""
+    text = name_of(fields.get("text", "unknown"), "calibration.text")
+    counts = (fields.get(name) for name in ("samples", "sequence_length"))
+    samples, length = ("?" if one is None else whole_number(one, "calibration", 0, MOST) for one in counts)
+    return f"{text}, {samples} x {length} tokens"
+
+
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Group eval documents into series; those of perplexity come first.
 
     Raises:
-        RequestError: A slice's dense model is not among the documents, or a document is not complete.
+        RequestError: A slice's dense model is not among the documents, or a document is damaged.
     """
     try:
-        dense: dict[tuple[str, ...], Mapping[str, Any]] = {}
-        slices: dict[tuple[str, ...], dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-        about: dict[tuple[str, ...], Mapping[str, Any]] = {}
-        for document in documents:
-            for quantity, evaluation, figure in _figures(document):
-                settings = tuple(str((document.get("evaluation") or {}).get(name)) for name in SETTINGS)
-                key = (_source(document), quantity, evaluation, *settings)
-                if document["dim"] == document["hidden_size"]:
-                    dense[key] = figure
-                else:
-                    own = (*key, str(document["method"]), _calibration(document))
-                    slices[own][int(document["dim"])].append({**figure, "hidden_size": document["hidden_size"]})
-                    about[own] = document
-        groups = []
-        for own, figures in slices.items():
-            key = own[:-2]
-            if key not in dense:
-                raise RequestError(
-                    f"The results have slices of {key[0]} measured on {key[2]}, and not the dense model.",
-                    "Measure it with the same settings (slicecli eval, -o) and give that file too.",
-                )
-            groups.append(_group(own, dense[key], figures, about[own]))
-    except (KeyError, TypeError, ValueError) as error:
+        read = [_Measured.of(document) for document in documents]
+    except ValueError as error:
         raise RequestError(
-            f"A results file is not complete: {type(error).__name__}: {error}.", "Measure again with this version."
+            f"A results file is not complete: {reason_of(error)}.", "Measure again with this version."
         ) from None
+    dense: dict[tuple[str, ...], _Figure] = {}
+    slices: dict[tuple[str, ...], dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
+    about: dict[tuple[str, ...], _Measured] = {}
+    for one in read:
+        for (quantity, evaluation), figure in one.figures.items():
+            settings = tuple(str(one.settings.get(name)) for name in SETTINGS)
+            key = (one.model, quantity, evaluation, *settings)
+            if one.dim == one.hidden_size:
+                dense[key] = figure
+            else:
+                own = (*key, one.method, one.calibration)
+                slices[own][one.dim].append(figure)
+                about[own] = one
+    groups = []
+    for own, figures in slices.items():
+        key = own[:-2]
+        if key not in dense:
+            raise RequestError(
+                f"The results have slices of {key[0]} measured on {key[2]}, and not the dense model.",
+                "Measure it with the same settings (slicecli eval, -o) and give that file too.",
+            )
+        if len(figures) > MOST_POINTS:
+            raise RequestError(f"There are {len(figures)} slices of {key[0]}.", f"Give {MOST_POINTS} at most.")
+        groups.append(_group(own, dense[key], figures, about[own]))
     return sorted(groups, key=lambda group: group.series.quantity != "perplexity")
 
 
-def _figures(document: Mapping[str, Any]) -> Iterator[tuple[Quantity, str, Mapping[str, Any]]]:
-    for text, figure in (document.get("perplexity") or {}).items():
-        yield "perplexity", text, figure
-    for task, figure in (document.get("tasks") or {}).items():
-        if figure.get("value") is not None:
-            yield "accuracy", task, figure
-
-
-def _source(document: Mapping[str, Any]) -> str:
-    return str((document.get("source") or {}).get("model") or document["model"])
-
-
-def _calibration(document: Mapping[str, Any]) -> str:
-    """Return what a slice was calibrated on, in words."""
-    calibration = document.get("calibration") or {}
-    return (
-        f"{calibration.get('text', 'unknown')}, {calibration.get('samples', '?')} x "
-        f"{calibration.get('sequence_length', '?')} tokens"
-    )
-
-
-def _group(
-    own: tuple[str, ...],
-    dense: Mapping[str, Any],
-    figures: Mapping[int, Sequence[Mapping[str, Any]]],
-    about: Mapping[str, Any],
-) -> Group:
+def _group(own: tuple[str, ...], dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: _Measured) -> Group:
     model, kind, evaluation, *_, method, calibration = own
     quantity: Quantity = "perplexity" if kind == "perplexity" else "accuracy"
     points = []
@@ -156,25 +244,23 @@ def _group(
             value = sum(value for value, _ in found) / len(found)
             errors = [error for _, error in found if error is not None]
             stderr = math.hypot(*errors) / len(errors) if errors else None
-            points.append(Point(1 - dim / runs[0]["hidden_size"], value, stderr, dim))
-    value, chance = float(dense["value"]), dense.get("chance")
-    context = Dense(math.log(value)) if quantity == "perplexity" else Dense(value, chance)
+            points.append(Point(1 - dim / runs[0].hidden_size, value, stderr, dim))
+    if quantity == "perplexity" and dense.value <= 1:
+        raise RequestError(f"The dense perplexity of {model} on {evaluation} is {dense.value:g}.", "Measure it again.")
+    context = Dense(math.log(dense.value)) if quantity == "perplexity" else Dense(dense.value, dense.chance)
     ordered = tuple(sorted(points, key=lambda point: point.sparsity))
-    series = Series(
-        model, str(about.get("model_type") or "?"), method, calibration, quantity, evaluation, context, ordered
-    )
-    settings = {name: (about.get("evaluation") or {}).get(name) for name in SETTINGS}
-    return Group(series, {name: value for name, value in settings.items() if value is not None})
+    series = Series(model, about.model_type, method, calibration, quantity, evaluation, context, ordered)
+    return Group(series, about.settings)
 
 
-def _value_and_error(figure: Mapping[str, Any], quantity: Quantity) -> tuple[float, float | None] | None:
+def _value_and_error(figure: _Figure, quantity: Quantity) -> tuple[float, float | None] | None:
     """Return ln PPL or accuracy and its standard error; `None` where the figure has no logarithm."""
-    value, error = float(figure["value"]), figure.get("stderr")
-    if not (math.isfinite(value) and value > 0):
+    value, error = figure.value, figure.stderr
+    if value <= 0:
         return None
     if quantity == "accuracy":
         return value, error
-    return math.log(value), None if error is None else float(error) / value
+    return math.log(value), None if error is None else error / value
 
 
 @dataclass(frozen=True)
@@ -209,15 +295,25 @@ def fit_shared(groups: Sequence[Group]) -> list[Shared]:
             usable = [one for one in series if not relation.why_not(one.dense)]
             if len(usable) < 2:
                 continue
-            errors = []
-            for index, one in enumerate(usable):
-                parameters = shared_fit(relation, usable[:index] + usable[index + 1 :])
-                errors += [
-                    abs(relation.predict(point.sparsity, one.dense, parameters) - point.value) for point in one.points
-                ]
-            shared = shared_fit(relation, usable)
-            found.append(Shared(quantity, relation.name, shared, len(usable), sum(errors) / len(errors)))
+            try:
+                shared, error = _fit_together(relation, usable)
+            except (ArithmeticError, ValueError):  # whatever a relation is not made for; numpy's is one of these too
+                continue
+            if all(map(math.isfinite, (*shared, error))):
+                found.append(Shared(quantity, relation.name, shared, len(usable), error))
     return sorted(found, key=lambda one: (one.quantity != "perplexity", one.loo_error))
+
+
+def _fit_together(relation: Relation, series: Sequence[Series]) -> tuple[tuple[float, ...], float]:
+    """Return one set of parameters for several series, and the mean error of predicting each from the others."""
+    errors = []
+    with np.errstate(all="ignore"):
+        for index, one in enumerate(series):
+            parameters = shared_fit(relation, [*series[:index], *series[index + 1 :]])
+            errors += [
+                abs(relation.predict(point.sparsity, one.dense, parameters) - point.value) for point in one.points
+            ]
+        return shared_fit(relation, series), sum(errors) / len(errors)
 
 
 def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Curve]:
@@ -319,6 +415,8 @@ def read_curves(content: Any) -> list[Curve]:
     found = content.get("curves") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")
+    if len(found) > MOST_CURVES:
+        raise RequestError(f"There are {len(found):,} curves in it.", f"Give {MOST_CURVES} at most.")
     curves: list[Curve] = []
     for fields in sorted(found, key=lambda one: one.get("quantity") != "perplexity"):
         about = (fields.get(name) for name in ("model", "method", "calibration"))

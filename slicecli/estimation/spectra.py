@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from slicecli.errors import RequestError
+from slicecli.dimensions import MOST_WIDTH
+from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
+from slicecli.json_files import load_json
 
 __all__ = ["read_spectrum", "study_models", "study_series"]
 
@@ -45,19 +46,25 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
         RequestError: It cannot be read, or is of another model.
     """
     try:
-        content: Any = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        if content["hidden_size"] != hidden_size:
-            raise RequestError(
-                f"The spectrum {path.name!r} is of another model, with hidden size {content['hidden_size']}.",
-                "Give that of this model.",
+        content = fields_of(load_json(path.expanduser()), "the file")
+        own = whole_number(content.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
+        entries = list_of(content.get("spectrum"), "spectrum", MOST_WIDTH)
+        weights = {
+            whole_number(one.get("dim"), "dim", 1, own): real_number(
+                fields_of(one.get("fisher"), "fisher").get(method), f"fisher.{method}"
             )
-        weights = {int(entry["dim"]): float(entry["fisher"][method]) for entry in content["spectrum"]}
-        if min(weights, default=hidden_size) == hidden_size or not all(
-            0 < dim <= hidden_size and math.isfinite(value) for dim, value in weights.items()
-        ):
-            raise ValueError("no spectrum")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
-        raise RequestError(f"{path.name!r} is not a spectrum.", "Give a file that slicecli spectrum wrote.") from None
+            for one in entries
+        }
+        if min(weights, default=own) == own:
+            raise ValueError("it has no dim below the hidden size")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path.name!r} is not a spectrum: {reason_of(error)}.", "Give a file that slicecli spectrum wrote."
+        ) from None
+    if own != hidden_size:
+        raise RequestError(
+            f"The spectrum {path.name!r} is of another model, with hidden size {own}.", "Give that of this model."
+        )
     return _between([(1 - dim / hidden_size, value) for dim, value in weights.items()])
 
 

@@ -19,8 +19,9 @@ from slicecli import __version__
 from slicecli.engine import batch_rows, check_vocabulary, pick_sequence_length, quiet_libraries
 from slicecli.errors import RequestError
 from slicecli.loading import load_model
-from slicecli.record import package_versions, read_record
-from slicecli.source import Source
+from slicecli.processes import Processes
+from slicecli.record import package_versions, read_sound_record
+from slicecli.source import Source, running
 from slicecli.text import Text, read_text
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ class EvaluationSet:
 
         rows = tuple(evaluation_rows(text, tokenizer, self.sequence_length, options.limit) for text in self.texts)
         for packed in rows:
-            check_vocabulary(packed, source.name, int(source.fields.get("vocab_size") or packed.ids.max() + 1))
+            vocabulary = source.size("vocab_size")
+            if vocabulary is not None:
+                check_vocabulary(packed, source.name, vocabulary)
         return replace(self, rows=rows)
 
 
@@ -298,26 +301,28 @@ def measure_loaded(
         RequestError: The memory does not suffice.
         SlicecliError: The model or a task fails.
     """
-    import torch
-
     from slicecli.evaluation.perplexity import measure_perplexity
 
     tasks: tuple[TaskResult, ...] = ()
-    try:
+    processes = Processes.find()
+    processes.require_same(
+        {
+            "set of rows": [rows.digest for rows in prepared.rows],
+            "set of versions": {**package_versions(), "slicecli": __version__},
+            "kind of device": [model.device.type, str(model.dtype)],
+        }
+    )
+    progress = progress if processes.is_main else None
+    with running(source.name):
         size = options.batch_size or batch_rows(model.device, prepared.sequence_length or 1)
-        perplexities = tuple(measure_perplexity(model, rows, size, progress) for rows in prepared.rows)
+        perplexities = tuple(measure_perplexity(model, rows, size, progress, processes) for rows in prepared.rows)
         if prepared.tasks:
             from slicecli.evaluation.tasks import measure_tasks
 
             tasks = measure_tasks(
-                model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress
+                model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress, processes
             )
-    except torch.OutOfMemoryError as error:
-        raise RequestError(
-            f"The memory of the device does not suffice to measure {source.name}.",
-            "Give a smaller --batch-size or --seq-len, or another --device-map.",
-        ) from error
-    record = read_record(source.folder) or {}
+    record = read_sound_record(source.folder) or {}
     origin = record.get("source") or {"model": source.name, "commit": source.commit}
     width = int(model.config.hidden_size)
     return Evaluation(

@@ -15,6 +15,7 @@ import torch
 
 from slicecli.calibration import Rows
 from slicecli.errors import WeightsError
+from slicecli.processes import ALONE, Processes
 
 __all__ = ["PerplexityResult", "measure_perplexity"]
 
@@ -60,7 +61,9 @@ class PerplexityResult:
 
 
 @torch.no_grad()
-def measure_perplexity(model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None) -> PerplexityResult:
+def measure_perplexity(
+    model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None, processes: Processes = ALONE
+) -> PerplexityResult:
     """Measure a causal language model's perplexity on packed rows.
 
     Args:
@@ -68,6 +71,7 @@ def measure_perplexity(model: Any, rows: Rows, batch_size: int, progress: _Progr
         rows: What `slicecli.calibration.evaluation_rows` returns.
         batch_size: Rows per forward pass.
         progress: Hears of each batch.
+        processes: Those that measure together, each on its share of the rows.
 
     Raises:
         WeightsError: The model's logits are NaN or infinite.
@@ -75,7 +79,8 @@ def measure_perplexity(model: Any, rows: Rows, batch_size: int, progress: _Progr
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":
         device = torch.device("cpu")  # offloaded: accelerate's hooks move the ids to where they are needed
-    batches = rows.ids.split(batch_size)
+    share = processes.share(len(rows.ids), batch_size)
+    batches = () if share.processes.is_idle else rows.ids[share.rows].split(batch_size)
     if progress is not None:
         progress.start("perplexity", len(batches))
     row_sums = []
@@ -85,7 +90,7 @@ def measure_perplexity(model: Any, rows: Rows, batch_size: int, progress: _Progr
         if progress is not None:
             progress.advance()
     predicted = rows.sequence_length - 1
-    row_means = torch.cat(row_sums) / predicted
+    row_means = torch.cat([sums for part in processes.gather(row_sums) for sums in part]) / predicted
     nll = float(row_means.mean())
     if not math.isfinite(nll):
         raise WeightsError("The model's logits are NaN or infinite.", "Try --dtype float32.")

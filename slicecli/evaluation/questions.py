@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slicecli.errors import TextError
+from slicecli.errors import TextError, reason_of
 
 __all__ = ["Question", "read_questions"]
 
@@ -78,8 +78,8 @@ def _parse(line: str) -> tuple[str, Question | None]:
     """Return the question on a line, or what is wrong with it."""
     try:
         fields: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return f"it is not JSON ({error})", None
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON ({reason_of(error)})", None
     if not isinstance(fields, dict):
         return "it is not a JSON object", None
     query, choices, gold = fields.get("query"), fields.get("choices"), fields.get("gold")
@@ -89,6 +89,13 @@ def _parse(line: str) -> tuple[str, Question | None]:
         return "`choices` is not a list of two or more", None
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return "a choice is not a string, or is empty", None
+    if not all(_is_text(one) for one in (query, *choices)):
+        return "it holds half a character", None
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         return f"`gold` is not the index of a choice, 0 to {len(choices) - 1}", None
     return "", Question(query, tuple(choices), gold)
+
+
+def _is_text(text: str) -> bool:
+    """Say whether a string is text: JSON can hold half a character, a surrogate without its other."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

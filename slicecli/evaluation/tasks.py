@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import io
 import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from slicecli.errors import RequestError, SlicecliError, SourceError, TextError,
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.questions import Question, read_questions
 from slicecli.hub.errors import describe_hub_error
+from slicecli.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -157,6 +159,7 @@ def measure_tasks(
     batch_size: int | None = None,
     seed: int = 1234,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[TaskResult, ...]:
     """Measure a loaded model on loaded tasks.
 
@@ -168,6 +171,7 @@ def measure_tasks(
         batch_size: Requests per forward pass; `None` chooses by tokens.
         seed: Seed of the choice of examples.
         progress: Hears of each request.
+        processes: Those that measure together: each answers its share of the requests, and all have the result.
 
     Raises:
         TextError: A task fails, or is one that lm-eval does not run without more ado.
@@ -177,10 +181,10 @@ def measure_tasks(
     results: dict[str, TaskResult] = {}
     with _quiet():
         # a copy, because the harness gives it a padding token
-        harness = _Harness(model, copy.deepcopy(tokenizer), batch_size)
+        harness = _Harness(model, copy.deepcopy(tokenizer), batch_size, processes)
         for task in tasks:
             members = task.loaded["tasks"]
-            harness.set_cache_hook(_Counter(task.name, list(members.values()), progress))
+            harness.set_cache_hook(_Counter(task.name, list(members.values()), progress, processes))
             _seed_everything(seed)
             for member in members.values():
                 member.set_fewshot_seed(seed=seed)
@@ -203,16 +207,44 @@ def measure_tasks(
 
 
 class _Harness(HFLM):  # type: ignore[misc]
-    """lm-eval's own wrapper of a model; batches are chosen by tokens, bad numbers are not ranked but refused."""
+    """lm-eval's own wrapper of a model; batches are chosen by tokens, bad numbers are not ranked but refused.
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+    To lm-eval there is one process, which has all the answers, so that its metrics are those of one process.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes) -> None:
         super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size or 1)
+        self._processes = processes
         self._chooses_batches = batch_size is None
         self._vocabulary = model.get_input_embeddings().num_embeddings
         # offloaded: accelerate's hooks move the ids to where they are needed
         self._device = torch.device("cpu") if model.device.type == "meta" else model.device
         if self._chooses_batches:
             self.batch_size_per_gpu = batch_rows(self._device, self.max_length)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Answer requests for the likelihood of one text behind another."""
+        return self._answers(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Answer requests for the likelihood of whole texts."""
+        return self._answers(super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests for text."""
+        return self._answers(super().generate_until, requests)
+
+    def _answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        """Answer this process's share of requests, and return the answers to all."""
+        if self._processes.count == 1:
+            return answer(requests)
+        # the choices of one question stay together, because lm-eval reads their beginning once
+        own = self._processes.deal([request.args[0] for request in requests])
+        digest = hashlib.sha256(repr([request.args for request in requests]).encode()).hexdigest()
+        self._processes.require_same({"set of requests": digest})
+        answers = answer([requests[index] for index in own]) if own else []
+        found = [pair for part in self._processes.gather(list(zip(own, answers, strict=True))) for pair in part]
+        return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
     def _loglikelihood_tokens(
         self,
@@ -238,8 +270,9 @@ class _Harness(HFLM):  # type: ignore[misc]
 class _Counter:
     """Stands where lm-eval would hand each answer to a cache, and counts them."""
 
-    def __init__(self, name: str, tasks: Sequence[Any], progress: Progress | None) -> None:
+    def __init__(self, name: str, tasks: Sequence[Any], progress: Progress | None, processes: Processes) -> None:
         self._name, self._tasks, self._progress, self._is_started = name, tasks, progress, False
+        self._processes = processes
 
     def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
         """Count an answer."""
@@ -248,7 +281,7 @@ class _Counter:
         if not self._is_started:
             self._is_started = True
             requests = sum(instance.repeats for task in self._tasks for instance in task.instances)
-            self._progress.start(self._name, requests)
+            self._progress.start(self._name, -(-requests // self._processes.count))
         self._progress.advance()
 
 

@@ -122,8 +122,13 @@ class _Weights:
         add_square(moment, n)
 
     def principal(self, moment: torch.Tensor) -> torch.Tensor:
-        """Return the principal directions of a norm input, in the dtype of products."""
-        return principal_basis(moment)[0].to(self._dtype)
+        """Return the principal directions of a norm input, of the tokens of all processes, in the dtype of products."""
+        processes = self._dense.processes
+        processes.sum_square_to_main(moment)
+        (vectors,) = processes.tensors_from_main(
+            lambda: principal_basis(moment)[:1], [tuple(moment.shape)], moment.device
+        )
+        return vectors.to(self._dtype)
 
     def add(
         self,
@@ -153,6 +158,7 @@ class _Weights:
 
     def spectrum(self, nll: float, tokens: int) -> FisherSpectrum:
         """Return half the means over the tokens."""
+        self._dense.processes.sum_everywhere(*self._sums.values())
         means = {name: (0.5 / tokens * total).cpu() for name, total in self._sums.items()}
         if self._dense.is_centred:
             # a slice of k dims keeps k - 1 directions
@@ -168,7 +174,7 @@ class _Passes:
         self._batches = batches
         self._progress = progress
         self._weights = _Weights(dense, basis)
-        numbers = batches.rows.numel() * dense.dimensions.hidden_size * (len(dense.blocks) + 1)
+        numbers = batches.tokens * dense.dimensions.hidden_size * (len(dense.blocks) + 1)
         fits = numbers * dense.dtype.itemsize <= MEMORY_SHARE * available_memory_bytes(dense.device)
         self._place = dense.device if fits else torch.device("cpu")
 
@@ -246,7 +252,7 @@ class _Passes:
             ),
         ):
             for stream, some_draws, targets in zip(
-                streams, draws.split(self._batches.size), following.split(self._batches.size), strict=True
+                streams, self._batches.split(draws), self._batches.split(following), strict=True
             ):
                 parts = []
                 for some, numbers, labels in zip(
@@ -271,6 +277,7 @@ class _Passes:
                 gradient = torch.cat(parts).reshape(stream.shape)
                 require_finite(gradient, "the gradients before the head")
                 gradients.append(gradient.to(self._place))
+        dense.processes.sum_everywhere(nll)
         return gradients, float(nll) / (rows.numel() - len(rows))
 
     def _through_block(

@@ -15,7 +15,7 @@ import torch
 
 from slicecli.adapters import Block
 from slicecli.slicing import blocks as running
-from slicecli.slicing.basis import Basis, reader_basis
+from slicecli.slicing.basis import Basis
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
     fold_head,
@@ -37,6 +37,7 @@ from slicecli.slicing.state import (
     streams_in,
 )
 from slicecli.slicing.step import Step, fit_reading
+from slicecli.slicing.together import solve_basis
 from slicecli.slicing.walk import (
     embedding_tables,
     enter,
@@ -102,7 +103,7 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journ
         statistics.add_tokens(final, stream)
     weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
-    basis = reader_basis(statistics.second_moment, statistics.metric, dense.is_centred)
+    basis = solve_basis(dense, statistics.second_moment, statistics.metric)
     progress.advance()
     return basis
 
@@ -251,6 +252,7 @@ class _Statistics:
                 add_square(metric, scaled)
         self.second_moment += moment
         seen = (metric * moment).sum()
+        self._dense.processes.sum_everywhere(seen)
         if bool(seen > 0):
             self.metric += metric / seen
 
@@ -268,6 +270,8 @@ def _fit_head(
     running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = fit_reading(dense, norm, streams, target.stream, basis, held_out)
     running.clear(norm)
+    if not dense.processes.is_main:
+        return  # the head is only written
     for name, tensor in fold_head(dense.dimensions, dense.weights, matrix, target.dtype).items():
         target.sink(name, tensor.to("cpu", target.dtype))
 

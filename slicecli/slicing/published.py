@@ -97,12 +97,22 @@ class _Bases:
         for stream in streams:
             flat = widen(stream).flatten(0, -2)
             add_square(moment, flat)
-        vectors, energies = principal_basis(moment)
-        shares = (energies.cumsum(0) / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
-        self._shares.append(shares)
+        self._dense.processes.sum_square_to_main(moment)
+        basis, shares = self._dense.processes.tensors_from_main(
+            lambda: self._solve(moment, width), [(size, width), (size,)], moment.device
+        )
+        self._shares.append(shares.cpu())
         self._kept.append(float(shares[width - 1]))
+        return basis
+
+    def _solve(self, moment: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Q, and the share of the energy in the first so many directions, float64 of shape (d,)."""
+        vectors, energies = principal_basis(moment)
+        shares = energies.cumsum(0) / energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
         basis = vectors[:, :width].contiguous()
-        return basis @ random_rotation(width, self._generator).to(basis.device) if self._is_random else basis
+        if self._is_random:
+            basis = basis @ random_rotation(width, self._generator).to(basis.device)
+        return basis, shares
 
     def content(self) -> Content:
         """Return what the places so far leave for those that follow."""
@@ -312,6 +322,8 @@ class _Step:
 
 def _hand_over_head(dense: DenseModel, target: Target, basis: torch.Tensor) -> None:
     """Give the head, in the last basis, to the sink."""
+    if not dense.processes.is_main:
+        return
     head = dense.adapter.head
     gain, bias = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     names = [f"{head.path}.weight"] + [f"{head.path}.bias"] * dense.dimensions.has_bias(head)

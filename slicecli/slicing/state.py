@@ -7,7 +7,6 @@ Legend: d hidden size, k dim kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import nn
 
 from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
+from slicecli.processes import ALONE, Processes
 from slicecli.slicing.folding import WeightReader
 from slicecli.slicing.moments import normalise
 
@@ -144,6 +144,7 @@ class DenseModel:
         dimensions: Its sizes, and with them the family's declaration.
         device: Where blocks run.
         dtype: Dtype of blocks and streams.
+        processes: Those that run it, each on its share of the rows.
     """
 
     shell: Any
@@ -151,6 +152,7 @@ class DenseModel:
     dimensions: Dimensions
     device: torch.device
     dtype: torch.dtype
+    processes: Processes = ALONE
 
     @property
     def adapter(self) -> Adapter:
@@ -202,16 +204,33 @@ class Batches:
     Attributes:
         rows: Token ids, int64 of shape (rows, sequence length).
         size: Rows per batch.
+        part: Those of the rows that are run here, where several processes share them.
     """
 
     rows: torch.Tensor
     size: int
+    part: slice = field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.size)
+        return len(self.split(self.rows))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self.rows.split(self.size))
+        return iter(self.split(self.rows))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are run here."""
+        return sum(batch.numel() for batch in self)
+
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return what belongs to the rows that are run here, batch by batch.
+
+        Args:
+            values: One value, or several, for each of all the rows.
+        """
+        own = values[self.part]
+        # a process that has no rows runs the first along with the others, which adds nothing to their sums
+        return list((own if len(own) else values[:1]).split(self.size))
 
     def held_out(self) -> list[torch.Tensor]:
         """Say for each batch which of its tokens are held out, bool of shape (rows * sequence length,).
@@ -223,4 +242,4 @@ class Batches:
             is_held_out[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
         else:
             is_held_out[:, -(self.rows.shape[1] // HELD_OUT_EVERY) :] = True
-        return [batch.flatten() for batch in is_held_out.split(self.size)]
+        return [batch.flatten() for batch in self.split(is_held_out)]

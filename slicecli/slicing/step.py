@@ -26,6 +26,7 @@ from slicecli.slicing.maps import projection_for_readers, projection_of_stream
 from slicecli.slicing.moments import Moments, inverse_scale, widen
 from slicecli.slicing.ridge import Correction, solve_ridge
 from slicecli.slicing.state import DenseModel, Target
+from slicecli.slicing.together import solve_moments
 
 __all__ = ["Step", "fit_reading"]
 
@@ -196,7 +197,7 @@ class Step:
             root = goals.root(number)
             moments.add(flat * root, residual * root, self.held_out[number])
         del start_wide
-        matrix = start + solve_ridge(moments).matrix
+        matrix = start + solve_moments(self.dense.processes, moments, solve_ridge).matrix
         del moments
         widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
         solved = iter(matrix.split(widths, dim=1))
@@ -237,7 +238,7 @@ class Step:
                 inputs, root = inner * gain, roots[number][tokens]
                 moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
                 shares.append((tokens, inputs))
-            correction = solve_ridge(moments).matrix
+            correction = solve_moments(self.dense.processes, moments, solve_ridge).matrix
             for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
                 residual[tokens] -= inputs @ correction.to(wide).T
             fitted.append(_store(start + correction, self.target))
@@ -311,7 +312,8 @@ def fit_reading(
         given = widen(norm(sliced_input)).flatten(0, -2)
         moments.add(given, goal - given @ start.to(given).T, mask)
         energy += goal[mask].double().square().sum()
-    correction: Correction = solve_ridge(moments)
+    dense.processes.sum_to_main(energy)
+    correction: Correction = solve_moments(dense.processes, moments, solve_ridge)
     lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
     fitted = start + correction.matrix
     if dense.is_centred:
