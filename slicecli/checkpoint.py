@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -225,8 +225,12 @@ class ShardWriter:
         self._open: dict[str, BinaryIO] = {}
         self._missing = set(shapes if missing is None else missing)
         self._there = set(shapes) - self._missing
-        for file, names in split.filename_to_tensors.items():
-            self._lay_out(file, names, is_new=missing is None)
+        try:
+            for file, names in split.filename_to_tensors.items():
+                self._lay_out(file, names, is_new=missing is None)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor at its place.
@@ -269,10 +273,11 @@ class ShardWriter:
         return sorted(self._missing)
 
     def close(self) -> None:
-        """Close all files."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        """Close all files, even where closing one fails."""
+        with ExitStack() as stack:
+            for file in self._open.values():
+                stack.callback(file.close)
+            self._open.clear()
 
     def _lay_out(self, file: str, names: list[str], is_new: bool) -> None:
         """Write a shard's header unless it is there, and note where each of its tensors goes."""

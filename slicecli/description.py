@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_files
 from slicecli.errors import OutputError, RequestError, reason_of
+from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
 from slicecli.record import package_versions, read_record, record_text
 from slicecli.schema import schema_errors
@@ -165,7 +166,15 @@ def _write(
         raise OutputError(
             f"What would be entered does not fit a record: {errors[0]}.", "Give what slicecli itself has written."
         )
-    existing = None if card_folder is None else read_card(card_folder)
+    existing = None
+    if card_folder is not None:
+        card_file = card_folder / CARD_FILE
+        if card_file.is_file() and card_file.stat().st_size > MOST_CARD_BYTES:
+            raise OutputError(
+                f"The card of {folder.name!r} has {card_file.stat().st_size:,} bytes, more than a card needs.",
+                f"Shorten {CARD_FILE}, or remove it.",
+            )
+        existing = read_card(card_folder)
     try:
         card = render_card(record, existing)
     except Exception as error:  # the metadata of an owner may be anything that YAML can say
