@@ -280,7 +280,11 @@ class ShardWriter:
             self._open.clear()
 
     def _lay_out(self, file: str, names: list[str], is_new: bool) -> None:
-        """Write a shard's header unless it is there, and note where each of its tensors goes."""
+        """Write a shard's header, or check what is there, and note where each of its tensors goes.
+
+        Raises:
+            OutputError: What is there is not what was laid out and written.
+        """
         code = DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
@@ -291,12 +295,22 @@ class ShardWriter:
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        for name in names:
+            self._offset[name] += len(head)
         handle = (self._folder / file).open("wb" if is_new else "r+b")
         self._open[file] = handle
         if is_new:
-            handle.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            self._offset[name] += 8 + len(text)
+            handle.write(head)
+            return
+        ends = {name: self._offset[name] + self._size[name] for name in names}
+        least = max((end for name, end in ends.items() if name in self._there), default=len(head))
+        if handle.read(len(head)) != head or not least <= os.fstat(handle.fileno()).st_size <= max(ends.values()):
+            self.close()
+            raise OutputError(
+                f"What an interrupted run left of this output is damaged ({file}), so it cannot go on.",
+                "Leave out --resume to start anew.",
+            )
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

@@ -58,7 +58,7 @@ def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] |
         fingerprint: What identifies the run that wants to go on.
 
     Raises:
-        OutputError: The journal is of another run.
+        OutputError: The journal is of another run, or damaged.
     """
     state = read_json(folder / FOLDER / STATE_FILE, MOST_STATE_BYTES)
     if not isinstance(state, dict):
@@ -70,7 +70,39 @@ def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] |
             f"What an interrupted run left of this output differs in {', '.join(differing)}, so it cannot go on.",
             "Give the options of that run, or leave out --resume to start anew.",
         )
+    if not _is_sound(state):
+        raise _damaged(STATE_FILE)
     return state
+
+
+def _is_sound(state: Mapping[str, Any]) -> bool:
+    """Say whether a state has all that going on needs."""
+    results, current, missing = state.get("results"), state.get("current"), state.get("missing")
+    return (
+        isinstance(results, dict)
+        and all(_is_entry(entry) for entry in results.values())
+        and (current is None or _is_entry(current))
+        and type(state.get("number")) is int
+        and isinstance(missing, list)
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in missing)
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("phase"), str)
+        and type(entry.get("position")) is int
+        and (entry.get("file", 0) is None or re.fullmatch(r"\d+\.safetensors", str(entry.get("file"))) is not None)
+        and isinstance(entry.get("about"), dict)
+    )
+
+
+def _damaged(name: str) -> OutputError:
+    return OutputError(
+        f"What an interrupted run left of this output is damaged ({name}), so it cannot go on.",
+        "Leave out --resume to start anew.",
+    )
 
 
 class FileJournal:
@@ -152,9 +184,15 @@ class FileJournal:
         return {"phase": phase, "position": position, "file": file, "about": dict(content.about)}
 
     def _read(self, entry: Mapping[str, Any]) -> Snapshot:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors: dict[str, torch.Tensor] = {} if entry["file"] is None else load_file(self._folder / entry["file"])
+        tensors: dict[str, torch.Tensor] = {}
+        if entry["file"] is not None:
+            try:
+                tensors = load_file(self._folder / entry["file"])
+            except (SafetensorError, OSError) as error:
+                raise _damaged(entry["file"]) from error
         return Snapshot(int(entry["position"]), tensors, entry["about"])
 
     def _write_state(self) -> None:

@@ -337,7 +337,7 @@ def configs():
 
 
 @given(data=st.data())
-@examples(240)
+@examples(160)
 def test_any_config(ends_well, room, configs, data):
     content = data.draw(broken(configs, FIELDS))
     words = data.draw(
@@ -369,7 +369,7 @@ def test_any_config_of_a_type_that_is_inferred(ends_well, room, data):
 
 
 @given(data=st.data())
-@examples(40)
+@examples(30)
 def test_any_config_of_a_whole_model(ends_well, room, models, little_text, with_file, data):
     folder = models(data.draw(st.sampled_from(["llama", "gptj", "qwen3_moe", "phi3"])))
     content = data.draw(broken([json.loads((folder / CONFIG).read_text())], FIELDS))
@@ -426,6 +426,7 @@ def test_a_config_that_replaces_a_part_of_its_class(refused, copy_of, models, fi
         ("qwen2", {"use_sliding_window": 1, "sliding_window": "x"}),
         ("qwen3_moe", {"mlp_only_layers": 5}),
         ("glm", {"partial_rotary_factor": 1e308}),
+        ("qwen3_moe", {"num_experts_per_tok": 10**6}),
     ],
 )
 def test_a_field_that_only_some_families_read(ends_well, room, family, changes):
@@ -579,7 +580,7 @@ def with_length(text, data):
 
 
 @given(data=st.data())
-@examples(60)
+@examples(32)
 def test_any_weights(ends_well, room, models, little_text, with_file, data):
     folder = models(data.draw(st.sampled_from(["llama", "gpt2", "qwen3_moe"])))
     copy = with_file(folder, WEIGHTS, data.draw(damaged_weights(folder)))
@@ -589,7 +590,7 @@ def test_any_weights(ends_well, room, models, little_text, with_file, data):
 
 
 @given(data=st.data())
-@examples(40)
+@examples(30)
 def test_any_index(ends_well, room, models, little_text, with_file, data):
     folder = models("llama")
     names = [name for name in read_weights(folder)[0] if name != "__metadata__"]
@@ -659,7 +660,7 @@ OTHER_FIELDS = (
 
 
 @given(data=st.data())
-@examples(50)
+@examples(30)
 def test_any_tokenizer_or_generation_config(ends_well, room, models, little_text, with_file, data):
     folder = models("llama")
     name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
@@ -706,8 +707,10 @@ def test_what_is_no_file_or_no_small_one(ends_well, copy_of, models, little_text
     folder = copy_of(models("llama"))
     replace(folder / file, kind, tmp_path / "outside")
     output = tmp_path / "outputs" / "out"
-    for words in (("inspect", folder), ("estimate", folder), work("eval", folder, little_text, None)):
-        ends_well(*words)
+    ends_well("inspect", folder)
+    ends_well("estimate", folder)
+    if file in (INDEX, "tokenizer.json", "generation_config.json", RECORD):
+        ends_well(*work("eval", folder, little_text, None))
     ends_well(*work("slice", folder, little_text, output), output=output)
 
 
@@ -733,7 +736,7 @@ def test_links_into_the_cache_of_the_hub_are_those_of_the_model(ends_well, model
 
 
 @given(data=st.data())
-@examples(70)
+@examples(40)
 def test_any_record_of_a_slice(ends_well, room, measured, little_text, with_file, data):
     copy = with_file(measured["slice"], RECORD, data.draw(broken([measured["record"]], ("results", "curve", "x"))))
     about_slice(ends_well, data, copy, room, measured, little_text)
@@ -743,7 +746,7 @@ CARDS = [{"license": "mit", "tags": ["a"], "language": ["en"], "model-index": No
 
 
 @given(data=st.data())
-@examples(40)
+@examples(16)
 def test_any_card_of_a_slice(ends_well, room, measured, little_text, with_file, data):
     text = (measured["slice"] / CARD).read_bytes()
     front = b"---\n" + data.draw(damaged(CARDS)) + b"\n---\n" + text.split(b"---\n", 2)[2]
@@ -839,7 +842,7 @@ def test_a_card_that_takes_for_ever_to_read(ends_well, copy_of, models, front):
 
 
 @given(data=st.data())
-@examples(60)
+@examples(24)
 def test_any_curves(ends_well, room, measured, data):
     path = room / "damaged-curve.json"
     path.write_bytes(data.draw(broken([measured["curve"]])))
@@ -853,7 +856,7 @@ def test_any_curves(ends_well, room, measured, data):
 
 
 @given(data=st.data())
-@examples(120)
+@examples(100)
 def test_any_results(ends_well, room, measured, data):
     path = room / "damaged-results.json"
     documents, paths = measured["documents"], measured["results"]
@@ -1159,3 +1162,68 @@ def test_a_file_that_the_system_lets_grow_no_further(models, little_text, tmp_pa
     assert "File too large" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+# what an interrupted run has left
+
+
+@pytest.fixture(scope="module")
+def interrupted(room, models, little_text):
+    """The folder with an unfinished slice, and the command that goes on with it."""
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+    from slicecli.journal import FileJournal
+
+    output = room / "interrupted" / "out"
+    words = [str(word) for word in work("slice", models("llama"), little_text, output)] + ["--no-cache", "--resume"]
+    saved = FileJournal.offer
+
+    def offer(journal, phase, position, content):
+        saved(journal, phase, position, content)
+        if phase.startswith("refit") and position == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLICECLI_JOURNAL_SECONDS", "0")
+        patch.setattr(FileJournal, "offer", offer)
+        CliRunner().invoke(group, words, prog_name="slicecli")
+    assert (output.parent / ".out.incomplete" / ".journal" / "state.json").is_file()
+    return output, words, Path(shutil.copytree(output.parent, room / "interrupted-copy"))
+
+
+def test_an_interrupted_run_goes_on(ends_well, interrupted):
+    output, words, whole = interrupted
+    shutil.rmtree(output.parent)
+    shutil.copytree(whole, output.parent)
+    assert ends_well(*words).exit_code == 0
+    assert ends_well("verify", output).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.json", lambda content: content.replace(b'"results"', b'"result"')),
+        ("state.json", lambda content: content.replace(b'"number": ', b'"number": "x", "n": ')),
+        ("state.json", lambda content: re.sub(rb'"file": "[0-9]+', b'"file": "../1', content)),
+        ("state.json", lambda content: re.sub(rb'"missing": .*', b'"missing": [3]}', content)),
+        ("*.safetensors", lambda content: content[: len(content) // 2]),
+        ("*.safetensors", lambda content: None),
+        ("../model.safetensors", lambda content: content[:1000]),
+        ("../model.safetensors", lambda content: content[:100] + b"x" + content[101:]),
+        ("../model.safetensors", lambda content: content + b"x" * 10**6),
+    ],
+)
+def test_what_an_interrupted_run_left_and_was_damaged(refused, ends_well, interrupted, file, damage):
+    output, words, whole = interrupted
+    shutil.rmtree(output.parent)
+    shutil.copytree(whole, output.parent)
+    path = next((output.parent / ".out.incomplete" / ".journal").glob(file))
+    content = damage(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert "Leave out --resume" in refused(*words)
+    assert not output.exists()
+    assert ends_well(*words[:-1]).exit_code == 0
+    assert ends_well("verify", output).exit_code == 0

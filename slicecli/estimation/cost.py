@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slicecli.dimensions import Dimensions
-from slicecli.errors import RequestError
+from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.devices import Device
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes
 from slicecli.schedule import PublishedSizes, slices_head
@@ -291,6 +291,10 @@ class CostModel:
             for branch in block.branches:
                 if branch.experts is not None:
                     kind = (dimensions.width(branch.experts.count), dimensions.width(branch.experts.per_token))
+                    if kind[1] > kind[0]:
+                        raise UnsupportedModelError(
+                            f"config.json sends each token to {kind[1]:,} of {kind[0]:,} experts.", "Mend the config."
+                        )
                     for path in (branch.experts.reader_path, branch.experts.writer_path):
                         mixture_of[f"{adapter.blocks}.{index}.{path}"] = kind
         declared = list(dimensions.declared_parameters())
