@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from slicecli.calibration import Rows
     from slicecli.dimensions import Dimensions
-    from slicecli.engine import Job
     from slicecli.plan import Method
+    from slicecli.planning import Job
 
 METHODS: tuple[Method, ...] = ("refit", "slicegpt")
 SPARSITIES = (0.06, 0.12, 0.2, 0.3, 0.4, 0.5)
@@ -224,12 +224,13 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     """
     import torch
 
-    from slicecli.engine import compute_dtype, pick_device
+    from slicecli.placement import compute_dtype, pick_device
+    from slicecli.shells import empty_model
     from slicecli.slicing.basis import principal_basis
     from slicecli.slicing.moments import add_square, normalise
     from slicecli.slicing.pipeline import collect_basis
     from slicecli.slicing.state import Batches, DenseModel, Silent
-    from slicecli.source import DenseWeights, empty_model
+    from slicecli.weights import DenseWeights
 
     size, is_centred = job.dimensions.hidden_size, job.dimensions.adapter.norm.is_centred
     normalised = [torch.zeros(size, size, dtype=torch.float64) for _ in places]
@@ -401,9 +402,10 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Measurement]:
     import transformers
 
     from slicecli.calibration import calibration_rows, evaluation_rows
-    from slicecli.engine import SliceOptions, plan_slices, run_slices
+    from slicecli.engine import run_slices
     from slicecli.evaluation.perplexity import measure_perplexity
     from slicecli.plan import Width
+    from slicecli.planning import SliceOptions, plan_slices
     from slicecli.record import read_record
     from slicecli.text import read_text
 

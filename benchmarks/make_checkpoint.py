@@ -20,7 +20,7 @@ import transformers
 
 from slicecli.checkpoint import ShardWriter
 from slicecli.demo import MODEL_FOLDER
-from slicecli.source import empty_model
+from slicecli.shells import empty_model
 
 
 def make_checkpoint(folder: Path, config: transformers.PreTrainedConfig, dtype: torch.dtype, seed: int = 0) -> int:

@@ -16,8 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+from slicecli.engine import run_slices
+from slicecli.libraries import quiet_libraries
 from slicecli.plan import Width
+from slicecli.planning import SliceOptions, plan_slices
 
 
 def seconds(model: str, dims: list[int], options: SliceOptions) -> float:

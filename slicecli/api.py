@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.engine import SliceOptions, SliceReport, plan_slices, quiet_libraries, run_slices
+from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError
+from slicecli.libraries import quiet_libraries
 from slicecli.plan import Method, Width
+from slicecli.planning import SliceOptions, plan_slices
 
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
@@ -48,7 +50,7 @@ def slice_model(
         schedule: Instead, with `method="slicegpt"`: see `slicecli.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Hears how far the work has come.
-        **options: Fields of `slicecli.engine.SliceOptions`.
+        **options: Fields of `slicecli.planning.SliceOptions`.
 
     Returns:
         What was made, and where.

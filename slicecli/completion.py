@@ -19,8 +19,8 @@ from slicecli.record import build_record
 
 if TYPE_CHECKING:
     from slicecli.calibration import Rows
-    from slicecli.engine import Job
     from slicecli.estimation.forecasts import Forecast
+    from slicecli.planning import Job
     from slicecli.record import Energy
     from slicecli.source import Source
 

@@ -10,144 +10,39 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint import ShardWriter, check_output, clear_folder, require_disk_space, whole_folder
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint import ShardWriter, clear_folder, whole_folder
 from slicecli.errors import (
-    NoAdapterError,
     OutputError,
     PluginError,
-    RequestError,
     SourceError,
-    UnsupportedModelError,
-    reason_of,
 )
-from slicecli.layouts import custom_code_config, stock_config
+from slicecli.libraries import running
 from slicecli.memory import available_memory_bytes, peak_memory_bytes
-from slicecli.modeling import CONFIG_TYPE
-from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
-from slicecli.plugins import plugins
+from slicecli.placement import batch_rows, compute_dtype, pick_device
+from slicecli.plan import SlicePlan
+from slicecli.planning import Job, SliceOptions
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
-from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.source import (
-    DenseWeights,
-    Source,
-    checkpoint_tensors,
-    empty_model,
-    parameter_shapes,
-    quiet_libraries,
-    running,
-)
+from slicecli.shells import empty_model, parameter_shapes
+from slicecli.weights import DenseWeights, checkpoint_tensors
 
 if TYPE_CHECKING:
     import torch
 
-    from slicecli.auto.infer import Inference
     from slicecli.calibration import Rows
     from slicecli.slicing.basis import Basis
-    from slicecli.slicing.published import Orientation
     from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
 
-__all__ = [
-    "ChosenAdapter",
-    "Job",
-    "SliceOptions",
-    "SliceReport",
-    "find_adapter",
-    "full_fields",
-    "open_dense",
-    "pick_device",
-    "plan_slices",
-    "quiet_libraries",
-    "read_rows",
-    "run_slices",
-    "share_work",
-]
+__all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work"]
 
-DEFAULT_SEQUENCE_LENGTH = 2048
 # enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
 TOKENS_PER_UNKNOWN = 16
 MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
-BATCH_TOKENS = {"cpu": 4096, "other": 16384}
-
-
-@dataclass(frozen=True)
-class SliceOptions:
-    """Everything about a slice that is not its model and width.
-
-    Attributes:
-        method: How the weights are made.
-        orientation: Of the published method: `pca`, or `random` to turn the kept directions among themselves.
-        slice_head: Of the published method: whether the input of the head is sliced too; `None` leaves it whole
-            where that is possible.
-        calibration: Name of the calibration text, see `slicecli.text.read_text`.
-        samples: Rows of calibration text.
-        sequence_length: Tokens per row; `None` takes 2048, or what the model can do if that is less.
-        batch_size: Rows per forward pass; `None` chooses by tokens.
-        seed: Seed of the draw of rows.
-        dtype: Dtype of the written weights; `None` keeps the checkpoint's.
-        device: Where to compute: `auto`, `cpu`, `cuda:0`, ...
-        max_shard_size: Most bytes of one weight file.
-        adapter: Name of the adapter to use instead of the one for the model's type.
-        revision: Revision on the Hub.
-        token: Hub token.
-        trust_remote_code: Whether code from the model's repository may run.
-        overwrite: Replace an existing slice.
-        resume: Go on with what an interrupted run of the same job has left.
-        cache: Whether statistics are taken from and put into the cache.
-        cache_folder: Where it lies; `None` takes the usual place.
-    """
-
-    method: Method = "refit"
-    orientation: Orientation = "pca"
-    slice_head: bool | None = None
-    calibration: str = "wikitext2"
-    samples: int = 128
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    seed: int = 42
-    dtype: str | None = None
-    device: str = "auto"
-    max_shard_size: str = "5GB"
-    adapter: str | None = None
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    cache: bool = True
-    cache_folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """Slices of one model, decided and found possible, before any weight is read; none where it is only measured.
-
-    Attributes:
-        source: The dense model.
-        adapter: Its family's declaration.
-        inference: How the declaration was inferred, if it was.
-        dimensions: Its sizes.
-        config: Its transformers config.
-        sequence_length: Tokens per calibration row.
-        slices: Plan, sliced config and output folder of each slice.
-        options: The rest.
-    """
-
-    source: Source
-    adapter: Adapter
-    inference: Inference | None
-    dimensions: Dimensions
-    config: Any
-    sequence_length: int
-    slices: tuple[tuple[SlicePlan, Any, Path], ...]
-    options: SliceOptions
 
 
 @dataclass(frozen=True)
@@ -173,206 +68,6 @@ class SliceReport:
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
     is_from_cache: bool = False
-
-
-def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
-    """Decide on slices and refuse what can be refused without weights.
-
-    Args:
-        model: Hub id or folder.
-        widths: How wide each slice shall be.
-        outputs: Where each goes; `None` takes `./<name>-dim<k>`.
-        options: The rest.
-
-    Raises:
-        SlicecliError: The model or the request is not possible; nothing was downloaded but small files.
-    """
-    processes = Processes.find()
-    if options.resume and processes.count > 1:
-        raise RequestError("Many processes leave nothing to go on with.", "Leave out --resume, or start one process.")
-    source = Source.find(model, options.revision, options.token, options.trust_remote_code)
-    source.check_is_decoder()
-    source.check_companions()
-    chosen = find_adapter(source, options.adapter)
-    adapter, inference = chosen.adapter, chosen.inference
-    dimensions = Dimensions(adapter, chosen.fields)
-    check_method(options, widths)
-    has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
-    if has_own_code and source.code_files():
-        raise UnsupportedModelError(
-            f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
-            "transformers.",
-            "Slice it with --method refit if its family is stock.",
-        )
-    dense_dtype = source.stored_dtype()
-    dtype = options.dtype or dense_dtype
-    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
-    if options.samples <= 0:
-        raise RequestError(f"{options.samples} calibration samples are too few.", "Give --samples 1 or more.")
-    if options.batch_size is not None and options.batch_size <= 0:
-        raise RequestError(f"A batch of {options.batch_size} rows is too small.", "Give --batch-size 1 or more.")
-    sequence_length = pick_sequence_length(source, options.sequence_length)
-    pick_device(options.device)
-
-    config = source.config()
-    dimensions = Dimensions(adapter, full_fields(source, config))
-    output_length = 0
-    if options.method == "slicegpt":
-        from slicecli.proof import prove_shortcuts
-
-        with quiet_libraries(), running(source.name):
-            output_length = prove_shortcuts(adapter, config, slices_head(dimensions, options.slice_head))
-    slices = []
-    for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
-        sliced_parameters = dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions))
-        plan = SlicePlan(
-            model=source.name,
-            model_type=str(config.model_type),
-            adapter=AUTO_ADAPTER if inference else adapter.name,
-            hidden_size=dimensions.hidden_size,
-            dim=dim,
-            dtype=dtype,
-            dense_parameters=dimensions.parameters(),
-            sliced_parameters=sliced_parameters,
-            dense_dtype=dense_dtype,
-            method=options.method,
-            layout="custom-code" if has_own_code else "stock",
-            schedule=schedule,
-            schedule_name=Path(width.schedule or "").name,
-        )
-        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        if processes.is_main:
-            check_output(folder, options.overwrite)
-        sliced_config = config_of(plan, config, dimensions, output_length, bool(source.code_files()))
-        slices.append((plan, sliced_config, folder))
-    needed = sum(plan.sliced_bytes for plan, _, _ in slices)
-    for _, _, folder in slices:
-        if processes.is_main:
-            require_disk_space(folder, needed)
-    return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
-
-
-def check_method(options: SliceOptions, widths: Sequence[Width]) -> None:
-    """Refuse options of the published method where it is not asked for.
-
-    Raises:
-        RequestError: One is given.
-    """
-    if options.method == "slicegpt":
-        return
-    given = {
-        "--schedule": any(width.schedule is not None for width in widths),
-        "--slice-head": options.slice_head is not None,
-        "--final-orientation": options.orientation != "pca",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise RequestError(
-                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
-            )
-
-
-def resolve(
-    width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
-) -> tuple[int, Schedule | None]:
-    """Return the dim that meets a wish, and for the published method the width at every place.
-
-    Raises:
-        RequestError: The wish cannot be met.
-        UnsupportedModelError: The method cannot slice this model.
-    """
-    if options.method == "refit":
-        return width.resolve(dimensions, bytes_per_parameter), None
-    if width.schedule is not None:
-        schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return schedule.dim, schedule
-    sizes = PublishedSizes(dimensions, options.slice_head)
-    dim = width.resolve(sizes, bytes_per_parameter)
-    schedule = sizes.schedule(dim)
-    schedule.check(dimensions)
-    return dim, schedule
-
-
-def config_of(
-    plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
-) -> Any:
-    """Return the config of a planned slice.
-
-    Args:
-        plan: The plan.
-        config: The dense model's config.
-        dimensions: Its sizes.
-        block_output_length: What `slicecli.proof.prove_shortcuts` found.
-        has_code: Whether the dense model's own code goes along.
-    """
-    if plan.layout == "stock":
-        return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
-    schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)
-    has_shortcuts = plan.schedule is not None
-    return custom_code_config(config, dimensions, schedule, has_shortcuts, block_output_length, plan.dtype)
-
-
-@dataclass(frozen=True)
-class ChosenAdapter:
-    """The adapter of a model.
-
-    Attributes:
-        adapter: The adapter.
-        fields: The fields of the config to read it with: of `config.json` alone, unless the config class had to be
-            asked anyway.
-        inference: How the adapter was inferred, if it was.
-    """
-
-    adapter: Adapter
-    fields: Mapping[str, Any]
-    inference: Inference | None = None
-
-
-def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
-    """Choose the adapter for a model, or infer one where no plugin knows its type.
-
-    Args:
-        source: The model.
-        name: Name of an adapter; `auto` infers in any case; `None` chooses by the model's type.
-
-    Raises:
-        RequestError: No adapter has the name.
-        UnsupportedModelError: The model cannot be sliced, or no adapter for it could be inferred and proved.
-    """
-    if source.fields.get("model_type") == CONFIG_TYPE:
-        raise UnsupportedModelError(
-            f"{source.name} is a slice already, with code of its own, which is not sliced again.",
-            "Slice the model it was made from.",
-        )
-    found = plugins()
-    if name == AUTO_ADAPTER:
-        return _infer_adapter(source, source.config())
-    try:
-        return ChosenAdapter(select_adapter(source.fields, found.adapters, name, found.refusals), source.fields)
-    except NoAdapterError as unknown:
-        try:
-            config = source.config()
-        except SourceError:
-            raise unknown from None  # transformers does not know the type either
-        return _infer_adapter(source, config)
-
-
-def full_fields(source: Source, config: Any) -> dict[str, Any]:
-    """Return the fields of a model's config, those that config.json leaves out as the config class has them.
-
-    Args:
-        source: The model.
-        config: Its transformers config.
-    """
-    return {**source.fields, **{name: value for name, value in config.to_dict().items() if value is not None}}
-
-
-def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
-    from slicecli.auto.infer import infer_adapter
-
-    with quiet_libraries():
-        inference = infer_adapter(config, source.trust_remote_code)
-    return ChosenAdapter(inference.adapter, full_fields(source, config), inference)
 
 
 def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
@@ -662,62 +357,6 @@ def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
             f"The tokenizer of {name} gives token {largest}, and the model knows {vocabulary}.",
             "The tokenizer does not belong to this model.",
         )
-
-
-def pick_sequence_length(source: Source, wanted: int | None) -> int:
-    """Return the tokens per row: as wanted, else 2048 or the model's longest.
-
-    Raises:
-        RequestError: The wish is too short to predict anything, or longer than the model can do.
-        SourceError: The config says nonsense of the model's longest.
-    """
-    longest = source.size("max_position_embeddings", least=2)
-    if wanted is None:
-        return DEFAULT_SEQUENCE_LENGTH if longest is None else min(DEFAULT_SEQUENCE_LENGTH, longest)
-    if wanted < 2:
-        raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
-    if longest is not None and wanted > longest:
-        raise RequestError(
-            f"A sequence length of {wanted} is longer than {source.name} can do.", f"Give --seq-len {longest} or less."
-        )
-    return wanted
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or that of the process, or the CPU.
-
-    Raises:
-        RequestError: There is no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return Processes.find().device()
-    if Processes.find().count > 1 and name != "cpu":
-        raise RequestError(f"Many processes cannot all be on {name}.", "Give --device-map auto: each has its own.")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f"There is no device {name!r} here: {reason_of(error)}.", "Give auto, cpu or cuda:N."
-        ) from None
-    return device
-
-
-def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: the checkpoint's own, but float32 on a CPU, where half precision is slow."""
-    import torch
-
-    if device.type == "cpu" and stored in {torch.bfloat16, torch.float16}:
-        return torch.float32
-    return stored
-
-
-def batch_rows(device: torch.device, sequence_length: int) -> int:
-    """Return how many rows make a batch of a good size for the device."""
-    tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "other"]
-    return max(1, tokens // sequence_length)
 
 
 def _open_target(

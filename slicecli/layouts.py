@@ -10,9 +10,9 @@ from typing import Any
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, reason_of
+from slicecli.libraries import quiet_libraries
 from slicecli.modeling import AUTO_MAP
 from slicecli.schedule import Schedule
-from slicecli.source import quiet_libraries
 
 __all__ = ["custom_code_config", "stock_config"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from slicecli.engine import compute_dtype, pick_device
 from slicecli.errors import SourceError, reason_of
+from slicecli.placement import compute_dtype, pick_device
 from slicecli.processes import Processes
 from slicecli.source import Source
 

@@ -22,6 +22,7 @@ from slicecli.dimensions import Dimensions
 from slicecli.errors import PluginError, reason_of
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.schedule import Schedule
+from slicecli.shells import with_plain_experts
 from slicecli.slicing.basis import Basis, centred_frame, random_rotation
 from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
@@ -30,7 +31,6 @@ from slicecli.slicing.maps import projection_of_stream
 from slicecli.slicing.pipeline import collect_basis, refit
 from slicecli.slicing.published import Orientation, slice_published
 from slicecli.slicing.state import Batches, DenseModel, Silent, Target
-from slicecli.source import with_plain_experts
 from slicecli.tiny import SIZES, random_model, tiny_config
 
 __all__ = [

@@ -1,28 +1,22 @@
 """Where a model comes from: a Hub id or a folder, read cheap things first.
 
 `Source.find` fetches only the small files, so that every refusal that a config can justify comes before a
-single weight is downloaded. The weights are opened by transformers and accelerate with every module on the
-`disk` device: nothing is copied, and a tensor is read from the checkpoint when it is asked for.
+single weight is downloaded.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slicecli.checkpoint import file_digest
-from slicecli.dimensions import MOST_BLOCKS
+from slicecli.config_files import read_config
 from slicecli.errors import (
-    RequestError,
-    SlicecliError,
     SourceError,
     UnsupportedModelError,
     WeightsError,
@@ -33,23 +27,11 @@ from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
 from slicecli.json_files import MOST_JSON_BYTES, load_json
+from slicecli.libraries import quiet_libraries
 from slicecli.plan import DTYPE_CODES
+from slicecli.shells import outline
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = [
-    "DESCRIPTION_FILES",
-    "DenseWeights",
-    "Source",
-    "checkpoint_tensors",
-    "empty_model",
-    "outline",
-    "parameter_shapes",
-    "quiet_libraries",
-    "running",
-    "with_plain_experts",
-]
+__all__ = ["DESCRIPTION_FILES", "Source"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -57,19 +39,7 @@ ADAPTER_FILE = "adapter_config.json"
 LONGEST_NAME = 255
 MOST_HEADER_BYTES = 16_000_000
 MOST_COMPANION_BYTES = 200_000_000
-MOST_TABLE_BYTES = 1_000_000_000
 MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
-# of these a config class or a model makes a list, a dictionary, a module or a width for each
-MOST_OF = {
-    "num_hidden_layers": MOST_BLOCKS,
-    "num_layers": MOST_BLOCKS,
-    "n_layer": MOST_BLOCKS,
-    "n_layers": MOST_BLOCKS,
-    "num_labels": 100_000,
-    "partial_rotary_factor": 1,
-    "rotary_pct": 1,
-}
-MOST_LISTED = 10_000_000
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
@@ -155,7 +125,7 @@ class Source:
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
                 "Rename the folder.",
             )
-        return cls(name, folder, revision, commit, _read_config(folder, name), token, trust_remote_code)
+        return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code)
 
     def size(self, field: str, least: int = 1) -> int | None:
         """Return a field of the config that is a size, or `None` where it is missing or null.
@@ -433,257 +403,9 @@ class Source:
         return damaged
 
 
-class DenseWeights:
-    """The weights of a checkpoint, read tensor by tensor through transformers' own loading.
-
-    Names are those of the model's modules, whatever the names on disk. Nothing stays in memory.
-
-    Args:
-        source: The model; its weight files must be at hand (`Source.fetch_weights`).
-
-    Raises:
-        WeightsError: A tensor is missing, has another shape than the config says, or cannot be read.
-    """
-
-    def __init__(self, source: Source) -> None:
-        import transformers
-
-        # accelerate would tell the user that weights are on disk, which is the point
-        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-        self._name = source.name
-        self._scratch = tempfile.TemporaryDirectory(prefix="slicecli-")
-        try:
-            self._model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                trust_remote_code=source.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype="auto",
-                device_map={"": "disk"},
-                offload_folder=self._scratch.name,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise WeightsError(
-                f"The weights of {source.name} cannot be loaded: {reason_of(error)}.",
-                "Check that config.json belongs to these weights.",
-            ) from error
-        source.check_is_complete(report)
-        own = dict(self._model.named_parameters())
-        shared = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - own.keys()
-        self._names = [name for name in self._model.state_dict() if name not in shared]
-        self.dtype: torch.dtype = self._model.dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one parameter or persistent buffer, on the CPU, in the checkpoint's dtype.
-
-        Raises:
-            WeightsError: It cannot be read, or holds NaN or infinity.
-        """
-        import torch
-        from accelerate.utils import align_module_device
-
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        try:
-            with align_module_device(module, torch.device("cpu")):
-                tensor: torch.Tensor = getattr(module, leaf).detach()
-            is_finite = bool(torch.isfinite(tensor).all())
-        except Exception as error:
-            raise WeightsError(
-                f"{name} of {self._name} cannot be read: {reason_of(error)}.",
-                "Check that config.json belongs to these weights.",
-            ) from error
-        if not is_finite:
-            raise WeightsError(
-                f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
-            )
-        return tensor
-
-    def module(self, path: str) -> dict[str, torch.Tensor]:
-        """Read all parameters and persistent buffers below a module, by their names inside it."""
-        prefix = f"{path}."
-        return {name[len(prefix) :]: self.tensor(name) for name in self._names if name.startswith(prefix)}
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the warnings and bars of transformers and of the Hub's client out of the output, which has its own."""
-    import huggingface_hub
-    from transformers.utils import logging as transformers_logging
-
-    hub_logging = huggingface_hub.utils.logging
-    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub_verbosity = hub_logging.get_verbosity()
-    # what they log as an error they raise, or go on without
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def running(name: str) -> Iterator[None]:
-    """Let a model run, which is its family's code and may fail with whatever its config and weights hold.
-
-    Args:
-        name: Its name, for the message.
-
-    Raises:
-        RequestError: The memory does not suffice.
-        SourceError: It cannot be run.
-    """
-    import torch
-
-    try:
-        yield
-    except (SlicecliError, OSError):
-        raise
-    except Exception as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise RequestError(
-                f"The memory does not suffice to run {name}.",
-                "Give a smaller --batch-size or --seq-len, or another --device-map.",
-            ) from error
-        raise SourceError(
-            f"{name} cannot be run: {type(error).__name__}: {reason_of(error)}.", "Check its config.json."
-        ) from error
-
-
-def outline(config: Any, trust_remote_code: bool = False, most_bytes: int | None = None) -> Any:
-    """Build a model of a config without any memory: parameters and buffers are on `meta`, so that it cannot be run.
-
-    Args:
-        config: The config.
-        trust_remote_code: Whether code from the model's repository may run.
-        most_bytes: The most that parameters and buffers may take together if they were there.
-
-    Raises:
-        SourceError: transformers cannot build it, or it is too large.
-    """
-    import torch
-    import transformers
-
-    try:
-        with quiet_libraries(), torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise SourceError(
-            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
-        ) from error
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if most_bytes is not None and size > most_bytes:
-        raise SourceError(f"A model of this config takes {size / 1e9:,.2f} GB, too much here.", "Check config.json.")
-    return model
-
-
-def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation.
-
-    Raises:
-        SourceError: transformers cannot build it, or what it computes beforehand is too large.
-    """
-    import transformers
-    from accelerate import init_empty_weights
-
-    # those of some classes grow with a number in the config and with nothing in the weights
-    tables = sum(buffer.nbytes for buffer in outline(config, trust_remote_code).buffers())
-    if tables > MOST_TABLE_BYTES:
-        raise SourceError(
-            f"A model of this config computes tables of {tables / 1e9:,.2f} GB for itself.",
-            "Check max_position_embeddings and the like in config.json.",
-        )
-    try:
-        with quiet_libraries(), init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise SourceError(
-            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
-        ) from error
-    return with_plain_experts(model.eval())
-
-
-def with_plain_experts(model: Any) -> Any:
-    """Let a model's experts, if it has any, run in the plain loop, whose parts can be looked at; return the model."""
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    return model
-
-
-def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's parameters by name."""
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
-
-
-def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a parameter as checkpoints of its family store it.
-
-    Most are stored as they are; experts that transformers fuses into one tensor lie in the checkpoint one by one,
-    which is how other programs expect them.
-
-    Args:
-        model: A model of the family, with or without weights.
-        name: The parameter's name in the model.
-        tensor: Its value.
-
-    Returns:
-        One or more tensors by their names in the checkpoint.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
-    return stored
-
-
 def _listed(files: list[str]) -> str:
     """Name a weight file, or the first of several."""
     return f"The weight file {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-
-
-def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
-    try:
-        fields = load_json(folder / "config.json")
-    except FileNotFoundError:
-        raise SourceError(f"{name} has no config.json.", "Give the folder of a transformers model.") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"The config.json of {name} cannot be read: {reason_of(error)}.") from None
-    if not isinstance(fields, dict):
-        raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
-    _check_counts(fields, name)
-    return fields
-
-
-def _check_counts(content: Any, name: str, field: str = "", is_listed: bool = False) -> None:
-    """Refuse a config that would have its class make lists or modules without end.
-
-    Args:
-        content: The fields, or a value among them.
-        name: Name of the model.
-        field: The field that has the value.
-        is_listed: The value is in a list.
-
-    Raises:
-        SourceError: A number in it is more than any model has.
-    """
-    if isinstance(content, dict):
-        for inner, value in content.items():
-            _check_counts(value, name, inner)
-    elif isinstance(content, list):
-        for value in content:
-            _check_counts(value, name, field, is_listed=True)
-    elif isinstance(content, (int, float)):
-        most = MOST_LISTED if is_listed else MOST_OF.get(field)
-        if most is not None and content > most:
-            raise SourceError(
-                f"The config.json of {name} gives {field} = {shown(content)}, and no model has more than {most:,}.",
-                "Check config.json.",
-            )
 
 
 def _read_header(path: Path) -> dict[str, Any]:

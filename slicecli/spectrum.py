@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, read_rows, share_work
+from slicecli.engine import read_rows, share_work
+from slicecli.libraries import quiet_libraries, running
+from slicecli.planning import SliceOptions, plan_slices
 from slicecli.record import calibration_fields, package_versions
-from slicecli.source import running
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress

@@ -21,14 +21,16 @@ from slicecli import __version__
 from slicecli.checkpoint import file_digest, write_whole_file
 from slicecli.description import enter_curves, enter_results
 from slicecli.dimensions import Dimensions
-from slicecli.engine import Job, SliceOptions, find_adapter, plan_slices, quiet_libraries, run_slices
+from slicecli.engine import run_slices
 from slicecli.errors import OutputError
 from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
 from slicecli.json_files import read_json
+from slicecli.libraries import quiet_libraries
 from slicecli.plan import Width, slice_sizes
+from slicecli.planning import Job, SliceOptions, find_adapter, plan_slices
 from slicecli.processes import Processes
 from slicecli.record import package_versions, read_record
 from slicecli.source import Source

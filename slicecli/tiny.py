@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from slicecli.errors import SourceError, reason_of
-from slicecli.source import outline, with_plain_experts
+from slicecli.shells import outline, with_plain_experts
 
 __all__ = ["SIZES", "random_model", "tiny_config"]
 

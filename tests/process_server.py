@@ -39,13 +39,13 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.plugins import plugins
     from slicecli.proof import ModelWeights
     from slicecli.schedule import Schedule
+    from slicecli.shells import empty_model
     from slicecli.slicing.exact import Float64Throughout
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.pipeline import collect_basis, refit
     from slicecli.slicing.published import slice_published
     from slicecli.slicing.state import DenseModel, Silent, Target
     from slicecli.slicing.together import share_rows
-    from slicecli.source import empty_model
     from slicecli.tiny import random_model, tiny_config
 
     model = random_model(tiny_config(family), 0).double()

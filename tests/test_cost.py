@@ -15,11 +15,11 @@ import transformers
 from test_families import CASES
 
 from slicecli.dimensions import Dimensions
-from slicecli.engine import config_of
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.cost import CostModel, Workload, speed_up, times
 from slicecli.estimation.devices import DEVICES, Device, custom_device, device_named
 from slicecli.plan import METHODS, SlicePlan
+from slicecli.planning import config_of
 from slicecli.plugins import plugins
 from slicecli.schedule import PublishedSizes
 from slicecli.testing.adapter_tests import compare_operations

@@ -208,7 +208,7 @@ def test_one_process_where_accelerate_was_asked_for_several_is_noticed(launched)
 
 
 def test_many_processes_do_not_share_one_device(launched):
-    from slicecli.engine import pick_device
+    from slicecli.placement import pick_device
 
     launched(**MEETING, RANK="0", WORLD_SIZE="2")
     with pytest.raises(RequestError, match="Many processes"):

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from slicecli import engine, sweep
-from slicecli.engine import SliceOptions
 from slicecli.evaluation import measure
 from slicecli.evaluation.measure import EvaluationOptions
+from slicecli.planning import SliceOptions
 from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
 
 DIMS = "44,36,24"

@@ -40,7 +40,7 @@ from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError, reason_of
 from slicecli.proof import prove_accounting, prove_refit, prove_rotation, prove_shortcuts
 from slicecli.schedule import slices_head
-from slicecli.source import parameter_shapes
+from slicecli.shells import parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, random_model
 
 __all__ = ["Inference", "infer_adapter"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slicecli.errors import SlicecliError, UnsupportedModelError
-from slicecli.source import outline, parameter_shapes
+from slicecli.shells import outline, parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, tiny_config
 
 __all__ = ["ConfigProbe", "shapes_of"]

@@ -91,7 +91,7 @@ def _scaffold(
 ) -> None:
     """Write a plugin package for a model's family."""
     from slicecli.auto.scaffold import write_package
-    from slicecli.engine import quiet_libraries
+    from slicecli.libraries import quiet_libraries
     from slicecli.plugins import plugins
     from slicecli.source import Source
 

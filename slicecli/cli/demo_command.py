@@ -36,10 +36,12 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     """
     from slicecli.api import generate_text
     from slicecli.demo import MODEL_FOLDER
-    from slicecli.engine import SliceOptions, plan_slices, quiet_libraries, run_slices
+    from slicecli.engine import run_slices
     from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
+    from slicecli.libraries import quiet_libraries
     from slicecli.loading import load_model
     from slicecli.plan import Width
+    from slicecli.planning import SliceOptions, plan_slices
     from slicecli.source import Source
 
     settings = SliceOptions(calibration="demo", samples=256, sequence_length=256, overwrite=True)

@@ -48,9 +48,9 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL, dense or sliced."""
     from slicecli.api import generate_text
-    from slicecli.engine import quiet_libraries
+    from slicecli.libraries import quiet_libraries, running
     from slicecli.loading import load_model
-    from slicecli.source import Source, running
+    from slicecli.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()

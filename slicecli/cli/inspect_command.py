@@ -31,8 +31,8 @@ def command(
     with the check that failed.
     """
     from slicecli.dimensions import Dimensions
-    from slicecli.engine import find_adapter
     from slicecli.errors import NotInferredError
+    from slicecli.planning import find_adapter
     from slicecli.record import read_sound_record
     from slicecli.source import Source
 

@@ -12,9 +12,9 @@ import click
 from slicecli.plan import parse_bytes, parse_count
 
 if TYPE_CHECKING:
-    from slicecli.engine import SliceOptions
     from slicecli.evaluation.measure import EvaluationOptions
     from slicecli.hub.push import PushOptions
+    from slicecli.planning import SliceOptions
 
 __all__ = [
     "DTYPE",
@@ -372,7 +372,7 @@ def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
         chosen: Values by the names that click gives them.
         **more: Fields of a command's own.
     """
-    from slicecli.engine import SliceOptions
+    from slicecli.planning import SliceOptions
 
     return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
 

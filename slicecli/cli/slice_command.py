@@ -81,8 +81,10 @@ def command(
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
     shared.check_shard_size(max_shard_size)
 
-    from slicecli.engine import plan_slices, quiet_libraries, run_slices
+    from slicecli.engine import run_slices
+    from slicecli.libraries import quiet_libraries
     from slicecli.memory import return_freed_memory_at_once
+    from slicecli.planning import plan_slices
     from slicecli.processes import Processes
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -17,7 +17,6 @@ from typing import Any
 
 from slicecli.adapters import select_adapter
 from slicecli.dimensions import Dimensions, nearest_in
-from slicecli.engine import SliceOptions, check_method
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
@@ -25,6 +24,7 @@ from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.predictions import FARTHEST
 from slicecli.origin import Origin, origin_of
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
+from slicecli.planning import SliceOptions, check_method
 from slicecli.plugins import plugins
 from slicecli.source import DESCRIPTION_FILES, Source
 

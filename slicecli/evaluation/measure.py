@@ -16,12 +16,15 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.engine import batch_rows, check_vocabulary, pick_sequence_length, quiet_libraries
+from slicecli.engine import check_vocabulary
 from slicecli.errors import RequestError
+from slicecli.libraries import quiet_libraries, running
 from slicecli.loading import load_model
+from slicecli.placement import batch_rows
+from slicecli.planning import pick_sequence_length
 from slicecli.processes import Processes
 from slicecli.record import package_versions, read_sound_record
-from slicecli.source import Source, running
+from slicecli.source import Source
 from slicecli.text import Text, read_text
 
 if TYPE_CHECKING:

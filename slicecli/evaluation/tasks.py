@@ -32,11 +32,11 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from slicecli.engine import batch_rows
 from slicecli.errors import RequestError, SlicecliError, SourceError, TextError, WeightsError, reason_of
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.questions import Question, read_questions
 from slicecli.hub.errors import describe_hub_error
+from slicecli.placement import batch_rows
 from slicecli.processes import ALONE, Processes
 
 if TYPE_CHECKING:

@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 
 from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
-from slicecli.engine import SliceOptions, find_adapter, full_fields, plan_slices, quiet_libraries, run_slices
+from slicecli.engine import run_slices
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, Workload
+from slicecli.libraries import quiet_libraries
 from slicecli.plan import Method, SliceSizes, Width
+from slicecli.planning import SliceOptions, find_adapter, full_fields, plan_slices
 from slicecli.plugins import plugins
 from slicecli.proof import (
     identity_basis,
@@ -41,8 +43,9 @@ from slicecli.proof import (
     slice_in_memory,
 )
 from slicecli.schedule import PublishedSizes, Schedule, slices_head
+from slicecli.shells import empty_model, parameter_shapes, with_plain_experts
 from slicecli.slicing.published import Orientation
-from slicecli.source import Source, empty_model, parameter_shapes, with_plain_experts
+from slicecli.source import Source
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.tiny import random_model, tiny_config
 

@@ -100,9 +100,9 @@ class SliceUnderTest:
 
         That is the recorded one and the tolerance; without one, the upper end of what the record's curve predicts.
         """
-        from slicecli.engine import quiet_libraries
         from slicecli.estimation.relations import quoted_by
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
+        from slicecli.libraries import quiet_libraries
 
         curve = self._curve()
         name = self.text
