@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 __all__ = [
     "ShardWriter",
     "clear_folder",
+    "content_of",
     "file_digest",
     "require_disk_space",
     "unfinished_folder",
     "whole_folder",
+    "write_tensors",
     "write_whole_file",
     "write_whole_files",
 ]
 
 RECORD_FILE = "slicecli.json"
 LOCK_FILE = ".lock"
+ENTRY_BYTES = 256  # most that a tensor takes in a header of ours
 
 
 @contextmanager
@@ -239,8 +242,6 @@ class ShardWriter:
             name: Its name; each must be written exactly once, but for those that were there at the beginning.
             tensor: Its value on the CPU, of the shape and dtype announced.
         """
-        import torch
-
         if name in self._there:
             return
         if name not in self._missing:
@@ -250,7 +251,7 @@ class ShardWriter:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {announced} was announced")
         file = self._open[self._file_of[name]]
         file.seek(self._offset[name])
-        file.write(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+        file.write(content_of(tensor.contiguous()))
         self._missing.remove(name)
 
     def finish(self) -> dict[str, str]:
@@ -311,6 +312,39 @@ class ShardWriter:
                 f"What an interrupted run left of this output is damaged ({file}), so it cannot go on.",
                 "Leave out --resume to start anew.",
             )
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], count: int) -> None:
+    """Write tensors into one safetensors file, one after the other, so that only one need be in memory.
+
+    Args:
+        path: The file.
+        tensors: Names and values, of any dtype of `DTYPE_CODES`, float64 or uint8.
+        count: How many there are.
+    """
+    codes = {**DTYPE_CODES, "float64": "F64", "uint8": "U8"}
+    # the header comes first and is known last: spaces at its end are allowed
+    room = ENTRY_BYTES * (count + 1)
+    header: dict[str, object] = {}
+    end = 0
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for name, value in tensors:
+            held = value.detach().cpu().contiguous()
+            start, end = end, end + held.nbytes
+            shape, code = list(held.shape), codes[str(held.dtype).removeprefix("torch.")]
+            header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+            file.write(content_of(held))
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + json.dumps(header).encode().ljust(room))
+
+
+def content_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    import torch
+
+    content: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

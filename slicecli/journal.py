@@ -7,18 +7,17 @@ to one run: its fingerprint says of which model, plan, calibration and versions,
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint import ShardWriter
-from slicecli.errors import OutputError, RequestError, reason_of
+from slicecli.checkpoint import ShardWriter, write_tensors
+from slicecli.errors import OutputError, RequestError
 from slicecli.json_files import read_json
 from slicecli.slicing.state import Content, Snapshot
 
@@ -167,32 +166,16 @@ class FileJournal:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _save(self, phase: str, position: int, content: Content) -> dict[str, Any]:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         self._folder.mkdir(exist_ok=True)
         self._number += 1
-        file = f"{self._number}.safetensors" if content.tensors else None
+        file = f"{self._number}.safetensors" if len(content) else None
         if file is not None:
-            tensors = {name: value.contiguous().cpu() for name, value in content.tensors.items()}
-            try:
-                save_file(tensors, self._folder / file)
-            except SafetensorError as error:  # it says so only in words where the disk is full
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, reason_of(error)) from error
+            write_tensors(self._folder / file, content, len(content))
             _synchronise(self._folder / file)
         return {"phase": phase, "position": position, "file": file, "about": dict(content.about)}
 
     def _read(self, entry: Mapping[str, Any]) -> Snapshot:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        tensors: dict[str, torch.Tensor] = {}
-        if entry["file"] is not None:
-            try:
-                tensors = load_file(self._folder / entry["file"])
-            except (SafetensorError, OSError) as error:
-                raise _damaged(entry["file"]) from error
+        tensors = {} if entry["file"] is None else _StoredTensors(self._folder / entry["file"])
         return Snapshot(int(entry["position"]), tensors, entry["about"])
 
     def _write_state(self) -> None:
@@ -213,6 +196,32 @@ class FileJournal:
         for path in self._folder.glob("*.safetensors"):
             if path.name not in named:
                 path.unlink()
+
+
+class _StoredTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a file, each read when it is asked for: together they may be more than the memory takes.
+
+    Raises:
+        OutputError: The file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path.name) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
 
 
 def _synchronise(path: Path) -> None:

@@ -23,6 +23,7 @@ from slicecli.errors import PluginError
 __all__ = [
     "BlockRun",
     "Call",
+    "Calls",
     "Routing",
     "WriterInputs",
     "clear",
@@ -157,6 +158,42 @@ def record_calls(
     if len(calls) != len(blocks):
         raise PluginError(f"The model called {len(calls)} of its {len(blocks)} blocks.", "Check the adapter's blocks.")
     return streams[0], calls
+
+
+class Calls:
+    """How a model calls its blocks, for each shape of a batch.
+
+    Args:
+        model: A causal language model, its buffers on the device.
+        adapter: Its family's declaration.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self._model = model
+        self._adapter = adapter
+        self._blocks = list(model.get_submodule(adapter.blocks).children())
+        self._known: dict[tuple[int, ...], list[Call]] = {}
+
+    def record(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Run a batch through the embeddings, which must be filled; return the stream that enters the first block."""
+        stream, self._known[tuple(token_ids.shape)] = record_calls(self._model, self._blocks, token_ids)
+        return stream
+
+    def of(self, index: int, stream: torch.Tensor) -> Call:
+        """Return how a block is called with a stream, or with a piece of one.
+
+        Args:
+            index: Which block.
+            stream: Shape (rows, sequence length, width).
+        """
+        shape = tuple(stream.shape[:2])
+        if shape not in self._known:
+            # fewer rows than any batch had: what goes with them does not depend on what the embeddings are
+            with ExitStack() as stack:
+                for table in self._adapter.embeddings:
+                    stack.enter_context(_answering(self._model.get_submodule(table.path), lambda *_, **__: stream))
+                self.record(torch.zeros(shape, dtype=torch.int64, device=stream.device))
+        return self._known[shape][index]
 
 
 @dataclass(frozen=True)

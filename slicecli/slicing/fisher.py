@@ -28,11 +28,11 @@ from slicecli.memory import available_memory_bytes
 from slicecli.schedule import slices_head
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, principal_basis
-from slicecli.slicing.blocks import Call
+from slicecli.slicing.blocks import Call, Calls
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
 from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.state import Batches, DenseModel, Progress
-from slicecli.slicing.walk import embedding_tables, enter, filled, read_block, require_finite
+from slicecli.slicing.walk import embedding_tables, enter, filled, read_blocks, require_finite
 
 __all__ = ["FisherSpectrum", "collect_fisher", "drawn_labels"]
 
@@ -186,17 +186,16 @@ class _Passes:
         self._progress.start("backward", len(dense.blocks) + 1)
         gradients, nll = self._through_head(kept.pop(), tuple_length, seed)
         self._progress.advance()
-        for index in reversed(range(len(dense.blocks))):
-            block_calls = {shape: some[index] for shape, some in calls.items()}
-            self._through_block(index, block_calls, kept.pop(), gradients)
+        for index, weights in read_blocks(dense, range(len(dense.blocks))[::-1]):
+            self._through_block(index, weights, calls, kept.pop(), gradients)
             self._progress.advance()
         return self._weights.spectrum(nll, self._batches.rows.numel())
 
-    def _forwards(self) -> tuple[list[list[torch.Tensor]], dict[tuple[int, ...], list[Call]], int]:
+    def _forwards(self) -> tuple[list[list[torch.Tensor]], Calls, int]:
         """Run all blocks.
 
         Returns:
-            The stream before each block and behind the last, batch by batch; the calls of the blocks by batch shape;
+            The stream before each block and behind the last, batch by batch; the calls of the blocks;
             and the length of the tuple that the last block returned, 0 where it returned a tensor.
         """
         dense = self._dense
@@ -204,10 +203,11 @@ class _Passes:
         streams, calls = enter(dense, dense.shell, embedding_tables(dense), self._batches)
         kept = [[stream.to(self._place) for stream in streams]]
         tuple_length = 0
-        for index, block in enumerate(dense.blocks):
-            with filled(dense, block, read_block(dense, dense.block_name(index))):
+        for index, weights in read_blocks(dense, range(len(dense.blocks))):
+            block = dense.blocks[index]
+            with filled(dense, block, weights):
                 for number, stream in enumerate(streams):
-                    output = calls[tuple(stream.shape[:2])][index](block, stream)
+                    output = calls.of(index, stream)(block, stream)
                     tuple_length = len(output) if isinstance(output, tuple) else 0
                     streams[number] = running.first_tensor(output)
                     require_finite(streams[number], f"the activations after block {index}")
@@ -245,7 +245,7 @@ class _Passes:
         # never longer than a row: the model may have no more positions than that
         size = min(HEAD_TOKENS, rows.shape[1])
         with (
-            filled(dense, final, read_block(dense, adapter.final_norm)),
+            filled(dense, final, dense.weights.module(adapter.final_norm)),
             # by name, because a tied head is not listed among the checkpoint's tensors
             filled(
                 dense, head, {leaf: dense.weights.tensor(f"{adapter.head.path}.{leaf}") for leaf in ("weight", *bias)}
@@ -283,7 +283,8 @@ class _Passes:
     def _through_block(
         self,
         index: int,
-        calls: dict[tuple[int, ...], Call],
+        weights: dict[str, torch.Tensor],
+        calls: Calls,
         streams: list[torch.Tensor],
         gradients: list[torch.Tensor],
     ) -> None:
@@ -291,18 +292,18 @@ class _Passes:
 
         Args:
             index: Which.
-            calls: How the model calls it, by batch shape.
+            weights: Its tensors by name inside it.
+            calls: How the model calls its blocks.
             streams: The stream before it, batch by batch.
             gradients: With respect to the stream behind it, batch by batch; those before it take their place.
         """
         dense = self._dense
         block, norms = dense.blocks[index], dense.dimensions.declared_blocks[index].norms
-        weights = read_block(dense, dense.block_name(index))
         with filled(dense, block, weights):
             moments = {path: self._weights.empty_moment() for path in norms}
             for stream in streams:
                 entering = stream.to(dense.device)
-                _, seen = _watch(block, calls[tuple(stream.shape[:2])], entering, norms)
+                _, seen = _watch(block, calls.of(index, stream), entering, norms)
                 for path, moment in moments.items():
                     self._weights.add_tokens(moment, seen[path][0])
             # each taken out as it is solved: matrices of d x d are what this pass needs most memory for
@@ -311,7 +312,7 @@ class _Passes:
             for number, stream in enumerate(streams):
                 with torch.enable_grad():
                     entering = stream.to(dense.device).detach().requires_grad_()
-                    output, seen = _watch(block, calls[tuple(stream.shape[:2])], entering, norms)
+                    output, seen = _watch(block, calls.of(index, stream), entering, norms)
                     outputs = [seen[path][1] for path in norms]
                     *to_outputs, to_input = torch.autograd.grad(
                         output, [*outputs, entering], gradients[number].to(dense.device)

@@ -9,13 +9,16 @@ Legend: d hidden size, Q basis (d, k), C and M the two matrices of `slicecli.sli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from slicecli.adapters import Block
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis
+from slicecli.slicing.blocks import Calls
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
     fold_head,
@@ -25,6 +28,7 @@ from slicecli.slicing.folding import (
     project_embeddings,
 )
 from slicecli.slicing.moments import add_square, widen
+from slicecli.slicing.pieces import together
 from slicecli.slicing.state import (
     Batches,
     Content,
@@ -33,19 +37,20 @@ from slicecli.slicing.state import (
     NoJournal,
     Progress,
     Target,
-    stream_tensors,
     streams_in,
 )
 from slicecli.slicing.step import Step, fit_reading
+from slicecli.slicing.streams import Stream
 from slicecli.slicing.together import solve_basis
 from slicecli.slicing.walk import (
+    blocks_left,
     embedding_tables,
     enter,
     fill_kept,
     filled,
     hand_over_block,
     hand_over_buffers,
-    read_block,
+    read_blocks,
     require_finite,
 )
 
@@ -72,35 +77,34 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journ
     journal = journal or NoJournal()
     statistics = _Statistics(dense)
     progress.start(STATISTICS, len(dense.blocks) + 1)
-    streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
+    stream, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     snapshot = journal.resume(STATISTICS)
     if snapshot is not None:
-        streams = streams_in("dense", snapshot, dense.device)
+        stream = streams_in("dense", snapshot, dense.streams)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
-    for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
-        if snapshot is not None and index < snapshot.position:
-            progress.advance("done before")
-            continue
-        weights = read_block(dense, dense.block_name(index))
+    for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
+        block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
+        run_block = functools.partial(_run_block, block, calls, index, declared)
         with filled(dense, block, weights):
             moments = {path: statistics.empty() for path in declared.norms}
-            for number, stream in enumerate(streams):
-                call = calls[tuple(stream.shape[:2])][index]
-                run = running.run_block(block, call, stream, declared.branches)
-                streams[number] = run.output
-                require_finite(run.output, f"the activations after block {index}")
-                for path, moment in moments.items():
-                    statistics.add_tokens(moment, run.norm_inputs[path])
+            for number, batch in enumerate(stream):
+                outputs = []
+                for _, run in dense.pieces.run(run_block, batch):
+                    require_finite(run.output, f"the activations after block {index}")
+                    for path, moment in moments.items():
+                        statistics.add_tokens(moment, run.norm_inputs[path])
+                    outputs.append(run.output)
+                stream[number] = together(outputs)
             for path, moment in moments.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
         sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}
-        journal.offer(STATISTICS, index + 1, Content(stream_tensors("dense", streams) | sums))
+        journal.offer(STATISTICS, index + 1, Content({"dense": stream}, sums))
         progress.advance()
     final = statistics.empty()
-    for stream in streams:
-        statistics.add_tokens(final, stream)
+    for batch in stream:
+        statistics.add_tokens(final, batch)
     weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
     basis = solve_basis(dense, statistics.second_moment, statistics.metric)
@@ -139,34 +143,31 @@ def refit(
         return
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
-    streams, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
+    stream, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     bases = {target.dim: basis.leading(target.dim) for target in targets}
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
     snapshot = journal.resume(phase)
     if snapshot is not None:
-        streams = streams_in("dense", snapshot, dense.device)
+        stream = streams_in("dense", snapshot, dense.streams)
         for target in targets:
-            target.stream = streams_in(f"slice{target.dim}", snapshot, dense.device)
+            target.stream = streams_in(f"slice{target.dim}", snapshot, dense.streams)
 
-    for index, (block, declared) in enumerate(zip(dense.blocks, dense.dimensions.declared_blocks, strict=True)):
-        if snapshot is not None and index < snapshot.position:
-            progress.advance("done before")
-            continue
-        name = dense.block_name(index)
-        weights = read_block(dense, name)
-        block_calls = {shape: some[index] for shape, some in calls.items()}
+    for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
+        block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
         steps = declared.steps
-        # the stream as each step reads it, batch by batch
-        before: list[list[torch.Tensor]] = [[] for _ in steps]
+        # the stream as each step reads it
+        before = [dense.streams.new() for _ in steps]
         lengths: dict[str, int] = {}
+        run_block = functools.partial(_run_block, block, calls, index, declared)
         with filled(dense, block, weights):
-            for number, stream in enumerate(streams):
-                run = running.run_block(block, block_calls[tuple(stream.shape[:2])], stream, declared.branches)
-                require_finite(run.output, f"the activations after block {index}")
-                streams[number], lengths = run.output, run.tuple_lengths
+            for number, batch in enumerate(stream):
+                runs = [run for _, run in dense.pieces.run(run_block, batch)]
+                output, lengths = together([run.output for run in runs]), runs[0].tuple_lengths
+                require_finite(output, f"the activations after block {index}")
                 for inputs, step in zip(before, steps, strict=True):
-                    inputs.append(run.norm_inputs[step[0].norm])
+                    inputs.append(together([run.norm_inputs[step[0].norm] for run in runs]))
+                stream[number] = output
         errors = []
         sliced_blocks = [target.shell.get_submodule(name) for target in targets]
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
@@ -177,37 +178,38 @@ def refit(
             running.fill(sliced_block, norms, dense.device, dense.dtype)
         for position, branches in enumerate(steps):
             is_last = position + 1 == len(steps)
-            after = streams if is_last else before[position + 1]
+            after = stream if is_last else before[position + 1]
             others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
             silent = {module: lengths[module] for module in others if module}
             for target, sliced_block in zip(targets, sliced_blocks, strict=True):
+                call_of = functools.partial(calls.of, index)
                 fitting = Step(
-                    dense, target, sliced_block, branches, weights, block_calls, lengths, silent, is_last, held_out
+                    dense, target, sliced_block, branches, weights, call_of, lengths, silent, is_last, held_out
                 )
                 errors.append(fitting.fit_readers(before[position], bases[target.dim]))
-                fitting.fit_writers(after, bases[target.dim])
-                for stream in target.stream:
-                    require_finite(stream, f"the sliced activations of block {index} ({branches[-1].norm})")
+                what = f"the sliced activations of block {index} ({branches[-1].norm})"
+                fitting.fit_writers(after, bases[target.dim], what)
             before[position].clear()
         for target in targets:
             hand_over_block(target, name, weights)
-        journal.offer(phase, index + 1, _streams_of(streams, targets))
+        journal.offer(phase, index + 1, _streams_of(stream, targets))
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
-        _fit_head(dense, target, streams, bases[target.dim], held_out)
+        _fit_head(dense, target, stream, bases[target.dim], held_out)
         hand_over_buffers(dense, target)
         target.stream.clear()
-    journal.finish(phase, Content({}))
+    journal.finish(phase, Content())
     progress.advance()
 
 
-def _streams_of(streams: Sequence[torch.Tensor], targets: Sequence[Target]) -> Content:
+def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> running.BlockRun:
+    return running.run_block(block, calls.of(index, batch), batch, declared.branches)
+
+
+def _streams_of(stream: Stream, targets: Sequence[Target]) -> Content:
     """Return the dense stream and that of each slice, for a journal."""
-    tensors = stream_tensors("dense", streams)
-    for target in targets:
-        tensors |= stream_tensors(f"slice{target.dim}", target.stream)
-    return Content(tensors)
+    return Content({"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}})
 
 
 class _Statistics:
@@ -260,7 +262,7 @@ class _Statistics:
 def _fit_head(
     dense: DenseModel,
     target: Target,
-    streams: Sequence[torch.Tensor],
+    stream: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
 ) -> None:
@@ -268,7 +270,7 @@ def _fit_head(
     path = dense.adapter.final_norm
     norm = target.shell.get_submodule(path)
     running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
-    matrix, _ = fit_reading(dense, norm, streams, target.stream, basis, held_out)
+    matrix, _ = fit_reading(dense, norm, stream, target.stream, basis, held_out)
     running.clear(norm)
     if not dense.processes.is_main:
         return  # the head is only written

@@ -15,7 +15,8 @@ y = Qᵀ x the sliced stream, W a writer, S = Qᵀ Q' the shortcut from a place 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,7 @@ from slicecli.slicing.folding import (
 )
 from slicecli.slicing.maps import fold_reader, rows_times
 from slicecli.slicing.moments import add_square, widen
+from slicecli.slicing.pieces import together
 from slicecli.slicing.state import (
     Batches,
     Content,
@@ -44,16 +46,16 @@ from slicecli.slicing.state import (
     Progress,
     Snapshot,
     Target,
-    stream_tensors,
     streams_in,
 )
 from slicecli.slicing.walk import (
+    blocks_left,
     embedding_tables,
     enter,
     fill_kept,
     hand_over_block,
     hand_over_buffers,
-    read_block,
+    read_blocks,
     require_finite,
 )
 
@@ -90,12 +92,12 @@ class _Bases:
         self._shares: list[torch.Tensor] = []
         self._kept: list[float] = []
 
-    def find(self, streams: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    def find(self, stream: Iterable[torch.Tensor], width: int) -> torch.Tensor:
         """Return Q at a place, float64 of shape (d, width), from the stream there."""
         size = self._dense.dimensions.hidden_size
         moment = torch.zeros(size, size, dtype=torch.float64, device=self._dense.device)
-        for stream in streams:
-            flat = widen(stream).flatten(0, -2)
+        for batch in stream:
+            flat = widen(batch).flatten(0, -2)
             add_square(moment, flat)
         self._dense.processes.sum_square_to_main(moment)
         basis, shares = self._dense.processes.tensors_from_main(
@@ -117,7 +119,7 @@ class _Bases:
     def content(self) -> Content:
         """Return what the places so far leave for those that follow."""
         tensors = {"shares": torch.stack(self._shares), "generator": self._generator.get_state()}
-        return Content(tensors, {"kept": self._kept})
+        return Content({}, tensors, {"kept": self._kept})
 
     def go_on(self, snapshot: Snapshot) -> None:
         """Take up what `content` returned."""
@@ -165,7 +167,7 @@ def slice_published(
         return bases.spectrum()
     progress.start("slice", len(dense.blocks) + 1)
     wide, _ = enter(dense, dense.shell, embedding_tables(dense), batches)
-    basis = bases.find([_without_mean(dense, stream) for stream in wide], schedule.blocks[0][0])
+    basis = bases.find((_without_mean(dense, batch) for batch in wide), schedule.blocks[0][0])
     del wide
     turn = _without_mean(dense, basis, axis=0)
     tables = {name: rows_times(table, turn, target.dtype) for name, table in embedding_tables(dense).items()}
@@ -176,26 +178,25 @@ def slice_published(
     snapshot = journal.resume(phase)
     if snapshot is not None:
         bases.go_on(snapshot)
-        target.stream = streams_in("slice", snapshot, dense.device)
+        target.stream = streams_in("slice", snapshot, dense.streams)
         basis = snapshot.tensors["basis"].to(dense.device)
 
-    for index, declared in enumerate(dense.dimensions.declared_blocks):
-        if snapshot is not None and index < snapshot.position:
-            progress.advance("done before")
-            continue
-        name = dense.block_name(index)
-        weights = read_block(dense, name)
+    for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
+        declared, name = dense.dimensions.declared_blocks[index], dense.block_name(index)
         block = target.shell.get_submodule(name)
         fill_kept(dense, target, declared, block, weights)
-        block_calls = {shape: some[index] for shape, some in calls.items()}
         for position, (_, width) in enumerate(schedule.shortcuts(index)):
             step = _Step(dense, target, block, declared, position, weights)
             step.set_readers(basis)
-            step.widen_stream(block_calls, basis, f"the sliced activations of block {index}, step {position + 1}")
+            step.widen_stream(
+                functools.partial(calls.of, index),
+                basis,
+                f"the sliced activations of block {index}, step {position + 1}",
+            )
             following = bases.find(target.stream, width)
             step.set_writers(basis, following)
             turn = following.to(torch.promote_types(dense.dtype, torch.float32))
-            target.stream = [(widen(stream) @ turn).to(dense.dtype) for stream in target.stream]
+            target.stream = dense.streams.filled((widen(batch) @ turn).to(dense.dtype) for batch in target.stream)
             basis = following
         hand_over_block(target, name, weights)
         journal.offer(phase, index + 1, _content(bases, target, basis))
@@ -212,7 +213,7 @@ def slice_published(
 def _content(bases: _Bases, target: Target, basis: torch.Tensor) -> Content:
     """Return what the next block needs, for a journal."""
     content = bases.content()
-    return Content({**content.tensors, **stream_tensors("slice", target.stream), "basis": basis}, content.about)
+    return Content({"slice": target.stream}, {**content.tensors, "basis": basis}, content.about)
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,11 @@ class _Step:
                 tensors[name] = fold_reader(self.weights[name], gain, None, basis, has_bias=True, dtype=dtype)
         self._fill(tensors)
 
-    def widen_stream(self, calls: Mapping[tuple[int, ...], running.Call], basis: torch.Tensor, what: str) -> None:
+    def widen_stream(self, call_of: Callable[[torch.Tensor], running.Call], basis: torch.Tensor, what: str) -> None:
         """Run the step up to its writers, and make of the stream what the dense writers would, at full width.
 
         Args:
-            calls: How the model calls the block, by batch shape.
+            call_of: Says how the model calls the block with a piece of the stream.
             basis: Q at this place.
             what: What the stream is called where it is damaged.
         """
@@ -265,14 +266,17 @@ class _Step:
         others = [step for position, step in enumerate(steps) if position != self.position]
         silent = {branch.module: 0 for step in others for branch in step if branch.module}
         shortcuts = list(self.block.get_submodule("shortcuts").children())
-        for number, stream in enumerate(self.target.stream):
+
+        def run(batch: torch.Tensor) -> torch.Tensor:
             with running.passing_through(shortcuts):
-                call = calls[tuple(stream.shape[:2])]
-                seen = running.writer_inputs(self.block, call, stream, self.branches, silent)
-            flat = widen(stream).flatten(0, -2)
+                seen = running.writer_inputs(self.block, call_of(batch), batch, self.branches, silent)
+            flat = widen(batch).flatten(0, -2)
             after = flat @ basis.T.to(flat.dtype) + self._added(seen)
             require_finite(after, what)
-            self.target.stream[number] = after.reshape(*stream.shape[:-1], -1).to(self.dense.dtype)
+            return after.reshape(*batch.shape[:-1], -1).to(self.dense.dtype)
+
+        for number, batch in enumerate(self.target.stream):
+            self.target.stream[number] = together([some for _, some in self.dense.pieces.run(run, batch)])
 
     def set_writers(self, basis: torch.Tensor, following: torch.Tensor) -> None:
         """Fill the writers, in the basis of the next place, and the shortcut from this one to it."""

@@ -19,6 +19,8 @@ from slicecli.dimensions import Dimensions
 from slicecli.processes import ALONE, Processes
 from slicecli.slicing.folding import WeightReader
 from slicecli.slicing.moments import normalise
+from slicecli.slicing.pieces import Pieces
+from slicecli.slicing.streams import Stream, StreamStore
 
 __all__ = [
     "Batches",
@@ -30,7 +32,6 @@ __all__ = [
     "Silent",
     "Snapshot",
     "Target",
-    "stream_tensors",
     "streams_in",
 ]
 
@@ -64,12 +65,24 @@ class Content:
     """What a run needs to go on from some block.
 
     Attributes:
-        tensors: Streams and sums, by name.
+        streams: Streams by name, read batch by batch.
+        tensors: Sums and the like, by name.
         about: Plain data.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tensors) + sum(len(stream) for stream in self.streams.values())
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all tensors by name, those of streams by the names that `streams_in` knows."""
+        yield from self.tensors.items()
+        for name, stream in self.streams.items():
+            for number, batch in enumerate(stream):
+                yield f"{name}.{number}", batch
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Snapshot:
 
     Attributes:
         position: Index of the block to go on with.
-        tensors: As of `Content`, on the CPU.
+        tensors: As `Content` yields them, on the CPU; each is read when it is asked for.
         about: As of `Content`.
     """
 
@@ -123,15 +136,10 @@ class NoJournal:
         """Take nothing."""
 
 
-def stream_tensors(name: str, streams: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the batches of a stream by names that `streams_in` knows."""
-    return {f"{name}.{number}": stream for number, stream in enumerate(streams)}
-
-
-def streams_in(name: str, snapshot: Snapshot, device: torch.device) -> list[torch.Tensor]:
-    """Return the batches of a stream from a snapshot, in their order."""
+def streams_in(name: str, snapshot: Snapshot, store: StreamStore) -> Stream:
+    """Return a stream from a snapshot, its batches in their order."""
     count = sum(key.startswith(f"{name}.") for key in snapshot.tensors)
-    return [snapshot.tensors[f"{name}.{number}"].to(device) for number in range(count)]
+    return store.filled(snapshot.tensors[f"{name}.{number}"] for number in range(count))
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,8 @@ class DenseModel:
         device: Where blocks run.
         dtype: Dtype of blocks and streams.
         processes: Those that run it, each on its share of the rows.
+        store: Keeps the streams; `None` keeps them on the device.
+        pieces: How much of a batch runs at once.
     """
 
     shell: Any
@@ -153,11 +163,18 @@ class DenseModel:
     device: torch.device
     dtype: torch.dtype
     processes: Processes = ALONE
+    store: StreamStore | None = None
+    pieces: Pieces = field(default_factory=Pieces)
 
     @property
     def adapter(self) -> Adapter:
         """The family's declaration."""
         return self.dimensions.adapter
+
+    @property
+    def streams(self) -> StreamStore:
+        """What keeps the streams."""
+        return self.store or StreamStore(self.device)
 
     @property
     def is_centred(self) -> bool:
@@ -194,7 +211,7 @@ class Target:
     shell: Any
     dtype: torch.dtype
     sink: Callable[[str, torch.Tensor], None]
-    stream: list[torch.Tensor] = field(default_factory=list, repr=False)
+    stream: Stream = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ start from. Formulas: least squares as in "ours" of `docs/method.md`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,12 @@ from slicecli.slicing.blocks import Call, Routing
 from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
 from slicecli.slicing.maps import projection_for_readers, projection_of_stream
 from slicecli.slicing.moments import Moments, inverse_scale, widen
+from slicecli.slicing.pieces import together
 from slicecli.slicing.ridge import Correction, solve_ridge
 from slicecli.slicing.state import DenseModel, Target
+from slicecli.slicing.streams import Stream
 from slicecli.slicing.together import solve_moments
+from slicecli.slicing.walk import require_finite
 
 __all__ = ["Step", "fit_reading"]
 
@@ -65,18 +68,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Goals:
-    """What the writers of a step are fitted to, batch by batch.
+    """What the writers of a step are fitted to.
 
     Attributes:
         dense: The dense model.
-        after: The dense stream after the step.
-        streams: The sliced stream before it.
         basis: Q, float64 of shape (d, k).
     """
 
     dense: DenseModel
-    after: Sequence[torch.Tensor]
-    streams: Sequence[torch.Tensor]
     basis: torch.Tensor
 
     @functools.cached_property
@@ -84,15 +83,19 @@ class Goals:
         """What the dense stream is multiplied by, in the dtype for products."""
         return projection_of_stream(self.basis).to(torch.promote_types(self.dense.dtype, torch.float32))
 
-    def residual(self, number: int) -> torch.Tensor:
-        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k)."""
-        after = widen(self.after[number]).flatten(0, -2)
-        return after @ self._turn - widen(self.streams[number]).flatten(0, -2)
+    def residual(self, after: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k).
 
-    def root(self, number: int) -> torch.Tensor:
+        Args:
+            after: x⁺, the dense stream after the step, shape (rows, sequence length, d).
+            batch: y, the sliced stream before it, shape (rows, sequence length, k).
+        """
+        return widen(after).flatten(0, -2) @ self._turn - widen(batch).flatten(0, -2)
+
+    def root(self, after: torch.Tensor) -> torch.Tensor:
         """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""
-        after = widen(self.after[number]).flatten(0, -2)
-        return inverse_scale(after, self.dense.dimensions.epsilon, self.dense.is_centred)
+        flat = widen(after).flatten(0, -2)
+        return inverse_scale(flat, self.dense.dimensions.epsilon, self.dense.is_centred)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Step:
         block: Its block.
         branches: The branches of the step.
         weights: Dense parameters by name inside the block.
-        calls: How the model calls the block, by batch shape.
+        call_of: Says how the model calls the block with a piece of the stream.
         lengths: What each branch's module returns, see `slicecli.slicing.blocks.BlockRun`.
         silent: Modules of the block's other branches, likewise.
         is_last: Whether the block ends with this step.
@@ -117,13 +120,13 @@ class Step:
     block: nn.Module
     branches: tuple[Branch, ...]
     weights: dict[str, torch.Tensor]
-    calls: dict[tuple[int, ...], Call]
+    call_of: Callable[[torch.Tensor], Call]
     lengths: dict[str, int]
     silent: dict[str, int]
     is_last: bool
     held_out: Sequence[torch.Tensor]
 
-    def fit_readers(self, dense_inputs: Sequence[torch.Tensor], basis: torch.Tensor) -> float:
+    def fit_readers(self, dense_inputs: Stream, basis: torch.Tensor) -> float:
         """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
 
         Returns:
@@ -134,19 +137,28 @@ class Step:
         self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
         return lost
 
-    def fit_writers(self, dense_after: Sequence[torch.Tensor], basis: torch.Tensor) -> None:
-        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream."""
+    def fit_writers(self, dense_after: Stream, basis: torch.Tensor, what: str) -> None:
+        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream.
+
+        Args:
+            dense_after: The dense stream after this step.
+            basis: Q.
+            what: What the sliced stream is called where it is damaged.
+
+        Raises:
+            WeightsError: It becomes NaN or infinite.
+        """
         projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
         self._set_writers(projected)
-        goals = Goals(self.dense, dense_after, self.target.stream, basis)
+        goals = Goals(self.dense, basis)
         entries = list(self._entries())
         with_experts = [branch for branch in self.branches if branch.experts is not None]
-        kept: dict[str, list[torch.Tensor]] = {entry.writer.path: [] for entry in entries if self._is_kept(entry)}
+        kept = {entry.writer.path: self.dense.streams.new() for entry in entries if self._is_kept(entry)}
         if entries:
-            self._fit_linear(entries, projected, goals, kept)
+            self._fit_linear(entries, projected, dense_after, goals, kept)
         for branch in with_experts:
-            self._fit_experts(branch, projected, goals)
-        self._move_on(entries, kept)
+            self._fit_experts(branch, projected, dense_after, goals)
+        self._move_on(entries, kept, what)
 
     def _entries(self) -> Iterator[Entry]:
         for branch in self.branches:
@@ -168,34 +180,38 @@ class Step:
         can_be_left_out = bool(entry.module) or len(self.branches) == 1
         return not entry.writer.gate and can_be_left_out and (is_narrow or not self.is_last)
 
-    def _seen(self, stream: torch.Tensor) -> running.WriterInputs:
-        return running.writer_inputs(self.block, self._call(stream), stream, self.branches, self.silent)
+    def _seen(self, batch: torch.Tensor) -> running.WriterInputs:
+        return running.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
 
     def _fit_linear(
         self,
         entries: Sequence[Entry],
         projected: Mapping[str, torch.Tensor],
+        dense_after: Stream,
         goals: Goals,
-        kept: Mapping[str, list[torch.Tensor]],
+        kept: Mapping[str, Stream],
     ) -> None:
         """Fit the linear writers of the step together; experts beside them count as their projections make them."""
-        parts = []
+        starts = []
         for entry in entries:
-            parts.append(projected[f"{entry.writer.path}.weight"])
+            starts.append(projected[f"{entry.writer.path}.weight"])
             if entry.has_bias:
-                parts.append(projected[f"{entry.writer.path}.bias"][:, None])
+                starts.append(projected[f"{entry.writer.path}.bias"][:, None])
         wide = torch.promote_types(self.dense.dtype, torch.float32)
-        start = _beside(parts)
+        start = _beside(starts)
         start_wide = start.to(wide)
         moments = Moments(start.shape[1], self.target.dim, self.dense.device)
-        for number, stream in enumerate(self.target.stream):
-            seen = self._seen(stream)
-            for path, held in kept.items():
-                held.append(seen.linear[path])
-            flat = _beside([column for entry in entries for column in entry.columns(seen, wide)])
-            residual = goals.residual(number) - flat @ start_wide.T - self._experts_add(seen)
-            root = goals.root(number)
-            moments.add(flat * root, residual * root, self.held_out[number])
+        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
+            held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
+            for rows, seen in self.dense.pieces.run(self._seen, batch):
+                for path, parts in held.items():
+                    parts.append(seen.linear[path])
+                flat = _beside([column for entry in entries for column in entry.columns(seen, wide)])
+                residual = goals.residual(after[rows], batch[rows]) - flat @ start_wide.T - self._experts_add(seen)
+                root = goals.root(after[rows])
+                moments.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
+            for path, parts in held.items():
+                kept[path].append(together(parts))
         del start_wide
         matrix = start + solve_moments(self.dense.processes, moments, solve_ridge).matrix
         del moments
@@ -207,7 +223,9 @@ class Step:
                 fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
             self._set_writers(fitted)
 
-    def _fit_experts(self, branch: Branch, projected: Mapping[str, torch.Tensor], goals: Goals) -> None:
+    def _fit_experts(
+        self, branch: Branch, projected: Mapping[str, torch.Tensor], dense_after: Stream, goals: Goals
+    ) -> None:
         """Fit the experts' writers one after the other, each to what the others leave of the goal."""
         declared = branch.experts
         assert declared is not None
@@ -217,15 +235,18 @@ class Step:
         width = self.dense.dimensions.width(declared.writer_width)
         routings: list[Routing] = []
         residuals: list[torch.Tensor] = []
-        for number, stream in enumerate(self.target.stream):
-            seen = self._seen(stream)
-            routings.append(seen.routings[declared.module])
-            residual = goals.residual(number) - self._experts_add(seen)
-            for entry in self._entries():
-                written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
-                residual -= entry.gain(seen, wide) * widen(written)
-            residuals.append(residual)
-        roots = [goals.root(number) for number in range(len(residuals))]
+        roots: list[torch.Tensor] = []
+        held_out: list[torch.Tensor] = []
+        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
+            for rows, seen in self.dense.pieces.run(self._seen, batch):
+                routings.append(seen.routings[declared.module])
+                residual = goals.residual(after[rows], batch[rows]) - self._experts_add(seen)
+                for entry in self._entries():
+                    written = self.block.get_submodule(entry.writer.path)(seen.linear[entry.writer.path])
+                    residual -= entry.gain(seen, wide) * widen(written)
+                residuals.append(residual)
+                roots.append(goals.root(after[rows]))
+                held_out.append(_of_rows(is_held_out, rows, batch))
         starts, fitted = projected[declared.writer_path], []
         for expert, start in enumerate(starts):
             moments = Moments(width, self.target.dim, self.dense.device)
@@ -236,7 +257,7 @@ class Step:
                 gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
                 inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
                 inputs, root = inner * gain, roots[number][tokens]
-                moments.add(inputs * root, residuals[number][tokens] * root, self.held_out[number][tokens])
+                moments.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
                 shares.append((tokens, inputs))
             correction = solve_moments(self.dense.processes, moments, solve_ridge).matrix
             for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
@@ -255,23 +276,27 @@ class Step:
                 total = total + self._multiplier(branch) * widen(added)
         return total
 
-    def _move_on(self, entries: Sequence[Entry], kept: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Add the step to the sliced stream."""
+    def _move_on(self, entries: Sequence[Entry], kept: Mapping[str, Stream], what: str) -> None:
+        """Add the step to the sliced stream.
+
+        Raises:
+            WeightsError: It becomes NaN or infinite.
+        """
         held = [entry for entry in entries if entry.writer.path in kept]
         is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
         silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
-        for number, stream in enumerate(self.target.stream):
-            moved = stream
-            if not is_complete:
-                with running.silenced(self.block, silent, stream):
-                    moved = running.first_tensor(self._call(stream)(self.block, stream))
+
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            with running.silenced(self.block, silent, batch):
+                return running.first_tensor(self.call_of(batch)(self.block, batch))
+
+        for number, batch in enumerate(self.target.stream):
+            moved = batch if is_complete else together([some for _, some in self.dense.pieces.run(run, batch)])
             for entry in held:
                 added = self.block.get_submodule(entry.writer.path)(kept[entry.writer.path][number])
-                moved = moved + entry.multiplier * added.reshape(stream.shape)
+                moved = moved + entry.multiplier * added.reshape(batch.shape)
+            require_finite(moved, what)
             self.target.stream[number] = moved
-
-    def _call(self, stream: torch.Tensor) -> Call:
-        return self.calls[tuple(stream.shape[:2])]
 
     def _set_writers(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill writers whose weights are given as (outputs, inputs)."""
@@ -285,8 +310,8 @@ class Step:
 def fit_reading(
     dense: DenseModel,
     norm: nn.Module,
-    dense_inputs: Sequence[torch.Tensor],
-    sliced_inputs: Sequence[torch.Tensor],
+    dense_inputs: Stream,
+    sliced_inputs: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, float]:
@@ -320,6 +345,12 @@ def fit_reading(
         # n'(y) has no mean but for rounding; the place must be free for the norms' biases
         fitted = fitted - fitted.mean(1, keepdim=True)
     return fitted, lost
+
+
+def _of_rows(values: torch.Tensor, rows: slice, batch: torch.Tensor) -> torch.Tensor:
+    """Return those of a batch's values, one for each token, that belong to some of its rows."""
+    length = batch.shape[1]
+    return values[rows.start * length : rows.stop * length]
 
 
 def _beside(columns: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What every pass over the blocks does: run the embeddings, read a block, fill it for a while, check the stream."""
+"""What every pass over the blocks does: run the embeddings, read block after block, fill one, check the stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +13,19 @@ from torch import nn
 from slicecli.adapters import Block
 from slicecli.errors import WeightsError
 from slicecli.slicing import blocks as running
-from slicecli.slicing.blocks import Call
-from slicecli.slicing.state import Batches, DenseModel, Target
+from slicecli.slicing.blocks import Calls
+from slicecli.slicing.state import Batches, DenseModel, Progress, Snapshot, Target
+from slicecli.slicing.streams import Carrier, Stream
 
 __all__ = [
+    "blocks_left",
     "embedding_tables",
     "enter",
     "fill_kept",
     "filled",
     "hand_over_block",
     "hand_over_buffers",
-    "read_block",
+    "read_blocks",
     "require_finite",
 ]
 
@@ -33,29 +36,53 @@ def embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
     return {name: dense.weights.tensor(name).to(dense.device) for name in names}
 
 
-def enter(
-    dense: DenseModel, shell: Any, tables: dict[str, torch.Tensor], batches: Batches
-) -> tuple[list[torch.Tensor], dict[tuple[int, ...], list[Call]]]:
+def enter(dense: DenseModel, shell: Any, tables: dict[str, torch.Tensor], batches: Batches) -> tuple[Stream, Calls]:
     """Run a model's embeddings over all batches.
 
     Returns:
-        The stream that enters the first block, per batch, and the calls of the blocks per batch shape.
+        The stream that enters the first block, and the calls of the blocks.
     """
     running.move_buffers(shell, dense.device)
     running.fill(shell, tables, dense.device, dense.dtype)
-    blocks = list(shell.get_submodule(dense.adapter.blocks))
-    streams, calls = [], {}
+    stream, calls = dense.streams.new(), Calls(shell, dense.adapter)
     for batch in batches:
-        stream, calls[tuple(batch.shape)] = running.record_calls(shell, blocks, batch.to(dense.device))
-        streams.append(stream)
+        stream.append(calls.record(batch.to(dense.device)))
     for table in dense.adapter.embeddings:
         running.clear(shell.get_submodule(table.path))
-    return streams, calls
+    return stream, calls
 
 
-def read_block(dense: DenseModel, name: str) -> dict[str, torch.Tensor]:
-    """Read a block's weights onto the device, in the checkpoint's dtype."""
-    return {key: value.to(dense.device) for key, value in dense.weights.module(name).items()}
+def blocks_left(dense: DenseModel, snapshot: Snapshot | None, progress: Progress) -> range:
+    """Return the indices of the blocks that a pass still has to do, counting those that were done before."""
+    first = 0 if snapshot is None else snapshot.position
+    for _ in range(first):
+        progress.advance("done before")
+    return range(first, len(dense.blocks))
+
+
+def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Read the weights of blocks onto the device, in the checkpoint's dtype, each while the one before is worked on.
+
+    Args:
+        dense: The dense model.
+        indices: Which blocks, in the order in which they are wanted.
+
+    Yields:
+        The index of a block, and its tensors by name inside it.
+    """
+    carrier = Carrier(dense.device)
+
+    def read(index: int) -> dict[str, Callable[[], torch.Tensor]]:
+        tensors = dense.weights.module(dense.block_name(index))
+        return {name: carrier.send(carrier.pinned(value)) for name, value in tensors.items()}
+
+    with ThreadPoolExecutor(1, thread_name_prefix="slicecli-block") as pool:
+        ahead = pool.submit(read, indices[0]) if indices else None
+        for index, following in zip(indices, [*indices[1:], None], strict=True):
+            assert ahead is not None
+            arriving = ahead.result()
+            ahead = None if following is None else pool.submit(read, following)
+            yield index, {name: receive() for name, receive in arriving.items()}
 
 
 @contextmanager
