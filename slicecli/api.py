@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
+    from slicecli.placement import DeviceMap, MaxMemory
     from slicecli.slicing.state import Progress
 
 __all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
@@ -69,7 +70,8 @@ def load(
     model: str,
     *,
     dtype: str | None = None,
-    device_map: Any = "auto",
+    device_map: DeviceMap = "auto",
+    max_memory: MaxMemory | None = None,
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
@@ -83,6 +85,7 @@ def load(
         model: Hub id or folder.
         dtype: Name of the dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
         device_map: As in transformers; a device name is one too.
+        max_memory: The most bytes of weights by device, by its number or `cpu`, for the maps that are named.
         revision: Revision on the Hub.
         token: Hub token.
         trust_remote_code: Whether code from the model's repository may run.
@@ -102,7 +105,7 @@ def load(
 
     source = Source.find(model, revision, token, trust_remote_code)
     with quiet_libraries():
-        return load_model(source, dtype, device_map), source.tokenizer()
+        return load_model(source, dtype, device_map, max_memory), source.tokenizer()
 
 
 def perplexity(model: str, text: str = "wikitext2", **options: Any) -> PerplexityResult:

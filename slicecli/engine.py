@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,14 @@ from slicecli.errors import (
     SourceError,
 )
 from slicecli.libraries import running
-from slicecli.memory import available_memory_bytes, peak_memory_bytes
-from slicecli.placement import batch_rows, compute_dtype, pick_device
+from slicecli.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
+from slicecli.placement import MEMORY_SHARE, batch_rows, compute_dtype
 from slicecli.plan import SlicePlan
 from slicecli.planning import Job, SliceOptions
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
 from slicecli.shells import empty_model, parameter_shapes
-from slicecli.weights import DenseWeights, checkpoint_tensors
+from slicecli.weights import DenseWeights, RestingWeights, checkpoint_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ __all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work"]
 
 # enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
 TOKENS_PER_UNKNOWN = 16
-MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class SliceReport:
         peak_memory_bytes: Peak resident memory of the process.
         warnings: What the user should know.
         is_from_cache: The statistics were in the cache.
+        phases: Wall-clock time by phase, in seconds.
+        peak_device_memory_bytes: Peak memory on the GPU that computes, if one does.
     """
 
     plan: SlicePlan
@@ -68,6 +69,8 @@ class SliceReport:
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
     is_from_cache: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict)
+    peak_device_memory_bytes: int | None = None
 
 
 def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
@@ -89,11 +92,12 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.journal import FileJournal, seconds_between_snapshots
     from slicecli.slicing.pipeline import refit
     from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import Silent
+    from slicecli.slicing.state import Clock, Silent
 
     started = time.perf_counter()
     processes = Processes.find()
-    progress = progress if progress is not None and processes.is_main else Silent()
+    clock = Clock(progress if progress is not None and processes.is_main else Silent())
+    clock.note(job.describe_places())
     options = job.options
     rows, warnings = read_rows(job)
     dense, batches = share_work(job, rows)
@@ -116,6 +120,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
             if processes.is_main
         ]
         stack.enter_context(running(job.source.name))
+        if folders and dense.store is not None:
+            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.store, folder=folders[0]))
         state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
         targets, writers = [], []
         for number, (plan, config, _) in enumerate(job.slices):
@@ -131,16 +137,16 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         energies: list[Energy]
         is_from_cache = False
         if options.method == "refit":
-            basis, is_from_cache = _find_basis(job, rows, dense, batches, progress, journal)
+            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal)
             for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
-                refit(dense, basis, [targets[index] for index in group], batches, progress, journal)
+                refit(dense, basis, [targets[index] for index in group], batches, clock, journal)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
             energies = []
             for (plan, _, _), target in zip(job.slices, targets, strict=True):
                 assert plan.schedule is not None
                 spectrum = slice_published(
-                    dense, target, plan.schedule, options.orientation, options.seed, batches, progress, journal
+                    dense, target, plan.schedule, options.orientation, options.seed, batches, clock, journal
                 )
                 energies.append(Energy.of_spectrum(spectrum, plan))
         if not processes.is_main:
@@ -149,6 +155,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
             journal.remove()
         for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
             complete_folder(job, plan, config, folder, rows, energy, writer.finish())
+        clock.stop()
         seconds = time.perf_counter() - started
         for (plan, _, output), energy in zip(job.slices, energies, strict=True):
             reports.append(
@@ -159,8 +166,13 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
-                    warnings=warnings + _growth_warning(plan) + licence_warning(job.source),
+                    warnings=warnings
+                    + _memory_warning(dense, batches)
+                    + _growth_warning(plan)
+                    + licence_warning(job.source),
                     is_from_cache=is_from_cache,
+                    phases=clock.seconds,
+                    peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
                 )
             )
     return processes.from_main(lambda: reports)
@@ -250,16 +262,19 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     import torch
 
     from slicecli.slicing.state import DenseModel
+    from slicecli.slicing.streams import StreamStore
 
     with Processes.find().main_of_machine_first():
         job.source.fetch_weights()
     job.source.check_describes_weights()
-    device = pick_device(job.options.device)
+    device = job.placement.device
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, job.options.trust_remote_code)
     job.dimensions.require_declared(parameter_shapes(shell))
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
-    return DenseModel(shell, weights, job.dimensions, device, compute_dtype(stored, device))
+    resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
+    store = StreamStore(device, job.streams.place)
+    return DenseModel(shell, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
 
 
 def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches]:
@@ -290,7 +305,7 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
-    """Divide the slices of a job into groups whose streams fit the memory that is free, in order.
+    """Divide the slices of a job into groups whose streams fit where they are kept, in order.
 
     A group shares the dense half of the refit; a slice that is alone too large for it is a group of its own.
 
@@ -299,11 +314,15 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
         dense: The dense model.
         tokens: Calibration tokens that run here.
     """
-    most_steps = max(len(block.steps) for block in job.dimensions.declared_blocks)
+    import torch
+
+    if job.streams.place == "disk":
+        return [list(range(len(job.slices)))]
     per_number = tokens * dense.dtype.itemsize
-    room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(dense.device)))
+    device = dense.device if job.streams.place == "device" else torch.device("cpu")
+    room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(device)))
     # the dense stream, and the dense stream at each step of a block
-    room -= per_number * dense.dimensions.hidden_size * (most_steps + 1)
+    room -= per_number * dense.dimensions.hidden_size * (dense.dimensions.most_steps + 1)
     groups: list[list[int]] = []
     taken = 0.0
     for index, (plan, _, _) in enumerate(job.slices):
@@ -402,6 +421,16 @@ def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
         return ()
     more = f"--batch-size {max(1, rows // processes)}" if size > 1 else "--samples"
     return (f"{rows} rows in batches of {size} occupy {busy} of {processes} processes; {more} would occupy more.",)
+
+
+def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
+    most = dense.pieces.most
+    if most is None:
+        return ()
+    return (
+        f"The memory ran out with {batches.size} rows at once; the run went on with {most}. "
+        f"--batch-size {most} spares the attempts.",
+    )
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
-from slicecli.errors import SourceError, reason_of
-from slicecli.placement import compute_dtype, pick_device
+from slicecli.errors import RequestError, SourceError, reason_of
+from slicecli.placement import (
+    NAMED_MAPS,
+    DeviceMap,
+    MaxMemory,
+    compute_dtype,
+    computing_device,
+    pick_device,
+    spread_map,
+)
 from slicecli.processes import Processes
+from slicecli.shells import outline
 from slicecli.source import Source
 
 __all__ = ["load_model"]
 
 
-def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto") -> Any:
+def load_model(
+    source: Source, dtype: str | None = None, device_map: DeviceMap = "auto", max_memory: MaxMemory | None = None
+) -> Any:
     """Load a model to run it.
 
     Args:
         source: The model.
         dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
-        device_map: As in transformers; a device name is one too.
+        device_map: As in transformers; a device name is one too. Parts on `cpu` or `disk` are brought to the first
+            GPU of the map when they run, if it has one.
+        max_memory: The most bytes of weights by device, for the maps that are named.
 
     Raises:
+        RequestError: A device does not exist, or the map is not possible.
         SourceError: transformers cannot load it, or its weights are not those of its config.
     """
     import torch
@@ -29,26 +44,38 @@ def load_model(source: Source, dtype: str | None = None, device_map: Any = "auto
     processes = Processes.find()
     with processes.main_of_machine_first():
         source.fetch_weights()
-    if isinstance(device_map, str) and device_map not in {"auto", "balanced", "balanced_low_0", "sequential"}:
+    if max_memory is not None and (device_map not in NAMED_MAPS or processes.count > 1):
+        raise RequestError(
+            "--max-memory divides a model among devices.", "Give it with auto, balanced or sequential, to one process."
+        )
+    places: Any = device_map
+    if isinstance(device_map, str) and device_map not in NAMED_MAPS:
         device = pick_device(device_map)
-    else:
-        device = pick_device("auto")
+    elif isinstance(device_map, str):
+        uses_gpu = max_memory is None or any(isinstance(name, int) for name in max_memory)
+        device = pick_device("auto" if uses_gpu else "cpu")
         if processes.count > 1:
-            device_map = {"": device}  # each has the whole model
+            places = {"": device}  # each has the whole model
+    else:
+        places = spread_map(device_map, outline(source.config(), source.trust_remote_code))
+        device = computing_device(places)
     source.check_describes_weights()
+    stored = getattr(torch, source.stored_dtype())
+    scratch = tempfile.TemporaryDirectory(prefix="slicecli-")
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             trust_remote_code=source.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            device_map=device_map,
+            dtype=getattr(torch, dtype) if dtype else compute_dtype(stored, device),
+            device_map=places,
+            max_memory=None if max_memory is None else dict(max_memory),
+            offload_folder=scratch.name,
             output_loading_info=True,
         )
     except Exception as error:
         raise SourceError(f"{source.name} cannot be loaded: {reason_of(error)}.", "Check its files.") from error
     source.check_is_complete(report)
-    if dtype is None and device.type == "cpu":
-        model = model.to(compute_dtype(model.dtype, device))
+    model._slicecli_scratch = scratch  # what is offloaded in another dtype lies there for as long as the model lives
     return model.eval()

@@ -12,7 +12,7 @@ from slicecli.processes import Processes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available_memory_bytes", "peak_memory_bytes", "return_freed_memory_at_once"]
+__all__ = ["available_memory_bytes", "peak_device_memory_bytes", "peak_memory_bytes", "return_freed_memory_at_once"]
 
 _M_MMAP_THRESHOLD = -3
 _THRESHOLD_BYTES = 2**20
@@ -26,6 +26,16 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """Return the peak memory of tensors of this process on a GPU, in bytes; `None` for the CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    peak: int = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def available_memory_bytes(device: torch.device) -> int:

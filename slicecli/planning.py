@@ -6,10 +6,11 @@ downloaded or computed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint import check_output, require_disk_space
@@ -18,11 +19,20 @@ from slicecli.errors import NoAdapterError, RequestError, SourceError, Unsupport
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.libraries import quiet_libraries, running
 from slicecli.modeling import CONFIG_TYPE
-from slicecli.placement import pick_device
+from slicecli.placement import (
+    DeviceMap,
+    MaxMemory,
+    Placement,
+    StreamPlan,
+    compute_dtype,
+    place_streams,
+    place_weights,
+)
 from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.processes import Processes
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
+from slicecli.shells import outline
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -49,7 +59,9 @@ class SliceOptions:
         batch_size: Rows per forward pass; `None` chooses by tokens.
         seed: Seed of the draw of rows.
         dtype: Dtype of the written weights; `None` keeps the checkpoint's.
-        device: Where to compute: `auto`, `cpu`, `cuda:0`, ...
+        device_map: What computes and where the dense weights rest, see `slicecli.placement.place_weights`.
+        max_memory: The most bytes of weights that rest on a device, by its number or `cpu`.
+        streams: Where the streams are kept: `auto`, `device`, `host` or `disk`.
         max_shard_size: Most bytes of one weight file.
         adapter: Name of the adapter to use instead of the one for the model's type.
         revision: Revision on the Hub.
@@ -70,7 +82,9 @@ class SliceOptions:
     batch_size: int | None = None
     seed: int = 42
     dtype: str | None = None
-    device: str = "auto"
+    device_map: DeviceMap = "auto"
+    max_memory: MaxMemory | None = None
+    streams: Literal["auto", "device", "host", "disk"] = "auto"
     max_shard_size: str = "5GB"
     adapter: str | None = None
     revision: str | None = None
@@ -93,6 +107,8 @@ class Job:
         dimensions: Its sizes.
         config: Its transformers config.
         sequence_length: Tokens per calibration row.
+        placement: Where the dense weights rest, and what computes.
+        streams: Where the streams are kept.
         slices: Plan, sliced config and output folder of each slice.
         options: The rest.
     """
@@ -103,8 +119,14 @@ class Job:
     dimensions: Dimensions
     config: Any
     sequence_length: int
+    placement: Placement
+    streams: StreamPlan
     slices: tuple[tuple[SlicePlan, Any, Path], ...]
     options: SliceOptions
+
+    def describe_places(self) -> str:
+        """Say in a line what computes, and where weights and streams are kept."""
+        return f"{self.placement.describe()}; {self.streams.describe()}"
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
@@ -119,6 +141,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     Raises:
         SlicecliError: The model or the request is not possible; nothing was downloaded but small files.
     """
+    import torch
+
     processes = Processes.find()
     if options.resume and processes.count > 1:
         raise RequestError("Many processes leave nothing to go on with.", "Leave out --resume, or start one process.")
@@ -144,10 +168,12 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     if options.batch_size is not None and options.batch_size <= 0:
         raise RequestError(f"A batch of {options.batch_size} rows is too small.", "Give --batch-size 1 or more.")
     sequence_length = pick_sequence_length(source, options.sequence_length)
-    pick_device(options.device)
 
     config = source.config()
     dimensions = Dimensions(adapter, full_fields(source, config))
+    shell = outline(config, options.trust_remote_code)
+    stored = getattr(torch, dense_dtype)
+    placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
     output_length = 0
     if options.method == "slicegpt":
         from slicecli.proof import prove_shortcuts
@@ -181,7 +207,25 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     for _, _, folder in slices:
         if processes.is_main:
             require_disk_space(folder, needed)
-    return Job(source, adapter, inference, dimensions, config, sequence_length, tuple(slices), options)
+    tokens = options.samples * sequence_length // processes.count
+    numbers = tokens * _stream_width(dimensions, options.method, [plan.dim for plan, _, _ in slices])
+    kept_bytes: Counter[str] = Counter()
+    for name, value in shell.named_parameters():
+        kept_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
+    needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
+    streams = place_streams(options.streams, placement, needed_bytes, kept_bytes)
+    return Job(
+        source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options
+    )
+
+
+def _stream_width(dimensions: Dimensions, method: Method, dims: Sequence[int]) -> int:
+    """Return how many numbers per token are held at once, of several slices those of the widest."""
+    largest = max(dims, default=0)
+    if method == "slicegpt":
+        return 2 * dimensions.hidden_size + largest
+    # the dense stream, and as it is at each step of a block
+    return dimensions.hidden_size * (dimensions.most_steps + 1) + largest
 
 
 def check_method(options: SliceOptions, widths: Sequence[Width]) -> None:

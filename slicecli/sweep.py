@@ -157,10 +157,21 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
 def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
     options = dataclasses.asdict(job.options)
-    for name in ("token", "overwrite", "max_shard_size", "batch_size", "device", "resume", "cache", "cache_folder"):
+    for name in (
+        "token",
+        "overwrite",
+        "max_shard_size",
+        "batch_size",
+        "device_map",
+        "max_memory",
+        "streams",
+        "resume",
+        "cache",
+        "cache_folder",
+    ):
         options.pop(name)
     measured = dataclasses.asdict(evaluation)
-    for name in ("token", "batch_size", "device_map"):
+    for name in ("token", "batch_size", "device_map", "max_memory"):
         measured.pop(name, None)
     texts = [options["calibration"], *evaluation.texts, *evaluation.tasks]
     files = {name: file_digest(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slicecli.errors import WeightsError, reason_of
@@ -16,7 +17,7 @@ from slicecli.source import Source
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "checkpoint_tensors"]
+__all__ = ["DenseWeights", "RestingWeights", "checkpoint_tensors"]
 
 
 class DenseWeights:
@@ -88,8 +89,42 @@ class DenseWeights:
 
     def module(self, path: str) -> dict[str, torch.Tensor]:
         """Read all parameters and persistent buffers below a module, by their names inside it."""
-        prefix = f"{path}."
-        return {name[len(prefix) :]: self.tensor(name) for name in self._names if name.startswith(prefix)}
+        return {name: self.tensor(f"{path}.{name}") for name in self.names_in(path)}
+
+    def names_in(self, path: str) -> list[str]:
+        """Return the names of all parameters and persistent buffers below a module, inside it."""
+        return [name.removeprefix(f"{path}.") for name in self._names if name.startswith(f"{path}.")]
+
+
+class RestingWeights:
+    """The weights of a checkpoint, each read once where it rests elsewhere than on disk.
+
+    Args:
+        weights: Reads the checkpoint.
+        rest_of: Says where a tensor or module rests: `disk`, `cpu`, or a device.
+    """
+
+    def __init__(self, weights: DenseWeights, rest_of: Callable[[str], str]) -> None:
+        self._weights = weights
+        self._rest_of = rest_of
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one parameter or persistent buffer, in the checkpoint's dtype, from where it rests.
+
+        Raises:
+            WeightsError: It cannot be read, or holds NaN or infinity.
+        """
+        if name in self._kept:
+            return self._kept[name]
+        tensor, rest = self._weights.tensor(name), self._rest_of(name)
+        if rest != "disk":
+            self._kept[name] = tensor = tensor.to(rest)
+        return tensor
+
+    def module(self, path: str) -> dict[str, torch.Tensor]:
+        """Return all parameters and persistent buffers below a module, by their names inside it."""
+        return {name: self.tensor(f"{path}.{name}") for name in self._weights.names_in(path)}
 
 
 def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

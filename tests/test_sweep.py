@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from slicecli import engine, sweep
+from slicecli import engine, placement, sweep
 from slicecli.evaluation import measure
 from slicecli.evaluation.measure import EvaluationOptions
 from slicecli.planning import SliceOptions
@@ -220,7 +220,8 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
     tokens, size = 24 * 32, 4
     # the dense stream at three places, and one sliced stream of up to 60
     room = tokens * size * (48 * 3 + 60)
-    monkeypatch.setattr(engine, "available_memory_bytes", lambda _device: room / engine.MEMORY_SHARE)
+    for module in (engine, placement):
+        monkeypatch.setattr(module, "available_memory_bytes", lambda _device: room / placement.MEMORY_SHARE)
     apart = sweep_into(tmp_path / "apart")
     assert counted == {**counted, "statistics": 2, "refits": 1 + 2}
     assert together.document == apart.document

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--seed", type=int, default=1234, show_default=True, metavar="N", help="Seed of the examples that are drawn."
 )
 @shared.run_options
-@shared.device_map_option
+@shared.device_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON here."
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+
+if TYPE_CHECKING:
+    from slicecli.placement import DeviceMap, MaxMemory
 
 
 @click.command("generate")
@@ -30,7 +34,7 @@ from slicecli.cli import output as show
     callback=shared.auto_as_none,
     help="Dtype to compute in; auto takes the checkpoint's (a CPU computes in float32).",
 )
-@shared.device_map_option
+@shared.device_options
 @shared.model_options
 @shared.format_option
 def command(
@@ -40,7 +44,8 @@ def command(
     temperature: float,
     seed: int,
     dtype: str | None,
-    device_map: str,
+    device_map: DeviceMap,
+    max_memory: MaxMemory | None,
     revision: str | None,
     token: str | None,
     trust_remote_code: bool,
@@ -56,7 +61,7 @@ def command(
     source.check_is_decoder()
     with quiet_libraries():
         tokenizer = source.tokenizer()
-        loaded = load_model(source, dtype, device_map)
+        loaded = load_model(source, dtype, device_map, max_memory)
         started = time.perf_counter()
         with running(source.name):
             text, count = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)

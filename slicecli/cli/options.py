@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -14,6 +14,7 @@ from slicecli.plan import parse_bytes, parse_count
 if TYPE_CHECKING:
     from slicecli.evaluation.measure import EvaluationOptions
     from slicecli.hub.push import PushOptions
+    from slicecli.placement import DeviceMap, MaxMemory
     from slicecli.planning import SliceOptions
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "cache_options",
     "calibration_options",
     "check_shard_size",
-    "device_map_option",
+    "device_options",
     "evaluation_options",
     "format_option",
     "measure_options",
@@ -40,6 +41,7 @@ __all__ = [
     "push_options",
     "run_options",
     "slice_options",
+    "streams_option",
 ]
 
 DTYPE = click.Choice(["auto", "bfloat16", "float16", "float32"])
@@ -54,7 +56,9 @@ SLICE_FIELDS = {
     "seq_len": "sequence_length",
     "batch_size": "batch_size",
     "dtype": "dtype",
-    "device_map": "device",
+    "device_map": "device_map",
+    "max_memory": "max_memory",
+    "streams": "streams",
     "adapter": "adapter",
     "revision": "revision",
     "token": "token",
@@ -73,6 +77,7 @@ EVALUATION_FIELDS = {
     "batch_size": "batch_size",
     "dtype": "dtype",
     "device_map": "device_map",
+    "max_memory": "max_memory",
     "token": "token",
     "trust_remote_code": "trust_remote_code",
 }
@@ -156,6 +161,30 @@ class Named(click.ParamType):  # type: ignore[type-arg]
         return name.strip(), converted
 
 
+class MapOfDevices(click.ParamType):  # type: ignore[type-arg]
+    """The name of a device map, a device, or a JSON file, which becomes its content."""
+
+    name = "map"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DeviceMap:
+        """Read the text of an option."""
+        from slicecli.placement import read_device_map
+
+        return read_device_map(value) if isinstance(value, str) else cast("DeviceMap", value)
+
+
+class MemoryByDevice(click.ParamType):  # type: ignore[type-arg]
+    """Sizes by device, such as 0=20GiB,cpu=64GiB."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MaxMemory:
+        """Read the text of an option."""
+        from slicecli.placement import parse_max_memory
+
+        return parse_max_memory(value) if isinstance(value, str) else cast("MaxMemory", value)
+
+
 class Sweep(click.ParamType):  # type: ignore[type-arg]
     """Fractions such as 0.05:0.5:0.05: from, to and step, both ends included."""
 
@@ -222,14 +251,37 @@ def publication_options(chosen: Mapping[str, Any], revision: str | None = None) 
     return PushOptions(**{name: chosen[name] for name in fields}, revision=revision)
 
 
-def device_map_option(function: Function) -> Function:
-    """Add the `--device-map` of commands that load a whole model."""
+def device_options(function: Function) -> Function:
+    """Add the options that say which devices take the model."""
+    for option in (
+        click.option(
+            "--max-memory",
+            type=MemoryByDevice(),
+            metavar="0=SIZE,cpu=SIZE",
+            help="Most bytes of weights on each device; what fits on none is read from disk.",
+        ),
+        click.option(
+            "--device-map",
+            type=MapOfDevices(),
+            default="auto",
+            show_default=True,
+            metavar="MAP",
+            help="Where the model goes: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that maps "
+            "modules to devices, cpu or disk.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def streams_option(function: Function) -> Function:
+    """Add `--streams`."""
     return click.option(
-        "--device-map",
+        "--streams",
+        type=click.Choice(["auto", "device", "host", "disk"]),
         default="auto",
         show_default=True,
-        metavar="MAP",
-        help="Where the model goes: auto, cpu, cuda:N.",
+        help="Where the activations of the calibration text are kept; auto takes the first that has room.",
     )(function)
 
 

@@ -151,6 +151,10 @@ class _Bars:
         fields: dict[str, Any] = {"detail": detail} if detail else {}
         self._progress.update(self._task, advance=1, **fields)
 
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
 
 class _Lines:
     """Plain lines for logs: every step of a short phase, every tenth part of a long one."""
@@ -168,3 +172,7 @@ class _Lines:
         every = 1 if self._total <= 100 and self._phase != "perplexity" else max(1, self._total // 10)
         if self._done % every == 0 or self._done == self._total:
             click.echo(f"{self._phase} {self._done}/{self._total} {detail}".rstrip(), err=True)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        note(text)

@@ -36,9 +36,8 @@ from slicecli.cli import output as show
 @shared.calibration_options
 @shared.cache_options
 @shared.run_options
-@click.option(
-    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
-)
+@shared.device_options
+@shared.streams_option
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
 @shared.adapter_option
 @click.option("--push", "repository", metavar="REPO", help="Publish the slice as REPO on the Hub when it is done.")
@@ -109,7 +108,10 @@ def command(
                 f"(logits change by {job.inference.error:.0e} under a rotation)."
             )
     if dry_run:
-        _report({**_fields(plan, folder, job.source.commit), "dry_run": True}, output_format)
+        if not context["quiet"]:
+            show.note(job.describe_places())
+        places = {**job.placement.to_json(), **job.streams.to_json()}
+        _report({**_fields(plan, folder, job.source.commit), "placement": places, "dry_run": True}, output_format)
         return
     try:
         with quiet_libraries(), show.progress(context["quiet"]) as watcher:
@@ -127,7 +129,10 @@ def command(
         "energy_kept": report.energy_kept,
         "statistics": "cache" if report.is_from_cache else "collected",
         "seconds": round(report.seconds, 3),
+        "phases": {phase: round(seconds, 3) for phase, seconds in report.phases.items()},
         "peak_memory_bytes": report.peak_memory_bytes,
+        "peak_device_memory_bytes": report.peak_device_memory_bytes,
+        "placement": {**job.placement.to_json(), **job.streams.to_json()},
     }
     if repository is not None:
         from slicecli.cli.push_command import publication_fields, push

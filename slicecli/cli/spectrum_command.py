@@ -25,9 +25,8 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 )
 @shared.calibration_options
 @shared.run_options
-@click.option(
-    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
-)
+@shared.device_options
+@shared.streams_option
 @shared.adapter_option
 @shared.model_options
 @shared.format_option

@@ -34,9 +34,8 @@ from slicecli.cli import output as show
 @shared.cache_options
 @click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
 @shared.run_options
-@click.option(
-    "--device-map", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="Device that computes."
-)
+@shared.device_options
+@shared.streams_option
 @shared.adapter_option
 @shared.model_options
 @shared.format_option

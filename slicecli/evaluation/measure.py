@@ -20,7 +20,7 @@ from slicecli.engine import check_vocabulary
 from slicecli.errors import RequestError
 from slicecli.libraries import quiet_libraries, running
 from slicecli.loading import load_model
-from slicecli.placement import batch_rows
+from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
 from slicecli.planning import pick_sequence_length
 from slicecli.processes import Processes
 from slicecli.record import package_versions, read_sound_record
@@ -50,6 +50,7 @@ class EvaluationOptions:
         batch_size: Rows, or requests, per forward pass; `None` chooses by tokens.
         dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
         device_map: As in transformers; a device name is one too.
+        max_memory: The most bytes of weights by device, for the maps that are named.
         seed: Seed of whatever a task draws; the default is lm-eval's.
         revision: Revision on the Hub.
         token: Hub token.
@@ -64,7 +65,8 @@ class EvaluationOptions:
     sequence_length: int | None = None
     batch_size: int | None = None
     dtype: str | None = None
-    device_map: Any = "auto"
+    device_map: DeviceMap = "auto"
+    max_memory: MaxMemory | None = None
     seed: int = 1234
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -248,7 +250,10 @@ def evaluate(
         tokenizer = source.tokenizer()
         if prepared is None:
             prepared = EvaluationSet.prepare(options, source, tokenizer, progress)
-        loaded = load_model(source, options.dtype, options.device_map)
+        loaded = load_model(source, options.dtype, options.device_map, options.max_memory)
+        places = getattr(loaded, "hf_device_map", {})
+        if progress is not None and len(set(places.values())) > 1:
+            progress.note(f"{source.name}: {describe_map(places)}")
         return measure_loaded(loaded, tokenizer, source, prepared, options, progress)
 
 

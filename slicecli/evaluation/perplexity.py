@@ -16,6 +16,7 @@ import torch
 from slicecli.calibration import Rows
 from slicecli.errors import WeightsError
 from slicecli.processes import ALONE, Processes
+from slicecli.slicing.pieces import Pieces
 
 __all__ = ["PerplexityResult", "measure_perplexity"]
 
@@ -83,10 +84,14 @@ def measure_perplexity(
     batches = () if share.processes.is_idle else rows.ids[share.rows].split(batch_size)
     if progress is not None:
         progress.start("perplexity", len(batches))
-    row_sums = []
+
+    def measure(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids.to(device), use_cache=False).logits
+        return _row_sums(logits, ids.to(logits.device)).cpu()
+
+    row_sums, pieces = [], Pieces()
     for batch in batches:
-        logits = model(input_ids=batch.to(device), use_cache=False).logits
-        row_sums.append(_row_sums(logits, batch.to(logits.device)).cpu())
+        row_sums += [sums for _, sums in pieces.run(measure, batch)]
         if progress is not None:
             progress.advance()
     predicted = rows.sequence_length - 1

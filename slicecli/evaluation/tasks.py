@@ -38,6 +38,7 @@ from slicecli.evaluation.questions import Question, read_questions
 from slicecli.hub.errors import describe_hub_error
 from slicecli.placement import batch_rows
 from slicecli.processes import ALONE, Processes
+from slicecli.slicing.pieces import Pieces, together
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -215,6 +216,7 @@ class _Harness(HFLM):  # type: ignore[misc]
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes) -> None:
         super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size or 1)
         self._processes = processes
+        self._pieces = Pieces()
         self._chooses_batches = batch_size is None
         self._vocabulary = model.get_input_embeddings().num_embeddings
         # offloaded: accelerate's hooks move the ids to where they are needed
@@ -233,6 +235,14 @@ class _Harness(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests for text."""
         return self._answers(super().generate_until, requests)
+
+    def _model_call(self, inps: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Return the logits of a batch, in pieces where the memory does not take it whole."""
+        if arguments or named:
+            logits: torch.Tensor = super()._model_call(inps, *arguments, **named)
+            return logits
+        call = super()._model_call
+        return together([some for _, some in self._pieces.run(call, inps)])
 
     def _answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         """Answer this process's share of requests, and return the answers to all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,11 +78,10 @@ def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
         return {name: carrier.send(carrier.pinned(value)) for name, value in tensors.items()}
 
     with ThreadPoolExecutor(1, thread_name_prefix="slicecli-block") as pool:
-        ahead = pool.submit(read, indices[0]) if indices else None
-        for index, following in zip(indices, [*indices[1:], None], strict=True):
-            assert ahead is not None
-            arriving = ahead.result()
-            ahead = None if following is None else pool.submit(read, following)
+        ahead = deque(pool.submit(read, index) for index in indices[:1])
+        for position, index in enumerate(indices):
+            arriving = ahead.popleft().result()
+            ahead.extend(pool.submit(read, following) for following in indices[position + 1 : position + 2])
             yield index, {name: receive() for name, receive in arriving.items()}
 
 

@@ -126,7 +126,7 @@ class Subject:
                 samples=24,
                 sequence_length=32,
                 dtype="float32",
-                device=str(self.device),
+                device_map=str(self.device),
             )
             with quiet_libraries(), _registered(self.adapter):
                 run_slices(plan_slices(str(self.checkpoint), [Width(self.dim)], [output], options))
