@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from slicecli.calibration import Rows
     from slicecli.slicing.basis import Basis
     from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
+    from slicecli.slicing.states import DenseStates
 
 __all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work"]
 
@@ -137,9 +140,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         energies: list[Energy]
         is_from_cache = False
         if options.method == "refit":
-            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal)
+            states = _states(dense, batches) if dense.store is not None else None
+            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, states)
             for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
-                refit(dense, basis, [targets[index] for index in group], batches, clock, journal)
+                refit(dense, basis, [targets[index] for index in group], batches, clock, journal, states)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
             energies = []
@@ -179,7 +183,13 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
 
 
 def _find_basis(
-    job: Job, rows: Rows, dense: DenseModel, batches: Batches, progress: Progress, journal: Journal | None
+    job: Job,
+    rows: Rows,
+    dense: DenseModel,
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None,
+    states: DenseStates | None,
 ) -> tuple[Basis, bool]:
     """Return the basis, from the cache if it is there; say whether it was."""
     from slicecli.slicing.pipeline import STATISTICS, collect_basis
@@ -187,7 +197,7 @@ def _find_basis(
     from slicecli.statistics_cache import StatisticsCache
 
     if not job.options.cache:
-        return collect_basis(dense, batches, progress, journal), False
+        return collect_basis(dense, batches, progress, journal, states), False
     cache = StatisticsCache(job.options.cache_folder)
     key = {
         **_identity(job, batches, dense),
@@ -199,10 +209,24 @@ def _find_basis(
         progress.start(STATISTICS, 1)
         progress.advance("from the cache")
         return give_basis(dense, found), True
-    basis = collect_basis(dense, batches, progress, journal)
+    basis = collect_basis(dense, batches, progress, journal, states)
     if dense.processes.is_main:
         cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
     return basis, False
+
+
+def _states(dense: DenseModel, batches: Batches) -> DenseStates | None:
+    """Return what keeps the dense stream of all steps between the passes, where that saves time.
+
+    On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
+    """
+    from slicecli.slicing.states import DenseStates
+
+    if dense.device.type != "cpu" or dense.store is None:
+        return None
+    places = 1 + sum(len(block.steps) for block in dense.dimensions.declared_blocks)
+    size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
+    return DenseStates(dense.store, len(dense.blocks)) if 2 * size <= dense.store.spare_bytes else None
 
 
 def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
@@ -273,8 +297,18 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     job.dimensions.require_declared(parameter_shapes(shell))
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
-    store = StreamStore(device, job.streams.place)
+    spare_bytes = job.streams.spare_bytes
+    if device.type == "cpu":
+        spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
+    store = StreamStore(device, job.streams.place, spare_bytes=spare_bytes)
     return DenseModel(shell, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
+
+
+def _scratch_folder(job: Job) -> Path:
+    """Return a folder that exists, on the disk that streams would be kept on."""
+    if not job.slices:
+        return Path(tempfile.gettempdir())
+    return next(folder for folder in job.slices[0][2].absolute().parents if folder.is_dir())
 
 
 def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches]:

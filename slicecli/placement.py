@@ -45,7 +45,7 @@ __all__ = [
 NAMED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DISK = "disk"
 HOST = "cpu"
-BATCH_TOKENS = {"cpu": 4096, "other": 16384}
+BATCH_TOKENS = {"cpu": 2048, "other": 16384}
 MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
 DeviceMap: TypeAlias = "str | Mapping[str, str | int]"
 MaxMemory: TypeAlias = "Mapping[str | int, int]"
@@ -308,6 +308,11 @@ class StreamPlan:
     place: Place
     needed_bytes: int
     budget_bytes: int
+
+    @property
+    def spare_bytes(self) -> int:
+        """What is left on the device for what need not be kept but saves time."""
+        return max(0, self.budget_bytes - self.needed_bytes) if self.place == "device" else 0
 
     def describe(self) -> str:
         """Say it in a line."""

@@ -70,18 +70,20 @@ class DenseWeights:
         import torch
         from accelerate.utils import align_module_device
 
+        from slicecli.slicing.moments import is_finite
+
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         try:
             with align_module_device(module, torch.device("cpu")):
                 tensor: torch.Tensor = getattr(module, leaf).detach()
-            is_finite = bool(torch.isfinite(tensor).all())
+            is_sound = is_finite(tensor)
         except Exception as error:
             raise WeightsError(
                 f"{name} of {self._name} cannot be read: {reason_of(error)}.",
                 "Check that config.json belongs to these weights.",
             ) from error
-        if not is_finite:
+        if not is_sound:
             raise WeightsError(
                 f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
             )

@@ -16,7 +16,7 @@ from slicecli.demo import MODEL_FOLDER, documents
 from slicecli.evaluation.perplexity import measure_perplexity
 from slicecli.proof import published_in_memory
 from slicecli.schedule import Schedule
-from slicecli.slicing import step
+from slicecli.slicing import ridge
 from slicecli.slicing.basis import centred_frame
 from slicecli.slicing.ridge import solve_ridge
 from slicecli.text import read_text
@@ -56,7 +56,7 @@ def slices(model, calibration):
     """Dim and slice: two refitted, and one merely projected."""
     (wide, narrow), _ = slice_in_memory(model, 84, 72, rows=calibration, batch=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
+        patch.setattr(ridge, "solve_ridge", lambda moments, **_: solve_ridge(moments, ridges=()))
         (projected,), _ = slice_in_memory(model, 72, rows=calibration, batch=16)
     return {"84": wide, "72": narrow, "72 projected": projected}
 

@@ -96,13 +96,13 @@ def test_a_wider_slice_is_closer_to_the_dense_model(family):
 
 def test_the_refit_beats_the_plain_projection(monkeypatch):
     """Random tokens repeat in calibration and check only in distribution, so this is no memorising."""
-    from slicecli.slicing import step
+    from slicecli.slicing import ridge
     from slicecli.slicing.ridge import solve_ridge
 
     model = tiny_model("llama")
     rows = random_rows(rows=400)
     (fitted,), _ = slice_in_memory(model, 36, rows=rows)
-    monkeypatch.setattr(step, "solve_ridge", lambda moments: solve_ridge(moments, ridges=()))
+    monkeypatch.setattr(ridge, "solve_ridge", lambda moments, **_: solve_ridge(moments, ridges=()))
     (projected,), _ = slice_in_memory(model, 36, rows=rows)
     assert relative_error(logits(fitted), logits(model)) < 0.9 * relative_error(logits(projected), logits(model))
 

@@ -82,7 +82,7 @@ def command(
 
     from slicecli.engine import run_slices
     from slicecli.libraries import quiet_libraries
-    from slicecli.memory import return_freed_memory_at_once
+    from slicecli.memory import bound_memory_that_is_kept
     from slicecli.planning import plan_slices
     from slicecli.processes import Processes
 
@@ -94,7 +94,7 @@ def command(
 
         # hours before it would fail otherwise
         check_can_push(repository, publication)
-    return_freed_memory_at_once()
+    bound_memory_that_is_kept()
     job = plan_slices(model, [width], [output], settings)
     plan, _, folder = job.slices[0]
     if not context["quiet"]:

@@ -60,11 +60,11 @@ def command(
         # said now, not after the measuring
         raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
 
-    from slicecli.memory import return_freed_memory_at_once
+    from slicecli.memory import bound_memory_that_is_kept
     from slicecli.spectrum import run_spectrum
 
     settings = shared.slice_options(chosen)
-    return_freed_memory_at_once()
+    bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
         document = run_spectrum(model, settings, watcher)
     if not is_main:

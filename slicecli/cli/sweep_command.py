@@ -64,11 +64,11 @@ def command(
     """
     from slicecli.cli.fit_command import print_curves
     from slicecli.estimation.estimate import USUAL_SPARSITIES
-    from slicecli.memory import return_freed_memory_at_once
+    from slicecli.memory import bound_memory_that_is_kept
     from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
 
     settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
-    return_freed_memory_at_once()
+    bound_memory_that_is_kept()
     path = Path(model).expanduser()
     name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]
     folder = output or Path(f"{name}-sweep")

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # rows of a table that are widened to float64 at a time
-TABLE_ROWS = 8192
+TABLE_ROWS = 4096
 
 
 def stream_scale(basis: torch.Tensor) -> float:
@@ -145,5 +145,7 @@ def rows_times(table: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype = t
         dtype: Dtype to round the result to.
     """
     rows = table.reshape(-1, table.shape[-1])
-    product = torch.cat([(part.double() @ matrix).to(dtype) for part in rows.split(TABLE_ROWS)])
+    product = torch.empty(len(rows), matrix.shape[1], dtype=dtype, device=table.device)
+    for part, made in zip(rows.split(TABLE_ROWS), product.split(TABLE_ROWS), strict=True):
+        made.copy_(part.double() @ matrix)
     return product.reshape(*table.shape[:-1], matrix.shape[1])

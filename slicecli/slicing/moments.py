@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "add_square", "inverse_scale", "normalise", "widen"]
+__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "add_square", "inverse_scale", "is_finite", "normalise", "widen"]
 
 CHUNK_TOKENS = 4096
 BAND_ROWS = 1024
@@ -53,6 +53,11 @@ def inverse_scale(stream: torch.Tensor, epsilon: float, is_centred: bool = False
 def widen(stream: torch.Tensor) -> torch.Tensor:
     """Return a stream in the dtype for products: float32 at least."""
     return stream if stream.dtype == torch.float64 else stream.float()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is free of NaN and infinity; its least and largest number tell, in one pass over it."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

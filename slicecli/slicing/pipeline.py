@@ -29,6 +29,7 @@ from slicecli.slicing.folding import (
 )
 from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.pieces import together
+from slicecli.slicing.ridge import RidgeSearch
 from slicecli.slicing.state import (
     Batches,
     Content,
@@ -39,6 +40,7 @@ from slicecli.slicing.state import (
     Target,
     streams_in,
 )
+from slicecli.slicing.states import BlockStates, DenseStates
 from slicecli.slicing.step import Step, fit_reading
 from slicecli.slicing.streams import Stream
 from slicecli.slicing.together import solve_basis
@@ -61,7 +63,13 @@ STATISTICS = "statistics"
 
 
 @torch.no_grad()
-def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journal: Journal | None = None) -> Basis:
+def collect_basis(
+    dense: DenseModel,
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None = None,
+    states: DenseStates | None = None,
+) -> Basis:
     """Run the dense model over the calibration rows and solve for the shared basis.
 
     Args:
@@ -69,6 +77,7 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journ
         batches: The calibration rows.
         progress: Hears of each block.
         journal: Where an interrupted pass goes on, and leaves word for the next.
+        states: Keeps what the refit would otherwise compute again.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
@@ -83,19 +92,24 @@ def collect_basis(dense: DenseModel, batches: Batches, progress: Progress, journ
         stream = streams_in("dense", snapshot, dense.streams)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
+        states = None  # those of the first blocks are gone
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
         run_block = functools.partial(_run_block, block, calls, index, declared)
+        if states is not None:
+            states.begin(len(declared.steps))
         with filled(dense, block, weights):
             moments = {path: statistics.empty() for path in declared.norms}
             for number, batch in enumerate(stream):
-                outputs = []
-                for _, run in dense.pieces.run(run_block, batch):
+                runs = []
+                for rows, run in dense.pieces.run(run_block, batch):
                     require_finite(run.output, f"the activations after block {index}")
                     for path, moment in moments.items():
                         statistics.add_tokens(moment, run.norm_inputs[path])
-                    outputs.append(run.output)
-                stream[number] = together(outputs)
+                    runs.append((rows, run))
+                if states is not None:
+                    states.add(batch, [step[0].norm for step in declared.steps], runs)
+                stream[number] = together([run.output for _, run in runs])
             for path, moment in moments.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
@@ -120,6 +134,7 @@ def refit(
     batches: Batches,
     progress: Progress,
     journal: Journal | None = None,
+    states: DenseStates | None = None,
 ) -> None:
     """Refit every map that reads or writes the stream, for one or more slices at once.
 
@@ -133,6 +148,7 @@ def refit(
         batches: The calibration rows.
         progress: Hears of each block.
         journal: Where an interrupted pass goes on, and leaves word for the next.
+        states: What `collect_basis` has kept.
 
     Raises:
         WeightsError: A stream becomes NaN or infinite; the message names the block.
@@ -148,6 +164,7 @@ def refit(
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
     snapshot = journal.resume(phase)
+    search = RidgeSearch(None if snapshot is None else snapshot.about["ridges"])
     if snapshot is not None:
         stream = streams_in("dense", snapshot, dense.streams)
         for target in targets:
@@ -156,18 +173,19 @@ def refit(
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
         steps = declared.steps
-        # the stream as each step reads it
-        before = [dense.streams.new() for _ in steps]
-        lengths: dict[str, int] = {}
-        run_block = functools.partial(_run_block, block, calls, index, declared)
-        with filled(dense, block, weights):
-            for number, batch in enumerate(stream):
-                runs = [run for _, run in dense.pieces.run(run_block, batch)]
-                output, lengths = together([run.output for run in runs]), runs[0].tuple_lengths
-                require_finite(output, f"the activations after block {index}")
-                for inputs, step in zip(before, steps, strict=True):
-                    inputs.append(together([run.norm_inputs[step[0].norm] for run in runs]))
-                stream[number] = output
+        seen = None if states is None else states.of(index)
+        if seen is None:
+            seen = BlockStates([dense.streams.new() for _ in steps], stream)
+            run_block = functools.partial(_run_block, block, calls, index, declared)
+            with filled(dense, block, weights):
+                for number, batch in enumerate(stream):
+                    runs = [run for _, run in dense.pieces.run(run_block, batch)]
+                    require_finite(runs[-1].output, f"the activations after block {index}")
+                    for inputs, step in zip(seen.inputs, steps, strict=True):
+                        inputs.append(together([run.norm_inputs[step[0].norm] for run in runs]))
+                    stream[number] = together([run.output for run in runs])
+                    seen.tuple_lengths = runs[0].tuple_lengths
+        stream, lengths = seen.output, seen.tuple_lengths
         errors = []
         sliced_blocks = [target.shell.get_submodule(name) for target in targets]
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
@@ -178,25 +196,37 @@ def refit(
             running.fill(sliced_block, norms, dense.device, dense.dtype)
         for position, branches in enumerate(steps):
             is_last = position + 1 == len(steps)
-            after = stream if is_last else before[position + 1]
+            after = stream if is_last else seen.inputs[position + 1]
             others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
             silent = {module: lengths[module] for module in others if module}
             for target, sliced_block in zip(targets, sliced_blocks, strict=True):
                 call_of = functools.partial(calls.of, index)
                 fitting = Step(
-                    dense, target, sliced_block, branches, weights, call_of, lengths, silent, is_last, held_out
+                    dense,
+                    target,
+                    sliced_block,
+                    branches,
+                    weights,
+                    call_of,
+                    lengths,
+                    silent,
+                    position,
+                    is_last,
+                    held_out,
+                    search,
                 )
-                errors.append(fitting.fit_readers(before[position], bases[target.dim]))
+                errors.append(fitting.fit_readers(seen.inputs[position], bases[target.dim]))
                 what = f"the sliced activations of block {index} ({branches[-1].norm})"
                 fitting.fit_writers(after, bases[target.dim], what)
-            before[position].clear()
+            if states is None:
+                seen.inputs[position].clear()
         for target in targets:
             hand_over_block(target, name, weights)
-        journal.offer(phase, index + 1, _streams_of(stream, targets))
+        journal.offer(phase, index + 1, _content(stream, targets, search))
         progress.advance(f"energy kept {1 - max(errors):.4f}")
 
     for target in targets:
-        _fit_head(dense, target, stream, bases[target.dim], held_out)
+        _fit_head(dense, target, stream, bases[target.dim], held_out, search)
         hand_over_buffers(dense, target)
         target.stream.clear()
     journal.finish(phase, Content())
@@ -207,9 +237,10 @@ def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batc
     return running.run_block(block, calls.of(index, batch), batch, declared.branches)
 
 
-def _streams_of(stream: Stream, targets: Sequence[Target]) -> Content:
-    """Return the dense stream and that of each slice, for a journal."""
-    return Content({"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}})
+def _content(stream: Stream, targets: Sequence[Target], search: RidgeSearch) -> Content:
+    """Return what the next block needs, for a journal."""
+    streams = {"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}}
+    return Content(streams, about={"ridges": dict(search.found)})
 
 
 class _Statistics:
@@ -265,12 +296,15 @@ def _fit_head(
     stream: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
+    search: RidgeSearch,
 ) -> None:
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm
     norm = target.shell.get_submodule(path)
     running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
-    matrix, _ = fit_reading(dense, norm, stream, target.stream, basis, held_out)
+    matrix, _ = fit_reading(
+        dense, norm, stream, target.stream, basis, held_out, functools.partial(search.solve, f"{target.dim}.head")
+    )
     running.clear(norm)
     if not dense.processes.is_main:
         return  # the head is only written

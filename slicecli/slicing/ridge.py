@@ -8,14 +8,14 @@ are per unknown; the held-out error decides, and an infinite ridge (no correctio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slicecli.slicing.moments import Moments
 
-__all__ = ["RIDGES", "Correction", "solve_ridge"]
+__all__ = ["RIDGES", "Correction", "RidgeSearch", "solve_ridge"]
 
 COLUMNS = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -36,7 +36,35 @@ class Correction:
     error: float
 
 
-def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correction:
+class RidgeSearch:
+    """Solves one regression after the other, each looking for its ridge where the last of its kind has found one.
+
+    Blocks differ little from each other, so that two or three trials are enough.
+
+    Args:
+        found: Ridges by kind, of a search to go on with.
+
+    Attributes:
+        found: The last ridge of each kind.
+    """
+
+    def __init__(self, found: Mapping[str, float] | None = None) -> None:
+        self.found = dict(found or {})
+
+    def solve(self, kind: str, moments: Moments) -> Correction:
+        """Solve a regression.
+
+        Args:
+            kind: Regressions with the same name have ridges near each other.
+            moments: The normal equations; of no use afterwards.
+        """
+        correction = solve_ridge(moments, start=self.found.get(kind))
+        if math.isfinite(correction.ridge):
+            self.found[kind] = correction.ridge
+        return correction
+
+
+def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES, start: float | None = None) -> Correction:
     """Choose the ridge by the held-out error, then solve on all tokens.
 
     The held-out error needs no further pass: Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩.
@@ -44,10 +72,12 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
     Args:
         moments: The normal equations; they are merged in place and of no use afterwards.
         ridges: The ridges to try, in ascending order, besides infinity.
+        start: The one to try first; `None` takes the middle.
     """
     fitted, held_out = 0, 1
     gram, cross = moments.gram, moments.cross
-    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge))
+    first = ridges.index(start) if start in ridges else len(ridges) // 2
+    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge), first)
     energy = float(moments.residual_energy[held_out])
     left = 1.0 + best_error / energy if energy else 1.0
     factor = None
@@ -60,8 +90,8 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> Correct
     return Correction(_substitute(factor, all_cross).T, best_ridge, left)
 
 
-def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
-    """Go down from the middle of the ridges to the least error; return it and its ridge, or infinity and 0.
+def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
+    """Go down from one of the ridges to the least error; return its ridge and it, or infinity and 0.
 
     The error has one valley in practice: too small a ridge fits noise, too large a one fits nothing. So the ridges
     beyond the first that is worse need not be tried, and each costs as much as the final solution.
@@ -69,6 +99,7 @@ def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> 
     Args:
         ridges: In ascending order.
         error_of: The held-out error at a ridge, against that of no correction; infinite where there is no solution.
+        first: Index of the ridge to begin with.
     """
     if not ridges:
         return math.inf, 0.0
@@ -79,7 +110,7 @@ def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float]) -> 
             errors[index] = error_of(ridges[index])
         return errors[index]
 
-    best = len(ridges) // 2
+    best = first
     for direction in (-1, 1):
         while 0 <= best + direction < len(ridges) and error_at(best + direction) <= error_at(best):
             best += direction

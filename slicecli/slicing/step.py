@@ -25,7 +25,7 @@ from slicecli.slicing.folding import fold_readers, project_writers, stored_write
 from slicecli.slicing.maps import projection_for_readers, projection_of_stream
 from slicecli.slicing.moments import Moments, inverse_scale, widen
 from slicecli.slicing.pieces import together
-from slicecli.slicing.ridge import Correction, solve_ridge
+from slicecli.slicing.ridge import Correction, RidgeSearch
 from slicecli.slicing.state import DenseModel, Target
 from slicecli.slicing.streams import Stream
 from slicecli.slicing.together import solve_moments
@@ -111,8 +111,10 @@ class Step:
         call_of: Says how the model calls the block with a piece of the stream.
         lengths: What each branch's module returns, see `slicecli.slicing.blocks.BlockRun`.
         silent: Modules of the block's other branches, likewise.
+        position: Which step of the block it is.
         is_last: Whether the block ends with this step.
         held_out: Which tokens of each batch are held out.
+        search: Solves the regressions.
     """
 
     dense: DenseModel
@@ -123,8 +125,10 @@ class Step:
     call_of: Callable[[torch.Tensor], Call]
     lengths: dict[str, int]
     silent: dict[str, int]
+    position: int
     is_last: bool
     held_out: Sequence[torch.Tensor]
+    search: RidgeSearch
 
     def fit_readers(self, dense_inputs: Stream, basis: torch.Tensor) -> float:
         """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
@@ -133,7 +137,8 @@ class Step:
             The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
         """
         norm = self.block.get_submodule(self.branches[0].norm)
-        matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.held_out)
+        solve = self._solver("readers")
+        matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.held_out, solve)
         self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
         return lost
 
@@ -153,12 +158,15 @@ class Step:
         goals = Goals(self.dense, basis)
         entries = list(self._entries())
         with_experts = [branch for branch in self.branches if branch.experts is not None]
-        kept = {entry.writer.path: self.dense.streams.new() for entry in entries if self._is_kept(entry)}
+        kept = {entry.writer.path: stream for entry in entries if (stream := self._room_for(entry)) is not None}
         if entries:
             self._fit_linear(entries, projected, dense_after, goals, kept)
         for branch in with_experts:
             self._fit_experts(branch, projected, dense_after, goals)
         self._move_on(entries, kept, what)
+
+    def _solver(self, kind: str) -> Callable[[Moments], Correction]:
+        return functools.partial(self.search.solve, f"{self.target.dim}.{self.position}.{kind}")
 
     def _entries(self) -> Iterator[Entry]:
         for branch in self.branches:
@@ -170,15 +178,20 @@ class Step:
     def _multiplier(self, branch: Branch) -> float:
         return self.dense.dimensions.multiplier(branch.multiplier)
 
-    def _is_kept(self, entry: Entry) -> bool:
-        """Say whether a writer's input is held in memory: a wide one costs less to compute again.
+    def _room_for(self, entry: Entry) -> Stream | None:
+        """Return where a writer's input is kept; `None` lets a wide one be computed again.
 
         Before the block's last step there is no choice, because a later branch may have no module that could be
         left out of the run; beside others of its step only a branch that has one can be left out itself.
         """
+        streams = self.dense.streams
         is_narrow = entry.width <= 2 * self.dense.dimensions.hidden_size
         can_be_left_out = bool(entry.module) or len(self.branches) == 1
-        return not entry.writer.gate and can_be_left_out and (is_narrow or not self.is_last)
+        if entry.writer.gate or not can_be_left_out:
+            return None
+        if is_narrow or not self.is_last:
+            return streams.new()
+        return streams.aside(sum(len(mask) for mask in self.held_out) * entry.width * self.dense.dtype.itemsize)
 
     def _seen(self, batch: torch.Tensor) -> running.WriterInputs:
         return running.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
@@ -213,7 +226,7 @@ class Step:
             for path, parts in held.items():
                 kept[path].append(together(parts))
         del start_wide
-        matrix = start + solve_moments(self.dense.processes, moments, solve_ridge).matrix
+        matrix = start + solve_moments(self.dense.processes, moments, self._solver("writers")).matrix
         del moments
         widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
         solved = iter(matrix.split(widths, dim=1))
@@ -259,7 +272,7 @@ class Step:
                 inputs, root = inner * gain, roots[number][tokens]
                 moments.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
                 shares.append((tokens, inputs))
-            correction = solve_moments(self.dense.processes, moments, solve_ridge).matrix
+            correction = solve_moments(self.dense.processes, moments, self._solver("experts")).matrix
             for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
                 residual[tokens] -= inputs @ correction.to(wide).T
             fitted.append(_store(start + correction, self.target))
@@ -314,6 +327,7 @@ def fit_reading(
     sliced_inputs: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
+    solve: Callable[[Moments], Correction],
 ) -> tuple[torch.Tensor, float]:
     """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
 
@@ -324,6 +338,7 @@ def fit_reading(
         sliced_inputs: y, likewise.
         basis: Q.
         held_out: Which tokens of each batch are held out.
+        solve: Solves a regression.
 
     Returns:
         A, float64 of shape (d, k), and the share of Σ |n(x)|² over held-out tokens that it leaves.
@@ -338,7 +353,7 @@ def fit_reading(
         moments.add(given, goal - given @ start.to(given).T, mask)
         energy += goal[mask].double().square().sum()
     dense.processes.sum_to_main(energy)
-    correction: Correction = solve_moments(dense.processes, moments, solve_ridge)
+    correction: Correction = solve_moments(dense.processes, moments, solve)
     lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
     fitted = start + correction.matrix
     if dense.is_centred:

@@ -70,11 +70,13 @@ class StreamStore:
         device: Where batches are worked on.
         place: Where they are kept.
         folder: Folder on the disk that they are kept on; `None` takes the system's for temporary files.
+        spare_bytes: What may be kept beyond what must be, in memory that is free.
     """
 
     device: torch.device
     place: Place = "device"
     folder: Path | None = None
+    spare_bytes: int = 0
     _carrier: list[Carrier] = field(default_factory=list, repr=False, compare=False)
 
     def new(self) -> Stream:
@@ -84,6 +86,18 @@ class StreamStore:
         if self.place == "host" and self.device.type != "cpu":
             return _HostStream(self.device, self._carriers())
         return []
+
+    def aside(self, size: int) -> Stream | None:
+        """Return an empty stream for what would otherwise be computed again; `None` where there is no room for it.
+
+        On a CPU it is on disk, where the system holds it in memory as long as nothing else wants that.
+
+        Args:
+            size: Bytes that it will take.
+        """
+        if size > self.spare_bytes:
+            return None
+        return [] if self.device.type != "cpu" else _DiskStream(self.device, self._carriers(), self.folder)
 
     def filled(self, batches: Iterator[torch.Tensor]) -> Stream:
         """Return a stream of batches."""

@@ -13,8 +13,10 @@ from torch import nn
 
 from slicecli.adapters import Block
 from slicecli.errors import WeightsError
+from slicecli.memory import return_freed_memory
 from slicecli.slicing import blocks as running
 from slicecli.slicing.blocks import Calls
+from slicecli.slicing.moments import is_finite
 from slicecli.slicing.state import Batches, DenseModel, Progress, Snapshot, Target
 from slicecli.slicing.streams import Carrier, Stream
 
@@ -83,6 +85,7 @@ def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
             arriving = ahead.popleft().result()
             ahead.extend(pool.submit(read, following) for following in indices[position + 1 : position + 2])
             yield index, {name: receive() for name, receive in arriving.items()}
+            return_freed_memory()
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def require_finite(tensor: torch.Tensor, what: str) -> None:
     Raises:
         WeightsError: It holds NaN or infinity.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise WeightsError(
             f"NaN or infinity appeared in {what}.", "Try --dtype float32; if it stays, the checkpoint is damaged."
         )
