@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slicecli.slicing.moments import BANDS, CHUNK_TOKENS, LEAST_BAND_ROWS, Moments, add_outer, add_square, normalise
-from slicecli.slicing.ridge import solve_ridge
+from slicecli.slicing.ridge import RIDGES, RidgeSearch, solve_ridge
 
 
 def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
@@ -60,10 +60,43 @@ def test_squares_equal_the_float64_sum(width):
 def test_moments_of_both_parts_add_up():
     z, residual, _ = regression(237)
     moments = moments_of(z, residual)
-    torch.testing.assert_close(sum(moments.gram), z.T @ z)
-    torch.testing.assert_close(sum(moments.cross), z.T @ residual)
-    torch.testing.assert_close(moments.gram[1], z[4::5].T @ z[4::5])
+    gram, cross = moments.sum_held_out()
+    torch.testing.assert_close(moments.gram + gram, z.T @ z)
+    torch.testing.assert_close(moments.cross + cross, z.T @ residual)
+    torch.testing.assert_close(gram, z[4::5].T @ z[4::5])
     assert float(sum(moments.residual_energy)) == pytest.approx(float(residual.square().sum()))
+    for merged, expected in zip(moments.merge(), (z.T @ z, z.T @ residual), strict=True):
+        torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("tokens", [37, 150, 400])
+def test_held_out_tokens_tell_the_same_as_their_sums(tokens):
+    z, residual, _ = regression(tokens, inputs=40, noise=2.0)
+    kept, summed = moments_of(z, residual), moments_of(z, residual)
+    assert bool(kept.held_out) == (tokens < 200)
+    summed.sum_held_out()
+    assert not summed.held_out
+    delta = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = (residual[4::5, 1:4] - z[4::5] @ delta).square().sum() - residual[4::5, 1:4].square().sum()
+    for moments in (kept, summed):
+        assert moments.change_of_error(delta, slice(1, 4)) == pytest.approx(float(change))
+    one, other = solve_ridge(kept), solve_ridge(summed)
+    assert one.ridge == other.ridge
+    assert one.error == pytest.approx(other.error)
+    torch.testing.assert_close(one.matrix, other.matrix)
+
+
+@pytest.mark.parametrize("start", [None, *RIDGES])
+def test_wherever_the_search_begins_it_ends_at_the_best_ridge(start):
+    z, residual, _ = regression(60, inputs=40, noise=2.0)
+    errors = {ridge: solve_ridge(moments_of(z, residual), (ridge,)).error for ridge in RIDGES}
+    found = solve_ridge(moments_of(z, residual), start=start)
+    assert found.ridge == min(errors, key=errors.__getitem__)
+    search = RidgeSearch({} if start is None else {"writers": start})
+    assert search.solve("writers", moments_of(z, residual)).ridge == found.ridge
+    assert search.found == {"writers": found.ridge}
+    search.solve("readers", moments_of(z, torch.zeros_like(residual)))
+    assert "readers" not in search.found
 
 
 def test_the_solution_equals_ridge_regression_in_float64():

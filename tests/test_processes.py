@@ -128,7 +128,7 @@ def assert_close(found, expected, tolerance):
         for one, other in zip(found, expected, strict=True):
             assert_close(one, other, tolerance)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=tolerance)
+        assert found == pytest.approx(expected, rel=tolerance, abs=1e-9)
     else:
         assert found == expected
 
@@ -268,8 +268,10 @@ def test_the_slice_is_that_of_one_process(start, slices, count):
 def test_the_main_process_alone_speaks(slices, count):
     reports = [json.loads(slices[number]["out"][0]) for number in (count, 1)]
     for report in reports:
-        for name in ("output", "seconds", "peak_memory_bytes"):
+        for name in ("output", "seconds", "phases", "peak_memory_bytes"):
             report.pop(name)
+        report["placement"].pop("budget_bytes")
+        report["placement"].pop("needed_bytes")  # of one process
     assert_close(*reports, 1e-9)
     assert slices[count]["out"][1:] == [""] * (count - 1)
     assert slices[count]["err"][1:] == [""] * (count - 1)
@@ -291,7 +293,7 @@ def test_figures_are_those_of_one_process(start, slices, text_file, checkpoints)
         found[count] = json.loads(done["out"][0])
         results = read_json(start.folder / f"by{count}" / "slice" / "slicecli.json")["results"]
         assert results["tasks"]["mine.jsonl"]["samples"] == 19
-    assert_close(found[3], found[1], 1e-9)
+    assert_close(found[3], found[1], 1e-7)  # float32 weights may differ in their last bit
 
 
 def test_a_sweep_is_that_of_one_process(start, checkpoints, text_file, slice_options):

@@ -100,20 +100,23 @@ class Moments:
     The regression corrects a map that exists already: its outputs are residuals, target minus what the existing
     map gives. A residual of exactly zero then asks for a correction of exactly zero, whatever the rounding.
 
+    Held-out tokens are few. While there are not more of them than inputs they are kept as they are, which takes less
+    room than their sums and tells the same.
+
     Attributes:
-        gram: Σ z zᵀ of fitted and of held-out tokens, float64, each of shape (inputs, inputs).
-        cross: Σ z rᵀ with r the residual, of both, float64, each of shape (inputs, outputs).
-        residual_energy: Σ |r|² of both, float64.
+        gram: Σ z zᵀ of fitted tokens, float64 of shape (inputs, inputs).
+        cross: Σ z rᵀ of fitted tokens with r the residual, float64 of shape (inputs, outputs).
+        residual_energy: Σ |r|² of fitted and of held-out tokens, float64 of shape (1,) each.
+        held_out: z and r of held-out tokens, shapes (tokens, inputs) and (tokens, outputs).
+        held_out_sums: Gram matrix and cross products of held-out tokens, where those are summed up.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        def zeros(*shape: int) -> list[torch.Tensor]:
-            return [torch.zeros(*shape, dtype=torch.float64, device=device) for _ in range(2)]
-
-        # apart, not stacked, so that the solver can merge them in place
-        self.gram = zeros(inputs, inputs)
-        self.cross = zeros(inputs, outputs)
-        self.residual_energy = zeros(1)
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.residual_energy = [torch.zeros(1, dtype=torch.float64, device=device) for _ in range(2)]
+        self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.held_out_sums: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, inputs: torch.Tensor, residuals: torch.Tensor, is_held_out: torch.Tensor) -> None:
         """Add tokens.
@@ -123,8 +126,53 @@ class Moments:
             residuals: r, shape (tokens, outputs).
             is_held_out: Which tokens are held out, bool of shape (tokens,).
         """
-        for index, chosen in enumerate((~is_held_out, is_held_out)):
-            some_inputs, some_residuals = inputs[chosen], residuals[chosen]
-            add_square(self.gram[index], some_inputs)
-            add_outer(self.cross[index], some_inputs, some_residuals)
-            self.residual_energy[index] += some_residuals.double().square().sum()
+        is_fitted = ~is_held_out
+        some_inputs, some_residuals = inputs[is_fitted], residuals[is_fitted]
+        add_square(self.gram, some_inputs)
+        add_outer(self.cross, some_inputs, some_residuals)
+        self.residual_energy[0] += some_residuals.double().square().sum()
+        some_inputs, some_residuals = inputs[is_held_out], residuals[is_held_out]
+        self.residual_energy[1] += some_residuals.double().square().sum()
+        self.held_out.append((some_inputs, some_residuals))
+        if self.held_out_sums is not None or sum(len(rows) for rows, _ in self.held_out) > len(self.gram):
+            self.sum_held_out()
+
+    def sum_held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum up the held-out tokens, which are not kept any longer; return the sums."""
+        if self.held_out_sums is None:
+            self.held_out_sums = torch.zeros_like(self.gram), torch.zeros_like(self.cross)
+        gram, cross = self.held_out_sums
+        for inputs, residuals in self.held_out:
+            add_square(gram, inputs)
+            add_outer(cross, inputs, residuals)
+        self.held_out.clear()
+        return self.held_out_sums
+
+    def change_of_error(self, delta: torch.Tensor, columns: slice) -> float:
+        """Return by how much a correction changes Σ |r|² over held-out tokens.
+
+        Args:
+            delta: Some outputs of the correction, float64 of shape (inputs, columns).
+            columns: Which outputs.
+        """
+        change = 0.0
+        if self.held_out_sums is not None:
+            # Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩
+            gram, cross = self.held_out_sums
+            change += float((delta * (gram @ delta).sub_(cross[:, columns], alpha=2)).sum())
+        for inputs, residuals in self.held_out:
+            corrected = inputs.double() @ delta
+            change += float((corrected * corrected.sub(residuals[:, columns], alpha=2)).sum())
+        return change
+
+    def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the held-out tokens to the others, and return Gram matrix and cross products of all."""
+        if self.held_out_sums is not None:
+            self.gram += self.held_out_sums[0]
+            self.cross += self.held_out_sums[1]
+            self.held_out_sums = None
+        for inputs, residuals in self.held_out:
+            add_square(self.gram, inputs)
+            add_outer(self.cross, inputs, residuals)
+        self.held_out.clear()
+        return self.gram, self.cross

@@ -67,27 +67,22 @@ class RidgeSearch:
 def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES, start: float | None = None) -> Correction:
     """Choose the ridge by the held-out error, then solve on all tokens.
 
-    The held-out error needs no further pass: Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩.
-
     Args:
         moments: The normal equations; they are merged in place and of no use afterwards.
         ridges: The ridges to try, in ascending order, besides infinity.
         start: The one to try first; `None` takes the middle.
     """
-    fitted, held_out = 0, 1
-    gram, cross = moments.gram, moments.cross
     first = ridges.index(start) if start in ridges else len(ridges) // 2
     best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge), first)
-    energy = float(moments.residual_energy[held_out])
+    energy = float(moments.residual_energy[1])
     left = 1.0 + best_error / energy if energy else 1.0
     factor = None
     if math.isfinite(best_ridge):
-        all_gram, all_cross = gram[fitted].add_(gram[held_out]), cross[fitted].add_(cross[held_out])
-        gram.clear()
-        factor = _factorise(all_gram, best_ridge)
+        gram, cross = moments.merge()
+        factor = _factorise(gram, best_ridge)
     if factor is None:
-        return Correction(torch.zeros_like(cross[fitted]).T, math.inf, 1.0)
-    return Correction(_substitute(factor, all_cross).T, best_ridge, left)
+        return Correction(torch.zeros_like(moments.cross).T, math.inf, 1.0)
+    return Correction(_substitute(factor, cross).T, best_ridge, left)
 
 
 def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
@@ -119,16 +114,14 @@ def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], fir
 
 def _held_out_error(moments: Moments, ridge: float) -> float:
     """Return Σ |r − Δ z|² − Σ |r|² over held-out tokens, Δ solved on the fitted ones; infinite where it cannot be."""
-    fitted, held_out = 0, 1
-    factor = _factorise(moments.gram[fitted].clone(), ridge)
+    factor = _factorise(moments.gram.clone(), ridge)
     if factor is None:
         return math.inf
     error = 0.0
     # outputs do not mix, so a few hundred at a time do, and no whole solution is held
-    columns = zip(moments.cross[fitted].split(COLUMNS, 1), moments.cross[held_out].split(COLUMNS, 1), strict=True)
-    for some, left_out in columns:
-        delta = _substitute(factor, some)
-        error += float((delta * (moments.gram[held_out] @ delta).sub_(left_out, alpha=2)).sum())
+    for start in range(0, moments.cross.shape[1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        error += moments.change_of_error(_substitute(factor, moments.cross[:, columns]), columns)
     return error
 
 

@@ -44,17 +44,17 @@ def solve_moments(processes: Processes, moments: Moments, solve: Callable[[Momen
     """
     if processes.count == 1:
         return solve(moments)
-    processes.sum_square_to_main(*moments.gram)
-    processes.sum_to_main(*moments.cross, *moments.residual_energy)
-    inputs, outputs = moments.cross[0].shape
-    if not processes.is_main:
-        moments.gram.clear()
+    gram, cross = moments.sum_held_out()
+    processes.sum_square_to_main(moments.gram, gram)
+    processes.sum_to_main(moments.cross, cross, *moments.residual_energy)
+    inputs, outputs = moments.cross.shape
+    del gram, cross
 
     def solution() -> tuple[torch.Tensor, torch.Tensor]:
         found = solve(moments)
         return found.matrix, torch.tensor([found.ridge, found.error], dtype=torch.float64)
 
-    matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], moments.cross[0].device)
+    matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], moments.cross.device)
     ridge, error = numbers.tolist()
     return Correction(matrix, ridge, error)
 
