@@ -77,7 +77,9 @@ def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
 
     def read(index: int) -> dict[str, Callable[[], torch.Tensor]]:
         tensors = dense.weights.module(dense.block_name(index))
-        return {name: carrier.send(carrier.pinned(value)) for name, value in tensors.items()}
+        # what rests on a GPU goes from there, not through main memory
+        near = {name: value if value.is_cuda else carrier.pinned(value) for name, value in tensors.items()}
+        return {name: carrier.send(value) for name, value in near.items()}
 
     with ThreadPoolExecutor(1, thread_name_prefix="slicecli-block") as pool:
         ahead = deque(pool.submit(read, index) for index in indices[:1])
