@@ -50,7 +50,7 @@ HOSTILE = [
 
 def examples(count):
     return settings(
-        max_examples=count * FACTOR,
+        max_examples=max(8, count * FACTOR // 2),
         derandomize=True,
         database=None,
         deadline=None,
