@@ -251,11 +251,6 @@ class Dimensions:
         kept = sum(one.elements(0) for one in parameters)
         return kept, sum(one.elements(1) for one in parameters) - kept
 
-    @property
-    def most_steps(self) -> int:
-        """The most steps that a block has."""
-        return max(len(block.steps) for block in self.declared_blocks)
-
     def largest_regression(self) -> int:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
         sizes = [1]

@@ -27,7 +27,7 @@ from slicecli.libraries import running
 from slicecli.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.placement import MEMORY_SHARE, batch_rows, compute_dtype
 from slicecli.plan import SlicePlan
-from slicecli.planning import Job, SliceOptions
+from slicecli.planning import Job, SliceOptions, width_of_dense_streams
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
 from slicecli.shells import empty_model, parameter_shapes
@@ -123,8 +123,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
             if processes.is_main
         ]
         stack.enter_context(running(job.source.name))
-        if folders and dense.store is not None:
-            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.store, folder=folders[0]))
+        if folders:
+            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
         state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
         targets, writers = [], []
         for number, (plan, config, _) in enumerate(job.slices):
@@ -140,7 +140,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         energies: list[Energy]
         is_from_cache = False
         if options.method == "refit":
-            states = _states(dense, batches) if dense.store is not None else None
+            states = _states(dense, batches)
             basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, states)
             for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
                 refit(dense, basis, [targets[index] for index in group], batches, clock, journal, states)
@@ -222,11 +222,11 @@ def _states(dense: DenseModel, batches: Batches) -> DenseStates | None:
     """
     from slicecli.slicing.states import DenseStates
 
-    if dense.device.type != "cpu" or dense.store is None:
+    if dense.device.type != "cpu":
         return None
     places = 1 + sum(len(block.steps) for block in dense.dimensions.declared_blocks)
     size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
-    return DenseStates(dense.store, len(dense.blocks)) if 2 * size <= dense.store.spare_bytes else None
+    return DenseStates(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
 
 
 def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
@@ -355,8 +355,7 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     per_number = tokens * dense.dtype.itemsize
     device = dense.device if job.streams.place == "device" else torch.device("cpu")
     room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(device)))
-    # the dense stream, and the dense stream at each step of a block
-    room -= per_number * dense.dimensions.hidden_size * (dense.dimensions.most_steps + 1)
+    room -= per_number * width_of_dense_streams(dense.dimensions)
     groups: list[list[int]] = []
     taken = 0.0
     for index, (plan, _, _) in enumerate(job.slices):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from slicecli.errors import RequestError, SourceError, reason_of
+from slicecli.errors import SourceError, reason_of
 from slicecli.placement import (
     NAMED_MAPS,
     DeviceMap,
     MaxMemory,
+    check_sizes,
     compute_dtype,
     computing_device,
     pick_device,
@@ -41,13 +42,10 @@ def load_model(
     import torch
     import transformers
 
+    check_sizes(device_map, max_memory)
     processes = Processes.find()
     with processes.main_of_machine_first():
         source.fetch_weights()
-    if max_memory is not None and (device_map not in NAMED_MAPS or processes.count > 1):
-        raise RequestError(
-            "--max-memory divides a model among devices.", "Give it with auto, balanced or sequential, to one process."
-        )
     places: Any = device_map
     if isinstance(device_map, str) and device_map not in NAMED_MAPS:
         device = pick_device(device_map)

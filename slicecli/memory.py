@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from typing import TYPE_CHECKING
@@ -61,8 +62,9 @@ def available_memory_bytes(device: torch.device) -> int:
 
 def return_freed_memory() -> None:
     """Give memory that was freed and kept back to the system, also from between what is in use; only on glibc."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 def bound_memory_that_is_kept() -> None:
@@ -73,8 +75,14 @@ def bound_memory_that_is_kept() -> None:
     really in use. To give everything back at once costs more: fresh pages took a third of the time of a slice. Fixed
     sizes are between. The setting is the whole process's, so only the command line makes it.
     """
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
+    library = _glibc()
+    if library is not None:
         library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
         library.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
         library.mallopt(_M_ARENA_MAX, 1)  # threads that read ahead would each keep memory of their own
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc; to find that out reads the interpreter's file."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -31,6 +31,7 @@ __all__ = [
     "Placement",
     "StreamPlan",
     "batch_rows",
+    "check_sizes",
     "compute_dtype",
     "computing_device",
     "describe_map",
@@ -141,15 +142,13 @@ class Placement:
 
     def rest_of(self, name: str) -> str:
         """Return where a tensor or module rests."""
-        while name not in self.rests and name:
-            name = name.rpartition(".")[0]
-        return self.rests.get(name, DISK)
+        return self.given_for(name) or DISK
 
-    def has(self, name: str) -> bool:
-        """Say whether the places say anything of a tensor or module."""
+    def given_for(self, name: str) -> str | None:
+        """Return what the places say of a tensor or module; `None` where that is nothing."""
         while name not in self.rests and name:
             name = name.rpartition(".")[0]
-        return name in self.rests
+        return self.rests.get(name)
 
     @property
     def is_plain(self) -> bool:
@@ -186,6 +185,18 @@ def describe_map(places: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def check_sizes(wanted: DeviceMap, max_memory: MaxMemory | None) -> None:
+    """Refuse sizes where they would be of no effect.
+
+    Raises:
+        RequestError: They are given beside a device or a map of one's own, or to many processes.
+    """
+    if max_memory is not None and (wanted not in NAMED_MAPS or Processes.find().count > 1):
+        raise RequestError(
+            "--max-memory divides a model among devices.", "Give it with auto, balanced or sequential, to one process."
+        )
+
+
 def place_weights(
     wanted: DeviceMap, max_memory: MaxMemory | None, model: Any, blocks: str, dtype: torch.dtype
 ) -> Placement:
@@ -203,14 +214,13 @@ def place_weights(
         RequestError: A device does not exist, or a map divides a block, leaves something out, or names what the model
             does not have.
     """
+    check_sizes(wanted, max_memory)
     if not isinstance(wanted, str):
         return _placed_by(wanted, model, blocks)
-    if max_memory is not None and wanted not in NAMED_MAPS:
-        raise RequestError(f"--max-memory divides a model, and {wanted} is one device.", "Leave one of both out.")
     if wanted not in NAMED_MAPS or (wanted == "auto" and max_memory is None):
         return Placement(pick_device(wanted))
     if Processes.find().count > 1:
-        raise RequestError("Many processes each read the whole model.", "Give --device-map auto without --max-memory.")
+        raise RequestError("Many processes each read the whole model.", "Give --device-map auto.")
     places = _map_of_accelerate(wanted, max_memory, model, blocks, dtype)
     return _placed_by(places, model, blocks)
 
@@ -269,8 +279,9 @@ def spread_map(places: Mapping[str, str | int], model: Any) -> dict[str, str]:
     def enter(name: str, module: Any) -> None:
         inside = f"{name}." if name else ""
         if not any(other != name and other.startswith(inside) for other in places):
-            if given.has(name):
-                spread[name] = given.rest_of(name)
+            place = given.given_for(name)
+            if place is not None:
+                spread[name] = place
                 return
             missing = next((leaf for leaf, _ in module.named_parameters(prefix=name)), None)
             if missing is not None:

@@ -39,7 +39,16 @@ if TYPE_CHECKING:
     from slicecli.auto.infer import Inference
     from slicecli.slicing.published import Orientation
 
-__all__ = ["ChosenAdapter", "Job", "SliceOptions", "find_adapter", "full_fields", "pick_sequence_length", "plan_slices"]
+__all__ = [
+    "ChosenAdapter",
+    "Job",
+    "SliceOptions",
+    "find_adapter",
+    "full_fields",
+    "pick_sequence_length",
+    "plan_slices",
+    "width_of_dense_streams",
+]
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -127,6 +136,10 @@ class Job:
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
         return f"{self.placement.describe()}; {self.streams.describe()}"
+
+    def places_to_json(self) -> dict[str, Any]:
+        """Return the same as plain data."""
+        return {**self.placement.to_json(), **self.streams.to_json()}
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
@@ -224,8 +237,13 @@ def _stream_width(dimensions: Dimensions, method: Method, dims: Sequence[int]) -
     largest = max(dims, default=0)
     if method == "slicegpt":
         return 2 * dimensions.hidden_size + largest
-    # the dense stream, and as it is at each step of a block
-    return dimensions.hidden_size * (dimensions.most_steps + 1) + largest
+    return width_of_dense_streams(dimensions) + largest
+
+
+def width_of_dense_streams(dimensions: Dimensions) -> int:
+    """Return how many numbers per token the refit holds of the dense model: its stream, and that at each step."""
+    most_steps = max(len(block.steps) for block in dimensions.declared_blocks)
+    return dimensions.hidden_size * (most_steps + 1)
 
 
 def check_method(options: SliceOptions, widths: Sequence[Width]) -> None:

@@ -303,7 +303,9 @@ def test_a_sweep_is_that_of_one_process(start, checkpoints, text_file, slice_opt
         assert done["codes"] == [0] * count, done["err"]
         assert done["out"][1:] == [""] * (count - 1)
         assert sorted(path.name for path in (start.folder / f"sweep{count}").iterdir()) == ["curve.png", "results.json"]
-    assert_close(*(read_json(start.folder / f"sweep{count}" / "results.json") for count in (2, 1)), 1e-3)
+    found, expected = (read_json(start.folder / f"sweep{count}" / "results.json") for count in (2, 1))
+    assert_close(found["points"], expected["points"], 1e-6)
+    assert_close(found, expected, 1e-3)  # the spread of a curve through points that nearly lie on it tells little
 
 
 def test_statistics_come_from_the_cache_for_all(start, checkpoints, slice_options):

@@ -110,8 +110,8 @@ def command(
     if dry_run:
         if not context["quiet"]:
             show.note(job.describe_places())
-        places = {**job.placement.to_json(), **job.streams.to_json()}
-        _report({**_fields(plan, folder, job.source.commit), "placement": places, "dry_run": True}, output_format)
+        fields = {**_fields(plan, folder, job.source.commit), "placement": job.places_to_json(), "dry_run": True}
+        _report(fields, output_format)
         return
     try:
         with quiet_libraries(), show.progress(context["quiet"]) as watcher:
@@ -132,7 +132,7 @@ def command(
         "phases": {phase: round(seconds, 3) for phase, seconds in report.phases.items()},
         "peak_memory_bytes": report.peak_memory_bytes,
         "peak_device_memory_bytes": report.peak_device_memory_bytes,
-        "placement": {**job.placement.to_json(), **job.streams.to_json()},
+        "placement": job.places_to_json(),
     }
     if repository is not None:
         from slicecli.cli.push_command import publication_fields, push

@@ -48,11 +48,11 @@ class Pieces:
 
     def _attempt(self, work: Callable[[torch.Tensor], Result], piece: torch.Tensor) -> tuple[Result] | None:
         """Run some work; where the memory runs out, halve the pieces and return `None`."""
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
         try:
             return (work(piece),)
         except (RuntimeError, MemoryError) as error:
+            from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
             if len(piece) == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise
         # outside of the handler, which keeps what has been computed alive

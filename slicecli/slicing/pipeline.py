@@ -180,10 +180,11 @@ def refit(
             with filled(dense, block, weights):
                 for number, batch in enumerate(stream):
                     runs = [run for _, run in dense.pieces.run(run_block, batch)]
-                    require_finite(runs[-1].output, f"the activations after block {index}")
+                    output = together([run.output for run in runs])
+                    require_finite(output, f"the activations after block {index}")
                     for inputs, step in zip(seen.inputs, steps, strict=True):
                         inputs.append(together([run.norm_inputs[step[0].norm] for run in runs]))
-                    stream[number] = together([run.output for run in runs])
+                    stream[number] = output
                     seen.tuple_lengths = runs[0].tuple_lengths
         stream, lengths = seen.output, seen.tuple_lengths
         errors = []

@@ -48,8 +48,8 @@ class DenseStates:
 
     def begin(self, steps: int) -> None:
         """Begin the next block, of so many steps."""
-        streams = [stream for _ in range(steps + 1) if (stream := self._store.aside(0)) is not None]
-        self._blocks.append(BlockStates(streams[:-1], streams[-1]))
+        inputs = [self._store.new_aside() for _ in range(steps)]
+        self._blocks.append(BlockStates(inputs, self._store.new_aside()))
 
     def add(self, batch: torch.Tensor, norms: Sequence[str], runs: Sequence[tuple[slice, BlockRun]]) -> None:
         """Add a batch to the block that was begun last.

@@ -6,11 +6,12 @@ it where the stream is kept, and to go through a stream fetches the next batch w
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -77,27 +78,29 @@ class StreamStore:
     place: Place = "device"
     folder: Path | None = None
     spare_bytes: int = 0
-    _carrier: list[Carrier] = field(default_factory=list, repr=False, compare=False)
 
     def new(self) -> Stream:
         """Return an empty stream."""
         if self.place == "disk":
-            return _DiskStream(self.device, self._carriers(), self.folder)
+            return _DiskStream(self.device, self._carrier, self.folder)
         if self.place == "host" and self.device.type != "cpu":
-            return _HostStream(self.device, self._carriers())
+            return _HostStream(self.device, self._carrier)
         return []
 
     def aside(self, size: int) -> Stream | None:
         """Return an empty stream for what would otherwise be computed again; `None` where there is no room for it.
 
-        On a CPU it is on disk, where the system holds it in memory as long as nothing else wants that.
-
         Args:
             size: Bytes that it will take.
         """
-        if size > self.spare_bytes:
-            return None
-        return [] if self.device.type != "cpu" else _DiskStream(self.device, self._carriers(), self.folder)
+        return self.new_aside() if size <= self.spare_bytes else None
+
+    def new_aside(self) -> Stream:
+        """Return the same, whether there is room or not.
+
+        On a CPU it is on disk, where the system holds it in memory as long as nothing else wants that.
+        """
+        return [] if self.device.type != "cpu" else _DiskStream(self.device, self._carrier, self.folder)
 
     def filled(self, batches: Iterator[torch.Tensor]) -> Stream:
         """Return a stream of batches."""
@@ -106,10 +109,9 @@ class StreamStore:
             stream.append(batch.to(self.device))
         return stream
 
-    def _carriers(self) -> Carrier:
-        if not self._carrier:
-            self._carrier.append(Carrier(self.device))
-        return self._carrier[0]
+    @functools.cached_property
+    def _carrier(self) -> Carrier:
+        return Carrier(self.device)
 
 
 class _FarStream(MutableSequence[torch.Tensor]):
