@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "available_memory_bytes",
     "bound_memory_that_is_kept",
+    "make_room",
     "peak_device_memory_bytes",
     "peak_memory_bytes",
     "return_freed_memory",
@@ -24,7 +25,7 @@ __all__ = [
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_THRESHOLD_BYTES = 2**25
+_THRESHOLD_BYTES = 2**24
 _TRIM_BYTES = 2**26
 
 
@@ -65,6 +66,16 @@ def return_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def make_room(size: int) -> None:
+    """Give freed memory back where something large comes next that what was kept has no room for.
+
+    Args:
+        size: Its bytes.
+    """
+    if size >= _TRIM_BYTES:
+        return_freed_memory()
 
 
 def bound_memory_that_is_kept() -> None:

@@ -321,6 +321,16 @@ def test_measuring_goes_on_in_halves_when_the_memory_runs_out(run, checkpoints, 
     assert tasks[0].keys() == tasks[1].keys() and tasks[0]
 
 
+def test_a_spectrum_goes_on_in_halves_when_the_memory_runs_out(run, checkpoints, text_file, request):
+    words = ["--calibration", text_file, "--samples", "7", "--seq-len", "32", "--batch-size", "7", "--format", "json"]
+    found = [json.loads(run("spectrum", checkpoints(), *words).stdout)]
+    request.getfixturevalue("little_memory")
+    found.append(json.loads(run("spectrum", checkpoints(), *words).stdout))
+    assert found[1]["dense"]["nll"] == pytest.approx(found[0]["dense"]["nll"], rel=1e-6)
+    for usual, divided in zip(*(document["spectrum"] for document in found), strict=True):
+        assert divided["fisher"] == pytest.approx(usual["fisher"], rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_is_partly_on_disk_is_measured_alike(run, checkpoints, text_file, tmp_path, dtype):
     from slicecli.api import load

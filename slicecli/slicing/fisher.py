@@ -17,9 +17,10 @@ Legend: d hidden size, k dim kept, Q basis, n(x) the normalised stream, g gradie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -28,9 +29,10 @@ from slicecli.memory import available_memory_bytes
 from slicecli.schedule import slices_head
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, principal_basis
-from slicecli.slicing.blocks import Call, Calls
+from slicecli.slicing.blocks import Calls
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
 from slicecli.slicing.moments import add_square, widen
+from slicecli.slicing.pieces import together
 from slicecli.slicing.state import Batches, DenseModel, Progress
 from slicecli.slicing.walk import embedding_tables, enter, filled, read_blocks, require_finite
 
@@ -42,6 +44,9 @@ EFFECT_TOKENS = 2048
 # of the memory that is free on the device, for the kept streams
 MEMORY_SHARE = 0.5
 NO_LABEL = -100  # what cross_entropy ignores
+
+# input and output of each norm, by its path
+NormSights: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -206,10 +211,11 @@ class _Passes:
         for index, weights in read_blocks(dense, range(len(dense.blocks))):
             block = dense.blocks[index]
             with filled(dense, block, weights):
+                run = functools.partial(_run, block, calls, index)
                 for number, stream in enumerate(streams):
-                    output = calls.of(index, stream)(block, stream)
-                    tuple_length = len(output) if isinstance(output, tuple) else 0
-                    streams[number] = running.first_tensor(output)
+                    outputs = [output for _, output in dense.pieces.run(run, stream)]
+                    tuple_length = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+                    streams[number] = together([running.first_tensor(output) for output in outputs])
                     require_finite(streams[number], f"the activations after block {index}")
             kept.append([stream.to(self._place) for stream in streams])
             self._progress.advance()
@@ -301,33 +307,64 @@ class _Passes:
         block, norms = dense.blocks[index], dense.dimensions.declared_blocks[index].norms
         with filled(dense, block, weights):
             moments = {path: self._weights.empty_moment() for path in norms}
+            watch = functools.partial(_watch, block, calls, index, norms)
             for stream in streams:
-                entering = stream.to(dense.device)
-                _, seen = _watch(block, calls.of(index, stream), entering, norms)
-                for path, moment in moments.items():
-                    self._weights.add_tokens(moment, seen[path][0])
+                for _, (_, seen) in dense.pieces.run(watch, stream.to(dense.device)):
+                    for path, moment in moments.items():
+                        self._weights.add_tokens(moment, seen[path][0])
             # each taken out as it is solved: matrices of d x d are what this pass needs most memory for
             principal = {path: self._weights.principal(moments.pop(path)) for path in norms}
             gains = {path: norm_weight_and_bias(dense.dimensions, path, weights)[0] for path in norms}
-            for number, stream in enumerate(streams):
-                with torch.enable_grad():
-                    entering = stream.to(dense.device).detach().requires_grad_()
-                    output, seen = _watch(block, calls.of(index, stream), entering, norms)
-                    outputs = [seen[path][1] for path in norms]
-                    *to_outputs, to_input = torch.autograd.grad(
-                        output, [*outputs, entering], gradients[number].to(dense.device)
-                    )
-                require_finite(to_input, f"the gradients before block {index}")
-                for path, gradient in zip(norms, to_outputs, strict=True):
-                    self._weights.add(seen[path][0].detach(), gradient, gains[path], principal[path])
-                gradients[number] = to_input.to(self._place)
+            for number, (stream, gradient) in enumerate(zip(streams, gradients, strict=True)):
+                go_back = functools.partial(_go_back, watch, norms, stream.to(dense.device), gradient.to(dense.device))
+                to_inputs = []
+                for _, (to_input, sights) in dense.pieces.run(go_back, torch.arange(len(stream))):
+                    require_finite(to_input, f"the gradients before block {index}")
+                    for path, (norm_input, to_output) in zip(norms, sights, strict=True):
+                        self._weights.add(norm_input, to_output, gains[path], principal[path])
+                    to_inputs.append(to_input)
+                gradients[number] = together(to_inputs).to(self._place)
+
+
+def _run(block: nn.Module, calls: Calls, index: int, stream: torch.Tensor) -> Any:
+    return calls.of(index, stream)(block, stream)
+
+
+def _go_back(
+    watch: Callable[[torch.Tensor], tuple[torch.Tensor, NormSights]],
+    norms: Sequence[str],
+    stream: torch.Tensor,
+    gradient: torch.Tensor,
+    rows: torch.Tensor,
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Go back through a block with some rows of a batch.
+
+    Args:
+        watch: Runs the block.
+        norms: Paths of the norms.
+        stream: The stream before the block, of the batch.
+        gradient: With respect to the stream behind it, of the batch.
+        rows: Which rows, one after the other.
+
+    Returns:
+        The gradient with respect to the stream before the block; and of each norm its input, and the gradient with
+        respect to its output.
+    """
+    some = slice(int(rows[0]), int(rows[-1]) + 1)
+    with torch.enable_grad():
+        entering = stream[some].detach().requires_grad_()
+        output, seen = watch(entering)
+        *to_outputs, to_input = torch.autograd.grad(
+            output, [*(seen[path][1] for path in norms), entering], gradient[some]
+        )
+    return to_input, [(seen[path][0].detach(), to_output) for path, to_output in zip(norms, to_outputs, strict=True)]
 
 
 def _watch(
-    block: nn.Module, call: Call, stream: torch.Tensor, norms: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    block: nn.Module, calls: Calls, index: int, norms: Sequence[str], stream: torch.Tensor
+) -> tuple[torch.Tensor, NormSights]:
     """Run a block; return the stream behind it, and input and output of each norm by its path."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: NormSights = {}
 
     def hook_for(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
@@ -337,7 +374,7 @@ def _watch(
 
     handles = [block.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in norms]
     try:
-        return running.first_tensor(call(block, stream)), seen
+        return running.first_tensor(_run(block, calls, index, stream)), seen
     finally:
         for handle in handles:
             handle.remove()

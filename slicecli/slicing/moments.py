@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from slicecli.memory import make_room
+
 __all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "add_square", "inverse_scale", "is_finite", "normalise", "widen"]
 
 CHUNK_TOKENS = 4096
@@ -112,6 +114,7 @@ class Moments:
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        make_room(inputs * inputs * torch.float64.itemsize)
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
         self.residual_energy = [torch.zeros(1, dtype=torch.float64, device=device) for _ in range(2)]

@@ -217,8 +217,11 @@ def refit(
                     search,
                 )
                 errors.append(fitting.fit_readers(seen.inputs[position], bases[target.dim]))
+                projected = fitting.project_writers(bases[target.dim])
+                if is_last and target is targets[-1]:
+                    _keep_buffers(weights, sliced_block)
                 what = f"the sliced activations of block {index} ({branches[-1].norm})"
-                fitting.fit_writers(after, bases[target.dim], what)
+                fitting.fit_writers(projected, after, bases[target.dim], what)
             if states is None:
                 seen.inputs[position].clear()
         for target in targets:
@@ -236,6 +239,12 @@ def refit(
 
 def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> running.BlockRun:
     return running.run_block(block, calls.of(index, batch), batch, declared.branches)
+
+
+def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:
+    """Free a dense block's parameters once all is folded: the last fit of a block is what needs most memory."""
+    for name in weights.keys() - set(running.persistent_buffers(block)):
+        del weights[name]
 
 
 def _content(stream: Stream, targets: Sequence[Target], search: RidgeSearch) -> Content:

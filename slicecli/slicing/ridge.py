@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from slicecli.slicing.cholesky import factorise, restore, substitute
 from slicecli.slicing.moments import Moments
 
 __all__ = ["RIDGES", "Correction", "RidgeSearch", "solve_ridge"]
@@ -76,13 +77,19 @@ def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES, start: flo
     best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge), first)
     energy = float(moments.residual_energy[1])
     left = 1.0 + best_error / energy if energy else 1.0
-    factor = None
-    if math.isfinite(best_ridge):
-        gram, cross = moments.merge()
-        factor = _factorise(gram, best_ridge)
-    if factor is None:
-        return Correction(torch.zeros_like(moments.cross).T, math.inf, 1.0)
-    return Correction(_substitute(factor, cross).T, best_ridge, left)
+    if not math.isfinite(best_ridge):
+        return _no_correction(moments)
+    gram, cross = moments.merge()
+    if not (_add_ridge(gram, best_ridge) and factorise(gram)):
+        return _no_correction(moments)
+    # outputs do not mix, so a few hundred at a time do, and no second solution is held
+    for columns in cross.split(COLUMNS, dim=1):
+        columns.copy_(substitute(gram, columns))
+    return Correction(cross.T, best_ridge, left)
+
+
+def _no_correction(moments: Moments) -> Correction:
+    return Correction(moments.cross.zero_().T, math.inf, 1.0)
 
 
 def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
@@ -114,35 +121,21 @@ def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], fir
 
 def _held_out_error(moments: Moments, ridge: float) -> float:
     """Return Σ |r − Δ z|² − Σ |r|² over held-out tokens, Δ solved on the fitted ones; infinite where it cannot be."""
-    factor = _factorise(moments.gram.clone(), ridge)
-    if factor is None:
-        return math.inf
-    error = 0.0
-    # outputs do not mix, so a few hundred at a time do, and no whole solution is held
-    for start in range(0, moments.cross.shape[1], COLUMNS):
-        columns = slice(start, start + COLUMNS)
-        error += moments.change_of_error(_substitute(factor, moments.cross[:, columns]), columns)
-    return error
+    gram, diagonal = moments.gram, moments.gram.diagonal().clone()
+    try:
+        if not (_add_ridge(gram, ridge) and factorise(gram)):
+            return math.inf
+        error = 0.0
+        for start in range(0, moments.cross.shape[1], COLUMNS):
+            columns = slice(start, start + COLUMNS)
+            error += moments.change_of_error(substitute(gram, moments.cross[:, columns]), columns)
+        return error
+    finally:
+        restore(gram, diagonal)
 
 
-def _factorise(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Return the Cholesky factor of G + λ I; `None` where G is zero or not numerically positive.
-
-    The factor takes the Gram matrix's memory.
-    """
+def _add_ridge(gram: torch.Tensor, ridge: float) -> bool:
+    """Add λ to the diagonal of a Gram matrix in place; say whether there is anything in it."""
     scale = gram.diagonal().mean()
-    if not bool(scale > 0):
-        return None
     gram.diagonal().add_(ridge * scale)
-    # LAPACK works on columns; transposing what is symmetric spares it a copy
-    factor = gram.mT
-    failure = torch.zeros((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, failure))
-    return None if int(failure) else factor
-
-
-def _substitute(factor: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Return (L Lᵀ)⁻¹ C, shape (inputs, outputs)."""
-    half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    solution: torch.Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return solution
+    return bool(scale > 0)

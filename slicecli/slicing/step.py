@@ -142,10 +142,21 @@ class Step:
         self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
         return lost
 
-    def fit_writers(self, dense_after: Stream, basis: torch.Tensor, what: str) -> None:
+    def project_writers(self, basis: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the writers' plain projections; after that the step has no use for dense weights any more.
+
+        They are in the dtype of products: the residuals are taken from what they give in it, and it is half as large.
+        """
+        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
+        return {name: value.to(self._wide) for name, value in projected.items()}
+
+    def fit_writers(
+        self, projected: Mapping[str, torch.Tensor], dense_after: Stream, basis: torch.Tensor, what: str
+    ) -> None:
         """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream.
 
         Args:
+            projected: Their projections.
             dense_after: The dense stream after this step.
             basis: Q.
             what: What the sliced stream is called where it is damaged.
@@ -153,7 +164,6 @@ class Step:
         Raises:
             WeightsError: It becomes NaN or infinite.
         """
-        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
         self._set_writers(projected)
         goals = Goals(self.dense, basis)
         entries = list(self._entries())
@@ -167,6 +177,10 @@ class Step:
 
     def _solver(self, kind: str) -> Callable[[Moments], Correction]:
         return functools.partial(self.search.solve, f"{self.target.dim}.{self.position}.{kind}")
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.dense.dtype, torch.float32)
 
     def _entries(self) -> Iterator[Entry]:
         for branch in self.branches:
@@ -210,24 +224,11 @@ class Step:
             starts.append(projected[f"{entry.writer.path}.weight"])
             if entry.has_bias:
                 starts.append(projected[f"{entry.writer.path}.bias"][:, None])
-        wide = torch.promote_types(self.dense.dtype, torch.float32)
         start = _beside(starts)
-        start_wide = start.to(wide)
-        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
-        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
-            held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
-            for rows, seen in self.dense.pieces.run(self._seen, batch):
-                for path, parts in held.items():
-                    parts.append(seen.linear[path])
-                flat = _beside([column for entry in entries for column in entry.columns(seen, wide)])
-                residual = goals.residual(after[rows], batch[rows]) - flat @ start_wide.T - self._experts_add(seen)
-                root = goals.root(after[rows])
-                moments.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
-            for path, parts in held.items():
-                kept[path].append(together(parts))
-        del start_wide
-        matrix = start + solve_moments(self.dense.processes, moments, self._solver("writers")).matrix
-        del moments
+        moments = self._moments_of_linear(entries, start, dense_after, goals, kept)
+        matrix = solve_moments(self.dense.processes, moments, self._solver("writers")).matrix
+        del moments  # before anything else of its size is wanted
+        matrix += start
         widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
         solved = iter(matrix.split(widths, dim=1))
         for entry in entries:
@@ -235,6 +236,37 @@ class Step:
             if entry.has_bias:
                 fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
             self._set_writers(fitted)
+
+    def _moments_of_linear(
+        self,
+        entries: Sequence[Entry],
+        start: torch.Tensor,
+        dense_after: Stream,
+        goals: Goals,
+        kept: Mapping[str, Stream],
+    ) -> Moments:
+        """Return the normal equations of the linear writers, and keep what enters them where there is a place for it.
+
+        Args:
+            entries: The writers.
+            start: What they are pulled towards, beside each other, shape (k, inputs).
+            dense_after: The dense stream after this step.
+            goals: What the step has to add.
+            kept: Where a writer's input is kept, by its path.
+        """
+        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
+        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
+            held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
+            for rows, seen in self.dense.pieces.run(self._seen, batch):
+                for path, parts in held.items():
+                    parts.append(seen.linear[path])
+                flat = _beside([column for entry in entries for column in entry.columns(seen, self._wide)])
+                residual = goals.residual(after[rows], batch[rows]) - flat @ start.T - self._experts_add(seen)
+                root = goals.root(after[rows])
+                moments.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
+            for path, parts in held.items():
+                kept[path].append(together(parts))
+        return moments
 
     def _fit_experts(
         self, branch: Branch, projected: Mapping[str, torch.Tensor], dense_after: Stream, goals: Goals
@@ -244,7 +276,7 @@ class Step:
         assert declared is not None
         module = self.block.get_submodule(declared.module)
         multiplier = self._multiplier(branch)
-        wide = torch.promote_types(self.dense.dtype, torch.float32)
+        wide = self._wide
         width = self.dense.dimensions.width(declared.writer_width)
         routings: list[Routing] = []
         residuals: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from slicecli.memory import make_room
 from slicecli.processes import Processes
 from slicecli.slicing.basis import Basis, reader_basis
 from slicecli.slicing.moments import Moments
@@ -42,6 +43,7 @@ def solve_moments(processes: Processes, moments: Moments, solve: Callable[[Momen
         moments: Of this process; of no use afterwards.
         solve: Solves the sum.
     """
+    make_room(moments.gram.nbytes)
     if processes.count == 1:
         return solve(moments)
     gram, cross = moments.sum_held_out()

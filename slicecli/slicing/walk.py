@@ -84,9 +84,9 @@ def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
     with ThreadPoolExecutor(1, thread_name_prefix="slicecli-block") as pool:
         ahead = deque(pool.submit(read, index) for index in indices[:1])
         for position, index in enumerate(indices):
-            arriving = ahead.popleft().result()
+            arrived = {name: receive() for name, receive in ahead.popleft().result().items()}
             ahead.extend(pool.submit(read, following) for following in indices[position + 1 : position + 2])
-            yield index, {name: receive() for name, receive in arriving.items()}
+            yield index, arrived
             return_freed_memory()
 
 
