@@ -9,13 +9,14 @@ where the declaration is wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
@@ -137,7 +138,7 @@ def _empty_like(
         config = custom_code_config(model.config, dimensions, Schedule.constant(dimensions, dim), False, 0, dtype)
         cls = _sliced_class()
     config._attn_implementation = model.config._attn_implementation
-    with init_empty_weights() if on_meta else nullcontext():
+    with init_empty_weights() if on_meta else nullcontext(), no_init_weights():
         made = cls(config)
     return with_plain_experts(made if on_meta else made.to(device=model.device, dtype=model.dtype)).eval()
 
@@ -148,10 +149,15 @@ def _sliced_class() -> Any:
     return SlicedForCausalLM
 
 
+def _exactly(model: Any) -> AbstractContextManager[Any]:
+    """Return what lets a float64 model compute all in float64."""
+    return Float64Throughout() if model.dtype == torch.float64 else nullcontext()
+
+
 @torch.no_grad()
 def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """Return a model's logits, shape (rows, sequence length, vocabulary); a float64 model computes all in float64."""
-    with Float64Throughout():
+    with _exactly(model):
         found: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
     return found
 
@@ -312,7 +318,7 @@ def slice_in_memory(
     ]
     batches = Batches(token_ids, batch_rows)
     # only there: a narrower model's weights are rounded on purpose
-    with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
+    with _exactly(model):
         basis = collect_basis(dense, batches, Silent())
         refit(dense, basis, targets, batches, Silent())
     for sliced, found in zip(made, tensors, strict=True):
@@ -351,7 +357,7 @@ def published_in_memory(
     )
     shell = _empty_like(model, dimensions, on_meta=True, schedule=schedule, block_output_length=length)
     target = Target(schedule.dim, shell, model.dtype, tensors.__setitem__)
-    with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
+    with _exactly(model):
         slice_published(dense, target, schedule, orientation, seed, Batches(token_ids, batch_rows), Silent())
     made.load_state_dict(tensors, strict=True)
     return made
@@ -497,7 +503,7 @@ def _run(model: Any, dimensions: Dimensions, token_ids: torch.Tensor) -> list[_S
     hint = f"Check the final norm ({adapter.final_norm}) and the head ({adapter.head.path})."
     watch(adapter.head.path, f"what {adapter.head.path} makes of it", hint)
     try:
-        with Float64Throughout():
+        with _exactly(model):
             model(input_ids=token_ids, use_cache=False)
     finally:
         for handle in handles:

@@ -7,6 +7,7 @@ and no local path: a model from a folder is named by the folder's own name, a te
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 from collections.abc import Mapping
@@ -167,13 +168,16 @@ def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "safetensors", "tokenizers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    packages = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def record_text(record: Mapping[str, Any]) -> str:

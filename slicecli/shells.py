@@ -25,9 +25,10 @@ def outline(config: Any, trust_remote_code: bool = False, most_bytes: int | None
     """
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
 
     try:
-        with quiet_libraries(), torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
@@ -47,6 +48,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     """
     import transformers
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     # those of some classes grow with a number in the config and with nothing in the weights
     tables = sum(buffer.nbytes for buffer in outline(config, trust_remote_code).buffers())
@@ -56,7 +58,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
             "Check max_position_embeddings and the like in config.json.",
         )
     try:
-        with quiet_libraries(), init_empty_weights():
+        with quiet_libraries(), init_empty_weights(), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(

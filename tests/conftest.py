@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from forks import Forks
 
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.tiny import random_model
@@ -124,6 +125,14 @@ def run() -> Callable[..., Result]:
         return CliRunner().invoke(group, [str(word) for word in words], prog_name="slicecli")
 
     return call
+
+
+@pytest.fixture
+def forks() -> Iterator[Forks]:
+    """Run programs in processes of their own, with the environment that the test has by then."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from forks import Forks
+
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.testing.loopback_hub import Fault, LoopbackHub, Request
 
@@ -51,7 +53,7 @@ class Scenario:
         gated: Whether it is gated.
         token: Whose token the user has, or a token; `None` is none.
         faults: What the Hub does; `{name}` and `{digest}` in paths stand for the repository and a weight file.
-        circumstances: What is wrong with the machine, see `command_server`.
+        circumstances: What is wrong with the machine, see `fork_server`.
         environment: More of the environment; the command runs in a Python of its own then.
         first: A command that ran before, when all was well.
         prepare: What else is done before the command.
@@ -160,18 +162,11 @@ class World:
         model.save_pretrained(self.model, max_shard_size="120KB")
         (self.model / "README.md").write_text(CARD, encoding="utf-8")
         self.text = nonsense_text(root / "nonsense.jsonl")
-        for folder in ("huggingface", "somebody", "seen"):
+        for folder in ("huggingface", "somebody"):
             (root / folder).mkdir()
         self.tokens = {"me": self.hub.token, "lab": self.hub.token, "them": self.hub.add_user("them")}
         self.environment = {**self.hub.environment(self.home, None), "HOME": str(root / "somebody")}
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("command_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        )
-        self._count = 0
+        self.forks = Forks(self.environment)
         self._seen: dict[str, Seen] = {}
         self.slice = root / "slice"
         self.hub.upload("lab/first", self.model)
@@ -182,11 +177,10 @@ class World:
 
     def close(self) -> None:
         """End what was begun."""
-        self.server.communicate()
+        self.forks.close()
 
     def run(self, words: tuple[str, ...], scenario: Scenario, folder: Path) -> Outcome:
         """Run a command under the circumstances of a scenario."""
-        self._count += 1
         known = {"name": scenario.repository, "text": os.path.relpath(self.text, folder)}
         words = ("-q", *(word.format_map(known) for word in words))
         token = {} if scenario.token is None else {"HF_TOKEN": self.tokens.get(scenario.token, scenario.token)}
@@ -196,18 +190,14 @@ class World:
             command = [sys.executable, "-m", "slicecli", *words]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             return Outcome(done.returncode, done.stdout, done.stderr, [], self.hub.requests[before:])
-        files = {name: self.root / "seen" / f"{self._count}.{name}" for name in ("out", "err", "waits")}
-        wish = {
-            **{name: str(path) for name, path in files.items()},
-            "words": words,
-            "environment": environment,
-            "folder": str(folder),
-            "circumstances": scenario.circumstances,
-        }
-        print(json.dumps(wish), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline())
-        out, err, waits = (path.read_text(encoding="utf-8") for path in files.values())
-        return Outcome(code, out, err, [float(line) for line in waits.split()], self.hub.requests[before:])
+        done = self.forks.run(
+            *("-m", "slicecli", *words),
+            cwd=folder,
+            env=environment,
+            circumstances=scenario.circumstances,
+            notes_waits=True,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr, done.waits, self.hub.requests[before:])
 
     def play(self, scenario: Scenario) -> Seen:
         """Let a fault happen, once, and return what was seen."""

@@ -33,21 +33,17 @@ print(type(model).__name__, out[0].tolist())
 """
 
 
-def program(*words, **options):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, **options)
-
-
 @pytest.mark.parametrize(
     ("method", "class_name"),
     [("refit", "LlamaForCausalLM"), ("slicegpt", "SlicedForCausalLM")],
     ids=["stock", "custom"],
 )
 def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
-    loopback_hub, checkpoints, slice_words, tmp_path, method, class_name
+    loopback_hub, checkpoints, slice_words, tmp_path, forks, method, class_name
 ):
     loopback_hub.upload(NAME, checkpoints("llama-3"))
     commit = loopback_hub.upload(NAME, {"README.md": CARD})
-    done = program(
+    done = forks.run(
         "-m", "slicecli", "slice", NAME, "--dim", "36", "--method", method, "--push", "me/slice", "--private",
         "--format", "json", *slice_words, cwd=tmp_path,
     )  # fmt: skip
@@ -79,24 +75,25 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
 
     # it generates where slicecli is not, and writes the same as the folder
     trust = "trust" if method == "slicegpt" else "no"
-    from_hub = program("-c", LOAD, "me/slice", trust)
+    alone = [sys.executable, "-c", LOAD]
+    from_hub = subprocess.run([*alone, "me/slice", trust], capture_output=True, text=True, check=False)
     assert from_hub.returncode == 0, from_hub.stderr
     assert from_hub.stdout.split()[0] == class_name
-    from_folder = program("-c", LOAD, folder, trust)
+    from_folder = subprocess.run([*alone, folder, trust], capture_output=True, text=True, check=False)
     assert from_hub.stdout == from_folder.stdout
 
     # and with slicecli, without trusting anything
     code = "import slicecli; model, tokenizer = slicecli.load('me/slice'); print(type(model).__module__)"
-    loaded = program("-c", code)
+    loaded = forks.run("-c", code)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.startswith("transformers." if method == "refit" else "slicecli.modeling.")
 
 
-def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_words, run, tmp_path):
+def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_words, run, forks, tmp_path):
     loopback_hub.upload(NAME, checkpoints("llama-3"))
-    first = program("-m", "slicecli", "slice", NAME, "--dim", "40", "--push", "me/first", *slice_words, cwd=tmp_path)
+    first = forks.run("-m", "slicecli", "slice", NAME, "--dim", "40", "--push", "me/first", *slice_words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    done = program("-m", "slicecli", "slice", "me/first", "--dim", "32", *slice_words, cwd=tmp_path)
+    done = forks.run("-m", "slicecli", "slice", "me/first", "--dim", "32", *slice_words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "first-dim32"
     record = json.loads((folder / "slicecli.json").read_text())
@@ -115,7 +112,7 @@ def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_word
     assert "base_model: me/first\n" in (tmp_path / "third" / "README.md").read_text()
 
 
-def test_published_slices_are_found_by_their_base_model(loopback_hub, tmp_path):
+def test_published_slices_are_found_by_their_base_model(loopback_hub):
     def card(*lines):
         return {"README.md": "\n".join(["---", *lines, "---", "", "# A model"]).encode()}
 
@@ -124,7 +121,8 @@ def test_published_slices_are_found_by_their_base_model(loopback_hub, tmp_path):
     loopback_hub.upload("me/no-slice", card(f"base_model: {NAME}"))
 
     def search(*words):
-        done = program("-m", "slicecli", "search", *words, "--format", "json")
+        command = [sys.executable, "-m", "slicecli", "search", *words, "--format", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return {one["repository"]: one["base_model"] for one in json.loads(done.stdout)}
 

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from forks import Forks
 
 pytestmark = pytest.mark.usefixtures("without_cache")
 
@@ -13,6 +14,24 @@ pytestmark = pytest.mark.usefixtures("without_cache")
 @pytest.fixture
 def without_cache(monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+
+
+@pytest.fixture
+def runpytest(pytester, fork):
+    """Run pytest in the folder of `pytester`, in a process of its own."""
+
+    def run(*words):
+        done = fork.run("-m", "pytest", *words, cwd=pytester.path)
+        return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), 0.0)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fork():
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 def measured_slice(output, *words):
@@ -82,9 +101,9 @@ def test_the_options_explain_themselves(pytester):
 # the conformance suite from anywhere
 
 
-def test_the_suite_runs_from_anywhere_on_named_adapters(pytester):
+def test_the_suite_runs_from_anywhere_on_named_adapters(runpytest, pytester):
     words = ["--pyargs", "slicecli.testing", "--slicecli-adapter", "llama,gpt2", "--slicecli-report", "report.json"]
-    result = pytester.runpytest_subprocess(*words, "-rs")
+    result = runpytest(*words, "-rs")
     outcomes = result.parseoutcomes()
     assert outcomes["passed"] > 25
     assert "failed" not in outcomes
@@ -98,22 +117,22 @@ def test_the_suite_runs_from_anywhere_on_named_adapters(pytester):
     assert all(test["measured"]["relative_error"] < 1e-9 for test in rotation)
 
 
-def test_an_adapter_that_does_not_exist_is_wrong_usage(pytester):
-    result = pytester.runpytest_subprocess("--pyargs", "slicecli.testing", "--slicecli-adapter", "lama")
+def test_an_adapter_that_does_not_exist_is_wrong_usage(runpytest, pytester):
+    result = runpytest("--pyargs", "slicecli.testing", "--slicecli-adapter", "lama")
     assert result.ret != 0
     result.stdout.fnmatch_lines(["*There is no adapter named 'lama'*llama*"])
 
 
-def test_the_suite_runs_on_a_real_checkpoint(pytester, embedded_model):
+def test_the_suite_runs_on_a_real_checkpoint(runpytest, pytester, embedded_model):
     words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model, "-n", "0"]
-    result = pytester.runpytest_subprocess(*words)
+    result = runpytest(*words)
     result.assert_outcomes(passed=32, deselected=6)
     result.stdout.fnmatch_lines([f"slicecli: model {embedded_model} *"])
 
 
-def test_a_suite_without_an_adapter_says_what_is_missing(pytester):
+def test_a_suite_without_an_adapter_says_what_is_missing(runpytest, pytester):
     pytester.makepyfile("from slicecli.testing import AdapterTests\nclass TestMine(AdapterTests): pass")
-    result = pytester.runpytest_subprocess("-q")
+    result = runpytest("-q")
     assert "passed" not in result.parseoutcomes()
     result.stdout.fnmatch_lines(["*TestMine names no adapter: set the attribute `adapter`*"])
 
@@ -121,18 +140,18 @@ def test_a_suite_without_an_adapter_says_what_is_missing(pytester):
 # the gate on a slice
 
 
-def test_a_sound_slice_passes_the_gate(pytester, gated):
+def test_a_sound_slice_passes_the_gate(runpytest, pytester, gated):
     words = ["--pyargs", "slicecli.testing", "--slicecli-slice", gated, "--slicecli-report", "report.json"]
-    result = pytester.runpytest_subprocess(*words)
+    result = runpytest(*words)
     result.assert_outcomes(passed=6, deselected=result.parseoutcomes()["deselected"])
     report = json.loads((pytester.path / "report.json").read_text())
     measured = next(test["measured"] for test in report["tests"] if "perplexity" in test["name"])
     assert measured["perplexity"] <= measured["limit"]
 
 
-def test_a_slice_with_code_of_its_own_passes_the_gate(pytester, tmp_path):
+def test_a_slice_with_code_of_its_own_passes_the_gate(runpytest, pytester, tmp_path):
     folder = measured_slice(tmp_path / "slice", "--method", "slicegpt")
-    result = pytester.runpytest_subprocess("--pyargs", "slicecli.testing", "--slicecli-slice", folder)
+    result = runpytest("--pyargs", "slicecli.testing", "--slicecli-slice", folder)
     result.assert_outcomes(passed=6, deselected=result.parseoutcomes()["deselected"])
 
 
@@ -169,7 +188,7 @@ DAMAGES = {
 }
 
 
-def test_each_damage_to_a_slice_fails_the_gate(pytester, gated, tmp_path):
+def test_each_damage_to_a_slice_fails_the_gate(runpytest, pytester, gated, tmp_path):
     """All damages in one run: a class for each, gated by the marker."""
     source = ["import pytest", "from slicecli.testing import SliceTests"]
     for number, (damage, _) in enumerate(DAMAGES.values()):
@@ -177,7 +196,7 @@ def test_each_damage_to_a_slice_fails_the_gate(pytester, gated, tmp_path):
         damage(folder)
         source.append(f"@pytest.mark.slicecli_slice({str(folder)!r})\nclass Test{number}(SliceTests): pass")
     pytester.makepyfile("\n".join(source))
-    result = pytester.runpytest_subprocess("-rf", "--slicecli-report", "report.json")
+    result = runpytest("-rf", "--slicecli-report", "report.json")
     report = json.loads((pytester.path / "report.json").read_text())
     for number, (name, (_, test_name)) in enumerate(DAMAGES.items()):
         failed = {
@@ -189,13 +208,13 @@ def test_each_damage_to_a_slice_fails_the_gate(pytester, gated, tmp_path):
         assert len(failed) < 6, f"{name} fails everything: {failed}"
 
 
-def test_a_folder_that_is_no_slice_is_named(pytester, embedded_model):
-    result = pytester.runpytest_subprocess("--pyargs", "slicecli.testing", "--slicecli-slice", embedded_model)
+def test_a_folder_that_is_no_slice_is_named(runpytest, pytester, embedded_model):
+    result = runpytest("--pyargs", "slicecli.testing", "--slicecli-slice", embedded_model)
     assert "passed" not in result.parseoutcomes()
     result.stdout.fnmatch_lines(["*no readable slicecli.json*"])
 
 
-def test_the_marker_gives_a_slice_to_a_project_s_own_tests(pytester, gated):
+def test_the_marker_gives_a_slice_to_a_project_s_own_tests(runpytest, pytester, gated):
     pytester.makepyfile(
         f"""
         import pytest
@@ -215,7 +234,7 @@ def test_the_marker_gives_a_slice_to_a_project_s_own_tests(pytester, gated):
             pass
         """
     )
-    pytester.runpytest_subprocess("-q", "-rs").assert_outcomes(passed=2, skipped=1)
+    runpytest("-q", "-rs").assert_outcomes(passed=2, skipped=1)
 
 
 def test_eval_enters_results_only_in_a_slice_s_record(run, gated, embedded_model):

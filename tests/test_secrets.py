@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from forks import Forks
 
 NAME = "owner/model"
 USER = "plantedusername"
@@ -29,14 +28,14 @@ def machine(loopback_hub, checkpoints, text_file, tmp_path):
     (tmp_path / "scratch").mkdir()
 
     def call(*words, code=0):
-        command = [sys.executable, "-m", "slicecli", *map(str, words)]
-        done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False)
+        done = forks.run("-m", "slicecli", *words, cwd=work)
         assert done.returncode == code, done.stderr
         said.append(done.stdout + done.stderr)
         return done
 
-    said: list[str] = []
-    return home, work, token, call, said
+    forks, said = Forks(environment), []
+    yield home, work, token, call, said
+    forks.close()
 
 
 def test_neither_token_nor_name_nor_place_gets_out(machine, loopback_hub, tmp_path):

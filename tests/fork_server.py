@@ -1,8 +1,8 @@
-"""Runs the command line in processes of its own, without importing anything twice and without waiting for anything.
+"""Runs programs in processes of their own, without importing anything twice and without waiting for anything.
 
-A program: it reads one JSON object a line and answers each with an exit code. A command runs in a fork of the process
-that has imported the heavy packages already. What a person would wait for between attempts is noted and not waited
-for, and what cannot be had on demand, such as a disk that is full, is put on.
+A program itself: it reads one JSON object a line and answers each with an exit code. What is asked for runs in a fork
+of the process that has imported the heavy packages already. What a person would wait for between attempts can be noted
+and not waited for, and what cannot be had on demand, such as a disk that is full, is put on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import atexit
 import errno
 import json
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -105,25 +106,30 @@ CIRCUMSTANCES = {
 
 
 def run(wish):
-    """Be the command, and end."""
+    """Be the program, and end."""
     for number, name in enumerate(("out", "err"), start=1):
         os.dup2(os.open(wish[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(wish["environment"])
     os.chdir(wish["folder"])
-    waits = os.open(wish["waits"], os.O_WRONLY | os.O_CREAT)
-    time.sleep = lambda seconds: os.write(waits, f"{seconds}\n".encode()) and None
+    if "waits" in wish:
+        waits = os.open(wish["waits"], os.O_WRONLY | os.O_CREAT)
+        time.sleep = lambda seconds: os.write(waits, f"{seconds}\n".encode()) and None
     for name in wish["circumstances"]:
         CIRCUMSTANCES[name]()
-    sys.argv = ["slicecli", *wish["words"]]
-    from slicecli.cli import main
-
+    kind, what, *words = wish["words"]
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = [kind if kind == "-c" else what, *words]
     code = 1
     try:
-        main()
+        if kind == "-c":
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     atexit._run_exitfuncs()
