@@ -127,9 +127,9 @@ def run() -> Callable[..., Result]:
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Run programs in processes of their own, with the environment that the test has by then."""
+    """Run programs in processes of their own, with the environment that there is by then."""
     made = Forks()
     yield made
     made.close()

@@ -1,14 +1,16 @@
 """Runs programs in processes of their own, without importing anything twice and without waiting for anything.
 
-A program itself: it reads one JSON object a line and answers each with an exit code. What is asked for runs in a fork
-of the process that has imported the heavy packages already. What a person would wait for between attempts can be noted
+A program itself: it imports the modules that it is given, reads one JSON object a line and answers each with an exit
+code. What is asked for runs in a fork. What a person would wait for between attempts can be noted
 and not waited for, and what cannot be had on demand, such as a disk that is full, is put on.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
+import importlib
 import json
 import os
 import runpy
@@ -140,12 +142,9 @@ def run(wish):
 
 def serve():
     """Run what is asked for, one after the other."""
-    import accelerate  # noqa: F401
-    import datasets  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import slicecli.slicing.pipeline  # noqa: F401
-
+    for name in sys.argv[1:]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()

@@ -12,6 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# half of the time of an import of transformers; none of them reads the environment, or knows of this program
+QUIET_IMPORTS = ("torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "sklearn.metrics", "pandas")
+ALL_IMPORTS = (
+    *QUIET_IMPORTS,
+    "accelerate",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+    "slicecli.slicing.pipeline",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -34,11 +44,13 @@ class Forks:
     """Runs programs one after the other, each in a fork of one process.
 
     Args:
+        imports: What that process imports.
         environment: The environment of that process, for what packages read of it when they are imported, and of the
             programs; `None` takes the present one whenever something runs.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, imports: Sequence[str] = QUIET_IMPORTS, environment: Mapping[str, str] | None = None) -> None:
+        self._imports = imports
         self._environment = environment
         self._server: subprocess.Popen[str] | None = None
 
@@ -62,7 +74,7 @@ class Forks:
         environment = dict(os.environ if self._environment is None else self._environment)
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), *self._imports],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

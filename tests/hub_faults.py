@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forks import Forks
+from forks import ALL_IMPORTS, Forks
 
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.testing.loopback_hub import Fault, LoopbackHub, Request
@@ -166,7 +166,7 @@ class World:
             (root / folder).mkdir()
         self.tokens = {"me": self.hub.token, "lab": self.hub.token, "them": self.hub.add_user("them")}
         self.environment = {**self.hub.environment(self.home, None), "HOME": str(root / "somebody")}
-        self.forks = Forks(self.environment)
+        self.forks = Forks(ALL_IMPORTS, self.environment)
         self._seen: dict[str, Seen] = {}
         self.slice = root / "slice"
         self.hub.upload("lab/first", self.model)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -22,11 +20,10 @@ def commit(loopback_hub, checkpoints):
 
 
 @pytest.fixture
-def slicecli(loopback_hub, isolated_hub_cache, commit, tmp_path):
+def slicecli(loopback_hub, isolated_hub_cache, commit, forks, tmp_path):
     def call(*words, **more):
-        command = [sys.executable, "-m", "slicecli", *map(str, words)]
         environment = {**loopback_hub.environment(isolated_hub_cache), **more}
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return forks.run("-m", "slicecli", *words, env=environment, cwd=tmp_path)
 
     return call
 

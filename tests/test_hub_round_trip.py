@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -75,11 +73,10 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
 
     # it generates where slicecli is not, and writes the same as the folder
     trust = "trust" if method == "slicegpt" else "no"
-    alone = [sys.executable, "-c", LOAD]
-    from_hub = subprocess.run([*alone, "me/slice", trust], capture_output=True, text=True, check=False)
+    from_hub = forks.run("-c", LOAD, "me/slice", trust)
     assert from_hub.returncode == 0, from_hub.stderr
     assert from_hub.stdout.split()[0] == class_name
-    from_folder = subprocess.run([*alone, folder, trust], capture_output=True, text=True, check=False)
+    from_folder = forks.run("-c", LOAD, folder, trust)
     assert from_hub.stdout == from_folder.stdout
 
     # and with slicecli, without trusting anything
@@ -112,7 +109,7 @@ def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_word
     assert "base_model: me/first\n" in (tmp_path / "third" / "README.md").read_text()
 
 
-def test_published_slices_are_found_by_their_base_model(loopback_hub):
+def test_published_slices_are_found_by_their_base_model(loopback_hub, forks):
     def card(*lines):
         return {"README.md": "\n".join(["---", *lines, "---", "", "# A model"]).encode()}
 
@@ -121,8 +118,7 @@ def test_published_slices_are_found_by_their_base_model(loopback_hub):
     loopback_hub.upload("me/no-slice", card(f"base_model: {NAME}"))
 
     def search(*words):
-        command = [sys.executable, "-m", "slicecli", "search", *words, "--format", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = forks.run("-m", "slicecli", "search", *words, "--format", "json")
         assert done.returncode == 0, done.stderr
         return {one["repository"]: one["base_model"] for one in json.loads(done.stdout)}
 

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from forks import Forks
+from forks import ALL_IMPORTS, Forks
 
 pytestmark = pytest.mark.usefixtures("without_cache")
 
@@ -16,22 +16,23 @@ def without_cache(monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
 
 
+@pytest.fixture(scope="module")
+def forks():
+    made = Forks(ALL_IMPORTS)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def runpytest(pytester, fork):
+def runpytest(pytester, forks):
     """Run pytest in the folder of `pytester`, in a process of its own."""
 
     def run(*words):
-        done = fork.run("-m", "pytest", *words, cwd=pytester.path)
+        # a path inside this project would bring its options, and with them processes more
+        done = forks.run("-m", "pytest", *words, "-n", "0", cwd=pytester.path)
         return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), 0.0)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def fork():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 def measured_slice(output, *words):
@@ -102,18 +103,18 @@ def test_the_options_explain_themselves(pytester):
 
 
 def test_the_suite_runs_from_anywhere_on_named_adapters(runpytest, pytester):
-    words = ["--pyargs", "slicecli.testing", "--slicecli-adapter", "llama,gpt2", "--slicecli-report", "report.json"]
+    words = ["--pyargs", "slicecli.testing", "--slicecli-adapter", "phi,gpt2", "--slicecli-report", "report.json"]
     result = runpytest(*words, "-rs")
     outcomes = result.parseoutcomes()
     assert outcomes["passed"] > 25
     assert "failed" not in outcomes
-    result.stdout.fnmatch_lines(["slicecli: adapter llama,gpt2 (slicecli *, torch *, transformers *"])
+    result.stdout.fnmatch_lines(["slicecli: adapter phi,gpt2 (slicecli *, torch *, transformers *"])
     result.stdout.fnmatch_lines(["*adapter gpt2 is not stock here"])
     report = json.loads((pytester.path / "report.json").read_text())
-    assert report["adapter"] == "llama,gpt2"
+    assert report["adapter"] == "phi,gpt2"
     assert report["outcomes"] == {name: outcomes.get(name, 0) for name in ("passed", "failed", "skipped")}
     assert {"torch", "transformers", "slicecli"} <= report["versions"].keys()
-    rotation = [test for test in report["tests"] if "rotation_leaves_logits_unchanged_in_float64[llama" in test["name"]]
+    rotation = [test for test in report["tests"] if "rotation_leaves_logits_unchanged_in_float64[phi" in test["name"]]
     assert all(test["measured"]["relative_error"] < 1e-9 for test in rotation)
 
 
@@ -124,7 +125,7 @@ def test_an_adapter_that_does_not_exist_is_wrong_usage(runpytest, pytester):
 
 
 def test_the_suite_runs_on_a_real_checkpoint(runpytest, pytester, embedded_model):
-    words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model, "-n", "0"]
+    words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model]
     result = runpytest(*words)
     result.assert_outcomes(passed=32, deselected=6)
     result.stdout.fnmatch_lines([f"slicecli: model {embedded_model} *"])

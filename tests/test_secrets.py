@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from forks import Forks
 
 NAME = "owner/model"
 USER = "plantedusername"
 
 
 @pytest.fixture
-def machine(loopback_hub, checkpoints, text_file, tmp_path):
+def machine(loopback_hub, checkpoints, text_file, forks, tmp_path):
     """A user with a telling name, home folder and token, and a model, a text and a working folder in that home."""
     import shutil
 
@@ -28,14 +27,13 @@ def machine(loopback_hub, checkpoints, text_file, tmp_path):
     (tmp_path / "scratch").mkdir()
 
     def call(*words, code=0):
-        done = forks.run("-m", "slicecli", *words, cwd=work)
+        done = forks.run("-m", "slicecli", *words, cwd=work, env=environment)
         assert done.returncode == code, done.stderr
         said.append(done.stdout + done.stderr)
         return done
 
-    forks, said = Forks(environment), []
-    yield home, work, token, call, said
-    forks.close()
+    said: list[str] = []
+    return home, work, token, call, said
 
 
 def test_neither_token_nor_name_nor_place_gets_out(machine, loopback_hub, tmp_path):
