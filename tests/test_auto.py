@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -36,10 +37,17 @@ def adapter_of(model_type):
     return next(adapter for adapter in plugins().adapters.values() if model_type in adapter.model_types)
 
 
+@functools.cache
+def inferred_of(model_type):
+    """Return a type's default config and the adapter inferred for it."""
+    config = transformers.CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))
+    return config, infer_adapter(config).adapter
+
+
 @pytest.mark.parametrize("model_type", DECLARED)
 def test_the_inferred_declaration_equals_the_written_one(model_type):
-    config = transformers.CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))
-    inferred, written = infer_adapter(config).adapter, adapter_of(model_type)
+    config, inferred = inferred_of(model_type)
+    written = adapter_of(model_type)
     fields = config.to_dict()
     assert Dimensions(inferred, fields).declaration() == Dimensions(written, fields).declaration()
     assert inferred.layout(fields) == written.layout(fields)
@@ -293,7 +301,7 @@ def test_the_scaffold_says_what_it_has_seen_and_no_more():
 
 @pytest.mark.parametrize("model_type", DECLARED)
 def test_the_source_of_a_scaffold_is_the_adapter(model_type):
-    adapter = infer_adapter(transformers.CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))).adapter
+    _, adapter = inferred_of(model_type)
     names: dict = {}
     exec(package_files(adapter, {})[f"slicecli_{model_type}/__init__.py"], names)
     assert names["ADAPTER"] == adapter
@@ -314,7 +322,7 @@ def test_a_scaffolded_package_is_installed_found_and_passes_its_test(run, unknow
     """In an environment of its own, which sees this one's packages but has the plugin alone."""
     package, environment = tmp_path / "slicecli-granitemoe", tmp_path / "environment"
     assert run("adapters", "--scaffold", unknown("granitemoe"), "-o", package).exit_code == 0
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True

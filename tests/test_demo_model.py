@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def calibration(tokenizer):
-    return calibration_rows(read_text("demo", "calibration"), tokenizer, 64, 256, seed=0).ids
+    return calibration_rows(read_text("demo", "calibration"), tokenizer, 40, 256, seed=0).ids
 
 
 @pytest.fixture(scope="module")

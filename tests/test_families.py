@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import transformers
+from test_mutations import OF_FILES
 
 from slicecli.dimensions import Dimensions
 from slicecli.plugins import plugins
@@ -72,12 +73,34 @@ def _short(value):
     return value.get("rope_type") if isinstance(value, dict) else value
 
 
+def is_written_as_the_default(name):
+    """Say whether slices of a case lie in their files as those of its type's default, which is another case."""
+    default = name.partition(" ")[0]
+    layouts = [adapter.layout(config.to_dict()) for adapter, config in (CASES[default], CASES[name])]
+    return name != default and layouts[0] == layouts[1] and "tie_word_embeddings" not in name
+
+
+def each(names):
+    values = [CASES[name] for name in names]
+    return pytest.mark.parametrize("slicecli_subject", values, ids=names, indirect=True, scope="class")
+
+
 CASES = cases()
+ARRANGED = [name for name in CASES if is_written_as_the_default(name)]
 
 
-@pytest.mark.parametrize("slicecli_subject", list(CASES.values()), ids=list(CASES), indirect=True, scope="class")
+@each([name for name in CASES if name not in ARRANGED])
 class TestFamily(AdapterTests):
-    """One family in one arrangement."""
+    """One family."""
+
+
+@each(ARRANGED)
+class TestArrangement(AdapterTests):
+    """One family in another arrangement, without what looks at slices in files."""
+
+
+for test in OF_FILES:
+    setattr(TestArrangement, test, None)
 
 
 def test_every_variant_is_of_a_shipped_type():

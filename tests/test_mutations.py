@@ -30,8 +30,12 @@ class Declaration(AdapterTests):
     # without what looks at slices in files: the damaged slices are for that
     pass
 
+class Declared(Declaration):
+    # without what slices in memory, where that need not be
+    pass
+
 class Damaged(AdapterTests):
-    # with that only
+    # with what looks at slices in files only
     adapter = sound("llama")
 
     @pytest.fixture
@@ -43,13 +47,18 @@ class Damaged(AdapterTests):
 
 for name in [name for name in dir(AdapterTests) if name.startswith("test_")]:
     setattr(Declaration if name in {of_files} else Damaged, name, None)
+for name in {in_memory}:
+    assert hasattr(Declaration, name)
+    setattr(Declared, name, None)
 
 for number, (damage, _) in enumerate(DAMAGES.values()):
     globals()[f"TestDamaged{number}"] = type(f"TestDamaged{number}", (Damaged,), {"damage": staticmethod(damage)})
 
 for number, (name, mutation) in enumerate(MUTATIONS.items()):
     globals()[f"TestMutant{number}"] = type(
-        f"TestMutant{number}", (Declaration,), {"adapter": mutant(name), "tiny_config": mutation.changes}
+        f"TestMutant{number}",
+        (Declaration if mutation.needs_slices else Declared,),
+        {"adapter": mutant(name), "tiny_config": mutation.changes},
     )
 class TestSound(Declaration):
     adapter = sound("llama")
@@ -57,7 +66,7 @@ class TestSound(Declaration):
 class TestUndamaged(Damaged):
     damage = staticmethod(lambda subject: None)
 
-del Declaration, Damaged
+del Declaration, Declared, Damaged
 """
 OF_FILES = [
     "test_a_slice_has_the_parameters_that_were_predicted",
@@ -67,6 +76,14 @@ OF_FILES = [
     "test_generation_with_cache_equals_generation_without",
     "test_a_padded_batch_equals_single_rows",
     "test_a_slice_runs_in_bfloat16",
+]
+
+IN_MEMORY = [
+    "test_the_refit_at_full_width_finds_nothing_to_mend",
+    "test_a_wider_slice_is_closer_to_the_model",
+    "test_a_wider_published_slice_is_closer_to_the_model",
+    "test_the_published_method_at_full_width_leaves_logits_unchanged",
+    "test_the_published_method_is_proved_on_a_small_model",
 ]
 
 
@@ -79,12 +96,14 @@ class Mutation:
         damage: Makes the damaged one of it.
         names: What a message must name.
         changes: Config fields of the tiny model.
+        needs_slices: Nothing quicker than a slice in memory names the fault.
     """
 
     family: str
     damage: Callable[[Adapter], Adapter]
     names: str
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    needs_slices: bool = False
 
 
 def in_block(change: Callable[[Block], Block]) -> Callable[[Adapter], Adapter]:
@@ -136,7 +155,9 @@ MUTATIONS = {
     "norm bias undeclared": Mutation(
         "phi", lambda a: replace(a, norm=replace(a.norm, has_bias=False)), "model.layers.0.input_layernorm.bias"
     ),
-    "wrong epsilon": Mutation("olmo", lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)), "norm"),
+    "wrong epsilon": Mutation(
+        "olmo", lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)), "norm", needs_slices=True
+    ),
     "final norm of a block": Mutation(
         "llama", lambda a: replace(a, final_norm="model.layers.0.input_layernorm"), "model.norm.weight"
     ),
@@ -173,19 +194,23 @@ MUTATIONS = {
     # writers and branches
     "missed writer": Mutation("llama", in_branch(1, writer=None), "model.layers.0.mlp.down_proj.weight"),
     "forgotten multiplier": Mutation(
-        "granite", in_branch(0, multiplier=""), "model.layers.0", {"residual_multiplier": 0.22}
+        "granite", in_branch(0, multiplier=""), "model.layers.0", {"residual_multiplier": 0.22}, needs_slices=True
     ),
     "forgotten gate": Mutation(
-        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0"
+        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0", needs_slices=True
     ),
     "parallel block declared as sequential": Mutation(
-        "gpt_neox", in_block(lambda block: replace(block, is_parallel=False)), "gpt_neox.layers.0"
+        "gpt_neox", in_block(lambda block: replace(block, is_parallel=False)), "gpt_neox.layers.0", needs_slices=True
     ),
     "sequential block declared as parallel": Mutation(
-        "llama", in_block(lambda block: replace(block, is_parallel=True)), "model.layers.0"
+        "llama", in_block(lambda block: replace(block, is_parallel=True)), "model.layers.0", needs_slices=True
     ),
-    "width that may change": Mutation("gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel"),
-    "branch in a module that is not there": Mutation("llama", in_branch(1, module="feed_forward"), "feed_forward"),
+    "width that may change": Mutation(
+        "gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel", needs_slices=True
+    ),
+    "branch in a module that is not there": Mutation(
+        "llama", in_branch(1, module="feed_forward"), "feed_forward", needs_slices=True
+    ),
     "experts of another width": Mutation(
         "mixtral",
         in_branch(1, experts=lambda experts: replace(experts, writer_width="query")),
@@ -324,7 +349,9 @@ def mutant(name: str) -> Adapter:
 def report(tmp_path_factory):
     """The report of one run of the suite on all mutants, and on an adapter unharmed."""
     folder = tmp_path_factory.mktemp("mutants")
-    (folder / "test_mutants.py").write_text(SUITE.replace("{of_files}", repr(OF_FILES)))
+    (folder / "test_mutants.py").write_text(
+        SUITE.replace("{of_files}", repr(OF_FILES)).replace("{in_memory}", repr(IN_MEMORY))
+    )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     words = ["-q", "-p", "no:cacheprovider", "--slicecli-report", "report.json", "test_mutants.py"]
     done = subprocess.run(

@@ -104,7 +104,7 @@ def test_the_options_explain_themselves(pytester):
 
 def test_the_suite_runs_from_anywhere_on_named_adapters(runpytest, pytester):
     words = ["--pyargs", "slicecli.testing", "--slicecli-adapter", "phi,gpt2", "--slicecli-report", "report.json"]
-    result = runpytest(*words, "-rs")
+    result = runpytest(*words, "-rs", "-k", "not a_slice_")  # without those that write slices first
     outcomes = result.parseoutcomes()
     assert outcomes["passed"] > 25
     assert "failed" not in outcomes
