@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -145,6 +146,7 @@ def serve():
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # so that forks do not copy it all to look through it
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         child = os.fork()

@@ -205,7 +205,14 @@ def require_same_function(twin, model, held_out):
         torch.testing.assert_close(twin(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
 
 
-def test_the_demo_slices_measures_and_writes(run, tmp_path):
+def test_the_demo_slices_measures_and_writes(run, monkeypatch, tmp_path):
+    from slicecli import planning
+    from slicecli.evaluation import measure
+
+    # with less text, which changes nothing but the time
+    options, measuring = planning.SliceOptions, measure.EvaluationOptions
+    monkeypatch.setattr(planning, "SliceOptions", lambda **given: options(**{**given, "samples": 32}))
+    monkeypatch.setattr(measure, "EvaluationOptions", lambda **given: measuring(**given, limit=32))
     done = run("demo", "-o", tmp_path / "demo", "--dims", "60", "--format", "json")
     assert done.exit_code == 0, done.output
     dense, sliced = json.loads(done.stdout)

@@ -50,7 +50,7 @@ HOSTILE = [
 
 def examples(count):
     return settings(
-        max_examples=max(8, count * FACTOR // 2),
+        max_examples=max(6, count * FACTOR // 3),
         derandomize=True,
         database=None,
         deadline=None,

@@ -42,10 +42,10 @@ def measured_slice(output, *words):
     from slicecli.cli import group
     from slicecli.demo import MODEL_FOLDER
 
-    sizes = ["--calibration", "demo", "--samples", "48", "--seq-len", "128"]
+    sizes = ["--calibration", "demo", "--samples", "16", "--seq-len", "128"]
     for command in (
         ["slice", MODEL_FOLDER, "--dim", "72", "-o", output, *sizes, *words],
-        ["eval", output, "--perplexity", "demo", "--seq-len", "128", "--limit", "24", "--record"],
+        ["eval", output, "--perplexity", "demo", "--seq-len", "128", "--limit", "8", "--record"],
     ):
         done = CliRunner().invoke(group, [str(word) for word in command])
         assert done.exit_code == 0, done.output
@@ -240,7 +240,7 @@ def test_the_marker_gives_a_slice_to_a_project_s_own_tests(runpytest, pytester, 
 
 def test_eval_enters_results_only_in_a_slice_s_record(run, gated, embedded_model):
     record = json.loads((gated / "slicecli.json").read_text())
-    assert record["results"]["perplexity"]["demo"]["tokens"] == 24 * 127
+    assert record["results"]["perplexity"]["demo"]["tokens"] == 8 * 127
     assert record["results"]["versions"]["torch"]
     done = run("eval", embedded_model, "--perplexity", "demo", "--record")
     assert done.exit_code == 2
