@@ -13,7 +13,7 @@ from conftest import tiny_model
 
 from slicecli.checkpoint import file_digest
 
-RUNS = 6  # of each kind, a slice killed twice and a sweep once
+SLICES, SWEEPS = 6, 4  # of each method, killed twice; killed once
 
 
 def digests(folder):
@@ -111,7 +111,7 @@ def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_pa
     expected = digests(tmp_path / "whole")
     generator = random.Random(method)
     resumed = 0
-    for number in range(RUNS):
+    for number in range(SLICES):
         output = tmp_path / f"out{number}"
         command = slice_command(output, *words, "--resume")
         # killed twice on its way, at moments drawn over the whole run
@@ -141,7 +141,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, s
     lines = log.read_text().count("\n")
     expected = json.loads((tmp_path / "whole" / "results.json").read_text())
     generator = random.Random(0)
-    for number in range(RUNS - 2):
+    for number in range(SWEEPS):
         output = tmp_path / f"out{number}"
         moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.03))
         in_child(words(output), log, kill_when=moment, SLICECLI_JOURNAL_SECONDS="0")

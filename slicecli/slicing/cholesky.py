@@ -30,10 +30,10 @@ def factorise(matrix: torch.Tensor) -> bool:
     Returns:
         Whether G is numerically positive definite; the lower triangle is of no use where it is not.
     """
-    for first, band in _bands(len(matrix)):
+    for band in _bands(len(matrix)):
         corner, below = matrix[band, band], matrix[band.stop :, band]
         upper = corner.triu(1)
-        matrix[first:, band].addmm_(matrix[first:, :first], matrix[band, :first].mT, alpha=-1)
+        matrix[band.start :, band].addmm_(matrix[band.start :, : band.start], matrix[band, : band.start].mT, alpha=-1)
         factor, failure = torch.linalg.cholesky_ex(corner)
         corner.copy_(factor.add_(upper))
         if int(failure):
@@ -49,7 +49,7 @@ def restore(matrix: torch.Tensor, diagonal: torch.Tensor) -> None:
         matrix: What `factorise` has written to, shape (n, n).
         diagonal: What the diagonal was, shape (n,).
     """
-    for _, band in _bands(len(matrix)):
+    for band in _bands(len(matrix)):
         corner = matrix[band, band]
         upper = corner.triu(1)
         corner.copy_(upper + upper.mT)
@@ -69,6 +69,6 @@ def substitute(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return solution
 
 
-def _bands(width: int) -> Iterator[tuple[int, slice]]:
+def _bands(width: int) -> Iterator[slice]:
     for first in range(0, width, BAND):
-        yield first, slice(first, min(first + BAND, width))
+        yield slice(first, min(first + BAND, width))
