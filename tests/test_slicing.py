@@ -86,6 +86,14 @@ def test_slices_made_together_equal_slices_made_alone():
     assert first.config.hidden_size == 40
 
 
+def test_a_wider_slice_is_closer_to_the_dense_model(family):
+    model = tiny_model(family)
+    rows = random_rows(rows=160)
+    slices, _ = slice_in_memory(model, 24, 36, 44, rows=rows)
+    errors = [relative_error(logits(sliced), logits(model)) for sliced in slices]
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_the_refit_beats_the_plain_projection(monkeypatch):
     """Random tokens repeat in calibration and check only in distribution, so this is no memorising."""
     from slicecli.slicing import ridge
