@@ -27,7 +27,7 @@ from slicecli.libraries import running
 from slicecli.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.placement import MEMORY_SHARE, batch_rows, compute_dtype
 from slicecli.plan import SlicePlan
-from slicecli.planning import Job, SliceOptions, width_of_dense_streams
+from slicecli.planning import Job, SliceOptions, full_fields, width_of_dense_streams
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
 from slicecli.shells import empty_model, parameter_shapes
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
     from slicecli.slicing.states import DenseStates
 
-__all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work"]
+__all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work", "with_weights"]
 
 # enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
 TOKENS_PER_UNKNOWN = 16
@@ -103,6 +103,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     clock.note(job.describe_places())
     options = job.options
     rows, warnings = read_rows(job)
+    job = with_weights(job)
     dense, batches = share_work(job, rows)
     warnings += _idle_warning(processes.count, batches)
     reports: list[SliceReport] = []
@@ -232,7 +233,7 @@ def _states(dense: DenseModel, batches: Batches) -> DenseStates | None:
 def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
     """Return what numbers depend on, apart from the calibration rows and the slices, as plain data."""
     return {
-        "model": [job.source.name, job.source.weights_identity()],
+        "model": job.source.identity(),
         "config": dict(job.source.fields),
         "versions": {**package_versions(), "slicecli": __version__},
         "computing": [str(dense.dtype), dense.device.type, batches.size],
@@ -273,24 +274,44 @@ def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_l
     return state
 
 
-def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
-    """Fetch the weights of a job's model and make ready to read them.
+def with_weights(job: Job) -> Job:
+    """Fetch the weights of a job's model, and return the job with the counts of what is loaded from them.
+
+    Before they are at hand, a config is believed.
 
     Args:
         job: The job.
+
+    Raises:
+        SlicecliError: The weights cannot be had, or are not those of the config.
+    """
+    with Processes.find().main_of_machine_first():
+        job.source.fetch_weights()
+    job.source.check_describes_weights()
+    fields = full_fields(job.source, job.config)
+    dimensions, _ = job.source.dimensions(job.adapter, fields)
+    slices = tuple(
+        (dataclasses.replace(plan, dense_parameters=dimensions.parameters()), config, folder)
+        for plan, config, folder in job.slices
+    )
+    return dataclasses.replace(job, dimensions=dimensions, slices=slices)
+
+
+def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
+    """Make ready to read the weights of a job's model.
+
+    Args:
+        job: The job; its weights must be at hand (`with_weights`).
         dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
 
     Raises:
-        SlicecliError: The weights cannot be had, or have parameters that the adapter does not declare.
+        SlicecliError: The weights cannot be read, or have parameters that the adapter does not declare.
     """
     import torch
 
     from slicecli.slicing.state import DenseModel
     from slicecli.slicing.streams import StreamStore
 
-    with Processes.find().main_of_machine_first():
-        job.source.fetch_weights()
-    job.source.check_describes_weights()
     device = job.placement.device
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, job.options.trust_remote_code)
@@ -325,11 +346,10 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
     from slicecli.slicing.together import share_rows
 
     dense = open_dense(job, dtype)
-    weights = job.source.weights_identity()
     Processes.find().require_same(
         {
             "config": dict(job.source.fields),
-            "checkpoint": weights if isinstance(weights, str) else [[name, size] for name, size, _ in weights],
+            "checkpoint": job.source.content,
             "set of rows": rows.digest,
             "set of versions": {**package_versions(), "slicecli": __version__},
             "kind of device": [dense.device.type, str(dense.dtype)],

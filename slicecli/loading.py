@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from typing import Any
 
-from slicecli.errors import SourceError, reason_of
+from slicecli.errors import SlicecliWarning
+from slicecli.load_report import check_report
 from slicecli.placement import (
     NAMED_MAPS,
     DeviceMap,
@@ -24,7 +26,10 @@ __all__ = ["load_model"]
 
 
 def load_model(
-    source: Source, dtype: str | None = None, device_map: DeviceMap = "auto", max_memory: MaxMemory | None = None
+    source: Source,
+    dtype: str | None = None,
+    device_map: DeviceMap = "auto",
+    max_memory: MaxMemory | None = None,
 ) -> Any:
     """Load a model to run it.
 
@@ -35,9 +40,13 @@ def load_model(
             GPU of the map when they run, if it has one.
         max_memory: The most bytes of weights by device, for the maps that are named.
 
+    Warns:
+        SlicecliWarning: The checkpoint holds tensors that are not used.
+
     Raises:
         RequestError: A device does not exist, or the map is not possible.
         SourceError: transformers cannot load it, or its weights are not those of its config.
+        WeightsError: A tensor is missing or damaged.
     """
     import torch
     import transformers
@@ -73,7 +82,8 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:
-        raise SourceError(f"{source.name} cannot be loaded: {reason_of(error)}.", "Check its files.") from error
-    source.check_is_complete(report)
+        raise source.loading_error(error) from error
+    for text in check_report(source.name, report, source.stored_tensors() or (), model, is_strict=False):
+        warnings.warn(text, SlicecliWarning, stacklevel=2)
     model._slicecli_scratch = scratch  # what is offloaded in another dtype lies there for as long as the model lives
     return model.eval()

@@ -164,7 +164,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source.check_companions()
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
-    dimensions = Dimensions(adapter, chosen.fields)
+    dimensions = Dimensions(adapter, source.loaded_fields(adapter, chosen.fields))
     check_method(options, widths)
     has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
     if has_own_code and source.code_files():
@@ -183,7 +183,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     sequence_length = pick_sequence_length(source, options.sequence_length)
 
     config = source.config()
-    dimensions = Dimensions(adapter, full_fields(source, config))
+    dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
     shell = outline(config, options.trust_remote_code)
     stored = getattr(torch, dense_dtype)
     placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)

@@ -115,6 +115,7 @@ def build_record(
             "model": source.name,
             "revision": source.revision,
             "commit": source.commit,
+            "content": source.content,
             "model_type": plan.model_type,
         },
         "ancestry": _ancestry(source),

@@ -6,17 +6,21 @@ single weight is downloaded.
 
 from __future__ import annotations
 
-import json
-import math
+import functools
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import file_digest
+from slicecli.config_check import Comparison, compare, find_stored, loaded_fields
 from slicecli.config_files import read_config
+from slicecli.dimensions import Dimensions
 from slicecli.errors import (
+    SlicecliWarning,
     SourceError,
     UnsupportedModelError,
     WeightsError,
@@ -26,20 +30,28 @@ from slicecli.errors import (
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
-from slicecli.json_files import MOST_JSON_BYTES, load_json
+from slicecli.json_files import MOST_JSON_BYTES
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
+from slicecli.weight_files import (
+    INDEX_FILE,
+    LONGEST_NAME,
+    SINGLE_FILE,
+    StoredTensor,
+    content_digest,
+    stored_tensors,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from slicecli.adapters import Adapter
 
 __all__ = ["DESCRIPTION_FILES", "Source"]
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
-LONGEST_NAME = 255
-MOST_HEADER_BYTES = 16_000_000
 MOST_COMPANION_BYTES = 200_000_000
-MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
@@ -264,11 +276,10 @@ class Source:
         if dtype in DTYPE_CODES:
             return dtype
         names = {code: name for name, code in DTYPE_CODES.items()}
-        for path in sorted(self.folder.glob("model*.safetensors")):
-            for entry in _read_header(path).values() if path.is_file() else ():
-                if isinstance(entry, dict) and str(entry.get("dtype")) in names:
-                    return names[entry["dtype"]]
-        return "float32"
+        tensors: Mapping[str, StoredTensor] | None = None
+        with suppress(WeightsError):  # said later
+            tensors = self.stored_tensors()
+        return next((names[one.dtype] for one in (tensors or {}).values() if one.dtype in names), "float32")
 
     def companion_files(self) -> Iterator[Path]:
         """Yield the files a slice takes over unchanged: tokenizer, generation config, chat template, licences."""
@@ -282,34 +293,109 @@ class Source:
         return sorted(path for path in self.folder.glob("*.py") if path.is_file())
 
     def weight_files(self) -> list[str]:
-        """Return the names of the safetensors files of the checkpoint.
+        """Return the names of the files that transformers reads the weights from.
 
         Raises:
-            WeightsError: There are none, only pickled ones, or the index is damaged or points elsewhere.
+            WeightsError: There are none, only pickled ones, or what names them is damaged or points elsewhere.
         """
-        if (self.folder / INDEX_FILE).is_file():
-            return _indexed_files(self.folder / INDEX_FILE)
-        if (self.folder / SINGLE_FILE).exists() or self.commit is not None:
-            return [SINGLE_FILE]
-        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+        files = weight_files(self.folder, self.fields)
+        if files:
+            return files
+        if any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in self._file_names()):
             raise WeightsError(
                 f"{self.name} has its weights only as pickle files, which can run code when they are read.",
                 "Convert them to safetensors, or take a revision that has them.",
             )
-        raise WeightsError(f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).", "Check the folder.")
+        raise WeightsError(
+            f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).",
+            "Check the folder." if self.commit is None else "Check the repository.",
+        )
 
-    def weights_identity(self) -> Any:
-        """Return what changes when the weights do: the commit, or names, sizes and times of a folder's files.
+    def _file_names(self) -> list[str]:
+        """Return the names of the files beside the config, of a Hub model those in the repository."""
+        if self.commit is not None:
+            from huggingface_hub import HfApi
 
-        To read them all would take as long as to slice.
+            with suppress(Exception), quiet_client():  # only the message would be better for it
+                return HfApi(token=self.token).list_repo_files(self.name, revision=self.commit)
+        return [path.name for path in self.folder.iterdir()]
+
+    def stored_tensors(self) -> dict[str, StoredTensor] | None:
+        """Return what the headers of the weight files say, or `None` where the files are not on this machine.
 
         Raises:
-            WeightsError: There are none.
+            WeightsError: What names the files is damaged or points elsewhere, or a header is damaged.
         """
-        if self.commit is not None:
-            return self.commit
-        states = [(name, (self.folder / name).stat()) for name in self.weight_files() if (self.folder / name).is_file()]
-        return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+        files = weight_files(self.folder, self.fields)
+        if not files or not all((self.folder / file).is_file() for file in files):
+            return None
+        return stored_tensors(self.folder, files)
+
+    def loaded_fields(self, adapter: Adapter, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return fields of the config as they are once the weights are loaded, as far as weights are at hand.
+
+        Args:
+            adapter: The declaration of the model's family.
+            fields: The fields of the config.
+
+        Warns:
+            SlicecliWarning: They differ.
+
+        Raises:
+            WeightsError: The weight files are damaged.
+        """
+        found = loaded_fields(adapter, fields, self.folder, self.stored_tensors())
+        if found is not fields:
+            warnings.warn(
+                f"The config.json of {self.name} says that the head is the embedding table (tie_word_embeddings). "
+                "The weight files hold a head of its own, which is what is loaded and counted.",
+                SlicecliWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def dimensions(self, adapter: Adapter, fields: Mapping[str, Any]) -> tuple[Dimensions, Comparison]:
+        """Return the sizes of the model as it is loaded, and how its weight files differ from its config.
+
+        Args:
+            adapter: The declaration of the model's family.
+            fields: The fields of the config; where no weights are at hand they are all there is.
+
+        Raises:
+            UnsupportedModelError: A field is missing or no size.
+            WeightsError: The weight files are damaged, or those of another config.
+        """
+        tensors = self.stored_tensors()
+        dimensions = Dimensions(adapter, self.loaded_fields(adapter, fields))
+        return dimensions, Comparison((), ()) if tensors is None else compare(dimensions, tensors, self.name)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """A digest of config and weights, see `slicecli.weight_files.content_digest`; the weights must be at hand.
+
+        Raises:
+            WeightsError: They are not, or cannot be read.
+        """
+        return content_digest(self.folder, self.fields, stored_tensors(self.folder, self.weight_files()))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what changes when the model does, as plain data: content, code, and commit or times of the files.
+
+        The weights must be at hand. Sizes and times of a folder's files tell of changes between the samples that the
+        digest of the content takes.
+
+        Raises:
+            WeightsError: They are not, or cannot be read.
+        """
+        code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
+        states = [] if self.commit else [(name, (self.folder / name).stat()) for name in self.weight_files()]
+        return {
+            "model": self.name,
+            "commit": self.commit,
+            "content": self.content,
+            "code": {path.name: file_digest(path) for path in code if path.is_file()},
+            "files": [[name, state.st_size, state.st_mtime_ns] for name, state in states],
+        }
 
     def fetch_weights(self) -> None:
         """Make sure the weight files are whole and on this machine, downloading them where needed.
@@ -320,21 +406,11 @@ class Source:
         """
         from safetensors import SafetensorError, safe_open
 
-        files = self.weight_files()
         if self.commit is not None:
-            new = [file for file in files if not (self.folder / file).is_file()]
-            try:
-                _download(self.name, self.commit, self.token, tuple(files))
-            except SourceError:
-                # the next run takes for whole what is there
-                self._remove_damaged(new)
-                raise
-            if damaged := self._remove_damaged(new):
-                raise WeightsError(
-                    f"{_listed(damaged)} of {self.name} arrived damaged: the hash is not the one that the Hub states.",
-                    "What was damaged is removed; run it again to fetch it anew.",
-                )
-        for file in files:
+            # a single file goes before an index, and only asking for it tells whether there is one
+            self._fetch([SINGLE_FILE])
+            self._fetch(self.weight_files())
+        for file in self.weight_files():
             if not (self.folder / file).is_file():
                 raise WeightsError(
                     f"The weight file {file} of {self.name} is missing.", "Download the checkpoint again."
@@ -348,6 +424,28 @@ class Source:
                     "Download the checkpoint again.",
                 ) from None
 
+    def _fetch(self, files: list[str]) -> None:
+        """Download weight files of a Hub model that are there, and check those that are new.
+
+        Raises:
+            SourceError: The download fails.
+            WeightsError: A file arrived damaged.
+        """
+        new = [file for file in files if not (self.folder / file).is_file()]
+        if not new:
+            return
+        try:
+            _download(self.name, self.commit, self.token, tuple(new))
+        except SourceError:
+            # the next run takes for whole what is there
+            self._remove_damaged(new)
+            raise
+        if damaged := self._remove_damaged(new):
+            raise WeightsError(
+                f"{_listed(damaged)} of {self.name} arrived damaged: the hash is not the one that the Hub states.",
+                "What was damaged is removed; run it again to fetch it anew.",
+            )
+
     def check_describes_weights(self) -> None:
         """Refuse a config that describes a far larger model than the weight files hold.
 
@@ -357,34 +455,29 @@ class Source:
             SourceError: transformers cannot build the model.
             WeightsError: There are not half as many numbers in the files as the model has.
         """
-        from safetensors import safe_open
-
         parameters = sum(value.numel() for value in outline(self.config(), self.trust_remote_code).parameters())
-        held = 0
-        for file in self.weight_files():
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        held = sum(one.elements for one in stored_tensors(self.folder, self.weight_files()).values())
         if 2 * held < parameters:
             raise WeightsError(
                 f"The weight files of {self.name} hold {held:,} numbers, and a model of its config has {parameters:,}.",
                 "Download it again, or check that config.json belongs to it.",
             )
 
-    def check_is_complete(self, report: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of which transformers had to make up a part.
+    def loading_error(self, error: Exception) -> WeightsError:
+        """Return the error that says why transformers cannot load the weights.
 
         Args:
-            report: What transformers says of the loading.
-
-        Raises:
-            WeightsError: A tensor is missing.
+            error: What transformers raised.
         """
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise WeightsError(
-                f"The checkpoint of {self.name} lacks {len(missing)} tensors, the first of them {missing[0]}.",
-                "Download it again, or check that config.json belongs to it.",
-            )
+        remedy = "Check that config.json belongs to these weights."
+        with suppress(SourceError):
+            tensors = stored_tensors(self.folder, self.weight_files())
+            for name, value in outline(self.config(), self.trust_remote_code).named_parameters():
+                stored = find_stored(tensors, name)
+                if stored is not None and tensors[stored].shape != tuple(value.shape):
+                    sizes = f"{tensors[stored].shape} in the weight files, and {tuple(value.shape)} by its config.json"
+                    return WeightsError(f"{stored} of {self.name} is {sizes}.", remedy)
+        return WeightsError(f"The weights of {self.name} cannot be loaded: {reason_of(error)}.", remedy)
 
     def _remove_damaged(self, files: list[str]) -> list[str]:
         """Remove those of some new files whose hash is not what the Hub states, and return them.
@@ -406,40 +499,6 @@ class Source:
 def _listed(files: list[str]) -> str:
     """Name a weight file, or the first of several."""
     return f"The weight file {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Return the table at the head of a safetensors file; empty where it is damaged, which is found out later."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, MOST_HEADER_BYTES)))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return header if isinstance(header, dict) else {}
-
-
-def _indexed_files(path: Path) -> list[str]:
-    """Return the shards an index names, refusing any that does not lie beside it."""
-    try:
-        weight_map = load_json(path, MOST_INDEX_BYTES)["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None
-    for file in files:
-        if not isinstance(file, str) or not _is_file_name(file) or not file.endswith(".safetensors"):
-            raise WeightsError(
-                f"The index {path.name} points to {shown(file)}, which is not a safetensors file beside it.",
-                "Do not use this checkpoint unless you know why.",
-            )
-    if not files:
-        raise WeightsError(f"The index {path.name} names no files.", "Get it again.")
-    return files
-
-
-def _is_file_name(text: str) -> bool:
-    """Say whether a text can be the name of a file in a folder, on any system and in any message."""
-    return text.isprintable() and len(text.encode()) <= LONGEST_NAME and not set(text) & set("/\\:")
 
 
 def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:

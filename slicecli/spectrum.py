@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.engine import read_rows, share_work
+from slicecli.engine import read_rows, share_work, with_weights
 from slicecli.libraries import quiet_libraries, running
 from slicecli.planning import SliceOptions, plan_slices
 from slicecli.record import calibration_fields, package_versions
@@ -48,6 +48,7 @@ def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = 
     job = plan_slices(model, (), (), options)
     with quiet_libraries():
         rows, _ = read_rows(job)
+        job = with_weights(job)
         dense, batches = share_work(job, rows, options.dtype)
         with running(job.source.name):
             basis = collect_basis(dense, batches, progress)

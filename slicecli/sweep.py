@@ -21,7 +21,7 @@ from slicecli import __version__
 from slicecli.checkpoint import file_digest, write_whole_file
 from slicecli.description import enter_curves, enter_results
 from slicecli.dimensions import Dimensions
-from slicecli.engine import run_slices
+from slicecli.engine import run_slices, with_weights
 from slicecli.errors import OutputError
 from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
@@ -100,6 +100,7 @@ def run_sweep(
     if relation is not None:
         check_relation(relation)
     measure = _Measure(job, evaluation, progress)
+    job = with_weights(job)
     fingerprint = _fingerprint(job, evaluation)
     processes = Processes.find()
     document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
@@ -177,10 +178,8 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     files = {name: file_digest(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}
     content = {
         "version": __version__,
-        "model": job.source.name,
-        "commit": job.source.commit,
+        "model": job.source.identity(),
         "config": dict(job.source.fields),
-        "weights": job.source.weights_identity(),
         "sequence_length": job.sequence_length,
         "options": options,
         "evaluation": measured,

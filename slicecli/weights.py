@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from slicecli.errors import WeightsError, reason_of
+from slicecli.errors import SlicecliWarning, WeightsError, reason_of
+from slicecli.load_report import check_report
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -28,8 +30,14 @@ class DenseWeights:
     Args:
         source: The model; its weight files must be at hand (`Source.fetch_weights`).
 
+    Attributes:
+        dtype: Dtype of the checkpoint.
+
+    Warns:
+        SlicecliWarning: The checkpoint holds tensors that its class leaves aside on purpose.
+
     Raises:
-        WeightsError: A tensor is missing, has another shape than the config says, or cannot be read.
+        WeightsError: A tensor is missing, is not used, has another shape than the config says, or cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -51,11 +59,9 @@ class DenseWeights:
                 output_loading_info=True,
             )
         except Exception as error:
-            raise WeightsError(
-                f"The weights of {source.name} cannot be loaded: {reason_of(error)}.",
-                "Check that config.json belongs to these weights.",
-            ) from error
-        source.check_is_complete(report)
+            raise source.loading_error(error) from error
+        for text in check_report(source.name, report, source.stored_tensors() or (), self._model, is_strict=True):
+            warnings.warn(text, SlicecliWarning, stacklevel=2)
         own = dict(self._model.named_parameters())
         shared = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - own.keys()
         self._names = [name for name in self._model.state_dict() if name not in shared]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
 from slicecli import __version__
-from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError
+from slicecli.errors import NotInferredError, SlicecliError, SlicecliWarning, UnsupportedModelError
 from slicecli.processes import Processes, started_alone
 
 __all__ = ["group", "main", "say_error"]
@@ -63,9 +66,10 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error of ours becomes a sentence and an exit code."""
+        """Run a command; an error or a warning of ours becomes a sentence, and an error an exit code."""
         try:
-            return super().invoke(ctx)
+            with _warnings_as_sentences():
+                return super().invoke(ctx)
         except SlicecliError as error:
             # of many processes one is chosen to say it
             if ctx.params.get("verbose") or Processes.find().count > 1:
@@ -81,6 +85,28 @@ class LazyGroup(click.Group):
             self._asked_plugins = True
             plugins().manager.hook.slicecli_register_commands(group=self)
         return dict(self.commands)
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Print each warning of ours once, as other messages; of many processes only the first says them."""
+    from slicecli.cli.output import warn
+
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+        said: set[str] = set()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, SlicecliWarning):
+                if str(message) not in said:
+                    warn(str(message))
+                said.add(str(message))
+            else:
+                show_others(message, category, *place, **more)
+
+        warnings.simplefilter("always" if Processes.find().is_main else "ignore", SlicecliWarning)
+        warnings.showwarning = show
+        yield
 
 
 def say_error(error: SlicecliError) -> None:

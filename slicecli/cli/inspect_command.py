@@ -30,8 +30,8 @@ def command(
     For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
     with the check that failed.
     """
-    from slicecli.dimensions import Dimensions
     from slicecli.errors import NotInferredError
+    from slicecli.load_report import some_of
     from slicecli.planning import find_adapter
     from slicecli.record import read_sound_record
     from slicecli.source import Source
@@ -47,7 +47,7 @@ def command(
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
         raise
     chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
-    dimensions = Dimensions(chosen, fields)
+    dimensions, comparison = source.dimensions(chosen, fields)
     legal = dimensions.legal_dims()
     record = read_sound_record(source.folder)
     document: dict[str, Any] = {
@@ -72,6 +72,8 @@ def command(
             "smallest": legal[0] if legal else None,
             "largest": legal[-1] if legal else None,
         },
+        "unused_tensors": list(comparison.unused),
+        "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
         "declaration": dimensions.declaration(),
     }
@@ -101,6 +103,16 @@ def command(
         show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
     if document["shortcut_obstacle"]:
         show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
+    if comparison.unused:
+        show.note(
+            f"The weight files hold {len(comparison.unused):,} tensors that a model of this config does not use: "
+            f"{some_of(comparison.unused)}."
+        )
+    if comparison.lacking:
+        show.note(
+            f"The weight files lack {len(comparison.lacking):,} parameters of a model of this config: "
+            f"{some_of(comparison.lacking)}."
+        )
     if inference is not None:
         show.note(
             "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "

@@ -94,7 +94,10 @@ class Subject:
         if origin is not None:
             source = origin.source
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
-        dimensions = Dimensions(family, source.fields)
+        if origin is None:
+            dimensions, _ = source.dimensions(family, source.fields)
+        else:
+            dimensions = Dimensions(family, source.fields)  # the weights at hand are the slice's
         sizes = slice_sizes(dimensions, method, slice_head)
         return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
 

@@ -120,6 +120,7 @@ class _Measured:
 
     Attributes:
         model: The dense model.
+        content: Digest of its content; its name where there is none.
         model_type: Its family.
         method: How a slice was made; empty for the dense model.
         calibration: On what, in words.
@@ -130,6 +131,7 @@ class _Measured:
     """
 
     model: str
+    content: str
     model_type: str
     method: str
     calibration: str
@@ -163,8 +165,10 @@ class _Measured:
                 figures["accuracy", name_of(task, "a task")] = _figure(
                     fields, f"figure on {shown(task)}", hidden_size, 0
                 )
+        model = name_of(source.get("model") or document.get("model"), "model")
         return cls(
-            model=name_of(source.get("model") or document.get("model"), "model"),
+            model=model,
+            content=name_of(source.get("content") or model, "source.content"),
             model_type=name_of(document.get("model_type") or "?", "model_type"),
             method=name_of(document.get("method"), "method") if is_slice else "",
             calibration=_calibration(fields_of(document.get("calibration"), "calibration")) if is_slice else "",
@@ -212,7 +216,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
     for one in read:
         for (quantity, evaluation), figure in one.figures.items():
             settings = tuple(str(one.settings.get(name)) for name in SETTINGS)
-            key = (one.model, quantity, evaluation, *settings)
+            key = (one.content, quantity, evaluation, *settings)
             if one.dim == one.hidden_size:
                 dense[key] = figure
             else:
@@ -224,17 +228,20 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         key = own[:-2]
         if key not in dense:
             raise RequestError(
-                f"The results have slices of {key[0]} measured on {key[2]}, and not the dense model.",
+                f"The results have slices of {about[own].model} measured on {key[2]}, and not the dense model.",
                 "Measure it with the same settings (slicecli eval, -o) and give that file too.",
             )
         if len(figures) > MOST_POINTS:
-            raise RequestError(f"There are {len(figures)} slices of {key[0]}.", f"Give {MOST_POINTS} at most.")
+            raise RequestError(
+                f"There are {len(figures)} slices of {about[own].model}.", f"Give {MOST_POINTS} at most."
+            )
         groups.append(_group(own, dense[key], figures, about[own]))
     return sorted(groups, key=lambda group: group.series.quantity != "perplexity")
 
 
 def _group(own: tuple[str, ...], dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: _Measured) -> Group:
-    model, kind, evaluation, *_, method, calibration = own
+    _, kind, evaluation, *_, method, calibration = own
+    model = about.model
     quantity: Quantity = "perplexity" if kind == "perplexity" else "accuracy"
     points = []
     for dim, runs in figures.items():

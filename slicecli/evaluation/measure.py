@@ -167,7 +167,7 @@ class Evaluation:
         hidden_size: Width of the dense model's stream.
         dim: Width of its own: less in a slice.
         method: How a slice was made; `None` for a dense model.
-        source: Id and commit of the dense model that a slice was made from, or of the model itself.
+        source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
         calibration: What the record of a slice says of its calibration.
         settings: What else the numbers depend on.
         digests: SHA-256 of the token ids of each text.
@@ -331,7 +331,7 @@ def measure_loaded(
                 model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress, processes
             )
     record = read_sound_record(source.folder) or {}
-    origin = record.get("source") or {"model": source.name, "commit": source.commit}
+    origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
     width = int(model.config.hidden_size)
     return Evaluation(
         model=source.name,
@@ -343,7 +343,7 @@ def measure_loaded(
         hidden_size=int(record.get("hidden_size") or width),
         dim=int(record.get("dim") or width),
         method=record.get("method"),
-        source={name: origin.get(name) for name in ("model", "commit")},
+        source={name: origin.get(name) for name in ("model", "commit", "content")},
         calibration=record.get("calibration"),
         settings={
             "limit": options.limit,

@@ -21,7 +21,8 @@ from slicecli.errors import SourceError
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.schema import schema_errors
-from slicecli.source import DESCRIPTION_FILES, INDEX_FILE
+from slicecli.source import DESCRIPTION_FILES
+from slicecli.weight_files import INDEX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

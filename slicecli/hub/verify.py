@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE
+from slicecli.errors import WeightsError
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
 from slicecli.hub.contents import (
     WEIGHT_SUFFIXES,
@@ -32,7 +33,8 @@ from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.schedule import Schedule
-from slicecli.source import COMPANION_FILES, INDEX_FILE, SINGLE_FILE
+from slicecli.source import COMPANION_FILES
+from slicecli.weight_files import INDEX_FILE, entry_file
 
 if TYPE_CHECKING:
     from slicecli.slicing.state import Progress
@@ -246,9 +248,16 @@ def _check_tensors(contents: Contents) -> Iterator[Finding]:
 def _check_index(contents: Contents, file_of: Mapping[str, str], elements: int) -> Iterator[Finding]:
     """Check that the index leads to each tensor."""
     record = contents.record
-    if INDEX_FILE not in contents.texts:
-        if list(record["weights"]) != [SINGLE_FILE]:
+    try:
+        entry = entry_file(contents.sizes, _json_of(contents, CONFIG_FILE))
+    except WeightsError as error:
+        yield _error("counts", error.cause)
+        return
+    if entry != INDEX_FILE:
+        if entry is None:
             yield _error("counts", f"{INDEX_FILE} is missing, without which the weight files are not found")
+        elif list(record["weights"]) != [entry]:
+            yield _error("counts", f"transformers reads {entry}, and not the weight files of the record")
         return
     index = _json_of(contents, INDEX_FILE)
     if index.get("weight_map") != file_of:
