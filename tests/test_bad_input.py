@@ -217,7 +217,7 @@ def test_a_tensor_that_is_missing(refused, checkpoint_copy):
     tensors = load_file(checkpoint_copy / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, checkpoint_copy / WEIGHTS, metadata={"format": "pt"})
-    assert "lacks 1 tensors, the first of them model.layers.1.mlp.up_proj.weight" in refused(checkpoint_copy)
+    assert "lacks 1 tensor (model.layers.1.mlp.up_proj.weight)" in refused(checkpoint_copy)
 
 
 def test_a_tensor_of_the_wrong_shape(refused, checkpoint_copy):
@@ -237,6 +237,7 @@ def test_a_weight_that_is_not_finite_is_named(refused, checkpoint_copy, value):
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin", ""])
 def test_an_index_that_points_elsewhere(refused, checkpoint_copy, file):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
     assert "not a safetensors file beside it" in refused(checkpoint_copy)
 
@@ -245,11 +246,13 @@ def test_an_index_that_points_elsewhere(refused, checkpoint_copy, file):
     "content", ["", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[]", '{"weight_map": {"a": 1}}']
 )
 def test_an_index_that_is_damaged(refused, checkpoint_copy, content):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(content)
     assert "index" in refused(checkpoint_copy)
 
 
 def test_a_shard_that_is_missing(refused, checkpoint_copy):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-9.safetensors"}}))
     assert "model-9.safetensors of copy is missing" in refused(checkpoint_copy)
 
