@@ -105,10 +105,15 @@ def unfinished_folder(output: Path) -> Path:
     return output.parent / f".{output.name}.incomplete"
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove everything in an unfinished folder but its lock."""
+def clear_folder(folder: Path, keeps: Callable[[Path], bool] = lambda _path: False) -> None:
+    """Remove everything in an unfinished folder but its lock.
+
+    Args:
+        folder: The folder.
+        keeps: Says of something in it whether it stays.
+    """
     for path in folder.iterdir():
-        if path.name == LOCK_FILE:
+        if path.name == LOCK_FILE or keeps(path):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
