@@ -26,7 +26,7 @@ from slicecli.plan import SlicePlan
 from slicecli.planning import Job, SliceOptions, width_of_dense_streams
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
-from slicecli.shells import empty_model, parameter_shapes
+from slicecli.shells import empty_model
 from slicecli.weights import DenseWeights, RestingWeights, checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
         dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
 
     Raises:
-        SlicecliError: The weights cannot be had, or have parameters that the adapter does not declare.
+        SlicecliError: The weights cannot be had.
     """
     import torch
 
@@ -302,7 +302,6 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     device = job.placement.device
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, job.options.trust_remote_code)
-    job.dimensions.require_declared(parameter_shapes(shell))
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
     spare_bytes = job.streams.spare_bytes

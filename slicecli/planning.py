@@ -32,7 +32,7 @@ from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.processes import Processes
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.shells import outline
+from slicecli.shells import outline, parameter_shapes
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     config = source.config()
     dimensions = Dimensions(adapter, full_fields(source, config))
     shell = outline(config, options.trust_remote_code)
+    dimensions.require_declared(parameter_shapes(shell))
     stored = getattr(torch, dense_dtype)
     placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
     output_length = 0
