@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from slicecli.errors import OutputError
+from slicecli.errors import OutputError, WeightsError
 from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ __all__ = [
 RECORD_FILE = "slicecli.json"
 LOCK_FILE = ".lock"
 ENTRY_BYTES = 256  # most that a tensor takes in a header of ours
+WIDER_DTYPE = {
+    "float16": "Give --dtype bfloat16, which reaches as far as float32.",
+    "bfloat16": "Give --dtype float32, which reaches a little further.",
+}
 
 
 @contextmanager
@@ -101,10 +105,15 @@ def unfinished_folder(output: Path) -> Path:
     return output.parent / f".{output.name}.incomplete"
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove everything in an unfinished folder but its lock."""
+def clear_folder(folder: Path, keeps: Callable[[Path], bool] = lambda _path: False) -> None:
+    """Remove everything in an unfinished folder but its lock.
+
+    Args:
+        folder: The folder.
+        keeps: Says of something in it whether it stays.
+    """
     for path in folder.iterdir():
-        if path.name == LOCK_FILE:
+        if path.name == LOCK_FILE or keeps(path):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -241,6 +250,9 @@ class ShardWriter:
         Args:
             name: Its name; each must be written exactly once, but for those that were there at the beginning.
             tensor: Its value on the CPU, of the shape and dtype announced.
+
+        Raises:
+            WeightsError: It holds NaN or infinity.
         """
         if name in self._there:
             return
@@ -249,6 +261,7 @@ class ShardWriter:
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self._dtype:
             announced = f"{self._shapes[name]} {self._dtype}"
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {announced} was announced")
+        _require_finite(name, tensor)
         file = self._open[self._file_of[name]]
         file.seek(self._offset[name])
         file.write(content_of(tensor.contiguous()))
@@ -337,6 +350,30 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], count
             file.write(content_of(held))
         file.seek(0)
         file.write(room.to_bytes(8, "little") + json.dumps(header).encode().ljust(room))
+
+
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse to write a tensor with NaN or infinity; a number may be finite until it gets its dtype in the slice.
+
+    Raises:
+        WeightsError: It holds one.
+    """
+    import torch
+
+    from slicecli.slicing.moments import is_finite
+
+    if is_finite(tensor):
+        return
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if bool(torch.isnan(tensor).any()):
+        raise WeightsError(
+            f"{name} of the slice holds NaN.", "Try --dtype float32; if it stays, the checkpoint is damaged."
+        )
+    raise WeightsError(
+        f"{name} of the slice holds infinity: {dtype} reaches to {torch.finfo(tensor.dtype).max:.4g}, and one of its "
+        "numbers is larger.",
+        WIDER_DTYPE.get(dtype, "The checkpoint is damaged: no trained model has numbers of that size."),
+    )
 
 
 def content_of(tensor: torch.Tensor) -> memoryview:

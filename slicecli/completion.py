@@ -1,19 +1,16 @@
-"""Everything in a slice's folder but the weights: config, tokenizer, licence, code, and how the slice is described."""
+"""How a new slice is described: what its record, predictions and card say, drafted before its weights are computed."""
 
 from __future__ import annotations
 
 import shlex
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slicecli.adapters import AUTO_ADAPTER
-from slicecli.description import describe_slice
+from slicecli.description import Description
 from slicecli.errors import SlicecliError
 from slicecli.estimation.estimate import USUAL_SPARSITIES, nearest_dims
 from slicecli.hub.metadata import inherited_metadata
-from slicecli.modeling import CODE_FILES
 from slicecli.plan import SlicePlan, slice_sizes
 from slicecli.record import build_record
 
@@ -21,51 +18,34 @@ if TYPE_CHECKING:
     from slicecli.calibration import Rows
     from slicecli.estimation.forecasts import Forecast
     from slicecli.planning import Job
-    from slicecli.record import Energy
     from slicecli.source import Source
 
-__all__ = ["complete_folder", "licence_warning", "reproduce_command"]
+__all__ = ["draft_description", "licence_warning", "reproduce_command"]
 
 
-def complete_folder(
-    job: Job, plan: SlicePlan, config: Any, folder: Path, rows: Rows, energy: Energy, weights: Mapping[str, str]
-) -> None:
-    """Put everything but the weights into a slice's folder.
+def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
+    """Return what is known of a slice before its weights are, found fit to be written.
 
     Args:
         job: The job.
         plan: Of the slice.
-        config: Its transformers config.
-        folder: Its folder, with the weights.
         rows: The calibration rows.
-        energy: What it keeps of the stream.
-        weights: SHA-256 of each weight file.
 
     Raises:
-        OutputError: A file cannot be written.
+        OutputError: It is not.
     """
-    source = job.source
-    if plan.layout == "stock":
-        config.architectures = job.config.architectures
-    config.save_pretrained(folder)
-    own_code = CODE_FILES if plan.layout == "custom-code" else source.code_files()
-    for file in (*source.companion_files(), *own_code):
-        shutil.copyfile(file, folder / file.name)
     sizes = slice_sizes(job.dimensions, plan.method, job.options.slice_head)
     record = build_record(
         plan,
-        source,
+        job.source,
         rows,
         job.options.seed,
-        energy,
-        weights,
         command=reproduce_command(job, plan),
-        inherited=inherited_metadata(source.folder),
+        inherited=inherited_metadata(job.source.folder),
         other_dims={dim: sizes.parameters(dim) for dim in nearest_dims(sizes, USUAL_SPARSITIES)},
     )
     # what is published is of dense models: it says nothing of a slice that is sliced again
-    forecasts = [] if record["ancestry"] else _forecasts(job, plan, rows.name)
-    describe_slice(folder, record, forecasts)
+    return Description.draft(record, [] if record["ancestry"] else _forecasts(job, plan, rows.name))
 
 
 def _forecasts(job: Job, plan: SlicePlan, text: str) -> list[Forecast]:
@@ -108,7 +88,7 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     words += ["--dtype", plan.dtype]
     if plan.adapter == AUTO_ADAPTER:
         words += ["--adapter", AUTO_ADAPTER]
-    if job.source.code_files():
+    if job.source.needs_remote_code:
         words += ["--trust-remote-code"]
     return shlex.join(words)
 

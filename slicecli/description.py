@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,27 +28,72 @@ from slicecli.schema import schema_errors
 if TYPE_CHECKING:
     from slicecli.estimation.forecasts import Forecast
 
-__all__ = ["describe_slice", "enter_curves", "enter_repository", "enter_results", "own_files", "write_card"]
+__all__ = [
+    "Description",
+    "describe_slice",
+    "enter_curves",
+    "enter_repository",
+    "enter_results",
+    "own_files",
+    "write_card",
+]
 
 RESULT_KINDS = ("perplexity", "tasks")
 HALF = 0.5  # of a unit of hidden size: closer than that is the same dim
 
 
-def describe_slice(folder: Path, record: dict[str, Any], forecasts: Sequence[Forecast]) -> None:
+@dataclass(frozen=True)
+class Description:
+    """What is said of a slice as far as it is known before its weights are.
+
+    Attributes:
+        record: Its record, with predictions.
+        plots: Their plots by file name.
+    """
+
+    record: dict[str, Any]
+    plots: Mapping[str, bytes]
+
+    @classmethod
+    def draft(cls, record: dict[str, Any], forecasts: Sequence[Forecast]) -> Description:
+        """Draw predictions, and make sure that record and card can be written.
+
+        Args:
+            record: What `slicecli.record.build_record` returned.
+            forecasts: What is predicted of slices of its model.
+
+        Raises:
+            OutputError: They cannot.
+        """
+        drafted = cls(*_with_predictions(record, forecasts))
+        errors = schema_errors(json.loads(json.dumps(drafted.record)))
+        if errors:
+            raise OutputError(
+                f"The record of the slice cannot be written: {errors[0]}.",
+                "Give the file or folder another name if that is its name.",
+            )
+        render_card(drafted.record, None)
+        return drafted
+
+
+def describe_slice(
+    folder: Path, description: Description, energy: Mapping[str, Any], weights: Mapping[str, str]
+) -> None:
     """Write plot, record and card of a new slice, whose other files are there.
 
     Args:
         folder: The slice.
-        record: What `slicecli.record.build_record` returned.
-        forecasts: What is predicted of slices of its model.
+        description: What was known of it before.
+        energy: What it keeps of the stream, for the record.
+        weights: SHA-256 of each weight file.
 
     Raises:
         OutputError: They cannot be written.
     """
-    record, plots = _with_predictions(record, forecasts)
+    record = {**description.record, "energy": dict(energy), "weights": dict(weights)}
     found = {name: file_digest(folder / name) for name in own_files(folder) if name not in record["weights"]}
     files = dict(sorted({**found, **record["files"]}.items()))
-    _write(folder, {**record, "files": files}, None, plots)
+    _write(folder, {**record, "files": files}, None, description.plots)
 
 
 def own_files(folder: Path) -> list[str]:

@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import ShardWriter, clear_folder, whole_folder
-from slicecli.errors import (
-    OutputError,
-    PluginError,
-    SourceError,
-)
+from slicecli.checkpoint import ShardWriter, clear_folder, unfinished_folder, whole_folder
+from slicecli.errors import OutputError, SourceError
 from slicecli.libraries import running
 from slicecli.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.placement import MEMORY_SHARE, batch_rows, compute_dtype
@@ -30,13 +26,14 @@ from slicecli.plan import SlicePlan
 from slicecli.planning import Job, SliceOptions, full_fields, width_of_dense_streams
 from slicecli.processes import Processes
 from slicecli.record import Energy, package_versions
-from slicecli.shells import empty_model, parameter_shapes
+from slicecli.shells import empty_model
 from slicecli.weights import DenseWeights, RestingWeights, checkpoint_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from slicecli.calibration import Rows
+    from slicecli.companions import LeftOut
     from slicecli.slicing.basis import Basis
     from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
     from slicecli.slicing.states import DenseStates
@@ -62,6 +59,7 @@ class SliceReport:
         is_from_cache: The statistics were in the cache.
         phases: Wall-clock time by phase, in seconds.
         peak_device_memory_bytes: Peak memory on the GPU that computes, if one does.
+        left_out: Files of the model that do not go along.
     """
 
     plan: SlicePlan
@@ -74,6 +72,7 @@ class SliceReport:
     is_from_cache: bool = False
     phases: Mapping[str, float] = field(default_factory=dict)
     peak_device_memory_bytes: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
@@ -91,8 +90,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     Raises:
         SlicecliError: Something failed; no output folder is left behind.
     """
-    from slicecli.completion import complete_folder, licence_warning
-    from slicecli.journal import FileJournal, seconds_between_snapshots
+    from slicecli.completion import draft_description, licence_warning
+    from slicecli.description import describe_slice
+    from slicecli.journal import FileJournal, has_state, seconds_between_snapshots
+    from slicecli.preparation import prepare_folders
     from slicecli.slicing.pipeline import refit
     from slicecli.slicing.published import slice_published
     from slicecli.slicing.state import Clock, Silent
@@ -102,19 +103,14 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     clock = Clock(progress if progress is not None and processes.is_main else Silent())
     clock.note(job.describe_places())
     options = job.options
-    rows, warnings = read_rows(job)
-    job = with_weights(job)
-    dense, batches = share_work(job, rows)
-    warnings += _idle_warning(processes.count, batches)
     reports: list[SliceReport] = []
     seconds_apart = seconds_between_snapshots()
-    fingerprint = _fingerprint(job, rows, batches, dense)
     journal: FileJournal | None = None
     resumes = (options.resume or resumes_if_possible) and processes.count == 1
 
     def is_worth_keeping(error: BaseException) -> bool:
-        if journal is None:  # refused to go on with what another run has left: that stays
-            return resumes
+        if journal is None:  # failed before it could go on with what another run has left: that stays
+            return resumes and has_state(unfinished_folder(job.slices[0][2]))
         return journal.has_something and isinstance(error, (KeyboardInterrupt, SystemExit))
 
     with ExitStack() as stack:
@@ -123,6 +119,16 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
             for _, _, folder in job.slices
             if processes.is_main
         ]
+        # what can fail without weights fails before anything large is read
+        with running(job.source.name):
+            shells = prepare_folders(job, folders) if folders else []
+        rows, warnings = read_rows(job)
+        job = with_weights(job)
+        with running(job.source.name):
+            drafts = [draft_description(job, plan, rows) for plan, _, _ in job.slices] if folders else []
+        dense, batches = share_work(job, rows)
+        warnings += _idle_warning(processes.count, batches)
+        fingerprint = _fingerprint(job, rows, batches, dense)
         stack.enter_context(running(job.source.name))
         if folders:
             dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
@@ -131,7 +137,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         for number, (plan, config, _) in enumerate(job.slices):
             missing = None if state is None else state["missing"][number]
             folder = folders[number] if processes.is_main else None
-            target, writer = _open_target(plan, config, folder, options, missing)
+            shell = shells[number] if processes.is_main else empty_model(config, options.trust_remote_code)
+            target, writer = _open_target(plan, shell, folder, options, missing)
             targets.append(target)
             if writer is not None:
                 stack.callback(writer.close)
@@ -158,8 +165,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
             return processes.from_main(lambda: reports)
         if journal is not None:
             journal.remove()
-        for (plan, config, _), folder, writer, energy in zip(job.slices, folders, writers, energies, strict=True):
-            complete_folder(job, plan, config, folder, rows, energy, writer.finish())
+        for folder, draft, writer, energy in zip(folders, drafts, writers, energies, strict=True):
+            describe_slice(folder, draft, energy.fields, writer.finish())
         clock.stop()
         seconds = time.perf_counter() - started
         for (plan, _, output), energy in zip(job.slices, energies, strict=True):
@@ -178,6 +185,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     is_from_cache=is_from_cache,
                     phases=clock.seconds,
                     peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
+                    left_out=job.source.companions.left_out,
                 )
             )
     return processes.from_main(lambda: reports)
@@ -259,7 +267,7 @@ def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_l
     Raises:
         OutputError: The journal is of another run, and that is not to be overlooked.
     """
-    from slicecli.journal import read_state
+    from slicecli.journal import is_progress, read_state
 
     try:
         state = read_state(folders[0], fingerprint)
@@ -269,7 +277,7 @@ def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_l
         state = None
     if state is None or not all(any(folder.glob("*.safetensors")) for folder in folders):
         for folder in folders:
-            clear_folder(folder)
+            clear_folder(folder, lambda path: not is_progress(path))
         return None
     return state
 
@@ -305,7 +313,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
         dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
 
     Raises:
-        SlicecliError: The weights cannot be read, or have parameters that the adapter does not declare.
+        SlicecliError: The weights cannot be read.
     """
     import torch
 
@@ -315,7 +323,6 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     device = job.placement.device
     weights = DenseWeights(job.source)
     shell = empty_model(job.config, job.options.trust_remote_code)
-    job.dimensions.require_declared(parameter_shapes(shell))
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
     spare_bytes = job.streams.spare_bytes
@@ -432,9 +439,9 @@ def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
 
 
 def _open_target(
-    plan: SlicePlan, config: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
+    plan: SlicePlan, shell: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
 ) -> tuple[Target, ShardWriter | None]:
-    """Make the empty sliced model and lay out its weight files, or open those of an interrupted run.
+    """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
 
     Without a folder nothing is written.
     """
@@ -442,14 +449,6 @@ def _open_target(
 
     from slicecli.slicing.state import Target
 
-    shell = empty_model(config, options.trust_remote_code)
-    count = sum(parameter.numel() for parameter in shell.parameters())
-    if count != plan.sliced_parameters:
-        raise PluginError(
-            f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, and the model "
-            f"has {count:,}.",
-            "Mend the widths and biases it declares.",
-        )
     dtype = getattr(torch, plan.dtype)
     if folder is None:
         return Target(plan.dim, shell, dtype, lambda _name, _tensor: None), None

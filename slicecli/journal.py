@@ -24,7 +24,7 @@ from slicecli.slicing.state import Content, Snapshot
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FileJournal", "read_state", "seconds_between_snapshots"]
+__all__ = ["FileJournal", "has_state", "is_progress", "read_state", "seconds_between_snapshots"]
 
 FOLDER = ".journal"
 STATE_FILE = "state.json"
@@ -47,6 +47,16 @@ def seconds_between_snapshots() -> float:
         return float(text)
     except ValueError:
         raise RequestError(f"{SECONDS_VARIABLE} is {text!r}, which is no number of seconds.", "Unset it.") from None
+
+
+def is_progress(path: Path) -> bool:
+    """Say whether something in an unfinished folder is what a run has computed: weight files, or their journal."""
+    return path.name == FOLDER or path.suffix == ".safetensors"
+
+
+def has_state(folder: Path) -> bool:
+    """Say whether an unfinished folder has something to go on with."""
+    return (folder / FOLDER / STATE_FILE).is_file()
 
 
 def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:

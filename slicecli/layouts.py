@@ -17,7 +17,7 @@ from slicecli.schedule import Schedule
 __all__ = ["custom_code_config", "stock_config"]
 
 # what belongs to the machine or the library that made a config, not to the model
-_LOCAL = ("_name_or_path", "transformers_version")
+_LOCAL = ("_name_or_path", "transformers_version", "transformers_weights")
 
 
 def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_code: bool = False) -> Any:

@@ -32,7 +32,7 @@ from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
 from slicecli.plugins import plugins
 from slicecli.processes import Processes
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.shells import outline
+from slicecli.shells import outline, parameter_shapes
 from slicecli.source import Source
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, chosen.fields))
     check_method(options, widths)
     has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
-    if has_own_code and source.code_files():
+    if has_own_code and source.has_own_model_code:
         raise UnsupportedModelError(
             f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
             "transformers.",
@@ -185,6 +185,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     config = source.config()
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
     shell = outline(config, options.trust_remote_code)
+    dimensions.require_declared(parameter_shapes(shell))
     stored = getattr(torch, dense_dtype)
     placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
     output_length = 0
@@ -214,7 +215,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         if processes.is_main:
             check_output(folder, options.overwrite)
-        sliced_config = config_of(plan, config, dimensions, output_length, bool(source.code_files()))
+        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         slices.append((plan, sliced_config, folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:

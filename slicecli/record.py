@@ -55,6 +55,13 @@ class Energy:
     fields: dict[str, Any]
 
     @classmethod
+    def unknown(cls, plan: SlicePlan) -> Energy:
+        """Return what stands in a draft until it is known: all of it."""
+        if plan.method == "refit":
+            return cls(1.0, {"of": "normalised stream", "kept": 1.0, "importance_kept": 1.0, "spectrum": []})
+        return cls(1.0, {"of": "stream", "kept": 1.0, "spectrum": []})
+
+    @classmethod
     def of_basis(cls, basis: Basis, plan: SlicePlan) -> Energy:
         """Return that of a basis for all places: of the normalised stream."""
         fields = {
@@ -89,21 +96,17 @@ def build_record(
     source: Source,
     rows: Rows,
     seed: int,
-    energy: Energy,
-    weights: Mapping[str, str],
     command: str,
     inherited: Mapping[str, Any],
     other_dims: Mapping[int, int],
 ) -> dict[str, Any]:
-    """Put a record together; what is measured and predicted of the slice, and its files, are entered later.
+    """Put a record together, as far as it is known in planning; energy and weights are entered when they are there.
 
     Args:
         plan: What was decided.
         source: The dense model.
         rows: The calibration rows.
         seed: Seed of their draw.
-        energy: What it keeps of the stream.
-        weights: SHA-256 of each weight file.
         command: The command that makes the slice again.
         inherited: Licence and languages from the dense model's card.
         other_dims: Parameters of slices to other dims.
@@ -125,7 +128,7 @@ def build_record(
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
-        "needs_remote_code": plan.layout == "custom-code" or bool(source.code_files()),
+        "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
@@ -134,13 +137,14 @@ def build_record(
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
         "calibration": calibration_fields(rows, seed),
-        "energy": energy.fields,
+        "energy": Energy.unknown(plan).fields,
         "results": {},
         "curve": None,
         "predictions": [],
         "other_dims": [{"dim": dim, "parameters": count} for dim, count in other_dims.items()],
-        "weights": dict(weights),
+        "weights": {"model.safetensors": "0" * 64},
         "files": {},
+        "left_out": [one.to_json() for one in source.companions.left_out],
         "versions": package_versions(),
     }
 

@@ -7,15 +7,26 @@ single weight is downloaded.
 from __future__ import annotations
 
 import functools
+import glob
+import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import file_digest
+from slicecli.companions import (
+    ABSENT,
+    KNOWN_FILES,
+    LINKED_FOLDER,
+    MOST_KNOWN_BYTES,
+    Companions,
+    choose_companions,
+    list_folder,
+)
 from slicecli.config_check import Comparison, compare, find_stored, loaded_fields
 from slicecli.config_files import read_config
 from slicecli.dimensions import Dimensions
@@ -30,7 +41,7 @@ from slicecli.errors import (
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
-from slicecli.json_files import MOST_JSON_BYTES
+from slicecli.json_files import MOST_JSON_BYTES, read_json
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
@@ -47,32 +58,14 @@ from slicecli.weight_files import (
 if TYPE_CHECKING:
     from slicecli.adapters import Adapter
 
-__all__ = ["DESCRIPTION_FILES", "Source"]
+__all__ = ["DESCRIPTION_FILES", "Source", "load_tokenizer", "tokenizer_code", "tokenizer_references"]
 
 ADAPTER_FILE = "adapter_config.json"
-MOST_COMPANION_BYTES = 200_000_000
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
-# what a slice takes over from its source byte for byte
-COMPANION_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
-)
 DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
 MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
-SMALL_FILES = (*DESCRIPTION_FILES, INDEX_FILE, *COMPANION_FILES)
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class Source:
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
-        files: tuple[str, ...] = SMALL_FILES,
+        with_companions: bool = True,
     ) -> Source:
         """Find a model by Hub id or folder and read its config.
 
@@ -117,7 +110,7 @@ class Source:
             revision: Revision on the Hub.
             token: Hub token.
             trust_remote_code: Whether code from the repository may run; it is fetched then.
-            files: What is fetched from the Hub.
+            with_companions: Fetch all small files from the Hub, not only those that describe the model and its code.
 
         Raises:
             SourceError: It does not exist, cannot be reached, or has no readable config.
@@ -130,8 +123,13 @@ class Source:
         elif model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise SourceError(f"There is no folder {model!r}.", "Check the path, or give a Hub id such as owner/name.")
         else:
-            folder = _download(model, revision, token, files + (("*.py",) if trust_remote_code else ()))
+            folder = _download(model, revision, token, DESCRIPTION_FILES)
             name, commit = model, folder.name
+            if with_companions or trust_remote_code:
+                sizes = _sizes_in_repository(model, commit, token, folder)
+                files = choose_companions(sizes, name, trust_remote_code).files
+                code = tuple(file for file in files if file.endswith(".py"))
+                _download(model, commit, token, (INDEX_FILE, *files) if with_companions else code)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise SourceError(
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
@@ -219,40 +217,87 @@ class Source:
         """Return the tokenizer.
 
         Raises:
-            SourceError: There is none, or transformers cannot load it.
+            SourceError: There is none, it needs code that is not trusted, or transformers cannot load it.
         """
-        import transformers
-
         self._check_sizes()
+        if not self.trust_remote_code:
+            self._check_tokenizer_needs_no_code()
         try:
-            with quiet_libraries():
-                return transformers.AutoTokenizer.from_pretrained(
-                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-                )
+            return load_tokenizer(self.folder, self.trust_remote_code)
         except Exception as error:
             raise SourceError(
                 f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
                 "The folder needs the tokenizer's files next to config.json.",
             ) from error
 
-    def check_companions(self) -> None:
-        """Refuse files that a slice would take over and that do not belong to the model, before anything is computed.
+    def _check_tokenizer_needs_no_code(self) -> None:
+        """Refuse a tokenizer of a class that transformers does not have: it would quietly take another one.
 
         Raises:
-            SourceError: One is a link to somewhere else: what lies there may be nobody else's business; or no file of
-                its kind is so large.
+            SourceError: It is of such a class.
+        """
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+        references = tokenizer_code(self.folder)
+        stems = {name.rpartition(".")[2].removesuffix("Fast") for name in references}
+        if references and not any(tokenizer_class_from_name(f"{stem}{end}") for stem in stems for end in ("", "Fast")):
+            raise SourceError(
+                f"The tokenizer of {self.name} runs code of its own ({shown(references[0])}), which is not trusted.",
+                "Give --trust-remote-code if you have read that code and trust it.",
+            )
+
+    def check_companions(self) -> None:
+        """Refuse files that a slice would take over and that do not belong to the model, see `companions`.
+
+        Raises:
+            SourceError: There is one.
+        """
+        _ = self.companions
+
+    @functools.cached_property
+    def companions(self) -> Companions:
+        """The files that go along with a slice, and those that do not.
+
+        Raises:
+            SourceError: One is a link to somewhere else: what lies there may be nobody else's business; or it is no
+                regular file, or larger than any of its kind.
+        """
+        self._check_sizes()
+        sizes, links = list_folder(self.folder)
+        wanted = sizes
+        if self.commit is not None:
+            wanted = _sizes_in_repository(self.name, self.commit, self.token, self.folder)
+        # a link to a folder stands for what is in it
+        linked = {f"{link}/*": link for link in links}
+        found = choose_companions({**wanted, **dict.fromkeys(linked, 0)}, self.name, self.trust_remote_code)
+        reasons: dict[str, str] = {}
+        for file in found.files:
+            if file in linked:
+                self._check_belongs(linked[file])
+                reasons[file] = LINKED_FOLDER
+            elif file not in sizes:
+                reasons[file] = ABSENT
+            else:
+                self._check_belongs(file)
+                if not (self.folder / file).is_file():
+                    raise SourceError(f"{file} of {self.name} is no regular file.", "Get it again, or remove it.")
+        return found.without(reasons)
+
+    def _check_belongs(self, file: str) -> None:
+        """Refuse to follow a link out of the model's folder.
+
+        Raises:
+            SourceError: It leads out.
         """
         folder = self.folder.resolve()
         blobs = folder.parent.parent / "blobs"  # where the Hub's cache has the files of a model
-        for path in (*self.companion_files(), *self.code_files()):
-            real = path.resolve()
-            if not real.is_relative_to(folder) and real.parent != blobs:
-                raise SourceError(
-                    f"{path.name} of {self.name} is a link to a file outside of the model's folder, and a slice would "
-                    "take it over.",
-                    "Copy the file into the folder if it belongs to the model.",
-                )
-        self._check_sizes()
+        real = Path(os.path.realpath(self.folder / file))  # also where it leads nowhere
+        if not real.is_relative_to(folder) and real.parent != blobs:
+            raise SourceError(
+                f"{file} of {self.name} is a link to something outside of the model's folder, and a slice would take "
+                "it over.",
+                "Copy it into the folder if it belongs to the model, else remove the link.",
+            )
 
     def _check_sizes(self) -> None:
         """Refuse small files that are no such thing, which others would read whole.
@@ -260,10 +305,11 @@ class Source:
         Raises:
             SourceError: One is.
         """
-        for path in (*self.companion_files(), *(self.folder / name for name in DESCRIPTION_FILES)):
+        known = {path for pattern in KNOWN_FILES for path in self.folder.glob(pattern) if not path.is_dir()}
+        for path in sorted({*known, *(self.folder / name for name in DESCRIPTION_FILES)}):
             if path.exists() and not path.is_file():
                 raise SourceError(f"{path.name} of {self.name} is no regular file.", "Get it again.")
-            most = MOST_BYTES_OF.get(path.name, MOST_COMPANION_BYTES)
+            most = MOST_BYTES_OF.get(path.name, MOST_KNOWN_BYTES)
             if path.exists() and path.stat().st_size > most:
                 raise SourceError(
                     f"{path.name} of {self.name} has {path.stat().st_size:,} bytes, more than such a file needs.",
@@ -281,16 +327,21 @@ class Source:
             tensors = self.stored_tensors()
         return next((names[one.dtype] for one in (tensors or {}).values() if one.dtype in names), "float32")
 
-    def companion_files(self) -> Iterator[Path]:
-        """Yield the files a slice takes over unchanged: tokenizer, generation config, chat template, licences."""
-        found = {path for pattern in COMPANION_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        yield from sorted(found)
+    @property
+    def has_own_model_code(self) -> bool:
+        """Whether the model's classes come from its own Python files, and not from transformers."""
+        has_code = any(file.endswith(".py") for file in self.companions.files)
+        return has_code and bool(self.fields.get("auto_map"))
 
-    def code_files(self) -> list[Path]:
-        """Return the Python files that the model's classes come from; none where they are transformers' own."""
-        if not (self.trust_remote_code and self.fields.get("auto_map")):
-            return []
-        return sorted(path for path in self.folder.glob("*.py") if path.is_file())
+    @property
+    def has_own_tokenizer_code(self) -> bool:
+        """Whether the tokenizer's class comes from the model's own Python files."""
+        return self.trust_remote_code and bool(tokenizer_code(self.folder))
+
+    @property
+    def needs_remote_code(self) -> bool:
+        """Whether loading the model or its tokenizer runs Python files of its own."""
+        return self.has_own_model_code or self.has_own_tokenizer_code
 
     def weight_files(self) -> list[str]:
         """Return the names of the files that transformers reads the weights from.
@@ -314,10 +365,7 @@ class Source:
     def _file_names(self) -> list[str]:
         """Return the names of the files beside the config, of a Hub model those in the repository."""
         if self.commit is not None:
-            from huggingface_hub import HfApi
-
-            with suppress(Exception), quiet_client():  # only the message would be better for it
-                return HfApi(token=self.token).list_repo_files(self.name, revision=self.commit)
+            return list(_sizes_in_repository(self.name, self.commit, self.token, self.folder))
         return [path.name for path in self.folder.iterdir()]
 
     def stored_tensors(self) -> dict[str, StoredTensor] | None:
@@ -501,13 +549,63 @@ def _listed(files: list[str]) -> str:
     return f"The weight file {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a folder; whatever transformers raises is raised."""
+    import transformers
+
+    with quiet_libraries():
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+
+
+def tokenizer_code(folder: Path) -> list[str]:
+    """Return where the tokenizer of a folder says that its classes are, see `tokenizer_references`."""
+    return tokenizer_references(read_json(folder / TOKENIZER_CONFIG))
+
+
+def tokenizer_references(fields: Any) -> list[str]:
+    """Return where a tokenizer's config says that its classes are, as `file.Class`; nothing of transformers' own.
+
+    Args:
+        fields: The content of `tokenizer_config.json`, whatever it is.
+    """
+    found = fields.get("auto_map") if isinstance(fields, dict) else None
+    if isinstance(found, dict):
+        found = found.get("AutoTokenizer")
+    references = found if isinstance(found, list) else [found]
+    return [name for name in references if isinstance(name, str)]
+
+
+def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of a repository on the Hub by its path.
+
+    The client keeps the list beside what it has downloaded; where it could not, what is in the cache has to do if the
+    Hub cannot be asked.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        tree: Any = huggingface_hub.get_cached_repo_tree(model, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        try:
+            with quiet_client():
+                tree = list(huggingface_hub.HfApi(token=token).list_repo_tree(model, revision=commit, recursive=True))
+        except Exception:
+            return list_folder(folder)[0]
+    return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+
+
+def _download(model: str, revision: str | None, token: str | None, files: tuple[str, ...]) -> Path:
+    """Fetch those of some files that a repository has; return the folder they are in."""
     import huggingface_hub
 
     def fetch() -> str:
         # what has arrived whole is not asked for again
         return huggingface_hub.snapshot_download(
-            model, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            model, revision=revision, token=token, allow_patterns=[glob.escape(file) for file in files]
         )
 
     try:

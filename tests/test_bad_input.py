@@ -358,3 +358,21 @@ def test_a_killed_run_leaves_no_folder_of_the_final_name_and_the_next_cleans_up(
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_number_that_the_dtype_of_the_slice_cannot_hold(run, checkpoint_copy, slice_words, tmp_path, name, method):
+    tensors = {key: value.half() for key, value in load_file(checkpoint_copy / WEIGHTS).items()}
+    tensors[name][299] = 60000.0  # of a token that no text has
+    save_file(tensors, checkpoint_copy / WEIGHTS, metadata={"format": "pt"})
+    edit_config(checkpoint_copy, dtype="float16")
+    words = ["slice", checkpoint_copy, "--dim", "36", "--method", method, "--no-cache", *slice_words]
+    done = run(*words, "-o", tmp_path / "out" / "half")
+    assert done.exit_code == 1
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(f"Error: {name} of the slice holds infinity: float16 reaches to")
+    assert "--dtype bfloat16" in sentence
+    assert os.listdir(tmp_path / "out") == []
+    done = run(*words, "-o", tmp_path / "out" / "wide", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.stderr

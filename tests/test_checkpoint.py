@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from slicecli.checkpoint import ShardWriter, file_digest, require_disk_space, unfinished_folder, whole_folder
-from slicecli.errors import OutputError
+from slicecli.errors import OutputError, WeightsError
 
 SHAPES = {"embed.weight": (7, 4), "blocks.0.weight": (4, 4), "blocks.0.bias": (4,), "head.weight": (7, 4)}
 
@@ -183,3 +185,23 @@ def test_too_little_disk_is_said_before_starting(tmp_path):
         require_disk_space(tmp_path / "a" / "b", 10**18)
     require_disk_space(tmp_path / "a" / "b", 1)
     assert not Path(tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float16, math.inf, "head.weight of the slice holds infinity: float16 reaches to 6.55e"),
+        (torch.bfloat16, -math.inf, "Give --dtype float32"),
+        (torch.float32, math.inf, "The checkpoint is damaged"),
+        (torch.float16, math.nan, "head.weight of the slice holds NaN"),
+    ],
+)
+def test_a_tensor_that_is_not_finite_is_not_written(tmp_path, dtype, value, message):
+    tensors = random_tensors(dtype)
+    writer = ShardWriter(tmp_path, SHAPES, dtype, "5GB")
+    tensors["head.weight"][-1, -1] = value
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        writer.write("head.weight", tensors["head.weight"])
+    writer.close()
+    assert {path: path.read_bytes()[: len(before[path])] for path in before} == before

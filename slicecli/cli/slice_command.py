@@ -107,10 +107,16 @@ def command(
                 f"No plugin knows the type {plan.model_type}: the adapter was inferred, and proved on a small model "
                 f"(logits change by {job.inference.error:.0e} under a rotation)."
             )
+        for one in job.source.companions.left_out:
+            show.note(f"Not taken over: {one.describe()}")
     if dry_run:
+        from slicecli.preparation import rehearse
+
+        if is_main:
+            rehearse(job)
         if not context["quiet"]:
             show.note(job.describe_places())
-        fields = {**_fields(plan, folder, job.source.commit), "placement": job.places_to_json(), "dry_run": True}
+        fields = {**_fields(plan, folder, job.source), "placement": job.places_to_json(), "dry_run": True}
         _report(fields, output_format)
         return
     try:
@@ -125,7 +131,7 @@ def command(
     for text in report.warnings:
         show.warn(text)
     fields = {
-        **_fields(plan, folder, report.revision),
+        **_fields(plan, folder, job.source),
         "energy_kept": report.energy_kept,
         "statistics": "cache" if report.is_from_cache else "collected",
         "seconds": round(report.seconds, 3),
@@ -156,11 +162,11 @@ def command(
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 
-def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
+def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
     return {
         "output": str(folder),
         "model": plan.model,
-        "revision": revision,
+        "revision": source.commit,
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
@@ -171,6 +177,7 @@ def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
         "sparsity": plan.sparsity,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
+        "left_out": [one.to_json() for one in source.companions.left_out],
     }
 
 

@@ -26,7 +26,7 @@ from slicecli.origin import Origin, origin_of
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
 from slicecli.planning import SliceOptions, check_method
 from slicecli.plugins import plugins
-from slicecli.source import DESCRIPTION_FILES, Source
+from slicecli.source import Source
 
 __all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 
@@ -86,7 +86,7 @@ class Subject:
             SlicecliError: It cannot be read or sliced.
         """
         check_method(SliceOptions(method=method, slice_head=slice_head), ())
-        source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
+        source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
         origin = origin_of(source, found.adapters, found.refusals, adapter)

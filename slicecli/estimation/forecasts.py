@@ -36,7 +36,7 @@ from slicecli.evaluation.chance import chance_level
 from slicecli.json_files import read_json
 from slicecli.plan import Method
 from slicecli.record import read_record
-from slicecli.source import DESCRIPTION_FILES, Source
+from slicecli.source import Source
 
 __all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
@@ -422,7 +422,7 @@ def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
         return read_curves(content), path.name
     if path.suffix == ".json":
         raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
-    holder = Source.find(name, token=source.token, files=DESCRIPTION_FILES)
+    holder = Source.find(name, token=source.token, with_companions=False)
     curve = (read_record(holder.folder) or {}).get("curve")
     if curve is None:
         raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")

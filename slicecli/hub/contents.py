@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slicecli.checkpoint import RECORD_FILE, file_digest
+from slicecli.companions import WEIGHT_SUFFIXES
 from slicecli.errors import SourceError
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
@@ -30,14 +31,8 @@ if TYPE_CHECKING:
 
     from slicecli.slicing.state import Progress
 
-__all__ = ["WEIGHT_SUFFIXES", "Contents", "Tensor", "download_repository", "folder_contents", "repository_contents"]
+__all__ = ["Contents", "Tensor", "download_repository", "folder_contents", "repository_contents"]
 
-WEIGHT_SUFFIXES = frozenset(
-    {
-        ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack",
-        ".gguf", ".ggml", ".onnx", ".tflite",
-    }
-)  # fmt: skip
 _PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"})
 MOST_TEXT_BYTES = 64_000_000
 THREADS = 8

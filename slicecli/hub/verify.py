@@ -18,22 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE
+from slicecli.companions import CODE_SUFFIXES, KNOWN_FILES, WEIGHT_SUFFIXES
 from slicecli.errors import WeightsError
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
-from slicecli.hub.contents import (
-    WEIGHT_SUFFIXES,
-    Contents,
-    download_repository,
-    folder_contents,
-    repository_contents,
-)
+from slicecli.hub.contents import Contents, download_repository, folder_contents, repository_contents
 from slicecli.hub.markdown import visible
 from slicecli.hub.metadata import card_metadata
 from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
 from slicecli.plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.schedule import Schedule
-from slicecli.source import COMPANION_FILES
+from slicecli.source import TOKENIZER_CONFIG, tokenizer_references
 from slicecli.weight_files import INDEX_FILE, entry_file
 
 if TYPE_CHECKING:
@@ -55,10 +50,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
-# what is run or unpickled by whoever loads a model, or by whoever opens it
-_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh"})
 # what loading reads besides; an adapter's config can make it load another model
-_LOADED_FILES = (*COMPANION_FILES, CONFIG_FILE, "adapter_config.json", "*.index.json", "*.jinja")
+_LOADED_FILES = (*KNOWN_FILES, CONFIG_FILE, "adapter_config.json", "*.index.json", "*.jinja")
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # what becomes neither a parameter nor a bias is called otherwise, in every family of transformers
 _PARAMETER_NAMES = (".weight", ".bias")
@@ -176,7 +169,7 @@ def check_files(contents: Contents) -> Iterator[Finding]:
 
 def _is_loaded(file: str) -> bool:
     path = PurePosixPath(file)
-    if path.suffix.lower() in WEIGHT_SUFFIXES | _CODE_SUFFIXES:
+    if path.suffix.lower() in WEIGHT_SUFFIXES | CODE_SUFFIXES:
         return True
     is_legal = any(fnmatch(path.name, pattern) for pattern in _LEGAL_FILES)
     return not is_legal and any(fnmatch(path.name, pattern) for pattern in _LOADED_FILES)
@@ -318,18 +311,24 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
 
 
 def _check_code(contents: Contents, auto_map: Any) -> Iterator[Finding]:
-    """Check that the config asks for code where the record does, and for none from elsewhere."""
+    """Check that the slice asks for code where the record does, and for none from elsewhere.
+
+    A tokenizer may name code and do without it: its class may have come to transformers since.
+    """
     record = contents.record
-    if bool(auto_map) != record["needs_remote_code"]:
+    of_model = auto_map.values() if isinstance(auto_map, dict) else ()
+    of_tokenizer = tokenizer_references(_json_of(contents, TOKENIZER_CONFIG)) if record["needs_remote_code"] else []
+    if bool(auto_map) != record["needs_remote_code"] and not of_tokenizer:
         says = "needs" if record["needs_remote_code"] else "does not need"
         names = "names code of its own" if auto_map else "names none"
         yield _error("config", f"{CONFIG_FILE} {names} (auto_map), and the record says that the slice {says} any")
-    for name in auto_map.values() if isinstance(auto_map, dict) else ():
+    references = [(CONFIG_FILE, name) for name in of_model] + [(TOKENIZER_CONFIG, name) for name in of_tokenizer]
+    for file, name in references:
         repository, _, reference = str(name).rpartition("--")
         if repository:
-            yield _error("config", f"{CONFIG_FILE} takes code from another repository: {_short(name)}")
+            yield _error("config", f"{file} takes code from another repository: {_short(name)}")
         elif f"{reference.partition('.')[0]}.py" not in record["files"]:
-            yield _error("config", f"{CONFIG_FILE} takes code from a file that is not in the record: {_short(name)}")
+            yield _error("config", f"{file} takes code from a file that is not in the record: {_short(name)}")
 
 
 def check_card(contents: Contents) -> Iterator[Finding]:
