@@ -161,12 +161,13 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     source.check_companions()
+    source.check_code_is_here()
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
     dimensions = Dimensions(adapter, chosen.fields)
     check_method(options, widths)
     has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
-    if has_own_code and source.code_files():
+    if has_own_code and source.has_own_code:
         raise UnsupportedModelError(
             f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
             "transformers.",
@@ -185,6 +186,11 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     shell = outline(config, options.trust_remote_code)
     stored = getattr(torch, dense_dtype)
     placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
+    if source.has_own_code and inference is None:
+        from slicecli.proof import prove_declaration
+
+        with quiet_libraries(), running(source.name):
+            prove_declaration(adapter, config, source.trust_remote_code)
     output_length = 0
     if options.method == "slicegpt":
         from slicecli.proof import prove_shortcuts

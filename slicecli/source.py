@@ -40,6 +40,7 @@ LONGEST_NAME = 255
 MOST_HEADER_BYTES = 16_000_000
 MOST_COMPANION_BYTES = 200_000_000
 MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
+CODE_CLASSES = frozenset({"AutoConfig", "AutoModelForCausalLM"})  # that are not transformers' own where auto_map says
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
@@ -274,6 +275,26 @@ class Source:
         """Yield the files a slice takes over unchanged: tokenizer, generation config, chat template, licences."""
         found = {path for pattern in COMPANION_FILES for path in self.folder.glob(pattern) if path.is_file()}
         yield from sorted(found)
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether the classes of config or model are not transformers' own, but those that its config names."""
+        named = self.fields.get("auto_map")
+        return self.trust_remote_code and isinstance(named, dict) and not CODE_CLASSES.isdisjoint(named)
+
+    def check_code_is_here(self) -> None:
+        """Refuse a model whose code lies in another repository, from which a slice would have to take it too.
+
+        Raises:
+            UnsupportedModelError: It does.
+        """
+        named = self.fields["auto_map"] if self.has_own_code else {}
+        elsewhere = next((named[kind] for kind in CODE_CLASSES if "--" in str(named.get(kind, ""))), None)
+        if elsewhere is not None:
+            raise UnsupportedModelError(
+                f"{self.name} takes its code from another repository: {shown(elsewhere)}.",
+                "Copy the Python files into a folder with the model, and let auto_map in config.json name them there.",
+            )
 
     def code_files(self) -> list[Path]:
         """Return the Python files that the model's classes come from; none where they are transformers' own."""
