@@ -21,11 +21,16 @@ from slicecli.errors import ProcessError, SlicecliError
 if TYPE_CHECKING:
     from slicecli.processes import Processes
 
-__all__ = ["TOGETHER", "run_together"]
+__all__ = ["TOGETHER", "is_done_together", "run_together"]
 
 TOGETHER = ("slice", "spectrum", "eval", "sweep", "demo")
 # seconds until a process ends even if a library still waits for another that has gone
 LONGEST_END = 20
+
+
+def is_done_together(words: Sequence[str]) -> bool:
+    """Say whether a command is worth sharing; what is not is done by the main process alone."""
+    return next((word for word in words if not word.startswith("-")), "") in TOGETHER
 
 
 def run_together(group: click.Group, processes: Processes, words: Sequence[str]) -> int:
@@ -36,12 +41,6 @@ def run_together(group: click.Group, processes: Processes, words: Sequence[str])
         processes: All of them.
         words: What follows the name of the program.
     """
-    name = next((word for word in words if not word.startswith("-")), "")
-    if name not in TOGETHER:
-        if not processes.is_main:
-            return 0
-        processes.stay_alone()
-        group.main(list(words), prog_name="slicecli")
     # that a connection broke off is said below, in a sentence
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.ExitStack() as stack:
