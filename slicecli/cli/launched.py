@@ -63,7 +63,7 @@ def _run(
 ) -> tuple[int, SlicecliError | click.ClickException | click.Abort | None]:
     """Run a command; return its exit code, and the error that is to be said."""
     try:
-        processes.join()
+        _join(processes)
         return int(group.main(list(words), prog_name="slicecli", standalone_mode=False) or 0), None
     except (SlicecliError, click.ClickException) as error:
         return error.exit_code, error
@@ -73,6 +73,18 @@ def _run(
     except BaseException as error:
         processes.tell(error)
         raise
+
+
+def _join(processes: Processes) -> None:
+    try:
+        processes.join(_notify)
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def _notify(text: str) -> None:
+    """Say something of any process, also where what it prints is kept silent."""
+    click.echo(text, file=sys.__stderr__)
 
 
 def _say(error: SlicecliError | click.ClickException | click.Abort, is_verbose: bool) -> None:
