@@ -8,10 +8,12 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicecli.context_length import context_length_of_config
 from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError
 from slicecli.libraries import quiet_libraries
@@ -179,7 +181,7 @@ def estimate(
     slice_head: bool | None = None,
     dtype: str | None = None,
     batch: int = 1,
-    length: int = 2048,
+    length: int | None = None,
     device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -194,7 +196,7 @@ def estimate(
         slice_head: Whether the published method slices the input of the head.
         dtype: Of weights and cache; `None` takes the checkpoint's.
         batch: Sequences served at a time.
-        length: Tokens of each.
+        length: Tokens of each; `None` takes 2048, or what the model can do if that is less.
         device: Name of an accelerator for speed-ups, see `slicecli.estimation.devices`.
         revision: Revision on the Hub.
         token: Hub token.
@@ -204,14 +206,13 @@ def estimate(
         SlicecliError: It cannot be done; the message says why and what to do.
     """
     from slicecli.estimation import estimate as estimating
-    from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import device_named
     from slicecli.estimation.forecasts import Knowledge, find_forecasts
 
     subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
     forecasts = find_forecasts(subject.source, subject.dimensions, method, Knowledge(**knowledge))
     accelerator = None if device is None else device_named(device)
-    return estimating.estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
+    return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
 
 
 def generate_text(
@@ -231,14 +232,23 @@ def generate_text(
         The new text without the prompt, and its number of tokens.
 
     Raises:
-        RequestError: The prompt has no tokens.
+        RequestError: The prompt has no tokens, or leaves too little room in a row of the model.
     """
     import torch
 
-    encoded = tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"]
-    if ids.shape[1] == 0:
+    found = _prompt_ids(model, tokenizer, prompt)
+    if not found:
         raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+    longest = context_length_of_config(model.config)
+    # the last token is not read any more
+    room = max_new_tokens if longest is None else longest - len(found) + 1
+    if room < max_new_tokens:
+        raise RequestError(
+            f"The prompt has {len(found):,} tokens, and {max_new_tokens:,} more do not fit into the {longest:,} that "
+            "the model can do.",
+            f"Give --max-new-tokens {room} or less." if room > 0 else "Give a shorter prompt.",
+        )
+    ids = torch.tensor([found])
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
@@ -251,3 +261,19 @@ def generate_text(
         )
     new = output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids of a text that is to be continued: without an end that only the tokenizer adds."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    written: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    added = max(0, _ending(ids, ends) - _ending(written, ends))
+    # many models begin with the token that others end with
+    return ids[: max(1, len(ids) - added)]
+
+
+def _ending(ids: Sequence[int], ends: Container[int]) -> int:
+    """Count the tokens at the end that are an end."""
+    return sum(1 for _ in itertools.takewhile(lambda token: token in ends, reversed(ids)))

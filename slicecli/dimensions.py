@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.adapters import ask
+from slicecli.context_length import context_length
 from slicecli.errors import PluginError, RequestError, UnsupportedModelError, shown
 
 if TYPE_CHECKING:
@@ -183,6 +184,12 @@ class Dimensions:
         """The ε of the norms that read the stream."""
         epsilon = self.adapter.norm.epsilon
         return self._real_number(epsilon) if isinstance(epsilon, str) else epsilon
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that one row may have; `None` where the class sets no limit."""
+        default = self.adapter.defaults.get("max_position_embeddings")
+        return context_length(self._config, self.adapter.names, default)
 
     @functools.cached_property
     def declared_blocks(self) -> tuple[Block, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint import check_output, require_disk_space
+from slicecli.context_length import context_length_of_config, default_length
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
 from slicecli.layouts import custom_code_config, stock_config
@@ -49,8 +50,6 @@ __all__ = [
     "plan_slices",
     "width_of_dense_streams",
 ]
-
-DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     source.check_companions()
+    source.check_code_is_here()
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, chosen.fields))
@@ -180,14 +180,18 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         raise RequestError(f"{options.samples} calibration samples are too few.", "Give --samples 1 or more.")
     if options.batch_size is not None and options.batch_size <= 0:
         raise RequestError(f"A batch of {options.batch_size} rows is too small.", "Give --batch-size 1 or more.")
-    sequence_length = pick_sequence_length(source, options.sequence_length)
-
     config = source.config()
+    sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
     shell = outline(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(shell))
     stored = getattr(torch, dense_dtype)
     placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
+    if source.has_own_model_code and inference is None:
+        from slicecli.proof import prove_declaration
+
+        with quiet_libraries(), running(source.name):
+            prove_declaration(adapter, config, source.trust_remote_code)
     output_length = 0
     if options.method == "slicegpt":
         from slicecli.proof import prove_shortcuts
@@ -370,20 +374,25 @@ def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
     return ChosenAdapter(inference.adapter, full_fields(source, config), inference)
 
 
-def pick_sequence_length(source: Source, wanted: int | None) -> int:
+def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
     """Return the tokens per row: as wanted, else 2048 or the model's longest.
+
+    Args:
+        name: The model's name.
+        config: Its transformers config.
+        wanted: What was asked for.
 
     Raises:
         RequestError: The wish is too short to predict anything, or longer than the model can do.
         SourceError: The config says nonsense of the model's longest.
     """
-    longest = source.size("max_position_embeddings", least=2)
+    longest = context_length_of_config(config)
     if wanted is None:
-        return DEFAULT_SEQUENCE_LENGTH if longest is None else min(DEFAULT_SEQUENCE_LENGTH, longest)
+        return default_length(longest)
     if wanted < 2:
         raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
     if longest is not None and wanted > longest:
         raise RequestError(
-            f"A sequence length of {wanted} is longer than {source.name} can do.", f"Give --seq-len {longest} or less."
+            f"A sequence length of {wanted} is longer than {name} can do.", f"Give --seq-len {longest} or less."
         )
     return wanted

@@ -15,7 +15,9 @@ import atexit
 import json
 import os
 import pickle
+import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -36,7 +38,10 @@ VARIABLES = {
     "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
     "local_count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
-MEETING = timedelta(minutes=10)  # to wait for the others to start
+NOTICE = 5.0  # seconds after which a process says that it waits for the others to start
+MEETING = 120.0  # seconds after which it gives up
+MEETING_NAP, REACH = 0.05, 2.0  # seconds
+MOST_NAMED = 4
 ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
 WORK = timedelta(days=7)  # to wait for another process's work; it is heard of earlier if it fails
 PATIENCE = 8.0  # seconds that a process that failed leaves the word to the main process
@@ -154,8 +159,11 @@ class Processes:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def join(self) -> None:
+    def join(self, notify: Callable[[str], object] = warnings.warn) -> None:
         """Meet the other processes; nothing where that has been done, or there are none.
+
+        Args:
+            notify: Takes a sentence that says what is waited for, if that takes some seconds.
 
         Raises:
             ProcessError: They do not come, or one of them has failed.
@@ -166,26 +174,55 @@ class Processes:
         import torch.distributed as dist
 
         try:
-            meeting = dist.rendezvous("env://", self.rank, self.count, timeout=MEETING)  # type: ignore[attr-defined]
-            _here.store, _, _ = next(meeting)
-            _here.store.set_timeout(ANSWER)
-            _here.store.set(f"slicecli/present/{self.rank}", "")
-            self._wait(lambda: _here.store.check([f"slicecli/present/{rank}" for rank in range(self.count)]))
+            met = self._meet(notify)
             # numbers on a GPU go from GPU to GPU, all else through main memory
             has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
             backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
             if dist.is_initialized():
                 _here.group = dist.new_group(backend=backend, timeout=WORK)
             else:
-                store = dist.PrefixStore("slicecli/group", _here.store)  # type: ignore[attr-defined]
+                store = dist.PrefixStore("slicecli/group", met)  # type: ignore[attr-defined]
                 dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=WORK)
                 atexit.register(_leave)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
-                f"The {self.count} processes cannot meet at {os.environ.get('MASTER_ADDR')}, port "
-                f"{os.environ.get('MASTER_PORT')}: {reason_of(error)}.",
-                "Check that all were started, and that this machine reaches that one.",
+                f"The {self.count} processes cannot meet at {_meeting_place()}: {reason_of(error)}.", _remedy()
             ) from error
+
+    def _meet(self, notify: Callable[[str], object]) -> Any:
+        """Open the store, which the main process keeps or its launcher, and return it when all processes are there.
+
+        Raises:
+            ProcessError: Some do not come, or one has failed.
+        """
+        import torch.distributed as dist
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        is_keeper = self.is_main and not is_kept_by_launcher
+        keeper = "the launcher" if is_kept_by_launcher else "the main process"
+        patience = _Patience(self, notify)
+        if not is_keeper:
+            # the client of the store would say much on its own while it tries
+            patience.wait(lambda: _can_be_reached(host, port), lambda: [keeper])
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "localhost" if is_keeper else host,
+            port,
+            self.count,
+            is_keeper,
+            timeout=ANSWER,
+            wait_for_workers=False,
+            multi_tenant=is_keeper,
+            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )
+        _here.store = store
+        store.set(f"slicecli/present/{self.rank}", "")
+        keys = [f"slicecli/present/{rank}" for rank in range(self.count)]
+        patience.wait(
+            lambda: bool(store.check(keys)),
+            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not store.check([key])],
+        )
+        return store
 
     def sum_everywhere(self, *tensors: torch.Tensor) -> None:
         """Add up contiguous tensors of the same shapes over all processes, in place, in all of them."""
@@ -326,8 +363,8 @@ class Processes:
         """
         if self.count == 1:
             return True
-        if _here.store is None:
-            return self.is_main
+        if _here.store is None:  # there was no meeting, so that nobody else hears of it
+            return True
         self.tell(error)
         try:
             if not self.is_main:
@@ -412,6 +449,45 @@ class Processes:
         raise ProcessError(words["cause"], words["remedy"], words["code"])
 
 
+class _Patience:
+    """How long a process waits for the others to come: after some seconds it says so, after some more it gives up."""
+
+    def __init__(self, processes: Processes, notify: Callable[[str], object]) -> None:
+        self._processes = processes
+        self._notify = notify
+        self._started = time.monotonic()
+        self._has_notified = False
+
+    def wait(self, is_done: Callable[[], bool], absent: Callable[[], list[str]]) -> None:
+        """Nap until something is done.
+
+        Args:
+            is_done: Says whether it is.
+            absent: Returns the names of the processes that have not come.
+
+        Raises:
+            ProcessError: They do not come, or one has failed.
+        """
+        who = f"This is process {self._processes.rank} of {self._processes.count}"
+        while not is_done():
+            waited = time.monotonic() - self._started
+            if waited > MEETING:
+                raise ProcessError(
+                    f"{who}, by {_variables()} in the environment, and {_first_of(absent())} did not come to "
+                    f"{_meeting_place()} within {MEETING:.0f} seconds.",
+                    _remedy(),
+                )
+            if waited > NOTICE and not self._has_notified:
+                self._has_notified = True
+                self._notify(
+                    f"{who}, by {_variables()} in the environment: it waits up to {MEETING:.0f} seconds for "
+                    f"{_first_of(absent())} at {_meeting_place()}."
+                )
+            if _here.store is not None:
+                self._processes._listen()
+            time.sleep(MEETING_NAP)
+
+
 class _Here:
     """What this process knows of the others: found once, met once."""
 
@@ -457,6 +533,36 @@ def _number(name: str) -> int | None:
                     f"{variable} is {os.environ[variable]!r}, which is no number.", "Unset it."
                 ) from None
     return None
+
+
+def _variables() -> str:
+    """Name the variables that say which process this is, and of how many."""
+    return " and ".join(next(name for name in VARIABLES[what] if name in os.environ) for what in ("rank", "count"))
+
+
+def _remedy() -> str:
+    return (
+        f"If no launcher started it, unset {_variables()}; else check that all were started, by accelerate launch or "
+        "torchrun, and that this machine reaches that one."
+    )
+
+
+def _meeting_place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+
+
+def _can_be_reached(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=REACH).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_of(names: list[str]) -> str:
+    """Return some names for a message, and how many there are besides."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _packed(value: Any) -> torch.Tensor:

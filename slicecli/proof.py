@@ -23,7 +23,7 @@ from slicecli.dimensions import Dimensions
 from slicecli.errors import PluginError, reason_of
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.schedule import Schedule
-from slicecli.shells import with_plain_experts
+from slicecli.shells import parameter_shapes, with_plain_experts
 from slicecli.slicing.basis import Basis, centred_frame, random_rotation
 from slicecli.slicing.blocks import first_tensor, persistent_buffers
 from slicecli.slicing.exact import Float64Throughout
@@ -53,6 +53,7 @@ __all__ = [
 
 # what rounding leaves of a model in float64
 PROOF_TOLERANCE = 1e-9
+FACTOR_TOLERANCE = 1e-4
 
 
 class ModelWeights:
@@ -264,6 +265,37 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
             "Check scales_embeddings_by_width.",
         )
     return error
+
+
+def prove_declaration(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
+    """Check on a small model of a config's class, which is not transformers' own, that an adapter describes it.
+
+    Args:
+        adapter: The declaration, which was made for transformers' own class of the type.
+        config: The transformers config of the model that shall be sliced.
+        trust_remote_code: Whether code from the model's repository may run.
+
+    Raises:
+        PluginError: It does not; the message names the first module at fault.
+    """
+    small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
+    model = random_model(small, dtype="float64", trust_remote_code=trust_remote_code)
+    dimensions = Dimensions(adapter, small.to_dict())
+    token_ids = torch.randint(2, dimensions.vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
+    try:
+        dimensions.require_declared(parameter_shapes(model))
+        prove_rotation(model, dimensions, token_ids, PROOF_TOLERANCE)
+        prove_refit(model, dimensions, token_ids, PROOF_TOLERANCE)
+        if dimensions.layout == "stock":
+            # models hold a factor of the embeddings in float32
+            dim = dimensions.nearest_legal(dimensions.hidden_size // 2)[0]
+            prove_embeddings(model, dimensions, token_ids, dim, FACTOR_TOLERANCE)
+    except PluginError as error:
+        raise PluginError(
+            f"{type(model).__name__} of the model's own code is not what adapter {adapter.name!r} describes: "
+            f"{error.cause}",
+            "Try --adapter auto, which infers a declaration from the class itself.",
+        ) from error
 
 
 def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:

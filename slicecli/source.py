@@ -63,6 +63,7 @@ __all__ = ["DESCRIPTION_FILES", "Source", "load_tokenizer", "tokenizer_code", "t
 ADAPTER_FILE = "adapter_config.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CODE_CLASSES = frozenset({"AutoConfig", "AutoModelForCausalLM"})  # that are not transformers' own where auto_map says
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
 DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
 MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
@@ -329,9 +330,9 @@ class Source:
 
     @property
     def has_own_model_code(self) -> bool:
-        """Whether the model's classes come from its own Python files, and not from transformers."""
-        has_code = any(file.endswith(".py") for file in self.companions.files)
-        return has_code and bool(self.fields.get("auto_map"))
+        """Whether the classes of config or model are not transformers' own, but those that its config names."""
+        named = self.fields.get("auto_map")
+        return self.trust_remote_code and isinstance(named, dict) and not CODE_CLASSES.isdisjoint(named)
 
     @property
     def has_own_tokenizer_code(self) -> bool:
@@ -342,6 +343,20 @@ class Source:
     def needs_remote_code(self) -> bool:
         """Whether loading the model or its tokenizer runs Python files of its own."""
         return self.has_own_model_code or self.has_own_tokenizer_code
+
+    def check_code_is_here(self) -> None:
+        """Refuse a model whose code lies in another repository, from which a slice would have to take it too.
+
+        Raises:
+            UnsupportedModelError: It does.
+        """
+        named = self.fields["auto_map"] if self.has_own_model_code else {}
+        elsewhere = next((named[kind] for kind in CODE_CLASSES if "--" in str(named.get(kind, ""))), None)
+        if elsewhere is not None:
+            raise UnsupportedModelError(
+                f"{self.name} takes its code from another repository: {shown(elsewhere)}.",
+                "Copy the Python files into a folder with the model, and let auto_map in config.json name them there.",
+            )
 
     def weight_files(self) -> list[str]:
         """Return the names of the files that transformers reads the weights from.

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from slicecli.context_length import own_names
 from slicecli.errors import SlicecliError, UnsupportedModelError
 from slicecli.shells import outline, parameter_shapes
 from slicecli.tiny import HEAD_DIM, SIZES, tiny_config
@@ -88,9 +89,9 @@ class ConfigProbe:
         usual = {own: usual for usual, own in self._attribute_map.items()}
         return usual.get(name, name)
 
-    @property
+    @functools.cached_property
     def _attribute_map(self) -> Mapping[str, str]:
-        return dict(getattr(self.config, "attribute_map", None) or {})
+        return own_names(self.config)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from slicecli import __version__
-from slicecli.errors import NotInferredError, SlicecliError, SlicecliWarning, UnsupportedModelError
+from slicecli.cli.standard_output import guard_standard_output
+from slicecli.errors import NotInferredError, OutputError, SlicecliError, SlicecliWarning, UnsupportedModelError
 from slicecli.processes import Processes, started_alone
 
 __all__ = ["group", "main", "say_error"]
@@ -145,22 +146,34 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _stop)
+    guard_standard_output()
     try:
         processes = Processes.find()
     except SlicecliError as error:
         say_error(error)
         sys.exit(error.exit_code)
+    words = sys.argv[1:]
     if processes.count > 1:
-        from slicecli.cli.launched import run_together
+        from slicecli.cli.launched import is_done_together, run_together
 
-        sys.exit(run_together(group, processes, sys.argv[1:]))
+        if is_done_together(words):
+            sys.exit(run_together(group, processes, words))
+        if not processes.is_main:
+            sys.exit(0)
+        processes.stay_alone()
     if started_alone():
         click.echo(
             "Warning: accelerate launch has started one process. Without GPUs it starts several with --multi_gpu, and "
             "so does torchrun --nproc_per_node N.",
             err=True,
         )
-    group(prog_name="slicecli")
+    try:
+        group(prog_name="slicecli")
+    except OutputError as error:  # of what is printed before there is a command: help, version, completion
+        if {"-v", "--verbose"} & set(words):
+            raise
+        say_error(error)
+        sys.exit(error.exit_code)
 
 
 def _stop(signal_number: int, _frame: Any) -> NoReturn:

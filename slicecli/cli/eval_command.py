@@ -76,16 +76,18 @@ def command(
     if not is_main:
         return
     document = found.to_json() if other is None else found.compared_to_json(other)
-    if output is not None:
-        show.write_json(output, document)
-    if is_recorded:
-        _enter(Path(model), document)
-    if output_format == "json":
-        show.print_json(document)
-    elif other is None:
-        _print_one(found)
-    else:
-        _print_both(found, other, document["comparison"])
+    try:
+        if output is not None:
+            show.write_json(output, document)
+        if is_recorded:
+            _enter(Path(model), document)
+    finally:  # whichever of the places cannot be written, the others have the result
+        if output_format == "json":
+            show.print_json(document)
+        elif other is None:
+            _print_one(found)
+        else:
+            _print_both(found, other, document["comparison"])
 
 
 def _enter(folder: Path, document: dict[str, Any]) -> None:

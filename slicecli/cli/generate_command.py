@@ -77,4 +77,4 @@ def command(
             }
         )
         return
-    click.echo(prompt + text)
+    show.result(prompt + text)

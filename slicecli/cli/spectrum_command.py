@@ -74,12 +74,14 @@ def command(
         show.warn(
             f"The text fills {found['samples']} rows of {found['sequence_length']} tokens, not {settings.samples}."
         )
-    if output is not None:
-        show.write_json(output, document)
-    if output_format == "json":
-        show.print_json(document)
-    else:
-        _print(document)
+    try:
+        if output is not None:
+            show.write_json(output, document)
+    finally:  # if one of the places cannot be written, the other has the result
+        if output_format == "json":
+            show.print_json(document)
+        else:
+            _print(document)
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slicecli.adapters import select_adapter
+from slicecli.context_length import default_length
 from slicecli.dimensions import Dimensions, nearest_in
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
@@ -110,6 +111,15 @@ class Subject:
     def layout(self) -> str:
         """How slices would be written."""
         return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
+
+    def workload(self, batch: int = 1, length: int | None = None) -> Workload:
+        """Return what is served: sequences of a length, by default 2048 or the model's longest.
+
+        Raises:
+            RequestError: A number is not positive.
+            SourceError: The config says nonsense of the model's longest.
+        """
+        return Workload(batch, default_length(self.dimensions.context_length) if length is None else length)
 
 
 @dataclass(frozen=True)
@@ -281,9 +291,17 @@ def estimate(
         parameters=lambda dim: costs.sliced(dim, dtype, workload).parameters,
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
+            *_length_note(subject, workload),
             *_notes(slices, forecasts),
         ),
     )
+
+
+def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
+    longest = subject.dimensions.context_length
+    if longest is None or workload.length <= longest:
+        return ()
+    return (f"Sequences of {workload.length:,} tokens are longer than {subject.source.name} can do ({longest:,}).",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:

@@ -125,7 +125,9 @@ class EvaluationSet:
             SourceError: The tokenizer does not belong to the model.
         """
         options.check()
-        length = pick_sequence_length(source, options.sequence_length) if options.texts else None
+        length = None
+        if options.texts:
+            length = pick_sequence_length(source.name, source.config(), options.sequence_length)
         texts = tuple(read_text(name, "evaluation", options.token) for name in options.texts)
         tasks: tuple[LoadedTask, ...] = ()
         if options.tasks:
@@ -276,11 +278,11 @@ def evaluate_both(
     """
     options.check()
     found = (_find(model, options), _find(baseline, replace(options, revision=None)))
-    if options.texts:
-        length = min(pick_sequence_length(source, options.sequence_length) for source in found)
-        options = replace(options, sequence_length=length)
     for source in found:
         source.check_is_decoder()
+    if options.texts:
+        length = min(pick_sequence_length(one.name, one.config(), options.sequence_length) for one in found)
+        options = replace(options, sequence_length=length)
     with quiet_libraries():
         first = EvaluationSet.prepare(options, found[0], found[0].tokenizer(), progress)
         second = first.packed(options, found[1], found[1].tokenizer())

@@ -32,6 +32,7 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from slicecli.context_length import context_length_of_config
 from slicecli.errors import RequestError, SlicecliError, SourceError, TextError, WeightsError, reason_of
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.questions import Question, read_questions
@@ -214,7 +215,13 @@ class _Harness(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes) -> None:
-        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size or 1)
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size or 1,
+            max_length=context_length_of_config(model.config),
+        )
         self._processes = processes
         self._pieces = Pieces()
         self._chooses_batches = batch_size is None

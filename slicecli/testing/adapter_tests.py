@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file
 
 from slicecli.adapters import Adapter
+from slicecli.context_length import context_length_of_config, own_names
 from slicecli.dimensions import Dimensions
 from slicecli.engine import run_slices
 from slicecli.errors import RequestError
@@ -243,6 +244,12 @@ class AdapterTests:
             for size in (subject.dimensions.hidden_size, subject.dimensions.hidden_size * 2)
         }
         prove_accounting(shapes, subject.dimensions)
+
+    def test_the_context_length_is_that_of_the_config_class(self, subject: Subject) -> None:
+        """The longest row is found without the class under the name that the class has for it."""
+        expected, found = context_length_of_config(subject.model.config), subject.dimensions.context_length
+        own_name = own_names(subject.model.config).get("max_position_embeddings", "max_position_embeddings")
+        assert found == expected, f"names does not say that max_position_embeddings is {own_name}, here {expected}"
 
     # what it costs
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from slicecli.checkpoint import RECORD_FILE
+from slicecli.context_length import context_length_of_config, default_length
 from slicecli.record import read_record
 from slicecli.source import Source
 
@@ -188,7 +189,9 @@ class SliceTests:
 
         model = slice_under_test.model
         ids = slice_under_test.tokenizer("The", return_tensors="pt")["input_ids"].to(model.device)
-        options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        room = default_length(context_length_of_config(model.config)) - ids.shape[1]
+        options = {"max_new_tokens": min(16, room), "do_sample": False, "pad_token_id": 0}
+        options["attention_mask"] = torch.ones_like(ids)
         with torch.no_grad():
             first, second = (model.generate(ids, **options) for _ in range(2))
             plain = model.generate(ids, use_cache=False, **options)
