@@ -60,7 +60,7 @@ def check_report(
             f"The checkpoint of {name} lacks {_tensors(missing)}.",
             "Download it again, or check that config.json belongs to it.",
         )
-    found = f"The checkpoint of {name} holds {_tensors(unexpected)} not used by a model of its config"
+    found = f"The checkpoint of {name} holds {_tensors(unexpected, 'unused ')}: a model of its config has none such"
     if unexpected and is_strict:
         raise WeightsError(
             f"{found}.",
@@ -68,7 +68,7 @@ def check_report(
         )
     warnings = [f"{found}."] if unexpected else []
     if ignored := _ignored(stored, model):
-        warnings.append(f"The checkpoint of {name} holds {_tensors(ignored)} not used: its class leaves them aside.")
+        warnings.append(f"The checkpoint of {name} holds {_tensors(ignored, 'unused ')}: its class leaves them aside.")
     return tuple(warnings)
 
 
@@ -78,8 +78,8 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names):,} tensor{'s' if len(names) > 1 else ''} ({some_of(names)})"
+def _tensors(names: Sequence[str], kind: str = "") -> str:
+    return f"{len(names):,} {kind}tensor{'s' if len(names) > 1 else ''} ({some_of(names)})"
 
 
 def _check_names(name: str, missing: Sequence[str], stored: Collection[str]) -> None:
