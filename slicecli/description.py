@@ -125,16 +125,10 @@ def _agree_on_names(
 ) -> dict[str, str]:
     """Return what new figures and curves are called in a record; what is there already of the same file is renamed."""
     digests = {name: digest_of(figure, kind) for name, figure in measured.items()}
-    twins: dict[str, str] = {}
     for curve in curves:
         if curve.get("quantity") == QUANTITIES[kind]:
-            name, digest = str(curve.get("evaluation")), curve.get("evaluation_sha256")
-            digest = digest if isinstance(digest, str) else None
-            same = [other for other in digests if digest is not None and digests[other] == digest]
-            if name not in digests and same:
-                twins[name] = same[0]
-            else:
-                digests[name] = digest
+            digest = curve.get("evaluation_sha256")
+            digests.setdefault(str(curve.get("evaluation")), digest if isinstance(digest, str) else None)
     known = known_names(record, kind)
     wanted = [Named(name, digest) for name, digest in digests.items()]
     names = dict(zip(digests, distinct_names(wanted, known), strict=True))
@@ -143,7 +137,7 @@ def _agree_on_names(
         if len(same) == 1 and list(digests.values()).count(digest) == 1:
             names[name] = most_telling([names[name], *same])
             _rename(record, kind, {same[0]: names[name]})
-    return names | {name: names[twin] for name, twin in twins.items()}
+    return names
 
 
 def _rename(record: dict[str, Any], kind: ResultKind, names: Mapping[str, str]) -> None:
@@ -153,15 +147,13 @@ def _rename(record: dict[str, Any], kind: ResultKind, names: Mapping[str, str]) 
             results[kind] = {names.get(name, name): figure for name, figure in results[kind].items()}
     if record["curve"] is not None:
         record["curve"]["curves"] = [_renamed(one, kind, names) for one in record["curve"]["curves"]]
-    calibration = record["calibration"]
-    if kind == "perplexity":
-        calibration["text"] = names.get(calibration["text"], calibration["text"])
 
 
 def _renamed(curve: Mapping[str, Any], kind: ResultKind, names: Mapping[str, str]) -> Mapping[str, Any]:
-    evaluation = str(curve.get("evaluation"))
-    is_renamed = curve.get("quantity") == QUANTITIES[kind] and evaluation in names
-    return {**curve, "evaluation": names[evaluation]} if is_renamed else curve
+    """Return a curve with other names of texts, or of tasks."""
+    name = str(curve.get("evaluation"))
+    is_renamed = curve.get("quantity") == QUANTITIES[kind] and name in names
+    return {**curve, "evaluation": names[name]} if is_renamed else curve
 
 
 def _enter_figures(results: dict[str, Any], kind: ResultKind, new: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -182,8 +174,8 @@ def _drop_stale_figures(dense: dict[str, Any], kind: ResultKind, own: Mapping[st
     digest, what = MEASURED[kind]
     figures = dense.get(kind) or {}
     stale = [name for name, figure in figures.items() if own.get(name, figure).get(digest) != figure.get(digest)]
-    if stale:
-        dense[kind] = {name: figure for name, figure in figures.items() if name not in stale}
+    for name in stale:
+        del figures[name]
     return [
         f"The dense model's figure on {name} is of other {what} than the slice's; it is not in the record."
         for name in stale

@@ -83,8 +83,8 @@ def distinct_names(wanted: Sequence[Named], taken: Mapping[str, str | None] | No
 
 
 def most_telling(names: Iterable[str]) -> str:
-    """Return that of several names of one text, or task, which shows most folders."""
-    return max(names, key=lambda name: (name.count("/"), name))
+    """Return that of several names of one text, or task, which shows most folders, and nothing else if it need not."""
+    return max(names, key=lambda name: (name.count("/"), -len(name), name))
 
 
 def without_repeats(given: Iterable[str], is_file: Callable[[str], bool]) -> list[str]:

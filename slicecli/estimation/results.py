@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,11 @@ class _Calibration:
     digest: str | None
     rows: str
 
+    @property
+    def named(self) -> tuple[str, str | None]:
+        """Name and digest of the text."""
+        return self.text, self.digest
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -216,16 +221,19 @@ def _calibration(fields: Mapping[str, Any]) -> _Calibration:
     return _Calibration(text, digest_in(fields, "text_sha256"), f"{samples} x {length} tokens")
 
 
-def _names(used: Collection[tuple[str, str | None]]) -> dict[tuple[str, str | None], str]:
-    """Decide what texts, or tasks, of several documents are called, by the names and digests that they have there."""
-    by_digest: dict[str, list[str]] = defaultdict(list)
+def _names(read: Sequence[_Measured], quantity: Quantity) -> dict[tuple[str, str | None], str]:
+    """Decide what the texts, or tasks, of documents are called, by the names and digests that they have there."""
+    used = {(name, figure.digest) for one in read for (kind, name), figure in one.figures.items() if kind == quantity}
+    by_digest: dict[str | None, list[str]] = defaultdict(list)
     for name, digest in used:
-        if digest is not None:
-            by_digest[digest].append(name)
-    own = {one: one[0] if one[1] is None else most_telling(by_digest[one[1]]) for one in used}
-    different = sorted({(own[one], one[1]) for one in used}, key=str)
+        by_digest[digest].append(name)
+    # the same file may have got a longer name in one document than in another
+    own = {(name, digest): name if digest is None else most_telling(by_digest[digest]) for name, digest in used}
+    if quantity == "perplexity":
+        own |= {one.calibration.named: one.calibration.text for one in read if one.calibration is not None} | own
+    different = sorted({(name, digest) for (_, digest), name in own.items()}, key=str)
     chosen = dict(zip(different, distinct_names([Named(*one) for one in different]), strict=True))
-    return {one: chosen[own[one], one[1]] for one in used}
+    return {key: chosen[name, key[1]] for key, name in own.items()}
 
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -240,12 +248,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         raise RequestError(
             f"A results file is not complete: {reason_of(error)}.", "Measure again with this version."
         ) from None
-    calibrations = {(one.calibration.text, one.calibration.digest) for one in read if one.calibration is not None}
-    used: dict[str, set[tuple[str, str | None]]] = {"perplexity": calibrations, "accuracy": set()}
-    for one in read:
-        for (quantity, name), figure in one.figures.items():
-            used[quantity].add((name, figure.digest))
-    names = {quantity: _names(some) for quantity, some in used.items()}
+    names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
     dense: dict[_Key, _Figure] = {}
     slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
     about: dict[_Key, _Measured] = {}
@@ -256,7 +259,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
             if one.calibration is None:
                 dense[key] = figure
             else:
-                text = names["perplexity"][one.calibration.text, one.calibration.digest]
+                text = names["perplexity"][one.calibration.named]
                 own = dataclasses.replace(key, method=one.method, calibration=f"{text}, {one.calibration.rows}")
                 slices[own][one.dim].append(figure)
                 about[own] = one

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ __all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc_norm", "acc")
+_DEFINITION = re.compile(r"""^(task|group):[ \t]*["']?([^\s"'#\[]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
 # for the metrics, few, whose standard error has no formula
 BOOTSTRAP_SAMPLES = 1000
 
@@ -154,7 +156,9 @@ def load_tasks(
                     progress.advance(name)
         taken = dict(taken or {})
         for task in found.values():
-            taken |= dict.fromkeys([*task.loaded["tasks"], *task.loaded.get("groups", ())], ANOTHER)
+            members = [*task.loaded["tasks"], *task.loaded.get("groups", ())]
+            managers.check_are_defined_once(members)
+            taken |= dict.fromkeys(members, ANOTHER)
         wanted = [_named(name, questions) for name, questions in own.items()]
         for name, one, chosen in zip(own, wanted, distinct_names(wanted, taken), strict=True):
             specs = [_task_of(chosen, own[name])]
@@ -316,6 +320,20 @@ class _Managers:
         self._folder = str(include_path.expanduser()) if include_path is not None else None
         self.local = TaskManager(include_path=self._folder, include_defaults=False)
         self._all: TaskManager | None = None
+        self._files: dict[str, list[str]] | None = None
+
+    def check_are_defined_once(self, names: Sequence[str]) -> None:
+        """Refuse tasks that two of the user's files define: lm-eval would take the first.
+
+        Raises:
+            RequestError: There is one.
+        """
+        if self._folder is not None and self._files is None:
+            self._files = _defining_files(Path(self._folder))
+        for name in names:
+            files = (self._files or {}).get(name, [])
+            if len(files) > 1:
+                raise RequestError(f"Two files define the task {name!r}: {files[0]} and {files[1]}.", "Rename one.")
 
     def find(self, name: str) -> tuple[list[Any], TaskManager]:
         """Return the tasks that a name stands for and the manager that knows them.
@@ -335,6 +353,17 @@ class _Managers:
             remedy = f"Near to it: {', '.join(near)}." if near else "See `lm_eval ls tasks`."
             raise RequestError(f"There is no task {name!r}.", f"{remedy} Give a .jsonl file for questions of your own.")
         return matches, self._all
+
+
+def _defining_files(folder: Path) -> dict[str, list[str]]:
+    """Return the YAML files below a folder that define a task or a group, by its name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        names = dict(_DEFINITION.findall(path.read_text(encoding="utf-8", errors="replace")))
+        name = names.get("group") or names.get("task")  # the tasks of a group are defined elsewhere
+        if name is not None:
+            found.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    return found
 
 
 def _is_file(name: str) -> bool:
