@@ -21,7 +21,7 @@ from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_files
 from slicecli.errors import OutputError, RequestError, reason_of
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
-from slicecli.names import Named, distinct_names, most_telling
+from slicecli.names import Named, are_of_one_file, distinct_names, most_telling
 from slicecli.record import ResultKind, digest_of, known_names, package_versions, read_record, record_text
 from slicecli.schema import schema_errors
 
@@ -133,7 +133,7 @@ def _agree_on_names(
     wanted = [Named(name, digest) for name, digest in digests.items()]
     names = dict(zip(digests, distinct_names(wanted, known), strict=True))
     for name, digest in digests.items():
-        same = [other for other in known if digest is not None and known[other] == digest]
+        same = [other for other in known if digest and known[other] == digest and are_of_one_file(name, other)]
         if len(same) == 1 and list(digests.values()).count(digest) == 1:
             names[name] = most_telling([names[name], *same])
             _rename(record, kind, {same[0]: names[name]})

@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slicecli.errors import RequestError, shown
 
-__all__ = ["ANOTHER", "Named", "distinct_names", "most_telling", "without_repeats"]
+__all__ = ["ANOTHER", "Named", "are_of_one_file", "distinct_names", "most_telling", "without_repeats"]
 
 ANOTHER = ""  # instead of the digest of something that is certainly not the same
 LONGEST_NAME = 255
 DIGEST_CHARACTERS = 8
 _HOMES = {"home", "Users"}
+_BY_DIGEST = re.compile(rf" \([0-9a-f]{{{DIGEST_CHARACTERS}}}\)$")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ def distinct_names(wanted: Sequence[Named], taken: Mapping[str, str | None] | No
 def most_telling(names: Iterable[str]) -> str:
     """Return that of several names of one text, or task, which shows most folders, and nothing else if it need not."""
     return max(names, key=lambda name: (name.count("/"), -len(name), name))
+
+
+def are_of_one_file(name: str, other: str) -> bool:
+    """Say whether two names may be those of one file, with more and with fewer of its folders."""
+    own, others = (_BY_DIGEST.sub("", one).rpartition("/")[2] for one in (name, other))
+    return own == others
 
 
 def without_repeats(given: Iterable[str], is_file: Callable[[str], bool]) -> list[str]:
