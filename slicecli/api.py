@@ -132,7 +132,7 @@ def perplexities(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[PerplexityResult]:
-    """Load a model once and measure its perplexity on several texts.
+    """Load a model once and measure its perplexity on several texts, each once.
 
     Args:
         model: Hub id or folder, dense or sliced.

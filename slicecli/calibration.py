@@ -31,6 +31,7 @@ class Rows:
         bytes_per_token: UTF-8 bytes of the text per token of it, to convert nats per token to bits per byte.
         digest: SHA-256 of the ids as little-endian int64, in hexadecimal.
         dataset: Id of the dataset on the Hub that the text comes from, if it comes from there.
+        text_digest: Digest of the whole text, see `slicecli.text.Text`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rows:
     bytes_per_token: float
     digest: str
     dataset: str | None = None
+    text_digest: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -152,4 +154,4 @@ def _rows(text: Text, rows: list[list[int]], bytes_per_token: float) -> Rows:
 
     ids = torch.tensor(rows, dtype=torch.int64)
     digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return Rows(text.name, ids, bytes_per_token, digest, text.dataset)
+    return Rows(text.name, ids, bytes_per_token, digest, text.dataset, text.digest)

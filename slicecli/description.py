@@ -22,7 +22,8 @@ from slicecli.checkpoint import RECORD_FILE, file_digest, write_whole_files
 from slicecli.errors import OutputError, RequestError, reason_of
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
-from slicecli.record import package_versions, read_record, record_text
+from slicecli.names import Named, are_of_one_file, distinct_names, most_telling
+from slicecli.record import ResultKind, digest_of, known_names, package_versions, read_record, record_text
 from slicecli.schema import schema_errors
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ __all__ = [
     "write_card",
 ]
 
-RESULT_KINDS = ("perplexity", "tasks")
+QUANTITIES: dict[ResultKind, str] = {"perplexity": "perplexity", "tasks": "accuracy"}
+# what was measured, to the token: its digest in a figure, and its name in a sentence
+MEASURED: dict[ResultKind, tuple[str, str]] = {
+    "perplexity": ("rows_sha256", "rows"),
+    "tasks": ("requests_sha256", "questions"),
+}
 HALF = 0.5  # of a unit of hidden size: closer than that is the same dim
 
 
@@ -112,8 +118,11 @@ def enter_results(
     tasks: Mapping[str, Mapping[str, Any]],
     dense: Mapping[str, Any] | None = None,
     curves: Sequence[Mapping[str, Any]] = (),
-) -> None:
+) -> tuple[str, ...]:
     """Enter what was measured into the record and the card of a slice, beside what is there.
+
+    A figure takes the place of one on the same text or task; one on another file of the same name stays beside it. A
+    figure of the dense model stays only as long as the slice's is of the same rows or requests.
 
     Args:
         folder: The slice.
@@ -123,15 +132,27 @@ def enter_results(
         curves: What `Curve.to_json` returns of curves through these figures; one that is there already and rests on
             more slices stays.
 
+    Returns:
+        What the user should know of figures that are no longer there.
+
     Raises:
         OutputError: The folder has no record, or it cannot be written.
         RequestError: A curve is of another model or method.
     """
     record = _record_to_enter_in(folder)
-    results = _merged(record["results"], {"perplexity": perplexity, "tasks": tasks})
-    if dense is not None:
-        results["dense"] = _merged(results.get("dense") or {}, dense)
-    record["results"] = {**results, "versions": package_versions()}
+    results, remarks = record["results"], []
+    dense_results = results.setdefault("dense", {})
+    measured: dict[ResultKind, Mapping[str, Mapping[str, Any]]] = {"perplexity": perplexity, "tasks": tasks}
+    for kind, own in measured.items():
+        of_dense = (dense or {}).get(kind) or {}
+        names = _agree_on_names(record, kind, {**of_dense, **own}, curves)
+        curves = [_renamed(one, kind, names) for one in curves]
+        remarks += _enter_figures(results, kind, {names[name]: figure for name, figure in own.items()})
+        _enter_figures(dense_results, kind, {names[name]: figure for name, figure in of_dense.items()})
+        remarks += _drop_stale_figures(dense_results, kind, results.get(kind) or {})
+    if not dense_results:
+        del results["dense"]
+    results["versions"] = package_versions()
     by_subject = {_subject(one): one for one in (record["curve"] or {}).get("curves", [])}
     for curve in curves:
         known = by_subject.get(_subject(curve))
@@ -139,11 +160,72 @@ def enter_results(
             by_subject[_subject(curve)] = curve
     record, plots = _with_curves(record, list(by_subject.values()))
     _write(folder, record, folder, plots)
+    return tuple(remarks)
 
 
-def _merged(results: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-    new = {kind: {**(results.get(kind) or {}), **measured[kind]} for kind in RESULT_KINDS if measured.get(kind)}
-    return {**results, **new}
+def _agree_on_names(
+    record: dict[str, Any],
+    kind: ResultKind,
+    measured: Mapping[str, Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Return what new figures and curves are called in a record; what is there already of the same file is renamed."""
+    digests = {name: digest_of(figure, kind) for name, figure in measured.items()}
+    for curve in curves:
+        if curve.get("quantity") == QUANTITIES[kind]:
+            digest = curve.get("evaluation_sha256")
+            digests.setdefault(str(curve.get("evaluation")), digest if isinstance(digest, str) else None)
+    known = known_names(record, kind)
+    wanted = [Named(name, digest) for name, digest in digests.items()]
+    names = dict(zip(digests, distinct_names(wanted, known), strict=True))
+    for name, digest in digests.items():
+        same = [other for other in known if digest and known[other] == digest and are_of_one_file(name, other)]
+        if len(same) == 1 and list(digests.values()).count(digest) == 1:
+            names[name] = most_telling([names[name], *same])
+            _rename(record, kind, {same[0]: names[name]})
+    return names
+
+
+def _rename(record: dict[str, Any], kind: ResultKind, names: Mapping[str, str]) -> None:
+    """Give texts, or tasks, of a record other names."""
+    for results in (record["results"], record["results"].get("dense") or {}):
+        if kind in results:
+            results[kind] = {names.get(name, name): figure for name, figure in results[kind].items()}
+    if record["curve"] is not None:
+        record["curve"]["curves"] = [_renamed(one, kind, names) for one in record["curve"]["curves"]]
+
+
+def _renamed(curve: Mapping[str, Any], kind: ResultKind, names: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return a curve with other names of texts, or of tasks."""
+    name = str(curve.get("evaluation"))
+    is_renamed = curve.get("quantity") == QUANTITIES[kind] and name in names
+    return {**curve, "evaluation": names[name]} if is_renamed else curve
+
+
+def _enter_figures(results: dict[str, Any], kind: ResultKind, new: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Enter figures beside those that are there; say which of these had been measured on something else."""
+    digest, what = MEASURED[kind]
+    known = results.get(kind) or {}
+    if new:
+        results[kind] = {**known, **new}
+    return [
+        f"The figure on {name} that was in the record was measured on other {what}; it is replaced."
+        for name, figure in new.items()
+        if name in known and known[name][digest] != figure.get(digest)
+    ]
+
+
+def _drop_stale_figures(dense: dict[str, Any], kind: ResultKind, own: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Remove figures of the dense model that are of other rows or questions than the slice's; say which."""
+    digest, what = MEASURED[kind]
+    figures = dense.get(kind) or {}
+    stale = [name for name, figure in figures.items() if own.get(name, figure).get(digest) != figure.get(digest)]
+    for name in stale:
+        del figures[name]
+    return [
+        f"The dense model's figure on {name} is of other {what} than the slice's; it is not in the record."
+        for name in stale
+    ]
 
 
 def _subject(curve: Mapping[str, Any]) -> tuple[str, str]:
@@ -155,7 +237,8 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         folder: The slice.
-        curves: What `Curve.to_json` returns; those of other models and methods are left out.
+        curves: What `Curve.to_json` returns; those of other models and methods are left out. A curve on a text or task
+            that was measured has its name, one on another file of that name a name of its own.
 
     Raises:
         OutputError: The folder has no record, or it cannot be written.
@@ -170,6 +253,10 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
             f"There is no curve of {record['source']['model']} sliced by {record['method']} among them.",
             "Give what fit or sweep wrote for the model that this slice was made from.",
         )
+    record["curve"] = None
+    for kind in QUANTITIES:
+        names = _agree_on_names(record, kind, {}, own)
+        own = [_renamed(one, kind, names) for one in own]
     record, plots = _with_curves(record, own)
     _write(folder, record, folder, plots)
 

@@ -1,7 +1,8 @@
 """The record of a slice, `slicecli.json`: where it comes from, how it was made, what it weighs.
 
 Whoever has the record can make the slice again and check that it is the same. It holds no token, no user name
-and no local path: a model from a folder is named by the folder's own name, a text file by its file name.
+and no local path: a model from a folder is named by the folder's own name, a text file by its file name and as many of
+the folders above it as tell it from others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE
@@ -32,12 +33,15 @@ __all__ = [
     "Energy",
     "build_record",
     "calibration_fields",
+    "digest_of",
+    "known_names",
     "package_versions",
     "read_record",
     "read_sound_record",
     "record_text",
 ]
 
+ResultKind = Literal["perplexity", "tasks"]
 RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
 
@@ -168,7 +172,37 @@ def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
         "tokens": rows.tokens,
         "seed": seed,
         "sha256": rows.digest,
+        "text_sha256": rows.text_digest,
     }
+
+
+def known_names(record: Mapping[str, Any], kind: ResultKind) -> dict[str, str | None]:
+    """Return the names of texts from files, or of tasks, in a record, with the digests of those from files.
+
+    Args:
+        record: A sound record; empty where there is none.
+        kind: Texts or tasks.
+    """
+    results = record.get("results") or {}
+    names = {
+        name: digest_of(figure, kind)
+        for measured in (results.get("dense") or {}, results)
+        for name, figure in (measured.get(kind) or {}).items()
+    }
+    quantity = "perplexity" if kind == "perplexity" else "accuracy"
+    for curve in (record.get("curve") or {}).get("curves", ()):
+        if curve["quantity"] == quantity:
+            names.setdefault(curve["evaluation"], curve["evaluation_sha256"])
+    calibration = record.get("calibration") or {}
+    if kind == "perplexity" and calibration.get("text_sha256"):
+        names.setdefault(calibration["text"], calibration["text_sha256"])
+    return names
+
+
+def digest_of(figure: Mapping[str, Any], kind: ResultKind) -> str | None:
+    """Return the digest that tells a figure's text, or questions, from another file's of the same name."""
+    found: str | None = figure.get("text_sha256" if kind == "perplexity" else "questions_sha256")
+    return found
 
 
 def package_versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ def run_sweep(
         check_relation(relation)
     measure = _Measure(job, evaluation, progress)
     job = with_weights(job)
-    fingerprint = _fingerprint(job, evaluation)
+    fingerprint = _fingerprint(job, evaluation, measure.prepared)
     processes = Processes.find()
     document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
     warnings: list[str] = []
@@ -155,7 +155,7 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
     return tuple(nearest_dims(slice_sizes(dimensions, options.method, options.slice_head), sparsities))
 
 
-def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
+def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSet) -> str:
     """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
     options = dataclasses.asdict(job.options)
     for name in (
@@ -174,8 +174,12 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     measured = dataclasses.asdict(evaluation)
     for name in ("token", "batch_size", "device_map", "max_memory"):
         measured.pop(name, None)
-    texts = [options["calibration"], *evaluation.texts, *evaluation.tasks]
-    files = {name: file_digest(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}
+    # of files what is in them counts, not by which path they are given
+    measured["texts"] = [(rows.name, rows.digest, rows.text_digest) for rows in prepared.rows]
+    measured["tasks"] = [(task.name, task.digest) for task in prepared.tasks]
+    text = Path(options["calibration"]).expanduser()
+    if text.is_file():
+        options["calibration"] = text.name, file_digest(text)
     content = {
         "version": __version__,
         "model": job.source.identity(),
@@ -183,7 +187,6 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
         "sequence_length": job.sequence_length,
         "options": options,
         "evaluation": measured,
-        "files": files,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -234,6 +237,9 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
 class _Measure:
     """Measures the dense model and its slices on the same rows.
 
+    Attributes:
+        prepared: The rows and tasks.
+
     Raises:
         SlicecliError: What is to be measured on cannot be had.
     """
@@ -243,7 +249,9 @@ class _Measure:
         self._options = evaluation
         self._progress = progress
         with quiet_libraries():
-            self._prepared = EvaluationSet.prepare(evaluation, job.source, job.source.tokenizer(), progress)
+            self.prepared = EvaluationSet.prepare(
+                evaluation, job.source, job.source.tokenizer(), progress, job.options.calibration
+            )
 
     def dense(self) -> dict[str, Any]:
         """Return the eval document of the dense model."""
@@ -257,7 +265,7 @@ class _Measure:
         return {**self._document(source), **about}
 
     def _document(self, source: Source) -> dict[str, Any]:
-        measured = measuring.evaluate(source, self._options, self._progress, self._prepared).to_json()
+        measured = measuring.evaluate(source, self._options, self._progress, self.prepared).to_json()
         measured.pop("versions", None)
         return measured
 

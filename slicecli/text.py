@@ -7,16 +7,19 @@ Tokens, rows and sampling are the business of `slicecli.calibration`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from slicecli.errors import SlicecliError, TextError
+from slicecli.names import Named, distinct_names, without_repeats
 
-__all__ = ["NAMED_TEXTS", "Part", "Text", "read_text"]
+__all__ = ["NAMED_TEXTS", "Part", "Text", "read_text", "read_texts"]
 
 Part = Literal["calibration", "evaluation"]
 
@@ -26,14 +29,32 @@ class Text:
     """A text as documents.
 
     Attributes:
-        name: How reports and records name it: a field name, a dataset id, or a file name without its folder.
+        name: How reports and records name it: a field name, a dataset id, or a file's name, with as many of its folders
+            as tell it from other texts.
         documents: The documents, in a fixed order.
         dataset: Id of the dataset on the Hub that it comes from, if it comes from there.
+        path: The file that it comes from, if it comes from one.
     """
 
     name: str
     documents: tuple[str, ...]
     dataset: str | None = None
+    path: Path | None = field(default=None, compare=False, repr=False)
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """SHA-256 of a file's documents, each after its length in bytes; `None` of a text that its name identifies."""
+        if self.path is None:
+            return None
+        found = hashlib.sha256()
+        for document in self.documents:
+            content = document.encode()
+            found.update(len(content).to_bytes(8, "little") + content)
+        return found.hexdigest()
+
+    def named(self) -> Named:
+        """Return what its name is decided by."""
+        return Named(self.name) if self.path is None or self.digest is None else Named.file(self.path, self.digest)
 
 
 @dataclass(frozen=True)
@@ -98,10 +119,10 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
         from slicecli.demo import documents
 
         text = Text("demo", tuple(documents("train" if part == "calibration" else "heldout")))
-    elif path.is_file():
-        text = _read_file(path)
     elif name in NAMED_TEXTS:
         text = _read_hub(name, NAMED_TEXTS[name], part, token)
+    elif _is_file(name):
+        text = _read_file(path)
     elif path.suffix in {".txt", ".jsonl"} or path.is_dir() or name.startswith((".", "/", "~")):
         raise TextError(f"There is no text file {name!r}.", "Check the path: a .txt or .jsonl file is expected.")
     else:
@@ -110,6 +131,39 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
     if not any(document.strip() for document in text.documents):
         raise TextError(f"The text {text.name!r} is empty.", "Give one that has some.")
     return text
+
+
+def read_texts(
+    names: Sequence[str],
+    part: Part,
+    token: str | None = None,
+    taken: Mapping[str, str | None] | None = None,
+    calibration: str | None = None,
+) -> tuple[Text, ...]:
+    """Find several texts, each once by however many paths it is given, and name them so that they are told apart.
+
+    Args:
+        names: As for `read_text`.
+        part: As for `read_text`.
+        token: As for `read_text`.
+        taken: Names of other texts beside which they will stand, with their digests.
+        calibration: One more such text, as for `read_text`: that of a calibration.
+
+    Raises:
+        TextError: As for `read_text`.
+    """
+    texts = [read_text(name, part, token) for name in without_repeats(names, _is_file)]
+    taken = dict(taken or {})
+    if calibration is not None and _is_file(calibration):
+        other = read_text(calibration, "calibration", token)
+        taken[other.name] = other.digest
+    names = distinct_names([text.named() for text in texts], taken)
+    # two of one name have the same content
+    return tuple({name: replace(text, name=name) for name, text in zip(names, texts, strict=True)}.values())
+
+
+def _is_file(name: str) -> bool:
+    return name != "demo" and name not in NAMED_TEXTS and Path(name).expanduser().is_file()
 
 
 def _read_file(path: Path) -> Text:
@@ -126,7 +180,7 @@ def _read_file(path: Path) -> Text:
     except OSError as error:
         raise TextError(f"The file {path.name!r} cannot be read: {error.strerror}.") from None
     if path.suffix == ".txt":
-        return Text(path.name, (content,))
+        return _of_file(path, [content])
     documents = []
     # not splitlines: it also breaks at characters that JSON allows inside a string
     for number, line in enumerate(content.split("\n"), start=1):
@@ -143,7 +197,12 @@ def _read_file(path: Path) -> Text:
                 'Write one object per line, for example {"text": "Once upon a time ..."}.',
             )
         documents.append(document)
-    return Text(path.name, tuple(documents))
+    return _of_file(path, documents)
+
+
+def _of_file(path: Path, documents: Sequence[str]) -> Text:
+    text = Text(path.name, tuple(documents), path=path)
+    return replace(text, name=distinct_names([text.named()])[0])
 
 
 def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:

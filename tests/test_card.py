@@ -37,9 +37,13 @@ ALLOWED_LINKS = re.compile(
     r"https://(arxiv\.org/abs/[\d.]+|docs\.vllm\.ai|github\.com/ggml-org/llama\.cpp|huggingface\.co/[\w.-]+/[\w.-]+)"
     r"|slicecli\.json|plots/prediction\.png"
 )
-FIGURE = {"value": 12.5, "nll": 2.5, "stderr": 0.25, "tokens": 4000, "seq_len": 32, "bits_per_byte": 1.0}
+FIGURE = {
+    "value": 12.5, "nll": 2.5, "stderr": 0.25, "tokens": 4000, "seq_len": 32, "bits_per_byte": 1.0,
+    "rows_sha256": "a" * 64, "text_sha256": None,
+}  # fmt: skip
 TASK = {
     "metric": "acc", "value": 0.5, "stderr": 0.05, "chance": 0.25, "samples": 100, "num_fewshot": 0, "metrics": {},
+    "requests_sha256": "b" * 64, "questions_sha256": None,
 }  # fmt: skip
 
 

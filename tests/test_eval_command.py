@@ -143,7 +143,7 @@ def test_rows_are_read_once_for_models_that_share_a_tokenizer(models, text_file,
     source = Source.find(str(models["dense"]))
     prepared = EvaluationSet.prepare(options, source, source.tokenizer())
     alone = evaluate(str(models["stock"]), options)
-    monkeypatch.setattr("slicecli.evaluation.measure.read_text", None)
+    monkeypatch.setattr("slicecli.evaluation.measure.read_texts", None)
     assert evaluate(str(models["stock"]), options, prepared=prepared) == alone
 
 

@@ -101,7 +101,9 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
         dense = None
     curves = [] if dense is None else [one.to_json() for one in fit_results(series_of([dense, document]))]
     measured = (document["perplexity"], document["tasks"])
-    enter_results(folder, *measured, dense and {name: dense[name] for name in ("perplexity", "tasks")}, curves)
+    dense = dense and {name: dense[name] for name in ("perplexity", "tasks")}
+    for remark in enter_results(folder, *measured, dense, curves):
+        show.warn(remark)
 
 
 def _is_dense_model_of(document: dict[str, Any], other: dict[str, Any]) -> bool:

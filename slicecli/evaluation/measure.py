@@ -23,9 +23,9 @@ from slicecli.loading import load_model
 from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
 from slicecli.planning import pick_sequence_length
 from slicecli.processes import Processes
-from slicecli.record import package_versions, read_sound_record
+from slicecli.record import known_names, package_versions, read_sound_record
 from slicecli.source import Source
-from slicecli.text import Text, read_text
+from slicecli.text import Text, read_texts
 
 if TYPE_CHECKING:
     from slicecli.calibration import Rows
@@ -41,7 +41,7 @@ class EvaluationOptions:
     """What to measure, and how.
 
     Attributes:
-        texts: Texts for perplexity, see `slicecli.text.read_text`.
+        texts: Texts for perplexity, see `slicecli.text.read_text`; what is given twice is measured once.
         tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
         limit: Only the first so many rows of each text and questions of each task; `None` takes all.
         num_fewshot: Solved examples before each question; `None` leaves it to the task.
@@ -109,15 +109,21 @@ class EvaluationSet:
 
     @classmethod
     def prepare(
-        cls, options: EvaluationOptions, source: Source, tokenizer: Any, progress: Progress | None = None
+        cls,
+        options: EvaluationOptions,
+        source: Source,
+        tokenizer: Any,
+        progress: Progress | None = None,
+        calibration: str | None = None,
     ) -> EvaluationSet:
-        """Read what is to be measured on.
+        """Read what is to be measured on, and name it so that it is told apart, also from what a slice's record has.
 
         Args:
             options: What to measure.
             source: The model, whose longest row counts.
             tokenizer: Its tokenizer.
             progress: Hears of each task.
+            calibration: The text that slices of the model are calibrated on, see `slicecli.text.read_text`.
 
         Raises:
             RequestError: The options are not possible for this model, or there is no such task.
@@ -128,12 +134,15 @@ class EvaluationSet:
         length = None
         if options.texts:
             length = pick_sequence_length(source.name, source.config(), options.sequence_length)
-        texts = tuple(read_text(name, "evaluation", options.token) for name in options.texts)
+        record = read_sound_record(source.folder) or {}
+        taken = known_names(record, "perplexity")
+        texts = read_texts(options.texts, "evaluation", options.token, taken, calibration)
         tasks: tuple[LoadedTask, ...] = ()
         if options.tasks:
             from slicecli.evaluation.tasks import load_tasks
 
-            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress)
+            taken = known_names(record, "tasks")
+            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress, taken)
         return cls(texts, (), tasks, length).packed(options, source, tokenizer)
 
     def packed(self, options: EvaluationOptions, source: Source, tokenizer: Any) -> EvaluationSet:
@@ -172,7 +181,6 @@ class Evaluation:
         source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
         calibration: What the record of a slice says of its calibration.
         settings: What else the numbers depend on.
-        digests: SHA-256 of the token ids of each text.
     """
 
     model: str
@@ -187,7 +195,6 @@ class Evaluation:
     source: Mapping[str, Any]
     calibration: Mapping[str, Any] | None
     settings: Mapping[str, Any]
-    digests: Mapping[str, str]
 
     @property
     def sparsity(self) -> float:
@@ -221,7 +228,7 @@ class Evaluation:
             "method": self.method,
             "source": dict(self.source),
             "calibration": None if self.calibration is None else dict(self.calibration),
-            "evaluation": {**self.settings, "rows": dict(self.digests)},
+            "evaluation": {**self.settings, "rows": {result.text: result.rows_digest for result in self.perplexity}},
         }
 
     def _versions(self) -> dict[str, str]:
@@ -354,7 +361,6 @@ def measure_loaded(
             "seed": options.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        digests={rows.name: rows.digest for rows in prepared.rows},
     )
 
 
@@ -375,7 +381,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
             result.text: {
                 "ratio": math.exp(result.nll - theirs[result.text].nll),
                 "ln_ratio": result.nll - theirs[result.text].nll,
-                "same_rows": evaluation.digests[result.text] == baseline.digests[result.text],
+                "same_rows": result.rows_digest == theirs[result.text].rows_digest,
             }
             for result in evaluation.perplexity
             if result.text in theirs

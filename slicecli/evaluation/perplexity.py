@@ -39,6 +39,8 @@ class PerplexityResult:
         tokens: Predicted tokens.
         sequence_length: Tokens per row.
         bits_per_byte: `nll` in bits per UTF-8 byte of the text.
+        rows_digest: SHA-256 of the token ids, see `slicecli.calibration.Rows`.
+        text_digest: SHA-256 of a text from a file, see `slicecli.text.Text`.
     """
 
     text: str
@@ -48,6 +50,8 @@ class PerplexityResult:
     tokens: int
     sequence_length: int
     bits_per_byte: float
+    rows_digest: str
+    text_digest: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `eval` reports them; a missing standard error is null."""
@@ -58,6 +62,8 @@ class PerplexityResult:
             "tokens": self.tokens,
             "seq_len": self.sequence_length,
             "bits_per_byte": self.bits_per_byte,
+            "rows_sha256": self.rows_digest,
+            "text_sha256": self.text_digest,
         }
 
 
@@ -109,6 +115,8 @@ def measure_perplexity(
         tokens=predicted * len(row_means),
         sequence_length=rows.sequence_length,
         bits_per_byte=nll / math.log(2) / rows.bytes_per_token,
+        rows_digest=rows.digest,
+        text_digest=rows.text_digest,
     )
 
 

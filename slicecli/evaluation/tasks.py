@@ -15,10 +15,12 @@ import copy
 import difflib
 import hashlib
 import io
+import json
 import logging
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ from slicecli.errors import RequestError, SlicecliError, SourceError, TextError,
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.questions import Question, read_questions
 from slicecli.hub.errors import describe_hub_error
+from slicecli.names import ANOTHER, Named, distinct_names, without_repeats
 from slicecli.placement import batch_rows
 from slicecli.processes import ALONE, Processes
 from slicecli.slicing.pieces import Pieces, together
@@ -48,6 +51,7 @@ __all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc_norm", "acc")
+_DEFINITION = re.compile(r"""^(task|group):[ \t]*["']?([^\s"'#\[]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
 # for the metrics, few, whose standard error has no formula
 BOOTSTRAP_SAMPLES = 1000
 
@@ -57,12 +61,14 @@ class LoadedTask:
     """What one name stands for.
 
     Attributes:
-        name: The name as it was given; of a file, its own.
+        name: The name as it was given; of a file, its own, with as many of its folders as tell it from other tasks.
         loaded: The tasks, and groups of tasks, as lm-eval's task manager returns them.
+        digest: SHA-256 of a file's questions; `None` of a task that its name identifies.
     """
 
     name: str
     loaded: Mapping[str, Any]
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class TaskResult:
         samples: Number of questions.
         num_fewshot: Number of solved examples before each question.
         metrics: Value and standard error of every metric.
+        requests_digest: SHA-256 of all that the model was asked, examples included, and of what is right.
+        questions_digest: SHA-256 of all questions of a file; `None` of a task that its name identifies.
         scores: The metric of each question, in the order of the task; empty for a group.
     """
 
@@ -90,6 +98,8 @@ class TaskResult:
     samples: int
     num_fewshot: int
     metrics: Mapping[str, tuple[float, float]]
+    requests_digest: str
+    questions_digest: str | None
     scores: tuple[float, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +115,8 @@ class TaskResult:
                 name: {"value": _finite(value), "stderr": _finite(stderr)}
                 for name, (value, stderr) in self.metrics.items()
             },
+            "requests_sha256": self.requests_digest,
+            "questions_sha256": self.questions_digest,
         }
 
 
@@ -114,8 +126,9 @@ def load_tasks(
     num_fewshot: int | None = None,
     seed: int = 1234,
     progress: Progress | None = None,
+    taken: Mapping[str, str | None] | None = None,
 ) -> tuple[LoadedTask, ...]:
-    """Find tasks and read their data.
+    """Find tasks and read their data, each once by however many paths a file is given.
 
     Args:
         names: Names of lm-eval, with `*` for several; of tasks in `include_path`; `.jsonl` files; `demo`.
@@ -124,32 +137,37 @@ def load_tasks(
             keeps none.
         seed: Seed of whatever a task draws.
         progress: Hears of each task.
+        taken: Names of other tasks beside which they will stand, with the digests of those from files.
 
     Raises:
-        RequestError: There is no such task.
+        RequestError: There is no such task, or two have the same name and nothing tells them apart.
         TextError: Its questions or its data set cannot be read.
     """
-    names = tuple(dict.fromkeys(names))
+    given = without_repeats(names, _is_file)
     if progress is not None:
-        progress.start("tasks", len(names))
-    found = []
+        progress.start("tasks", len(given))
+    own = {name: questions for name in given if (questions := _own_questions(name)) is not None}
+    found: dict[str, LoadedTask] = {}
     with _quiet():
         managers = _Managers(include_path)
-        for name in names:
-            _seed_everything(seed)
-            questions = _own_questions(name)
-            if questions is None:
-                specs, manager = managers.find(name)
-                loaded = _load(name, specs, manager)
-            else:
-                name = Path(name).name
-                loaded = _load(name, [_task_of(name, questions)], managers.local)
-            for task in loaded["tasks"].values():
-                _set_fewshot(task, num_fewshot)
-            found.append(LoadedTask(name, loaded))
+        for name in given:
+            if name not in own:
+                found[name] = _load(name, *managers.find(name), num_fewshot, seed)
+                if progress is not None:
+                    progress.advance(name)
+        taken = dict(taken or {})
+        for task in found.values():
+            members = [*task.loaded["tasks"], *task.loaded.get("groups", ())]
+            managers.check_are_defined_once(members)
+            taken |= dict.fromkeys(members, ANOTHER)
+        wanted = [_named(name, questions) for name, questions in own.items()]
+        for name, one, chosen in zip(own, wanted, distinct_names(wanted, taken), strict=True):
+            specs = [_task_of(chosen, own[name])]
+            found[name] = _load(chosen, specs, managers.local, num_fewshot, seed, one.digest)
             if progress is not None:
-                progress.advance(name)
-    return tuple(found)
+                progress.advance(chosen)
+    # two of one name have the same content
+    return tuple({found[name].name: found[name] for name in given}.values())
 
 
 @torch.no_grad()
@@ -202,7 +220,7 @@ def measure_tasks(
                     "Check how it is defined and, with --num-fewshot, that it has enough examples.",
                 ) from error
             for name in measured["results"]:
-                result = _result(name, members.get(name), measured)
+                result = _result(name, members.get(name), measured, task.digest)
                 if result is not None:
                     results[name] = result
     return tuple(results.values())
@@ -309,6 +327,20 @@ class _Managers:
         self._folder = str(include_path.expanduser()) if include_path is not None else None
         self.local = TaskManager(include_path=self._folder, include_defaults=False)
         self._all: TaskManager | None = None
+        self._files: dict[str, list[str]] | None = None
+
+    def check_are_defined_once(self, names: Sequence[str]) -> None:
+        """Refuse tasks that two of the user's files define: lm-eval would take the first.
+
+        Raises:
+            RequestError: There is one.
+        """
+        if self._folder is not None and self._files is None:
+            self._files = _defining_files(Path(self._folder))
+        for name in names:
+            files = (self._files or {}).get(name, [])
+            if len(files) > 1:
+                raise RequestError(f"Two files define the task {name!r}: {files[0]} and {files[1]}.", "Rename one.")
 
     def find(self, name: str) -> tuple[list[Any], TaskManager]:
         """Return the tasks that a name stands for and the manager that knows them.
@@ -330,14 +362,36 @@ class _Managers:
         return matches, self._all
 
 
+def _defining_files(folder: Path) -> dict[str, list[str]]:
+    """Return the YAML files below a folder that define a task or a group, by its name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        names = dict(_DEFINITION.findall(path.read_text(encoding="utf-8", errors="replace")))
+        name = names.get("group") or names.get("task")  # the tasks of a group are defined elsewhere
+        if name is not None:
+            found.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix == ".jsonl"
+
+
 def _own_questions(name: str) -> tuple[Question, ...] | None:
     """Return the questions of a file or of the demo; `None` for any other name."""
     if name == "demo":
         from slicecli.demo.questions import questions
 
         return questions()
-    path = Path(name).expanduser()
-    return read_questions(path) if path.suffix == ".jsonl" else None
+    return read_questions(Path(name).expanduser()) if _is_file(name) else None
+
+
+def _named(given: str, questions: Sequence[Question]) -> Named:
+    """Return what the name of questions is decided by."""
+    if not _is_file(given):
+        return Named(given)
+    content = json.dumps([[question.query, question.choices, question.gold] for question in questions])
+    return Named.file(Path(given).expanduser(), hashlib.sha256(content.encode()).hexdigest())
 
 
 def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
@@ -363,7 +417,15 @@ def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _load(name: str, specs: list[Any], manager: TaskManager) -> Mapping[str, Any]:
+def _load(
+    name: str,
+    specs: list[Any],
+    manager: TaskManager,
+    num_fewshot: int | None,
+    seed: int,
+    digest: str | None = None,
+) -> LoadedTask:
+    _seed_everything(seed)
     try:
         loaded: Mapping[str, Any] = manager.load(specs)
     except Exception as error:  # a task may run code of its own, and its data set may be anywhere
@@ -373,7 +435,9 @@ def _load(name: str, specs: list[Any], manager: TaskManager) -> Mapping[str, Any
         ) from error
     if not loaded["tasks"]:
         raise TextError(f"The task {name!r} is empty.", "Check its definition.")
-    return loaded
+    for task in loaded["tasks"].values():
+        _set_fewshot(task, num_fewshot)
+    return LoadedTask(name, loaded, digest)
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
@@ -385,7 +449,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=0)
 
 
-def _result(name: str, task: Any, measured: Mapping[str, Any]) -> TaskResult | None:
+def _result(name: str, task: Any, measured: Mapping[str, Any], digest: str | None) -> TaskResult | None:
     """Return what lm-eval found on a task, or on a group where `task` is none; `None` if the group has no value."""
     fields = measured["results"][name]
     metrics: dict[tuple[str, str], tuple[float, float]] = {}
@@ -409,8 +473,21 @@ def _result(name: str, task: Any, measured: Mapping[str, Any]) -> TaskResult | N
         samples=int(fields["sample_len"]),
         num_fewshot=int(measured["n-shot"].get(name) or 0),
         metrics={_metric_name(key): found for key, found in metrics.items()},
+        requests_digest=_requests_digest(name, measured),
+        questions_digest=digest,
         scores=scores,
     )
+
+
+def _requests_digest(name: str, measured: Mapping[str, Any]) -> str:
+    """Return the digest of what was asked in a task, or in all members of a group."""
+    samples = measured["samples"].get(name, ())
+    asked: list[Any]
+    if samples:
+        asked = [(one["arguments"], one["target_hash"]) for one in samples if one["filter"] == samples[0]["filter"]]
+    else:
+        asked = [_requests_digest(member, measured) for member in sorted(measured["group_subtasks"].get(name, ()))]
+    return hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _metric_name(key: tuple[str, str]) -> str:

@@ -200,6 +200,8 @@ def _measured(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for text, figure in (results.get("perplexity") or {}).items():
         before = (dense.get("perplexity") or {}).get(text)
         what = f"perplexity, {figure['tokens']:,} tokens in rows of {figure['seq_len']}"
+        if figure["text_sha256"] is not None and figure["text_sha256"] == record["calibration"]["text_sha256"]:
+            what += ", of the text it was calibrated on"
         yield {"what": text, "metric": what, "dense": _cell(before, 3), "slice": _cell(figure, 3)}
     for task, figure in (results.get("tasks") or {}).items():
         before = (dense.get("tasks") or {}).get(task)

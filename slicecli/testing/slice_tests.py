@@ -87,6 +87,10 @@ class SliceUnderTest:
         found = self.record.get("results", {}).get("perplexity", {})
         return found if isinstance(found, dict) else {}
 
+    def _recorded_of(self, digest: str) -> dict[str, Any] | None:
+        """Return the recorded perplexity on the text of a file, by its digest."""
+        return next((figure for figure in self.recorded.values() if figure.get("text_sha256") == digest), None)
+
     def _curve(self) -> Curve | None:
         """Return the fitted curve of the perplexity in the record, if it has one."""
         from slicecli.estimation.results import read_curves
@@ -104,6 +108,7 @@ class SliceUnderTest:
         from slicecli.estimation.relations import quoted_by
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
         from slicecli.libraries import quiet_libraries
+        from slicecli.text import read_text
 
         curve = self._curve()
         name = self.text
@@ -114,15 +119,17 @@ class SliceUnderTest:
                 "the record has no perplexity to compare with: enter one with `slicecli eval DIR --record`, or give a "
                 "text and max_perplexity to the marker"
             )
-        entry = self.recorded.get(name) or self.recorded.get(Path(name).name)
+        digest = read_text(name, "evaluation", self.source.token).digest
+        entry = self.recorded.get(name) if digest is None else self._recorded_of(digest)
         limit = self.max_perplexity
         if limit is None:
             if entry is not None:
                 limit = float(entry["value"]) * (1 + self.tolerance)
-            elif curve is not None and curve.series.evaluation == Path(name).name:
+            elif curve is not None and digest == curve.series.digest and (digest or name == curve.series.evaluation):
                 limit = quoted_by("perplexity")(curve.predict(float(self.record["sparsity"])).high)
             else:
-                pytest.fail(f"the record has no perplexity on {name}, only on {', '.join(self.recorded) or 'nothing'}")
+                known = ", ".join(self.recorded) or "nothing"
+                pytest.fail(f"the record has no perplexity on {name} as it is here, only on {known}")
         # the same rows as were recorded, be they the whole text or only its beginning
         length, samples = None, None
         if entry is not None:
