@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError
+from slicecli.inputs import check_sampling, local_path
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import Method, Width
 from slicecli.planning import SliceOptions, plan_slices
@@ -60,7 +61,7 @@ def slice_model(
         SlicecliError: It cannot be done; the message says why and what to do.
     """
     width = Width(dim, sparsity, target_parameters, memory, schedule)
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
         return run_slices(job, progress)[0]
@@ -231,14 +232,19 @@ def generate_text(
         The new text without the prompt, and its number of tokens.
 
     Raises:
-        RequestError: The prompt has no tokens.
+        RequestError: The prompt has no tokens, or a number is out of range.
+        SourceError: The tokenizer does not belong to the model.
     """
     import torch
 
+    from slicecli.calibration import check_embedded
+
+    check_sampling(max_new_tokens, temperature, seed)
     encoded = tokenizer(prompt, return_tensors="pt")
     ids = encoded["input_ids"]
     if ids.shape[1] == 0:
         raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+    check_embedded(int(ids.max()), model.get_input_embeddings().num_embeddings)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():

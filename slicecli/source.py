@@ -15,27 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.checkpoint import file_digest
-from slicecli.config_files import read_config
+from slicecli.config_files import CONFIG_FILE, read_config
 from slicecli.errors import (
+    RequestError,
     SourceError,
     UnsupportedModelError,
     WeightsError,
     reason_of,
     shown,
 )
+from slicecli.foreign import FOREIGN_FILES, check_is_whole, check_not_quantised, refuse_without_config
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.inputs import describe_shadow, find_folder
 from slicecli.json_files import MOST_JSON_BYTES, load_json
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
+from slicecli.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
 
 __all__ = ["DESCRIPTION_FILES", "Source"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_config.json"
 LONGEST_NAME = 255
 MOST_HEADER_BYTES = 16_000_000
 MOST_COMPANION_BYTES = 200_000_000
@@ -58,7 +61,8 @@ COMPANION_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
-DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
+# what says what a model is, without loading it
+DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json", *FOREIGN_FILES)
 MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
 SMALL_FILES = (*DESCRIPTION_FILES, INDEX_FILE, *COMPANION_FILES)
 
@@ -108,15 +112,19 @@ class Source:
             files: What is fetched from the Hub.
 
         Raises:
+            RequestError: A folder is asked for a revision.
             SourceError: It does not exist, cannot be reached, or has no readable config.
         """
-        path = Path(model).expanduser()
-        if path.is_dir():
-            folder, name, commit = path, path.resolve().name, None
-        elif path.exists():
-            raise SourceError(f"{model!r} is a file.", "Give the folder of a model, or a Hub id such as owner/name.")
-        elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise SourceError(f"There is no folder {model!r}.", "Check the path, or give a Hub id such as owner/name.")
+        if revision is not None and not revision.strip():
+            raise RequestError("The revision is empty.", "Give a branch, a tag or a commit, or leave --revision out.")
+        local = find_folder(model)
+        shadow = "" if local is None else describe_shadow(model)
+        if local is not None and revision is not None:
+            raise RequestError(
+                f"{shown(model)} is a folder, which has no revisions.", f"Leave out --revision. {shadow}"
+            )
+        if local is not None:
+            folder, name, commit = local, local.resolve().name, None
         else:
             folder = _download(model, revision, token, files + (("*.py",) if trust_remote_code else ()))
             name, commit = model, folder.name
@@ -125,6 +133,8 @@ class Source:
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
                 "Rename the folder.",
             )
+        if not (folder / CONFIG_FILE).exists():
+            refuse_without_config(name, folder, _all_files(folder, model, commit, token), shadow)
         return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code)
 
     def size(self, field: str, least: int = 1) -> int | None:
@@ -157,12 +167,7 @@ class Source:
                 "is needed.",
                 "Check config.json.",
             )
-        if (self.folder / ADAPTER_FILE).exists():
-            # transformers would load the model that is named in it instead
-            raise UnsupportedModelError(
-                f"{self.name} has an {ADAPTER_FILE}: it holds changes to another model.",
-                "Merge them into that model first, or remove the file if this is the merged model.",
-            )
+        check_is_whole(self.name, self.folder)
         if self.fields.get("is_encoder_decoder"):
             raise UnsupportedModelError(
                 f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
@@ -172,12 +177,7 @@ class Source:
                 f"{self.name} ({shown(', '.join(architectures))}) is not a decoder language model.",
                 "Only models with a causal language-modelling head can be sliced.",
             )
-        quantization = self.fields.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
-            raise UnsupportedModelError(
-                f"{self.name} is quantised ({method}).", "Slice the original weights, then quantise the slice."
-            )
+        check_not_quantised(self.name, self.folder, self.fields)
 
     def config(self) -> Any:
         """Return the transformers config.
@@ -214,14 +214,14 @@ class Source:
         self._check_sizes()
         try:
             with quiet_libraries():
-                return transformers.AutoTokenizer.from_pretrained(
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
                 )
         except Exception as error:
-            raise SourceError(
-                f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
-                "The folder needs the tokenizer's files next to config.json.",
-            ) from error
+            raise tokenizer_error(self.name, self.folder, why_not_loaded(error)) from error
+        if not has_vocabulary(tokenizer):
+            raise tokenizer_error(self.name, self.folder, "its vocabulary has only special tokens")
+        return tokenizer
 
     def check_companions(self) -> None:
         """Refuse files that a slice would take over and that do not belong to the model, before anything is computed.
@@ -422,7 +422,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _indexed_files(path: Path) -> list[str]:
     """Return the shards an index names, refusing any that does not lie beside it."""
     try:
-        weight_map = load_json(path, MOST_INDEX_BYTES)["weight_map"]
+        weight_map = load_json(path, MOST_INDEX_BYTES, allows_mark=False)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None
@@ -440,6 +440,19 @@ def _indexed_files(path: Path) -> list[str]:
 def _is_file_name(text: str) -> bool:
     """Say whether a text can be the name of a file in a folder, on any system and in any message."""
     return text.isprintable() and len(text.encode()) <= LONGEST_NAME and not set(text) & set("/\\:")
+
+
+def _all_files(folder: Path, model: str, commit: str | None, token: str | None) -> list[str]:
+    """Return the names of the files of a folder, or of a repository; of one that cannot be asked, those at hand."""
+    if commit is not None:
+        import huggingface_hub
+
+        try:
+            with quiet_client():
+                return huggingface_hub.HfApi(token=token).list_repo_files(model, revision=commit)
+        except Exception:  # only a message is made of them
+            pass
+    return [path.name for path in folder.iterdir()]
 
 
 def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:

@@ -27,6 +27,7 @@ from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
+from slicecli.inputs import local_path
 from slicecli.json_files import read_json
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import Width, slice_sizes
@@ -174,7 +175,7 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions) -> str:
     for name in ("token", "batch_size", "device_map", "max_memory"):
         measured.pop(name, None)
     texts = [options["calibration"], *evaluation.texts, *evaluation.tasks]
-    files = {name: file_digest(Path(name).expanduser()) for name in texts if Path(name).expanduser().is_file()}
+    files = {name: file_digest(local_path(name)) for name in texts if local_path(name).is_file()}
     content = {
         "version": __version__,
         "model": job.source.name,
