@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli.context_length import context_length_of_config
 from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError
+from slicecli.inputs import check_sampling, local_path
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import Method, Width
 from slicecli.planning import SliceOptions, plan_slices
@@ -62,7 +63,7 @@ def slice_model(
         SlicecliError: It cannot be done; the message says why and what to do.
     """
     width = Width(dim, sparsity, target_parameters, memory, schedule)
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
         return run_slices(job, progress)[0]
@@ -232,13 +233,18 @@ def generate_text(
         The new text without the prompt, and its number of tokens.
 
     Raises:
-        RequestError: The prompt has no tokens, or leaves too little room in a row of the model.
+        RequestError: The prompt has no tokens or leaves too little room, or a number is out of range.
+        SourceError: The tokenizer does not belong to the model.
     """
     import torch
 
+    from slicecli.calibration import check_embedded
+
+    check_sampling(max_new_tokens, temperature, seed)
     found = _prompt_ids(model, tokenizer, prompt)
     if not found:
         raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+    check_embedded(max(found), model.get_input_embeddings().num_embeddings)
     longest = context_length_of_config(model.config)
     # the last token is not read any more
     room = max_new_tokens if longest is None else longest - len(found) + 1

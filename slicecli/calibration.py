@@ -18,7 +18,7 @@ from slicecli.text import Text, shuffled
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rows", "calibration_rows", "evaluation_rows"]
+__all__ = ["Rows", "calibration_rows", "check_embedded", "evaluation_rows"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,24 @@ def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: i
     ids, byte_count = _tokenise(text.documents, tokenizer, None)
     rows = _cut(ids, sequence_length, text)
     return _rows(text, rows[:samples], byte_count / len(ids))
+
+
+def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
+    """Refuse token ids for which a model has no embedding.
+
+    Args:
+        largest: The largest id.
+        vocabulary: Rows of the embedding table.
+        name: Name of the model, where it is known.
+
+    Raises:
+        SourceError: The table has fewer rows.
+    """
+    if largest >= vocabulary:
+        raise SourceError(
+            f"The tokenizer{name and f' of {name}'} gives token {largest}, and the model knows {vocabulary}.",
+            "The tokenizer does not belong to this model.",
+        )
 
 
 def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple[list[int], int]:

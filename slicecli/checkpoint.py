@@ -204,7 +204,7 @@ class ShardWriter:
         folder: Where the shards go.
         shapes: Shape of every tensor by name, in the order in which they shall lie.
         dtype: Dtype of all of them.
-        max_shard_size: Most bytes of one shard, as a number or as `5GB`.
+        max_shard_size: Most bytes of one shard.
         missing: The tensors that are not yet in the shards, where an interrupted run has laid them out already.
     """
 
@@ -213,7 +213,7 @@ class ShardWriter:
         folder: Path,
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
-        max_shard_size: int | str,
+        max_shard_size: int,
         missing: Sequence[str] | None = None,
     ) -> None:
         import math

@@ -10,7 +10,9 @@ from slicecli.dimensions import MOST_BLOCKS
 from slicecli.errors import SourceError, reason_of, shown
 from slicecli.json_files import load_json
 
-__all__ = ["read_config"]
+__all__ = ["CONFIG_FILE", "read_config"]
+
+CONFIG_FILE = "config.json"
 
 # of these a config class or a model makes a list, a dictionary, a module or a width for each
 MOST_OF = {
@@ -36,9 +38,7 @@ def read_config(folder: Path, name: str) -> Mapping[str, Any]:
         SourceError: There is none, it is damaged, or a number in it is more than any model has.
     """
     try:
-        fields = load_json(folder / "config.json")
-    except FileNotFoundError:
-        raise SourceError(f"{name} has no config.json.", "Give the folder of a transformers model.") from None
+        fields = load_json(folder / CONFIG_FILE, allows_mark=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"The config.json of {name} cannot be read: {reason_of(error)}.") from None
     if not isinstance(fields, dict):

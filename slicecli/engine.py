@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import ShardWriter, clear_folder, unfinished_folder, whole_folder
-from slicecli.errors import OutputError, SourceError
+from slicecli.errors import OutputError
 from slicecli.libraries import running
 from slicecli.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.placement import MEMORY_SHARE, batch_rows, compute_dtype
@@ -430,12 +430,9 @@ def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
     Raises:
         SourceError: The tokenizer has more tokens than the embedding table has rows.
     """
-    largest = int(rows.ids.max())
-    if largest >= vocabulary:
-        raise SourceError(
-            f"The tokenizer of {name} gives token {largest}, and the model knows {vocabulary}.",
-            "The tokenizer does not belong to this model.",
-        )
+    from slicecli.calibration import check_embedded
+
+    check_embedded(int(rows.ids.max()), vocabulary, name)
 
 
 def _open_target(

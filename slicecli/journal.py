@@ -8,6 +8,7 @@ to one run: its fingerprint says of which model, plan, calibration and versions,
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -44,9 +45,12 @@ def seconds_between_snapshots() -> float:
     if text is None:
         return USUAL_SECONDS
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise RequestError(f"{SECONDS_VARIABLE} is {text!r}, which is no number of seconds.", "Unset it.") from None
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise RequestError(f"{SECONDS_VARIABLE} is {text!r}, which is no number of seconds.", "Unset it.")
+    return seconds
 
 
 def is_progress(path: Path) -> bool:

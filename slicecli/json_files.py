@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from slicecli.text_files import BYTE_ORDER_MARK, decode
+
 __all__ = ["MOST_JSON_BYTES", "load_json", "read_json"]
 
 MOST_JSON_BYTES = 16_000_000
 MOST_LEVELS = 100
 
 
-def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES, allows_mark: bool = True) -> Any:
     """Return the content of a JSON file that anybody may have written.
 
     Args:
         path: The file.
         most_bytes: A larger one is refused: parsed it takes some twenty times the memory.
+        allows_mark: Read on behind a byte order mark; transformers does not.
 
     Raises:
         OSError: It is not there, or cannot be read.
@@ -28,8 +31,11 @@ def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
         raise ValueError("it is no regular file")
     if size > most_bytes:
         raise ValueError(f"it has {size:,} bytes, more than such a file needs")
+    content = path.read_bytes()
+    if content.startswith(BYTE_ORDER_MARK) and not allows_mark:
+        raise ValueError("it begins with a byte order mark (BOM), which transformers does not read; save it without")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode(content))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(content)

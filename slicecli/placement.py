@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from slicecli.errors import RequestError, reason_of, shown
+from slicecli.inputs import local_path
 from slicecli.json_files import load_json
 from slicecli.memory import available_memory_bytes
 from slicecli.plan import parse_bytes
@@ -96,10 +96,10 @@ def read_device_map(text: str) -> DeviceMap:
     Raises:
         RequestError: The file cannot be read, or is no map from modules to devices.
     """
-    if not text.endswith(".json"):
+    if not text.lower().endswith(".json"):
         return text
     try:
-        content = load_json(Path(text).expanduser())
+        content = load_json(local_path(text))
     except (OSError, ValueError) as error:
         raise RequestError(f"The device map {text!r} cannot be read: {reason_of(error)}.") from None
     if (
@@ -122,9 +122,10 @@ def parse_max_memory(text: str) -> dict[str | int, int]:
     found: dict[str | int, int] = {}
     for part in text.split(","):
         name, sign, size = (word.strip() for word in part.partition("="))
-        if not sign or not (name.isdecimal() or name == HOST) or name in map(str, found):
+        device = int(name) if name.isdecimal() else name
+        if not sign or not (isinstance(device, int) or device == HOST) or device in found:
             raise RequestError(f"{text!r} does not give each device a size.", "Give such as 0=20GiB,cpu=64GiB.")
-        found[int(name) if name.isdecimal() else name] = parse_bytes(size)
+        found[device] = parse_bytes(size)
     return found
 
 

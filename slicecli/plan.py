@@ -42,7 +42,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
 TILE = 64
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-_BYTE_SUFFIXES = {"": 1} | {
+_BYTE_SUFFIXES = {"": 1, "B": 1} | {
     f"{letter}{infix}B": base ** (power + 1)
     for power, letter in enumerate("KMGT")
     for infix, base in (("", 1000), ("I", 1024))
@@ -101,6 +101,10 @@ class Width:
                 f"{'No width is' if not given else 'More than one width is'} given.",
                 "Give exactly one of --dim, --sparsity, --target-params, --memory and a --schedule.",
             )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise RequestError(
+                f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
+            )
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
@@ -122,10 +126,6 @@ class Width:
         if not legal:
             raise RequestError("This model has no legal dim below its hidden size.")
         if self.sparsity is not None:
-            if not 0 < self.sparsity < 1:
-                raise RequestError(
-                    f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
-                )
             wish = (1 - self.sparsity) * sizes.hidden_size
             return min(legal, key=lambda dim: (abs(dim - wish), dim))
         limit, what = self.target_parameters, "parameters"

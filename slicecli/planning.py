@@ -17,6 +17,7 @@ from slicecli.checkpoint import check_output, require_disk_space
 from slicecli.context_length import context_length_of_config, default_length
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
+from slicecli.inputs import check_count, check_seed
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.libraries import quiet_libraries, running
 from slicecli.modeling import CONFIG_TYPE
@@ -29,12 +30,13 @@ from slicecli.placement import (
     place_streams,
     place_weights,
 )
-from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width
+from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width, parse_bytes
 from slicecli.plugins import plugins
 from slicecli.processes import Processes
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.shells import outline, parameter_shapes
 from slicecli.source import Source
+from slicecli.statistics_cache import most_bytes
 
 if TYPE_CHECKING:
     from slicecli.auto.infer import Inference
@@ -70,7 +72,7 @@ class SliceOptions:
         device_map: What computes and where the dense weights rest, see `slicecli.placement.place_weights`.
         max_memory: The most bytes of weights that rest on a device, by its number or `cpu`.
         streams: Where the streams are kept: `auto`, `device`, `host` or `disk`.
-        max_shard_size: Most bytes of one weight file.
+        max_shard_size: Most bytes of one weight file; a text such as `5GB` becomes a number.
         adapter: Name of the adapter to use instead of the one for the model's type.
         revision: Revision on the Hub.
         token: Hub token.
@@ -79,6 +81,9 @@ class SliceOptions:
         resume: Go on with what an interrupted run of the same job has left.
         cache: Whether statistics are taken from and put into the cache.
         cache_folder: Where it lies; `None` takes the usual place.
+
+    Raises:
+        RequestError: A number is out of range.
     """
 
     method: Method = "refit"
@@ -93,7 +98,7 @@ class SliceOptions:
     device_map: DeviceMap = "auto"
     max_memory: MaxMemory | None = None
     streams: Literal["auto", "device", "host", "disk"] = "auto"
-    max_shard_size: str = "5GB"
+    max_shard_size: int = 5_000_000_000
     adapter: str | None = None
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -102,6 +107,14 @@ class SliceOptions:
     resume: bool = False
     cache: bool = True
     cache_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.samples, "{} calibration samples are", "Give --samples", words=("too few", "too many"))
+        check_count(self.sequence_length, "A sequence length of {} is", "Give --seq-len", least=2)
+        check_count(self.batch_size, "A batch of {} rows is", "Give --batch-size")
+        check_seed(self.seed)
+        if isinstance(self.max_shard_size, str):
+            object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,11 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """
     import torch
 
+    from slicecli.journal import seconds_between_snapshots
+
+    # variables of the environment that are read only hours later
+    seconds_between_snapshots()
+    most_bytes()
     processes = Processes.find()
     if options.resume and processes.count > 1:
         raise RequestError("Many processes leave nothing to go on with.", "Leave out --resume, or start one process.")
@@ -176,10 +194,6 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dense_dtype = source.stored_dtype()
     dtype = options.dtype or dense_dtype
     requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
-    if options.samples <= 0:
-        raise RequestError(f"{options.samples} calibration samples are too few.", "Give --samples 1 or more.")
-    if options.batch_size is not None and options.batch_size <= 0:
-        raise RequestError(f"A batch of {options.batch_size} rows is too small.", "Give --batch-size 1 or more.")
     config = source.config()
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
+from slicecli.inputs import local_path
 from slicecli.json_files import load_json
 
 __all__ = ["PublishedSizes", "Schedule", "read_schedule", "slices_head"]
@@ -213,7 +214,7 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
         )
         own_head = None
     else:
-        blocks, own_head = _read_file(Path(text).expanduser())
+        blocks, own_head = _read_file(local_path(text))
         if own_head is not None and head is not None:
             raise RequestError("The schedule's file gives the width of the head.", "Leave out --slice-head.")
     if own_head is None:

@@ -28,9 +28,10 @@ from slicecli.companions import (
     list_folder,
 )
 from slicecli.config_check import Comparison, compare, find_stored, loaded_fields
-from slicecli.config_files import read_config
+from slicecli.config_files import CONFIG_FILE, read_config
 from slicecli.dimensions import Dimensions
 from slicecli.errors import (
+    RequestError,
     SlicecliWarning,
     SourceError,
     UnsupportedModelError,
@@ -38,13 +39,16 @@ from slicecli.errors import (
     reason_of,
     shown,
 )
+from slicecli.foreign import FOREIGN_FILES, check_is_whole, check_not_quantised, refuse_without_config
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.inputs import describe_shadow, find_folder
 from slicecli.json_files import MOST_JSON_BYTES, read_json
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
+from slicecli.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
 from slicecli.weight_files import (
     INDEX_FILE,
     LONGEST_NAME,
@@ -60,12 +64,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DESCRIPTION_FILES", "Source", "load_tokenizer", "tokenizer_code", "tokenizer_references"]
 
-ADAPTER_FILE = "adapter_config.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CODE_CLASSES = frozenset({"AutoConfig", "AutoModelForCausalLM"})  # that are not transformers' own where auto_map says
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
-DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json")  # what says what a model is, without loading it
+# what says what a model is, without loading it
+DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json", *FOREIGN_FILES)
 MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
 
 
@@ -114,15 +118,19 @@ class Source:
             with_companions: Fetch all small files from the Hub, not only those that describe the model and its code.
 
         Raises:
+            RequestError: A folder is asked for a revision.
             SourceError: It does not exist, cannot be reached, or has no readable config.
         """
-        path = Path(model).expanduser()
-        if path.is_dir():
-            folder, name, commit = path, path.resolve().name, None
-        elif path.exists():
-            raise SourceError(f"{model!r} is a file.", "Give the folder of a model, or a Hub id such as owner/name.")
-        elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise SourceError(f"There is no folder {model!r}.", "Check the path, or give a Hub id such as owner/name.")
+        if revision is not None and not revision.strip():
+            raise RequestError("The revision is empty.", "Give a branch, a tag or a commit, or leave --revision out.")
+        local = find_folder(model)
+        shadow = "" if local is None else describe_shadow(model)
+        if local is not None and revision is not None:
+            raise RequestError(
+                f"{shown(model)} is a folder, which has no revisions.", f"Leave out --revision. {shadow}"
+            )
+        if local is not None:
+            folder, name, commit = local, local.resolve().name, None
         else:
             folder = _download(model, revision, token, DESCRIPTION_FILES)
             name, commit = model, folder.name
@@ -136,6 +144,8 @@ class Source:
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
                 "Rename the folder.",
             )
+        if not (folder / CONFIG_FILE).exists():
+            refuse_without_config(name, folder, _all_files(folder, model, commit, token), shadow)
         return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code)
 
     def size(self, field: str, least: int = 1) -> int | None:
@@ -168,12 +178,7 @@ class Source:
                 "is needed.",
                 "Check config.json.",
             )
-        if (self.folder / ADAPTER_FILE).exists():
-            # transformers would load the model that is named in it instead
-            raise UnsupportedModelError(
-                f"{self.name} has an {ADAPTER_FILE}: it holds changes to another model.",
-                "Merge them into that model first, or remove the file if this is the merged model.",
-            )
+        check_is_whole(self.name, self.folder)
         if self.fields.get("is_encoder_decoder"):
             raise UnsupportedModelError(
                 f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
@@ -183,12 +188,7 @@ class Source:
                 f"{self.name} ({shown(', '.join(architectures))}) is not a decoder language model.",
                 "Only models with a causal language-modelling head can be sliced.",
             )
-        quantization = self.fields.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "?"
-            raise UnsupportedModelError(
-                f"{self.name} is quantised ({method}).", "Slice the original weights, then quantise the slice."
-            )
+        check_not_quantised(self.name, self.folder, self.fields)
 
     def config(self) -> Any:
         """Return the transformers config.
@@ -224,12 +224,12 @@ class Source:
         if not self.trust_remote_code:
             self._check_tokenizer_needs_no_code()
         try:
-            return load_tokenizer(self.folder, self.trust_remote_code)
+            tokenizer = load_tokenizer(self.folder, self.trust_remote_code)
         except Exception as error:
-            raise SourceError(
-                f"The tokenizer of {self.name} cannot be loaded: {reason_of(error)}.",
-                "The folder needs the tokenizer's files next to config.json.",
-            ) from error
+            raise tokenizer_error(self.name, self.folder, why_not_loaded(error)) from error
+        if not has_vocabulary(tokenizer):
+            raise tokenizer_error(self.name, self.folder, "its vocabulary has only special tokens")
+        return tokenizer
 
     def _check_tokenizer_needs_no_code(self) -> None:
         """Refuse a tokenizer of a class that transformers does not have: it would quietly take another one.
@@ -367,7 +367,10 @@ class Source:
         files = weight_files(self.folder, self.fields)
         if files:
             return files
-        if any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in self._file_names()):
+        if any(
+            PurePosixPath(name).suffix in PICKLE_SUFFIXES
+            for name in _all_files(self.folder, self.name, self.commit, self.token)
+        ):
             raise WeightsError(
                 f"{self.name} has its weights only as pickle files, which can run code when they are read.",
                 "Convert them to safetensors, or take a revision that has them.",
@@ -376,12 +379,6 @@ class Source:
             f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).",
             "Check the folder." if self.commit is None else "Check the repository.",
         )
-
-    def _file_names(self) -> list[str]:
-        """Return the names of the files beside the config, of a Hub model those in the repository."""
-        if self.commit is not None:
-            return list(_sizes_in_repository(self.name, self.commit, self.token, self.folder))
-        return [path.name for path in self.folder.iterdir()]
 
     def stored_tensors(self) -> dict[str, StoredTensor] | None:
         """Return what the headers of the weight files say, or `None` where the files are not on this machine.
@@ -611,6 +608,13 @@ def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Pat
         except Exception:
             return list_folder(folder)[0]
     return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+
+
+def _all_files(folder: Path, model: str, commit: str | None, token: str | None) -> list[str]:
+    """Return the names of the files of a folder, or of a repository; of one that cannot be asked, those at hand."""
+    if commit is not None:
+        return list(_sizes_in_repository(model, commit, token, folder))
+    return [path.name for path in folder.iterdir()]
 
 
 def _download(model: str, revision: str | None, token: str | None, files: tuple[str, ...]) -> Path:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.errors import OutputError
+from slicecli.errors import OutputError, RequestError
+from slicecli.inputs import local_path
 from slicecli.plan import parse_bytes
 
 if TYPE_CHECKING:
     from slicecli.slicing.basis import Basis
 
-__all__ = ["CACHE_VARIABLE", "Entry", "StatisticsCache", "default_folder"]
+__all__ = ["CACHE_VARIABLE", "Entry", "StatisticsCache", "default_folder", "most_bytes"]
 
 CACHE_VARIABLE = "SLICECLI_CACHE"
 SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
@@ -35,9 +36,22 @@ def default_folder() -> Path:
     """Return where the cache lies: `SLICECLI_CACHE`, or `slicecli` in the user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
-        return Path(given).expanduser()
+        return local_path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "slicecli"
+
+
+def most_bytes() -> int:
+    """Return the bound of the cache: `SLICECLI_CACHE_SIZE`, or 10 GB.
+
+    Raises:
+        RequestError: The variable is no size.
+    """
+    given = os.environ.get(SIZE_VARIABLE)
+    try:
+        return parse_bytes(given) if given else USUAL_BYTES
+    except RequestError as error:
+        raise RequestError(f"{SIZE_VARIABLE}: {error.cause}", "Set it to such a size, or unset it.") from None
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class StatisticsCache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = (folder or default_folder()) / "statistics"
+        self._folder = (default_folder() if folder is None else local_path(folder)) / "statistics"
 
     def load(self, key: Mapping[str, Any], device: Any) -> Basis | None:
         """Return the basis of a key, and count it as used; `None` where there is none that can be read.
@@ -111,7 +125,7 @@ class StatisticsCache:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        bound = parse_bytes(os.environ.get(SIZE_VARIABLE, str(USUAL_BYTES)))
+        bound = most_bytes()
         tensors = {name: getattr(basis, name).contiguous().cpu() for name in TENSORS}
         tensors["is_centred"] = torch.tensor(basis.is_centred)
         size = sum(tensor.nbytes for tensor in tensors.values())

@@ -27,6 +27,7 @@ from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
+from slicecli.inputs import local_path
 from slicecli.json_files import read_json
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import Width, slice_sizes
@@ -177,7 +178,7 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSe
     # of files what is in them counts, not by which path they are given
     measured["texts"] = [(rows.name, rows.digest, rows.text_digest) for rows in prepared.rows]
     measured["tasks"] = [(task.name, task.digest) for task in prepared.tasks]
-    text = Path(options["calibration"]).expanduser()
+    text = local_path(options["calibration"])
     if text.is_file():
         options["calibration"] = text.name, file_digest(text)
     content = {

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from slicecli.errors import SlicecliError, TextError
+from slicecli.errors import RequestError, SlicecliError, TextError
+from slicecli.inputs import describe_shadow, local_path, parse_repository
 from slicecli.names import Named, distinct_names, without_repeats
+from slicecli.text_files import numbered_lines, read_text_file
 
 __all__ = ["NAMED_TEXTS", "Part", "Text", "read_text", "read_texts"]
 
 Part = Literal["calibration", "evaluation"]
+FILE_SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
         >>> read_text("book.txt", "calibration").name  # doctest: +SKIP
         'book.txt'
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name == "demo":
         from slicecli.demo import documents
 
@@ -123,10 +126,15 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
         text = _read_hub(name, NAMED_TEXTS[name], part, token)
     elif _is_file(name):
         text = _read_file(path)
-    elif path.suffix in {".txt", ".jsonl"} or path.is_dir() or name.startswith((".", "/", "~")):
+    elif path.is_dir():
+        raise TextError(
+            f"{name!r} is a folder, not a text.",
+            describe_shadow(name) or "Give a .txt or .jsonl file in it.",
+        )
+    elif path.suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")):
         raise TextError(f"There is no text file {name!r}.", "Check the path: a .txt or .jsonl file is expected.")
     else:
-        dataset, _, config = name.partition(":")
+        dataset, config = _parse_dataset(name)
         text = _read_hub(name, HubText(dataset, config or None, column=""), part, token)
     if not any(document.strip() for document in text.documents):
         raise TextError(f"The text {text.name!r} is empty.", "Give one that has some.")
@@ -163,29 +171,37 @@ def read_texts(
 
 
 def _is_file(name: str) -> bool:
-    return name != "demo" and name not in NAMED_TEXTS and Path(name).expanduser().is_file()
+    return name != "demo" and name not in NAMED_TEXTS and local_path(name).is_file()
+
+
+def _parse_dataset(name: str) -> tuple[str, str]:
+    """Return the id of a dataset and the name of its configuration, which may be empty.
+
+    Raises:
+        TextError: No dataset can have that id.
+    """
+    dataset, _, config = name.partition(":")
+    if config.startswith("//"):  # an address
+        dataset, config = name, ""
+    try:
+        return parse_repository(dataset, needs_owner=False), config
+    except RequestError as error:
+        raise TextError(f"There is no text file {name!r}, and that is not a valid Hub id.", error.remedy) from None
 
 
 def _read_file(path: Path) -> Text:
     """Read a `.txt` file as one document, a `.jsonl` file as one document per line."""
-    if path.suffix not in {".txt", ".jsonl"}:
+    kind = path.suffix.lower()
+    if kind not in FILE_SUFFIXES:
         raise TextError(
             f"The file {path.name!r} is neither .txt nor .jsonl.",
             "Give plain text as .txt, or documents as .jsonl with a field `text` on each line.",
         )
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"The file {path.name!r} is not UTF-8 text ({error.reason}).", "Convert it.") from None
-    except OSError as error:
-        raise TextError(f"The file {path.name!r} cannot be read: {error.strerror}.") from None
-    if path.suffix == ".txt":
+    content = read_text_file(path)
+    if kind == ".txt":
         return _of_file(path, [content])
     documents = []
-    # not splitlines: it also breaks at characters that JSON allows inside a string
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(content):
         try:
             document = json.loads(line)["text"]
             document.encode()  # JSON can hold half a character, which is no text
@@ -209,7 +225,7 @@ def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
     """Load a dataset of the Hub through `datasets` and take its text column."""
     import datasets
 
-    from slicecli.hub.errors import describe_hub_error
+    from slicecli.hub.errors import describe_hub_error, is_of_settings, remedy_of_hub_error
 
     index = 0 if part == "calibration" else 1
     options: dict[str, Any] = {"token": token, "revision": where.revision}
@@ -224,10 +240,14 @@ def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
     except SlicecliError:
         raise
     except Exception as error:
-        raise TextError(
-            f"The dataset {where.dataset!r} cannot be loaded: {describe_hub_error(error)}.",
+        remedy = (
             f"Give a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}; what is gated or "
-            "private needs a token (hf auth login).",
+            "private needs a token (hf auth login)."
+        )
+        if is_of_settings(error):
+            remedy = f"{remedy_of_hub_error(error)} A .txt or .jsonl file needs no Hub."
+        raise TextError(
+            f"The dataset {where.dataset!r} cannot be loaded: {describe_hub_error(error)}.", remedy
         ) from error
     column = where.column or _text_column(rows, name)
     documents: Iterable[str] = (str(document) for document in rows[column])

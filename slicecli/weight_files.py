@@ -205,7 +205,7 @@ def is_file_name(text: str) -> bool:
 def _indexed_files(path: Path) -> list[str]:
     """Return the shards an index names, refusing any that does not lie beside it."""
     try:
-        weight_map = load_json(path, MOST_INDEX_BYTES)["weight_map"]
+        weight_map = load_json(path, MOST_INDEX_BYTES, allows_mark=False)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None

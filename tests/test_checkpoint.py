@@ -25,7 +25,7 @@ def random_tensors(dtype, seed=0):
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-def write(folder, tensors, dtype, order=None, max_shard_size="5GB"):
+def write(folder, tensors, dtype, order=None, max_shard_size=10**9):
     writer = ShardWriter(folder, SHAPES, dtype, max_shard_size)
     for name in order or tensors:
         writer.write(name, tensors[name])
@@ -67,7 +67,7 @@ def test_the_order_of_arrival_does_not_change_a_byte(tmp_path):
 
 def test_a_tensor_that_is_missing_wrong_or_doubled_is_refused(tmp_path):
     tensors = random_tensors(torch.float32)
-    writer = ShardWriter(tmp_path, SHAPES, torch.float32, "5GB")
+    writer = ShardWriter(tmp_path, SHAPES, torch.float32, 10**9)
     with pytest.raises(ValueError, match="announced"):
         writer.write("head.weight", torch.zeros(7, 5))
     with pytest.raises(ValueError, match="announced"):

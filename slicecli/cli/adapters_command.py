@@ -14,13 +14,14 @@ from slicecli.cli import output as show
 @click.option(
     "--scaffold",
     "model",
+    type=shared.MODEL,
     metavar="MODEL",
     help="Infer the adapter of MODEL and write it as the source of a plugin package.",
 )
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     metavar="DIR",
     help="Folder of the package.  [default: ./slicecli-<type>]",
 )

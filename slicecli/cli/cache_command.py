@@ -13,7 +13,7 @@ from slicecli.cli import output as show
 
 FOLDER = click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     metavar="DIR",
     help="Where the cache lies.  [default: SLICECLI_CACHE, or the user's cache folder]",
 )

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 
 @click.command("card")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", metavar="DIR", type=shared.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--curve",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=shared.LocalPath(exists=True, dir_okay=False),
     metavar="FILE",
     help="Enter the curves that `fit` or `sweep` wrote here, for the predictions of other dims.",
 )

@@ -17,7 +17,7 @@ PROMPT = "This function returns"
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     default=Path("slicecli-demo"),
     show_default=True,
     metavar="DIR",

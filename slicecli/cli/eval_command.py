@@ -15,17 +15,15 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @shared.measure_options
-@click.option("--baseline", metavar="MODEL", help="Measure this model too, and compare.")
+@click.option("--baseline", type=shared.MODEL, metavar="MODEL", help="Measure this model too, and compare.")
 @click.option(
     "--seed", type=int, default=1234, show_default=True, metavar="N", help="Seed of the examples that are drawn."
 )
 @shared.run_options
 @shared.device_options
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON here."
-)
+@click.option("-o", "--output", type=shared.LocalPath(dir_okay=False), metavar="FILE", help="Also write the JSON here.")
 @click.option(
     "--record",
     "is_recorded",

@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
 
 @click.command("fit")
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
+@click.argument("results", nargs=-1, required=True, type=shared.LocalPath(exists=True, dir_okay=False))
+@click.option(
+    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Also write the curves here.",
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Draw the curves with their points (.png, .svg, .pdf).",
 )

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @click.command("generate")
-@click.argument("model")
-@click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to write.")
+@click.argument("model", type=shared.MODEL)
+@click.argument("prompt", type=shared.PROMPT)
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to write.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=float,
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token each time; above 0 samples.",
@@ -52,6 +52,10 @@ def command(
     output_format: str,
 ) -> None:
     """Continue PROMPT with MODEL, dense or sliced."""
+    from slicecli.inputs import check_sampling
+
+    check_sampling(max_new_tokens, temperature, seed)
+
     from slicecli.api import generate_text
     from slicecli.libraries import quiet_libraries, running
     from slicecli.loading import load_model

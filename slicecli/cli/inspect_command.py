@@ -11,9 +11,12 @@ from slicecli.cli import output as show
 
 
 @click.command("inspect")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option(
-    "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
+    "--adapter",
+    type=shared.TEXT,
+    metavar="NAME",
+    help="Use this adapter instead of the one for the model's type; auto infers one.",
 )
 @shared.model_options
 @shared.format_option

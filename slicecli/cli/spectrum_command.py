@@ -15,11 +15,11 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 # the Fisher weight needs less text than a slice does
 @click.command("spectrum", context_settings={"default_map": {"samples": 32}})
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Write the JSON here; required unless it is printed (--format json).",
 )

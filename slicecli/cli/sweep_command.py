@@ -12,7 +12,7 @@ from slicecli.cli import output as show
 
 
 @click.command("sweep")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option(
     "--dims",
     type=shared.DimList(),
@@ -22,7 +22,7 @@ from slicecli.cli import output as show
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     metavar="DIR",
     help="Folder for results, curve and plot.  [default: ./<name>-sweep]",
 )
@@ -32,7 +32,9 @@ from slicecli.cli import output as show
 @shared.method_options
 @shared.calibration_options
 @shared.cache_options
-@click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
+@click.option(
+    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+)
 @shared.run_options
 @shared.device_options
 @shared.streams_option
@@ -69,7 +71,7 @@ def command(
 
     settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
     bound_memory_that_is_kept()
-    path = Path(model).expanduser()
+    path = Path(model)
     name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]
     folder = output or Path(f"{name}-sweep")
     with show.progress(context["quiet"]) as watcher:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("subject", metavar="DIR|REPO")
+@click.argument("subject", type=shared.MODEL, metavar="DIR|REPO")
 @click.option(
     "--download", is_flag=True, help="Download REPO whole and hash it, instead of trusting the hashes the Hub states."
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@click.option("--revision", type=shared.TEXT, metavar="REV", help="Branch, tag or commit on the Hub.")
+@shared.token_option
 @shared.format_option
 @click.pass_context
 def command(
@@ -72,17 +71,17 @@ def _look_at(subject: str, download: bool, revision: str | None, token: str | No
         RequestError: A folder is asked for a revision.
         SourceError: There is no such folder or repository, or it cannot be read.
     """
-    from slicecli.errors import RequestError, SourceError
+    from slicecli.errors import RequestError
     from slicecli.hub.contents import folder_contents
     from slicecli.hub.verify import examine_repository
+    from slicecli.inputs import describe_shadow, find_folder
 
-    folder = Path(subject).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and (download or revision is not None):
-        raise RequestError(f"{subject!r} is a folder.", "Leave out --download and --revision.")
-    if not is_folder and (folder.exists() or subject.startswith((".", "/", "~")) or subject.count("/") > 1):
-        raise SourceError(f"There is no folder {subject!r}.", "Check the path, or give a Hub id such as owner/name.")
+    folder = find_folder(subject)
+    if folder is not None and (download or revision is not None):
+        raise RequestError(
+            f"{subject!r} is a folder.", f"Leave out --download and --revision. {describe_shadow(subject)}".strip()
+        )
     with nullcontext() if is_quiet else show.progress(False) as watcher:
-        if is_folder:
+        if folder is not None:
             return folder_contents(folder, watcher)
         return examine_repository(subject, revision, token, download, watcher)

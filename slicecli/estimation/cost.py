@@ -31,6 +31,7 @@ from typing import Any, Literal
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.devices import Device
+from slicecli.inputs import check_count
 from slicecli.plan import DTYPE_BYTES, Method, SliceSizes
 from slicecli.schedule import PublishedSizes, slices_head
 
@@ -54,10 +55,8 @@ class Workload:
     length: int = 2048
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.length < 1:
-            raise RequestError(
-                f"A batch of {self.batch} sequences of {self.length} tokens is no work.", "Give positive numbers."
-            )
+        check_count(self.batch, "A batch of {} sequences is", "Give --batch")
+        check_count(self.length, "A length of {} tokens is", "Give --length")
 
 
 @dataclass(frozen=True)

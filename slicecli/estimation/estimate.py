@@ -337,15 +337,17 @@ def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: 
         most: The limit.
 
     Raises:
-        RequestError: There is none, or no forecast of the perplexity.
+        RequestError: There is none, or no forecast of the perplexity; or the limit is no perplexity.
     """
+    if not 1 <= most < math.inf:
+        raise RequestError(f"A perplexity of {most:g} is no limit.", "Give a number of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":
         raise RequestError(
             "A limit of the perplexity needs the dense perplexity, which nobody says.", "Give --dense-perplexity."
         )
     forecast = forecasts[0]
     legal = preferred_dims(sizes)
-    limit = math.log(max(most, 1e-9))
+    limit = math.log(most)
     # from the wide end down to the first that is over, so that a relation that turns back fools nobody
     fitting = list(
         itertools.takewhile(lambda dim: forecast.predict(1 - dim / sizes.hidden_size).value <= limit, reversed(legal))

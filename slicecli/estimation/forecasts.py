@@ -33,6 +33,7 @@ from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_err
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
+from slicecli.inputs import local_path
 from slicecli.json_files import read_json
 from slicecli.plan import Method
 from slicecli.record import read_record
@@ -142,8 +143,8 @@ class Knowledge:
         Raises:
             RequestError: One is not possible, there is no such relation, or two things exclude each other.
         """
-        if self.dense_perplexity is not None and not self.dense_perplexity > 1:
-            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not above 1.", "Check it.")
+        if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
+            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not a number above 1.", "Check it.")
         for what, values in (("dense accuracy", self.dense_accuracies), ("chance level", self.chances)):
             for task, value in values.items():
                 if not 0 <= value <= 1:
@@ -414,13 +415,13 @@ def _known_curves(source: Source, method: str, knowledge: Knowledge) -> tuple[li
 
 def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
     """Read the curves of a file, or of the record of a slice on the Hub or in a folder; say where they are from."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file():
         content = read_json(path)
         if content is None:
             raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote.")
         return read_curves(content), path.name
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
     holder = Source.find(name, token=source.token, with_companions=False)
     curve = (read_record(holder.folder) or {}).get("curve")

@@ -23,6 +23,7 @@ from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
+from slicecli.inputs import local_path
 from slicecli.json_files import load_json
 
 __all__ = ["read_spectrum", "study_models", "study_series"]
@@ -46,7 +47,7 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
         RequestError: It cannot be read, or is of another model.
     """
     try:
-        content = fields_of(load_json(path.expanduser()), "the file")
+        content = fields_of(load_json(local_path(path)), "the file")
         own = whole_number(content.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
         entries = list_of(content.get("spectrum"), "spectrum", MOST_WIDTH)
         weights = {

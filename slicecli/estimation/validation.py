@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from slicecli.errors import RequestError
 from slicecli.estimation.measurements import Series, published_series
 from slicecli.estimation.predictions import Prediction, predict_fitted, predict_new
 from slicecli.estimation.relations import Quantity, Relation, relations_of
@@ -78,7 +79,12 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
     Args:
         quantity: Perplexity or accuracy.
         largest: Only points with s up to this.
+
+    Raises:
+        RequestError: It is no fraction of the hidden size.
     """
+    if not 0 < largest <= 1:
+        raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Give 0 < S <= 1.")
     checks = []
     for relation in relations_of(quantity):
         if relation.needs_spectrum:  # no spectrum is published: see docs/energy.md

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli import __version__
 from slicecli.engine import check_vocabulary
 from slicecli.errors import RequestError
+from slicecli.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
 from slicecli.libraries import quiet_libraries, running
 from slicecli.loading import load_model
 from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
@@ -55,6 +56,9 @@ class EvaluationOptions:
         revision: Revision on the Hub.
         token: Hub token.
         trust_remote_code: Whether code from the model's repository may run.
+
+    Raises:
+        RequestError: A number is out of range, or the folder of tasks does not exist.
     """
 
     texts: tuple[str, ...] = ()
@@ -72,23 +76,26 @@ class EvaluationOptions:
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
 
-    def check(self) -> None:
-        """Refuse what no model can be measured with.
-
-        Raises:
-            RequestError: Nothing is asked for, a number is too small, or the folder of tasks does not exist.
-        """
-        if not self.texts and not self.tasks:
-            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
+    def __post_init__(self) -> None:
         for name, value, least in (
             ("limit", self.limit, 1),
             ("batch size", self.batch_size, 1),
             ("number of examples", self.num_fewshot, 0),
+            ("sequence length", self.sequence_length, 2),
         ):
-            if value is not None and value < least:
-                raise RequestError(f"A {name} of {value} is too small.", f"Give {least} or more.")
-        if self.include_path is not None and not self.include_path.expanduser().is_dir():
+            check_count(value, f"A {name} of {{}} is", "Give", least)
+        check_seed(self.seed, NUMPY_SEEDS)
+        if self.include_path is not None and not local_path(self.include_path).is_dir():
             raise RequestError(f"There is no folder {str(self.include_path)!r}.", "Give the folder of the task YAMLs.")
+
+    def check(self) -> None:
+        """Refuse to measure nothing.
+
+        Raises:
+            RequestError: Neither a text nor a task is given.
+        """
+        if not self.texts and not self.tasks:
+            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
 
 
 @dataclass(frozen=True)
@@ -320,6 +327,8 @@ def measure_loaded(
     """
     from slicecli.evaluation.perplexity import measure_perplexity
 
+    for rows in prepared.rows:
+        check_vocabulary(rows, source.name, model.get_input_embeddings().num_embeddings)
     tasks: tuple[TaskResult, ...] = ()
     processes = Processes.find()
     processes.require_same(

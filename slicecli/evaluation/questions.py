@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.errors import TextError, reason_of
+from slicecli.text_files import numbered_lines, read_text_file
 
 __all__ = ["Question", "read_questions"]
 
@@ -53,22 +54,14 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     Raises:
         TextError: It cannot be read, is empty, or a line, which is named, is not a question.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TextError(f"There is no file of questions {str(path)!r}.", "Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise TextError(f"The file {path.name!r} is not UTF-8 text ({error.reason}).", "Convert it.") from None
-    except OSError as error:
-        raise TextError(f"The file {path.name!r} cannot be read: {error.strerror}.") from None
+    if not path.exists():
+        raise TextError(f"There is no file of questions {str(path)!r}.", "Check the path.")
     questions = []
-    # not splitlines: it also breaks at characters that JSON allows inside a string
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            fault, question = _parse(line)
-            if question is None:
-                raise TextError(f"Line {number} of {path.name!r} is not a question: {fault}.", FORM)
-            questions.append(question)
+    for number, line in numbered_lines(read_text_file(path)):
+        fault, question = _parse(line)
+        if question is None:
+            raise TextError(f"Line {number} of {path.name!r} is not a question: {fault}.", FORM)
+        questions.append(question)
     if not questions:
         raise TextError(f"The file {path.name!r} has no questions.", FORM)
     return tuple(questions)

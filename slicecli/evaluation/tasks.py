@@ -34,11 +34,13 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from slicecli.calibration import check_embedded
 from slicecli.context_length import context_length_of_config
-from slicecli.errors import RequestError, SlicecliError, SourceError, TextError, WeightsError, reason_of
+from slicecli.errors import RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.questions import Question, read_questions
-from slicecli.hub.errors import describe_hub_error
+from slicecli.hub.errors import describe_hub_error, is_of_settings, remedy_of_hub_error
+from slicecli.inputs import local_path
 from slicecli.names import ANOTHER, Named, distinct_names, without_repeats
 from slicecli.placement import batch_rows
 from slicecli.processes import ALONE, Processes
@@ -219,6 +221,12 @@ def measure_tasks(
                     f"The task {task.name!r} cannot be measured: {type(error).__name__}: {reason_of(error)}.",
                     "Check how it is defined and, with --num-fewshot, that it has enough examples.",
                 ) from error
+            if harness.cut and progress is not None:
+                progress.note(
+                    f"{task.name}: {harness.cut:,} requests are longer than the {harness.max_length:,} tokens that the "
+                    "model can do at once; their beginning was cut off."
+                )
+            harness.cut = 0
             for name in measured["results"]:
                 result = _result(name, members.get(name), measured, task.digest)
                 if result is not None:
@@ -243,6 +251,7 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._processes = processes
         self._pieces = Pieces()
         self._chooses_batches = batch_size is None
+        self.cut = 0  # requests that were too long, since somebody asked
         self._vocabulary = model.get_input_embeddings().num_embeddings
         # offloaded: accelerate's hooks move the ids to where they are needed
         self._device = torch.device("cpu") if model.device.type == "meta" else model.device
@@ -288,11 +297,8 @@ class _Harness(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         largest = max(max(context + continuation) for _, context, continuation in requests)
-        if largest >= self._vocabulary:
-            raise SourceError(
-                f"The tokenizer gives token {largest}, and the model knows {self._vocabulary}.",
-                "The tokenizer does not belong to this model.",
-            )
+        check_embedded(largest, self._vocabulary)
+        self._check_lengths(requests)
         if self._chooses_batches:
             longest = max(len(context) + len(continuation) for _, context, continuation in requests)
             self.batch_size_per_gpu = batch_rows(self._device, min(longest, self.max_length))
@@ -300,6 +306,21 @@ class _Harness(HFLM):  # type: ignore[misc]
         if any(math.isnan(value) for value, _ in found):
             raise WeightsError("The model's logits are NaN.", "Try --dtype float32.")
         return found
+
+    def _check_lengths(self, requests: list[tuple[Any, list[int], list[int]]]) -> None:
+        """Refuse what does not fit into a row of the model, and count what lm-eval will cut the beginning off.
+
+        Raises:
+            TextError: A text whose likelihood is asked for does not fit.
+        """
+        texts, _, longest = max(requests, key=lambda one: len(one[2]))
+        if len(longest) > self.max_length:
+            raise TextError(
+                f"The choice {shown(texts[1])} has {len(longest)} tokens, more than the {self.max_length} that the "
+                "model can do at once.",
+                "Shorten it, or leave its question out.",
+            )
+        self.cut += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
 
 
 class _Counter:
@@ -324,7 +345,7 @@ class _Managers:
     """lm-eval's task managers: that of the user's own tasks, and one with lm-eval's too, made when it is needed."""
 
     def __init__(self, include_path: Path | None) -> None:
-        self._folder = str(include_path.expanduser()) if include_path is not None else None
+        self._folder = str(local_path(include_path)) if include_path is not None else None
         self.local = TaskManager(include_path=self._folder, include_defaults=False)
         self._all: TaskManager | None = None
         self._files: dict[str, list[str]] | None = None
@@ -383,7 +404,7 @@ def _own_questions(name: str) -> tuple[Question, ...] | None:
         from slicecli.demo.questions import questions
 
         return questions()
-    return read_questions(Path(name).expanduser()) if _is_file(name) else None
+    return read_questions(local_path(name)) if _is_file(name) else None
 
 
 def _named(given: str, questions: Sequence[Question]) -> Named:
@@ -391,7 +412,7 @@ def _named(given: str, questions: Sequence[Question]) -> Named:
     if not _is_file(given):
         return Named(given)
     content = json.dumps([[question.query, question.choices, question.gold] for question in questions])
-    return Named.file(Path(given).expanduser(), hashlib.sha256(content.encode()).hexdigest())
+    return Named.file(local_path(given), hashlib.sha256(content.encode()).hexdigest())
 
 
 def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
@@ -429,9 +450,11 @@ def _load(
     try:
         loaded: Mapping[str, Any] = manager.load(specs)
     except Exception as error:  # a task may run code of its own, and its data set may be anywhere
+        usual = "Check its definition and where its data come from;"
         raise TextError(
             f"The task {name!r} cannot be loaded: {describe_hub_error(error)}.",
-            "Check its definition and where its data come from; a .jsonl file of your own needs no network.",
+            f"{remedy_of_hub_error(error)[:-1] + ';' if is_of_settings(error) else usual} a .jsonl file of your own "
+            "needs no network.",
         ) from error
     if not loaded["tasks"]:
         raise TextError(f"The task {name!r} is empty.", "Check its definition.")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from slicecli.errors import reason_of
 
-__all__ = ["describe_hub_error", "is_transient", "remedy_of_hub_error", "seconds_to_wait"]
+__all__ = ["describe_hub_error", "is_of_settings", "is_transient", "remedy_of_hub_error", "seconds_to_wait"]
 
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 LOG_IN = "Log in with `hf auth login`, or give a --token"
 LOCAL = "a local folder is given as a path, for example ./model."
 AGAIN = "Run it again later."
 OTHER_DISK = "Free some of it, or let HF_HOME name a folder on another disk."
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 MOST_CHARACTERS = 200
 
 
@@ -43,13 +45,20 @@ def is_transient(error: BaseException) -> bool:
     Args:
         error: Anything raised by the Hub's client.
     """
-    from huggingface_hub import errors
-
     if (response := _response(error)) is not None:
         return int(response.status_code) in TRANSIENT_STATUSES
-    if _find(error, errors.OfflineModeIsEnabled) or _is_unreachable(error):
+    if is_of_settings(error) or _is_unreachable(error):
         return False
     return _is_broken_off(error) or _is_incomplete(error) or _find(error, json.JSONDecodeError)
+
+
+def is_of_settings(error: BaseException) -> bool:
+    """Tell whether a setting on this machine is at fault: offline mode, or a token that cannot be sent.
+
+    Args:
+        error: Anything raised by the Hub's client, or by `datasets`.
+    """
+    return _is_offline(error) or _is_bad_token(error)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
@@ -94,9 +103,15 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "that is not a valid Hub id (owner/name)", f"Check the name; {LOCAL}"
     if _find(error, errors.LocalTokenNotFoundError):
         return "no token is given or stored", f"{LOG_IN}."
-    if _find(error, errors.OfflineModeIsEnabled):
+    if _is_offline(error):
+        variables = " and ".join(name for name in OFFLINE_VARIABLES if os.environ.get(name)) or OFFLINE_VARIABLES[0]
         lacking = ", and the cache does not have all of it" if _find(error, errors.LocalEntryNotFoundError) else ""
-        return f"offline mode is on (HF_HUB_OFFLINE){lacking}", "Unset HF_HUB_OFFLINE."
+        return f"offline mode is on ({variables}){lacking}", f"Unset {variables}."
+    if _is_bad_token(error):
+        return (
+            "the token has characters that no token has, such as a line break",
+            f"{LOG_IN} as the Hub shows it; HF_TOKEN, where it is set, comes before the stored one.",
+        )
     if _find(error, errors.RemoteEntryNotFoundError):
         return "the repository lacks a file that is needed", "Check the name and the --revision."
     if response is not None:
@@ -179,9 +194,36 @@ def _response(error: BaseException) -> Any:
     return None
 
 
+def _is_offline(error: BaseException) -> bool:
+    """Say whether nothing was asked of the Hub because offline mode forbids it."""
+    from huggingface_hub import errors
+
+    # datasets raises an error of its own without the one that led to it, and names that in its text
+    return any(
+        isinstance(link, errors.OfflineModeIsEnabled)
+        or (isinstance(link, ConnectionError) and errors.OfflineModeIsEnabled.__name__ in str(link))
+        for link in _chain(error)
+    )
+
+
+def _is_bad_token(error: BaseException) -> bool:
+    """Say whether the token cannot be sent in a header, which is the only one of ours that a user's text is in."""
+    return any(
+        (type(link).__name__ == "LocalProtocolError" and "header" in str(link).lower())
+        or (isinstance(link, UnicodeEncodeError) and link.encoding == "ascii")
+        for link in _chain(error)
+    )
+
+
 def _is_unreachable(error: BaseException) -> bool:
     names = ("ConnectError", "ConnectTimeout", "ProxyError")
-    return any(isinstance(link, ConnectionRefusedError) or type(link).__name__ in names for link in _chain(error))
+    return any(
+        isinstance(link, ConnectionRefusedError)
+        or type(link).__name__ in names
+        # datasets raises an error of its own without the one that led to it, and names that in its text
+        or (isinstance(link, ConnectionError) and any(f"({name})" in str(link) for name in names))
+        for link in _chain(error)
+    )
 
 
 def _is_broken_off(error: BaseException) -> bool:

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.hub.markdown import visible
+from slicecli.inputs import is_repository_name
 from slicecli.text import NAMED_TEXTS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["HUB_ID", "TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
+__all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
 
 TAGS = ("slicecli", "sliced", "pruned")
 UNKNOWN_LICENSE = "other"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LICENSE_LINK = re.compile(r"(https://)?[\w./%-]{1,200}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def inherited_metadata(folder: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def inherited_metadata(folder: Path) -> dict[str, Any]:
 def base_model_of(record: Mapping[str, Any]) -> str | None:
     """Return the Hub id of the model a slice was made from, or of the nearest one before it that is on the Hub."""
     for one in (record["source"], *record["ancestry"]):
-        if one["commit"] and HUB_ID.fullmatch(str(one["model"])):
+        if one["commit"] and is_repository_name(str(one["model"]), needs_owner=True):
             return str(one["model"])
     return None
 
@@ -81,7 +81,7 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        datasets=[dataset] if dataset and HUB_ID.fullmatch(dataset) else None,
+        datasets=[dataset] if dataset and is_repository_name(dataset, needs_owner=True) else None,
         tags=list(TAGS),
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )

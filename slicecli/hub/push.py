@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint import RECORD_FILE, file_digest
 from slicecli.description import enter_repository, own_files
-from slicecli.errors import OutputError, PublishError, RequestError
+from slicecli.errors import OutputError, PublishError
 from slicecli.hub.card import CARD_FILE
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
-from slicecli.hub.metadata import HUB_ID
+from slicecli.inputs import parse_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -78,8 +78,7 @@ def check_can_push(repository: str, options: PushOptions) -> None:
         RequestError: The id is not one.
         PublishError: There is no valid token, it may not change a repository that exists, or the Hub cannot be reached.
     """
-    if not HUB_ID.fullmatch(repository):
-        raise RequestError(f"{repository!r} is not the id of a repository on the Hub.", "Give owner/name.")
+    parse_repository(repository)
     api = _client(options)
     try:
         with quiet_client():
