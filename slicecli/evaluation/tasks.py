@@ -395,7 +395,7 @@ def _defining_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix == ".jsonl"
+    return Path(name).suffix.lower() == ".jsonl"
 
 
 def _own_questions(name: str) -> tuple[Question, ...] | None:
