@@ -45,8 +45,6 @@ def complete_folder(
         OutputError: A file cannot be written.
     """
     source = job.source
-    if plan.layout == "stock":
-        config.architectures = job.config.architectures
     config.save_pretrained(folder)
     own_code = CODE_FILES if plan.layout == "custom-code" else source.code_files()
     for file in (*source.companion_files(), *own_code):

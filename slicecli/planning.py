@@ -220,6 +220,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             check_apart(folder, source.folder, _input_files(options, width))
             check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, bool(source.code_files()))
+        if not sliced_config.architectures:  # which others than transformers need
+            sliced_config.architectures = [type(shell).__name__]
         slices.append((plan, sliced_config, folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:

@@ -28,6 +28,7 @@ from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
 from slicecli.json_files import MOST_JSON_BYTES, load_json
 from slicecli.libraries import quiet_libraries
+from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
 
@@ -42,6 +43,9 @@ MOST_COMPANION_BYTES = 200_000_000
 MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
 CODE_CLASSES = frozenset({"AutoConfig", "AutoModelForCausalLM"})  # that are not transformers' own where auto_map says
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
+MODALITY = re.compile(
+    r"^(text|vision|visual|image|audio|video|speech|codec|protein|vlm|vq|thinker|talker)(_\w*)?_config$|^visual$"
+)
 # what a slice takes over from its source byte for byte
 COMPANION_FILES = (
     "tokenizer*",
@@ -168,7 +172,14 @@ class Source:
             raise UnsupportedModelError(
                 f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
             )
-        if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+        parts = [] if is_causal or self.fields.get("model_type") == CONFIG_TYPE else _modalities(self.fields)
+        if parts:
+            raise UnsupportedModelError(
+                f"{self.name} ({kind}) is a multimodal model: its config has {', '.join(parts)}.",
+                "Only decoder language models can be sliced.",
+            )
+        if architectures and not is_causal:
             raise UnsupportedModelError(
                 f"{self.name} ({shown(', '.join(architectures))}) is not a decoder language model.",
                 "Only models with a causal language-modelling head can be sliced.",
@@ -422,6 +433,15 @@ class Source:
                 blob.unlink(missing_ok=True)
                 damaged.append(file)
         return damaged
+
+
+def _modalities(fields: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a config that describe models for single modalities inside one."""
+    return [
+        shown(name).strip("'")
+        for name, value in fields.items()
+        if MODALITY.search(name) and isinstance(value, dict) and value
+    ]
 
 
 def _listed(files: list[str]) -> str:

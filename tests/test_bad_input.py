@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from slicecli.testing import byte_tokenizer
@@ -153,6 +154,27 @@ def test_a_config_that_is_no_config(refused, checkpoint_copy, content):
 def test_a_model_that_cannot_be_sliced(refused, checkpoint_copy, changes, message):
     edit_config(checkpoint_copy, **changes)
     assert message in refused(checkpoint_copy)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["MineForConditionalGeneration"]])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "llava", "qwen2_vl", "qwen2_audio", "mllama", "llama4", "qwen2_5_omni", "csm"]
+)
+def test_a_multimodal_model_is_called_that_whatever_its_class(run, checkpoint_copy, text_file, kind, architectures):
+    config = transformers.CONFIG_MAPPING[kind]().to_dict() | {"architectures": architectures}
+    (checkpoint_copy / CONFIG).write_text(json.dumps(config, default=str))
+    for words in (("inspect",), ("slice", "--dim", "36"), ("estimate",), ("eval", "--perplexity", text_file)):
+        done = run(words[0], checkpoint_copy, *words[1:])
+        assert done.exit_code == 1
+        assert f"({kind}) is a multimodal model: its config has " in done.stderr
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_slice_says_its_class_where_the_model_does_not(run, checkpoint_copy, slice_words, tmp_path, architectures):
+    edit_config(checkpoint_copy, architectures=architectures)
+    done = run("slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", *slice_words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_copy):
