@@ -17,6 +17,7 @@ from typing import Any
 from slicecli.checkpoint import file_digest
 from slicecli.config_files import read_config
 from slicecli.errors import (
+    OutputError,
     SourceError,
     UnsupportedModelError,
     WeightsError,
@@ -32,11 +33,12 @@ from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
 
-__all__ = ["DESCRIPTION_FILES", "Source"]
+__all__ = ["DESCRIPTION_FILES", "Snapshot", "Source", "check_may_change", "name_of_folder"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
+COMMIT = re.compile("[0-9a-f]{40}")
 LONGEST_NAME = 255
 MOST_HEADER_BYTES = 16_000_000
 MOST_COMPANION_BYTES = 200_000_000
@@ -69,6 +71,50 @@ SMALL_FILES = (*DESCRIPTION_FILES, INDEX_FILE, *COMPANION_FILES)
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A revision of a model in a cache of the Hub's client.
+
+    Attributes:
+        name: The Hub id.
+        commit: The commit hash.
+        cache: The cache.
+    """
+
+    name: str
+    commit: str
+    cache: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> Snapshot | None:
+        """Return what a folder is if it lies where the client puts a revision, in whichever cache; else `None`."""
+        real = folder.resolve()
+        repository = real.parent.parent
+        kind, _, name = repository.name.partition("--")
+        if kind != "models" or not name or real.parent.name != "snapshots" or not COMMIT.fullmatch(real.name):
+            return None
+        return cls(name.replace("--", "/"), real.name, repository.parent)
+
+
+def name_of_folder(folder: Path) -> str:
+    """Return what records and cards call the model in a folder: its Hub id in a cache, else the folder's own name."""
+    snapshot = Snapshot.of(folder)
+    return folder.resolve().name if snapshot is None else snapshot.name
+
+
+def check_may_change(folder: Path) -> None:
+    """Refuse to change the files of a slice in the Hub's cache, where they stand for what was published.
+
+    Raises:
+        OutputError: It lies there.
+    """
+    if (snapshot := Snapshot.of(folder)) is not None:
+        raise OutputError(
+            f"{snapshot.name} lies in the cache of the Hub, which keeps what was published.",
+            "Copy the folder to another place first.",
+        )
+
+
+@dataclass(frozen=True)
 class Source:
     """A model whose small files are at hand.
 
@@ -77,6 +123,7 @@ class Source:
         folder: The local folder with the files.
         revision: The revision asked for; `None` for a local folder or the default branch.
         commit: The commit hash on the Hub; `None` for a local folder.
+        cache: The Hub's cache that the folder was found in, where the model was named by its path there.
         fields: The content of `config.json`.
         token: Hub token, kept for later downloads only.
         trust_remote_code: Whether code from the repository may run.
@@ -89,6 +136,7 @@ class Source:
     fields: Mapping[str, Any]
     token: str | None = None
     trust_remote_code: bool = False
+    cache: Path | None = None
 
     def __repr__(self) -> str:
         # never the token nor the folder: this may end in a log
@@ -116,8 +164,11 @@ class Source:
             SourceError: It does not exist, cannot be reached, or has no readable config.
         """
         path = Path(model).expanduser()
+        cache = None
         if path.is_dir():
-            folder, name, commit = path, path.resolve().name, None
+            folder, name, commit = path, name_of_folder(path), None
+            if (snapshot := Snapshot.of(path)) is not None:
+                commit, cache = snapshot.commit, snapshot.cache
         elif path.exists():
             raise SourceError(f"{model!r} is a file.", "Give the folder of a model, or a Hub id such as owner/name.")
         elif model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -130,7 +181,7 @@ class Source:
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
                 "Rename the folder.",
             )
-        return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code)
+        return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code, cache)
 
     def size(self, field: str, least: int = 1) -> int | None:
         """Return a field of the config that is a size, or `None` where it is missing or null.
@@ -223,6 +274,9 @@ class Source:
         """
         import transformers
 
+        if self.cache is not None and not any(self.companion_files()):
+            # only what describes it has been fetched so far
+            _download(self.name, self.commit, self.token, SMALL_FILES, self.cache)
         self._check_sizes()
         try:
             with quiet_libraries():
@@ -352,11 +406,13 @@ class Source:
         """
         from safetensors import SafetensorError, safe_open
 
+        if self.cache is not None and not any((self.folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
+            _download(self.name, self.commit, self.token, (INDEX_FILE,), self.cache)
         files = self.weight_files()
-        if self.commit is not None:
-            new = [file for file in files if not (self.folder / file).is_file()]
+        new = [file for file in files if not (self.folder / file).is_file()]
+        if self.commit is not None and (new or self.cache is None):
             try:
-                _download(self.name, self.commit, self.token, tuple(files))
+                _download(self.name, self.commit, self.token, tuple(files), self.cache)
             except SourceError:
                 # the next run takes for whole what is there
                 self._remove_damaged(new)
@@ -483,13 +539,20 @@ def _is_file_name(text: str) -> bool:
     return text.isprintable() and len(text.encode()) <= LONGEST_NAME and not set(text) & set("/\\:")
 
 
-def _download(model: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:
+def _download(
+    model: str, revision: str | None, token: str | None, patterns: tuple[str, ...], cache: Path | None = None
+) -> Path:
     import huggingface_hub
 
     def fetch() -> str:
         # what has arrived whole is not asked for again
         return huggingface_hub.snapshot_download(
-            model, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
         )
 
     try:

@@ -58,11 +58,14 @@ def command(
     from slicecli.evaluation.measure import evaluate, evaluate_both
     from slicecli.processes import Processes
     from slicecli.record import read_sound_record
+    from slicecli.source import check_may_change
 
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(
             f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
         )
+    if is_recorded:
+        check_may_change(Path(model))
     is_main = Processes.find().is_main
     if is_main and output is not None:
         # said now, not after the measuring
