@@ -8,6 +8,7 @@ belong as they come, in any order; memory holds one tensor.
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from slicecli.errors import OutputError, WeightsError
+from slicecli.json_files import read_json
 from slicecli.plan import DTYPE_CODES
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ShardWriter",
+    "check_apart",
+    "check_output",
+    "check_results_file",
     "clear_folder",
     "content_of",
     "file_digest",
@@ -38,6 +43,11 @@ __all__ = [
 
 RECORD_FILE = "slicecli.json"
 LOCK_FILE = ".lock"
+# what transformers, a tokenizer or this program would read as a part of a model
+MODEL_FILES = (
+    *("*config*.json", "tokenizer*", "*tokens*.json", "vocab*", "merges*", "chat_template*", RECORD_FILE),
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.model", "*.py", "*.jinja", "readme*", "license*"),
+)
 ENTRY_BYTES = 256  # most that a tensor takes in a header of ours
 WIDER_DTYPE = {
     "float16": "Give --dtype bfloat16, which reaches as far as float32.",
@@ -70,6 +80,7 @@ def whole_folder(
     """
     from filelock import FileLock, Timeout
 
+    output = output.resolve()  # of a link to a folder, that folder is replaced
     check_output(output, overwrite)
     partial = unfinished_folder(output)
     lock = FileLock(partial / LOCK_FILE)
@@ -84,6 +95,8 @@ def whole_folder(
         raise _writing_error(output, error) from error
     is_kept = False
     try:
+        _put_back(output)
+        check_output(output, overwrite)
         if not resumes:
             clear_folder(partial)
         yield partial
@@ -102,7 +115,13 @@ def whole_folder(
 
 def unfinished_folder(output: Path) -> Path:
     """Return the folder that an output is until it is whole."""
-    return output.parent / f".{output.name}.incomplete"
+    real = output.resolve()
+    return real.with_name(f".{real.name}.incomplete")
+
+
+def _replaced_folder(output: Path) -> Path:
+    """Return the folder that an older slice is while a new one takes its name."""
+    return unfinished_folder(output).with_suffix(".replaced")
 
 
 def clear_folder(folder: Path, keeps: Callable[[Path], bool] = lambda _path: False) -> None:
@@ -167,6 +186,69 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"The output {output.name!r} exists and is not a slice (it has no {RECORD_FILE}), so it is left alone.",
             "Give another with --output, or remove it yourself.",
         )
+
+
+def check_apart(output: Path, model: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output whose making would change or remove what it is made from.
+
+    Args:
+        output: The folder to be made.
+        model: The folder of the model.
+        inputs: Other files that are read.
+
+    Raises:
+        OutputError: It is the model's folder by whatever name, holds it or a file that is read, or lies inside it.
+    """
+    files = (model, *(path for path in model.iterdir() if path.is_symlink()), *inputs)
+    for place in (output, unfinished_folder(output), _replaced_folder(output)):
+        found = next((file for file in files if _is_within(file, place)), None)
+        if found is not None:
+            raise OutputError(
+                f"The output {output.name!r} would take the place of {found.name!r}, from which it is made.",
+                "Give another with --output.",
+            )
+    if _is_within(output, model):
+        raise OutputError(
+            f"The output {output.name!r} lies inside the folder of the model.", "Give another with --output."
+        )
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Say whether a path, by whatever name, is a folder that exists or lies inside it."""
+    real = path.resolve()
+    return folder.exists() and any(one.exists() and one.samefile(folder) for one in (real, *real.parents))
+
+
+def check_results_file(path: Path, models: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> None:
+    """Refuse a file for results that cannot be made, or in place of something that they come from.
+
+    Args:
+        path: The file to be made.
+        models: Folders of models, in which results may lie beside the model's own files.
+        inputs: Files that are read.
+
+    Raises:
+        OutputError: There is no such folder, or it is a model's file or one of those read.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"{str(path)!r} cannot be written: there is no such folder.", "Make it first.")
+    for file in inputs:
+        if path.exists() and file.exists() and path.samefile(file):
+            raise OutputError(f"{str(path)!r} is read to make what would be written there.", "Give another file.")
+    for model in models:
+        is_beside = model.is_dir() and path.parent.samefile(model)
+        if is_beside and (_is_named_like_a_models(path.name) or (path.exists() and not _is_of_results(path))):
+            raise OutputError(f"{str(path)!r} is a file of the model.", "Give another file.")
+
+
+def _is_named_like_a_models(name: str) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in MODEL_FILES)
+
+
+def _is_of_results(path: Path) -> bool:
+    """Say whether a file has results in it, which may be replaced: those say the versions that they were made with."""
+    content = read_json(path)
+    return isinstance(content, dict) and ("versions" in content or "slicecli_version" in content)
 
 
 def require_disk_space(output: Path, needed: int) -> None:
@@ -389,7 +471,7 @@ def _put_in_place(partial: Path, output: Path) -> None:
     if not output.exists():
         partial.rename(output)
         return
-    aside = partial.with_suffix(".replaced")
+    aside = _replaced_folder(output)
     output.rename(aside)
     try:
         partial.rename(output)
@@ -397,6 +479,15 @@ def _put_in_place(partial: Path, output: Path) -> None:
         aside.rename(output)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(output: Path) -> None:
+    """Undo what a run left that was killed while it replaced an older slice: that has its name again, or is gone."""
+    aside = _replaced_folder(output)
+    if aside.is_dir() and output.exists():
+        shutil.rmtree(aside)
+    elif aside.is_dir():
+        aside.rename(output)
 
 
 def _writing_error(output: Path, error: OSError) -> OutputError:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint import check_output, require_disk_space
+from slicecli.checkpoint import check_apart, check_output, require_disk_space
 from slicecli.context_length import context_length_of_config, default_length
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
@@ -232,8 +232,11 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         )
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         if processes.is_main:
+            check_apart(folder, source.folder, _input_files(options, width))
             check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
+        if not sliced_config.architectures:  # which others than transformers need
+            sliced_config.architectures = [type(shell).__name__]
         slices.append((plan, sliced_config, folder))
     needed = sum(plan.sliced_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
@@ -249,6 +252,12 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     return Job(
         source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options
     )
+
+
+def _input_files(options: SliceOptions, width: Width) -> list[Path]:
+    """Return the files of the user that a slice is made from, besides the model."""
+    paths = [Path(name).expanduser() for name in (options.calibration, width.schedule) if name is not None]
+    return [path for path in paths if path.is_file()]
 
 
 def _stream_width(dimensions: Dimensions, method: Method, dims: Sequence[int]) -> int:

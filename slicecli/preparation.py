@@ -78,9 +78,7 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
     clear_folder(folder, is_progress)
     for file in source.companions.files:
         _take_over(source, file, folder)
-    if plan.layout == "stock":
-        config.architectures = job.config.architectures
-    else:
+    if plan.layout != "stock":
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
         _name_tokenizer_class(config, folder, tokenizer)

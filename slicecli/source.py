@@ -11,7 +11,7 @@ import glob
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,7 @@ from slicecli.config_check import Comparison, compare, find_stored, loaded_field
 from slicecli.config_files import CONFIG_FILE, read_config
 from slicecli.dimensions import Dimensions
 from slicecli.errors import (
+    OutputError,
     RequestError,
     SlicecliWarning,
     SourceError,
@@ -46,6 +47,7 @@ from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_
 from slicecli.inputs import describe_shadow, find_folder
 from slicecli.json_files import MOST_JSON_BYTES, read_json
 from slicecli.libraries import quiet_libraries
+from slicecli.modeling import CONFIG_TYPE
 from slicecli.plan import DTYPE_CODES
 from slicecli.shells import outline
 from slicecli.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
@@ -55,6 +57,7 @@ from slicecli.weight_files import (
     SINGLE_FILE,
     StoredTensor,
     content_digest,
+    entry_file,
     stored_tensors,
     weight_files,
 )
@@ -62,15 +65,72 @@ from slicecli.weight_files import (
 if TYPE_CHECKING:
     from slicecli.adapters import Adapter
 
-__all__ = ["DESCRIPTION_FILES", "Source", "load_tokenizer", "tokenizer_code", "tokenizer_references"]
+__all__ = [
+    "DESCRIPTION_FILES",
+    "Snapshot",
+    "Source",
+    "check_may_change",
+    "load_tokenizer",
+    "name_of_folder",
+    "tokenizer_code",
+    "tokenizer_references",
+]
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 TOKENIZER_CONFIG = "tokenizer_config.json"
+COMMIT = re.compile("[0-9a-f]{40}")
 CODE_CLASSES = frozenset({"AutoConfig", "AutoModelForCausalLM"})  # that are not transformers' own where auto_map says
 CLASS_FIELDS = ("attribute_map", "sub_configs")  # that are no functions
+MODALITY = re.compile(
+    r"^(text|vision|visual|image|audio|video|speech|codec|protein|vlm|vq|thinker|talker)(_\w*)?_config$|^visual$"
+)
 # what says what a model is, without loading it
 DESCRIPTION_FILES = ("config.json", "README.md", "slicecli.json", *FOREIGN_FILES)
 MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "slicecli.json": MOST_JSON_BYTES}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A revision of a model in a cache of the Hub's client.
+
+    Attributes:
+        name: The Hub id.
+        commit: The commit hash.
+        cache: The cache.
+    """
+
+    name: str
+    commit: str
+    cache: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> Snapshot | None:
+        """Return what a folder is if it lies where the client puts a revision, in whichever cache; else `None`."""
+        real = folder.resolve()
+        repository = real.parent.parent
+        kind, _, name = repository.name.partition("--")
+        if kind != "models" or not name or real.parent.name != "snapshots" or not COMMIT.fullmatch(real.name):
+            return None
+        return cls(name.replace("--", "/"), real.name, repository.parent)
+
+
+def name_of_folder(folder: Path) -> str:
+    """Return what records and cards call the model in a folder: its Hub id in a cache, else the folder's own name."""
+    snapshot = Snapshot.of(folder)
+    return folder.resolve().name if snapshot is None else snapshot.name
+
+
+def check_may_change(folder: Path) -> None:
+    """Refuse to change the files of a slice in the Hub's cache, where they stand for what was published.
+
+    Raises:
+        OutputError: It lies there.
+    """
+    if (snapshot := Snapshot.of(folder)) is not None:
+        raise OutputError(
+            f"{snapshot.name} lies in the cache of the Hub, which keeps what was published.",
+            "Copy the folder to another place first.",
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +142,7 @@ class Source:
         folder: The local folder with the files.
         revision: The revision asked for; `None` for a local folder or the default branch.
         commit: The commit hash on the Hub; `None` for a local folder.
+        cache: The Hub's cache that the folder was found in, where the model was named by its path there.
         fields: The content of `config.json`.
         token: Hub token, kept for later downloads only.
         trust_remote_code: Whether code from the repository may run.
@@ -94,6 +155,7 @@ class Source:
     fields: Mapping[str, Any]
     token: str | None = None
     trust_remote_code: bool = False
+    cache: Path | None = None
 
     def __repr__(self) -> str:
         # never the token nor the folder: this may end in a log
@@ -129,24 +191,29 @@ class Source:
             raise RequestError(
                 f"{shown(model)} is a folder, which has no revisions.", f"Leave out --revision. {shadow}"
             )
+        snapshot = None if local is None else Snapshot.of(local)
+        cache = None if snapshot is None else snapshot.cache
         if local is not None:
-            folder, name, commit = local, local.resolve().name, None
+            folder, name = local, name_of_folder(local)
+            commit = None if snapshot is None else snapshot.commit
         else:
             folder = _download(model, revision, token, DESCRIPTION_FILES)
             name, commit = model, folder.name
-            if with_companions or trust_remote_code:
-                sizes = _sizes_in_repository(model, commit, token, folder)
-                files = choose_companions(sizes, name, trust_remote_code).files
-                code = tuple(file for file in files if file.endswith(".py"))
-                _download(model, commit, token, (INDEX_FILE, *files) if with_companions else code)
+        if commit is not None and (with_companions or trust_remote_code):
+            sizes = _sizes_in_repository(name, commit, token, folder, cache)
+            files = choose_companions(sizes, name, trust_remote_code).files
+            wanted = (INDEX_FILE, *files) if with_companions else tuple(file for file in files if file.endswith(".py"))
+            # an older revision in a cache may be whole where the Hub cannot be reached
+            if cache is None or not all((folder / file).exists() for file in files):
+                _download(name, commit, token, wanted, cache)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise SourceError(
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
                 "Rename the folder.",
             )
         if not (folder / CONFIG_FILE).exists():
-            refuse_without_config(name, folder, _all_files(folder, model, commit, token), shadow)
-        return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code)
+            refuse_without_config(name, folder, _all_files(folder, model, commit, token, cache), shadow)
+        return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code, cache)
 
     def size(self, field: str, least: int = 1) -> int | None:
         """Return a field of the config that is a size, or `None` where it is missing or null.
@@ -183,7 +250,14 @@ class Source:
             raise UnsupportedModelError(
                 f"{self.name} ({kind}) is an encoder-decoder model.", "Only decoder language models can be sliced."
             )
-        if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+        parts = [] if is_causal or self.fields.get("model_type") == CONFIG_TYPE else _modalities(self.fields)
+        if parts:
+            raise UnsupportedModelError(
+                f"{self.name} ({kind}) is a multimodal model: its config has {', '.join(parts)}.",
+                "Only decoder language models can be sliced.",
+            )
+        if architectures and not is_causal:
             raise UnsupportedModelError(
                 f"{self.name} ({shown(', '.join(architectures))}) is not a decoder language model.",
                 "Only models with a causal language-modelling head can be sliced.",
@@ -267,7 +341,7 @@ class Source:
         sizes, links = list_folder(self.folder)
         wanted = sizes
         if self.commit is not None:
-            wanted = _sizes_in_repository(self.name, self.commit, self.token, self.folder)
+            wanted = _sizes_in_repository(self.name, self.commit, self.token, self.folder, self.cache)
         # a link to a folder stands for what is in it
         linked = {f"{link}/*": link for link in links}
         found = choose_companions({**wanted, **dict.fromkeys(linked, 0)}, self.name, self.trust_remote_code)
@@ -367,10 +441,8 @@ class Source:
         files = weight_files(self.folder, self.fields)
         if files:
             return files
-        if any(
-            PurePosixPath(name).suffix in PICKLE_SUFFIXES
-            for name in _all_files(self.folder, self.name, self.commit, self.token)
-        ):
+        names = _all_files(self.folder, self.name, self.commit, self.token, self.cache)
+        if any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in names):
             raise WeightsError(
                 f"{self.name} has its weights only as pickle files, which can run code when they are read.",
                 "Convert them to safetensors, or take a revision that has them.",
@@ -467,8 +539,8 @@ class Source:
         from safetensors import SafetensorError, safe_open
 
         if self.commit is not None:
-            # a single file goes before an index, and only asking for it tells whether there is one
-            self._fetch([SINGLE_FILE])
+            names = _sizes_in_repository(self.name, self.commit, self.token, self.folder, self.cache)
+            self._fetch([entry_file(names, self.fields) or SINGLE_FILE])
             self._fetch(self.weight_files())
         for file in self.weight_files():
             if not (self.folder / file).is_file():
@@ -495,7 +567,7 @@ class Source:
         if not new:
             return
         try:
-            _download(self.name, self.commit, self.token, tuple(new))
+            _download(self.name, self.commit, self.token, new, self.cache)
         except SourceError:
             # the next run takes for whole what is there
             self._remove_damaged(new)
@@ -556,6 +628,15 @@ class Source:
         return damaged
 
 
+def _modalities(fields: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a config that describe models for single modalities inside one."""
+    return [
+        shown(name).strip("'")
+        for name, value in fields.items()
+        if MODALITY.search(name) and isinstance(value, dict) and value
+    ]
+
+
 def _listed(files: list[str]) -> str:
     """Name a weight file, or the first of several."""
     return f"The weight file {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
@@ -589,7 +670,9 @@ def tokenizer_references(fields: Any) -> list[str]:
     return [name for name in references if isinstance(name, str)]
 
 
-def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Path) -> dict[str, int]:
+def _sizes_in_repository(
+    model: str, commit: str, token: str | None, folder: Path, cache: Path | None
+) -> dict[str, int]:
     """Return the bytes of each file of a repository on the Hub by its path.
 
     The client keeps the list beside what it has downloaded; where it could not, what is in the cache has to do if the
@@ -600,7 +683,7 @@ def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Pat
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        tree: Any = huggingface_hub.get_cached_repo_tree(model, revision=commit)
+        tree: Any = huggingface_hub.get_cached_repo_tree(model, revision=commit, cache_dir=cache)
     except CachedRepoTreeNotFoundError:
         try:
             with quiet_client():
@@ -610,21 +693,27 @@ def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Pat
     return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
 
 
-def _all_files(folder: Path, model: str, commit: str | None, token: str | None) -> list[str]:
+def _all_files(folder: Path, model: str, commit: str | None, token: str | None, cache: Path | None) -> list[str]:
     """Return the names of the files of a folder, or of a repository; of one that cannot be asked, those at hand."""
     if commit is not None:
-        return list(_sizes_in_repository(model, commit, token, folder))
+        return list(_sizes_in_repository(model, commit, token, folder, cache))
     return [path.name for path in folder.iterdir()]
 
 
-def _download(model: str, revision: str | None, token: str | None, files: tuple[str, ...]) -> Path:
+def _download(
+    model: str, revision: str | None, token: str | None, files: Sequence[str], cache: Path | None = None
+) -> Path:
     """Fetch those of some files that a repository has; return the folder they are in."""
     import huggingface_hub
 
     def fetch() -> str:
         # what has arrived whole is not asked for again
         return huggingface_hub.snapshot_download(
-            model, revision=revision, token=token, allow_patterns=[glob.escape(file) for file in files]
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+            allow_patterns=[glob.escape(file) for file in files],
         )
 
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import file_digest, write_whole_file
+from slicecli.checkpoint import check_apart, file_digest, write_whole_file
 from slicecli.description import enter_curves, enter_results
 from slicecli.dimensions import Dimensions
 from slicecli.engine import run_slices, with_weights
@@ -104,6 +104,8 @@ def run_sweep(
     job = with_weights(job)
     fingerprint = _fingerprint(job, evaluation, measure.prepared)
     processes = Processes.find()
+    if processes.is_main:
+        check_apart(folder / SLICES_FOLDER, job.source.folder)
     document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
     warnings: list[str] = []
     done = {point["dim"] for point in document["points"]}

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from slicecli.testing import byte_tokenizer
@@ -155,6 +156,27 @@ def test_a_model_that_cannot_be_sliced(refused, checkpoint_copy, changes, messag
     assert message in refused(checkpoint_copy)
 
 
+@pytest.mark.parametrize("architectures", [None, [], ["MineForConditionalGeneration"]])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "llava", "qwen2_vl", "qwen2_audio", "mllama", "llama4", "qwen2_5_omni", "csm"]
+)
+def test_a_multimodal_model_is_called_that_whatever_its_class(run, checkpoint_copy, text_file, kind, architectures):
+    config = transformers.CONFIG_MAPPING[kind]().to_dict() | {"architectures": architectures}
+    (checkpoint_copy / CONFIG).write_text(json.dumps(config, default=str))
+    for words in (("inspect",), ("slice", "--dim", "36"), ("estimate",), ("eval", "--perplexity", text_file)):
+        done = run(words[0], checkpoint_copy, *words[1:])
+        assert done.exit_code == 1
+        assert f"({kind}) is a multimodal model: its config has " in done.stderr
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_slice_says_its_class_where_the_model_does_not(run, checkpoint_copy, slice_words, tmp_path, architectures):
+    edit_config(checkpoint_copy, architectures=architectures)
+    done = run("slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", *slice_words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_copy):
     tokenizer = checkpoint_copy / "tokenizer.json"
     content = tokenizer.read_text()
@@ -275,6 +297,57 @@ def test_an_output_that_is_taken(run, checkpoints, slice_words, tmp_path):
         assert message in done.stderr
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("where", [".", "..", "inside"])
+def test_no_command_writes_over_the_model_it_reads(run, checkpoints, slice_words, text_file, tmp_path, where):
+    folder = tmp_path / "models" / "slice"
+    assert run("slice", checkpoints(), "--dim", "36", "-o", folder, *slice_words).exit_code == 0
+    before = contents(tmp_path)
+    output = folder / where
+    for words in (
+        ("slice", folder, "--dim", "24", "--overwrite", "-o", output, *slice_words),
+        ("sweep", folder, "--dims", "24", "--overwrite", "-o", output, "--perplexity", text_file, *slice_words),
+    ):
+        done = run(*words)
+        assert done.exit_code == 1, done.output
+        assert "Give another with --output" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_sweep_does_not_clear_the_slice_it_is_of(run, checkpoints, slice_words, text_file, tmp_path):
+    words = ["--perplexity", text_file, "--limit", "1", *slice_words]
+    kept = ("sweep", checkpoints(), "--dims", "36", "--keep-slices", "-o", tmp_path / "sweep", *words)
+    assert run(*kept).exit_code == 0
+    before = contents(tmp_path)
+    source = tmp_path / "sweep" / "slices" / "dim36"
+    done = run("sweep", source, "--dims", "24", "--overwrite", "-o", tmp_path / "sweep", *words)
+    assert done.exit_code == 1
+    assert "take the place of 'dim36'" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_results_do_not_go_over_what_they_come_from(run, checkpoint_copy, text_file, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(text_file.read_bytes())
+    results = tmp_path / "results.json"
+    results.write_text("{}")
+    before = contents(tmp_path)
+    for words in (
+        ("eval", checkpoint_copy, "--perplexity", text, "-o", checkpoint_copy / "config.json"),
+        ("eval", checkpoint_copy, "--perplexity", text, "-o", text),
+        ("spectrum", checkpoint_copy, "--calibration", text, "-o", checkpoint_copy / "model.safetensors"),
+        ("spectrum", checkpoint_copy, "--calibration", text, "-o", text),
+        ("fit", results, "-o", results),
+    ):
+        done = run(*words)
+        assert done.exit_code == 1, done.output
+        assert "Give another file." in done.stderr
+    assert contents(tmp_path) == before
 
 
 def test_an_output_below_a_file(run, checkpoints, slice_words, tmp_path):

@@ -36,7 +36,9 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
     from slicecli.errors import RequestError
     from slicecli.hub.card import CARD_FILE
     from slicecli.json_files import read_json
+    from slicecli.source import check_may_change
 
+    check_may_change(folder)
     if curve is None:
         write_card(folder)
     else:

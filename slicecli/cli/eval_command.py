@@ -51,19 +51,24 @@ def command(
       slicecli eval ./my-slice --perplexity wikitext2 --tasks piqa,arc_easy
       slicecli eval ./my-slice --tasks questions.jsonl --baseline ./my-model
     """
-    from slicecli.errors import OutputError, RequestError
+    from slicecli.checkpoint import check_results_file
+    from slicecli.errors import RequestError
     from slicecli.evaluation.measure import evaluate, evaluate_both
     from slicecli.processes import Processes
     from slicecli.record import read_sound_record
+    from slicecli.source import check_may_change
 
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(
             f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
         )
+    if is_recorded:
+        check_may_change(Path(model))
     is_main = Processes.find().is_main
-    if is_main and output is not None and not output.parent.is_dir():
+    if is_main and output is not None:
         # said now, not after the measuring
-        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+        models = [Path(name).expanduser() for name in (model, baseline) if name is not None]
+        check_results_file(output, models, [Path(name).expanduser() for name in (*chosen["texts"], *chosen["tasks"])])
     options = shared.evaluation_options(chosen, seed=chosen["seed"], revision=chosen["revision"])
     other = None
     with show.progress(context["quiet"]) as watcher:

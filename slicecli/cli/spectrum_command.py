@@ -49,16 +49,17 @@ def command(
     Example:
       slicecli spectrum meta-llama/Meta-Llama-3-8B-Instruct -o spectrum.json
     """
-    from slicecli.errors import OutputError, RequestError
+    from slicecli.checkpoint import check_results_file
+    from slicecli.errors import RequestError
 
     if output is None and output_format != "json":
         raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
     from slicecli.processes import Processes
 
     is_main = Processes.find().is_main
-    if is_main and output is not None and not output.parent.is_dir():
+    if is_main and output is not None:
         # said now, not after the measuring
-        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+        check_results_file(output, [Path(model).expanduser()], [Path(chosen["calibration"]).expanduser()])
 
     from slicecli.memory import bound_memory_that_is_kept
     from slicecli.spectrum import run_spectrum

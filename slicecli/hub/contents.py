@@ -22,7 +22,7 @@ from slicecli.errors import SourceError
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.schema import schema_errors
-from slicecli.source import DESCRIPTION_FILES
+from slicecli.source import DESCRIPTION_FILES, name_of_folder
 from slicecli.weight_files import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
         SourceError: A file cannot be read.
     """
     if not (folder / RECORD_FILE).is_file():
-        return _nothing(name or folder.resolve().name, bool(name))
+        return _nothing(name or name_of_folder(folder), bool(name))
     try:
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         sizes = {file: path.stat().st_size for file, path in sorted(paths.items()) if not _is_hidden(file)}
@@ -105,7 +105,7 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
         for file in _with_progress(weights, progress):
             digests[file] = file_digest(paths[file])
         return Contents(
-            name=name or folder.resolve().name,
+            name=name or name_of_folder(folder),
             is_published=bool(name),
             record=named.record,
             faults=named.faults,

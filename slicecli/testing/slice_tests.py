@@ -78,7 +78,8 @@ class SliceUnderTest:
             *checks: Names of `slicecli.hub.verify.CHECKS`.
         """
         source = self.source
-        found = _verify(self.folder, None if source.commit is None else source.name, source.commit, source.token)
+        is_folder = source.commit is None or source.cache is not None
+        found = _verify(self.folder, None if is_folder else source.name, source.commit, source.token)
         return [one.text for one in found if one.is_error and one.check in ("record", *checks)]
 
     @property
