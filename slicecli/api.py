@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.context_length import context_length_of_config
 from slicecli.engine import SliceReport, run_slices
-from slicecli.errors import RequestError
+from slicecli.errors import RequestError, WeightsError
 from slicecli.inputs import check_sampling, local_path
 from slicecli.libraries import quiet_libraries
 from slicecli.plan import Method, Width
 from slicecli.planning import SliceOptions, plan_slices
 
 if TYPE_CHECKING:
+    import torch
+
     from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
@@ -235,6 +237,7 @@ def generate_text(
     Raises:
         RequestError: The prompt has no tokens or leaves too little room, or a number is out of range.
         SourceError: The tokenizer does not belong to the model.
+        WeightsError: The model's logits are NaN.
     """
     import torch
 
@@ -262,6 +265,7 @@ def generate_text(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
             max_new_tokens=max_new_tokens,
+            logits_processor=[_refuse_nan],
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
@@ -283,3 +287,10 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:
 def _ending(ids: Sequence[int], ends: Container[int]) -> int:
     """Count the tokens at the end that are an end."""
     return sum(1 for _ in itertools.takewhile(lambda token: token in ends, reversed(ids)))
+
+
+def _refuse_nan(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Refuse NaN logits, which would rank the first token of the vocabulary as the likeliest."""
+    if bool(logits.isnan().any()):
+        raise WeightsError("The model's logits are NaN.", "Try --dtype float32, or check its weights.")
+    return logits

@@ -57,5 +57,6 @@ def running(name: str) -> Iterator[None]:
                 "Give a smaller --batch-size or --seq-len, or another --device-map.",
             ) from error
         raise SourceError(
-            f"{name} cannot be run: {type(error).__name__}: {reason_of(error)}.", "Check its config.json."
+            f"{name} cannot be run: {type(error).__name__}: {reason_of(error)}.",
+            "Check its config.json; slicecli -v shows where it failed.",
         ) from error

@@ -133,3 +133,53 @@ def test_a_model_that_cannot_be_fetched_is_one_sentence(slicecli, loopback_hub, 
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert loopback_hub.token not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        (
+            "adapter_config.json",
+            b'{"base_model_name_or_path": "meta-llama/base"}',
+            "changes to another model, meta-llama/base",
+        ),
+        ("model-Q4_K_M.gguf", b"GGUF", "its 'model-Q4_K_M.gguf' is of the format of llama.cpp"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "estimate"])
+def test_a_repository_without_a_model_of_transformers_says_what_it_is(
+    slicecli, loopback_hub, command, file, content, says
+):
+    loopback_hub.upload("me/other", {file: content, "README.md": b"# Mine\n"})
+    done = slicecli(command, "me/other")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_quantised_model_of_the_hub_is_told_by_a_file_beside_its_config(slicecli, loopback_hub, checkpoints):
+    files = {path.name: path.read_bytes() for path in checkpoints().iterdir()}
+    loopback_hub.upload("me/gptq", {**files, "quantize_config.json": b'{"bits": 4}'})
+    for command in ("inspect", "estimate"):
+        assert "quantised (GPTQ" in slicecli(command, "me/gptq").stderr
+
+
+@pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_é"])
+def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isolated_hub_cache, commit, forks, token):
+    code = (
+        "import sys\n"
+        "from slicecli.errors import SlicecliError\n"
+        "from slicecli.hub.search import find_slices\n"
+        "from slicecli.source import Source\n"
+        "from slicecli.text import read_text\n"
+        "for call in (lambda: Source.find(sys.argv[1], token=sys.argv[2]), lambda: find_slices(token=sys.argv[2]),\n"
+        "             lambda: read_text('me/text', 'calibration', sys.argv[2])):\n"
+        "    try: call()\n"
+        "    except SlicecliError as error: print(error)\n"
+    )
+    done = forks.run("-c", code, NAME, token, env=loopback_hub.environment(isolated_hub_cache))
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert all("the token has characters that no token has" in line for line in lines)
+    assert "hf_" not in done.stdout
+    assert done.waits == []

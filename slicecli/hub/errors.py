@@ -53,12 +53,12 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_of_settings(error: BaseException) -> bool:
-    """Tell whether a setting on this machine is at fault: offline mode, or a token that cannot be sent.
+    """Tell whether a setting on this machine is at fault: offline mode, HF_ENDPOINT, or a token that cannot be sent.
 
     Args:
         error: Anything raised by the Hub's client, or by `datasets`.
     """
-    return _is_offline(error) or _is_bad_token(error)
+    return _is_offline(error) or _is_bad_token(error) or _is_bad_address(error)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
@@ -152,6 +152,8 @@ def _explain_machine(error: BaseException) -> tuple[str, str]:
             return "the Hub's cache cannot be written", "Let HF_HOME name a folder that can be written."
         if isinstance(link, UserWarning) and "disk space" in str(link):
             return "the disk has too little room for it", OTHER_DISK
+    if _is_bad_address(error):
+        return "HF_ENDPOINT is not an address", "Set it to one such as https://huggingface.co, or unset it."
     if _is_unreachable(error):
         return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
     if _is_broken_off(error):
@@ -211,6 +213,14 @@ def _is_bad_token(error: BaseException) -> bool:
     return any(
         (type(link).__name__ == "LocalProtocolError" and "header" in str(link).lower())
         or (isinstance(link, UnicodeEncodeError) and link.encoding == "ascii")
+        for link in _chain(error)
+    )
+
+
+def _is_bad_address(error: BaseException) -> bool:
+    names = ("UnsupportedProtocol", "InvalidURL")
+    return any(
+        type(link).__name__ in names or (isinstance(link, ValueError) and str(link).startswith("Port out of range"))
         for link in _chain(error)
     )
 
