@@ -20,11 +20,14 @@ __all__ = [
     "CODE_SUFFIXES",
     "KNOWN_FILES",
     "MOST_KNOWN_BYTES",
+    "VOCABULARIES",
     "WEIGHT_SUFFIXES",
     "Companions",
     "LeftOut",
     "choose_companions",
+    "is_text",
     "list_folder",
+    "may_be_private",
 ]
 
 KNOWN_FILES = (
@@ -59,10 +62,26 @@ CODE_SUFFIXES = frozenset(
 )
 """Suffixes of what is run by whoever loads a model, or by whoever opens it."""
 
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab*",
+    "merges*",
+    "added_tokens.json",
+    "*.model",
+    "*.vocab",
+    "*.bpe",
+    "*.tiktoken",
+)
+"""What holds so many pieces of text that there may be paths among them."""
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"})
+
 MOST_KNOWN_BYTES = 200_000_000
 MOST_FILE_BYTES = 100_000_000  # of a file of any other name
 MOST_BYTES = 200_000_000  # of all of those together
 MOST_FILES = 1000
+MOST_TEXT_BYTES = 64_000_000
+MOST_PRIVATE_BYTES = 100_000
 LONGEST_PATH = 255  # that a record can hold
 MOST_NAMED = 20
 
@@ -87,6 +106,7 @@ WEIGHTS, OTHER_MODEL, SIZES_OF_SOURCE = "other weights", "another checkpoint", "
 TRAINING, PROGRAMS, UNFIT_NAME = "state of a training", "programs", "a name that a record cannot hold"
 UNTRUSTED_CODE = "code, which goes along with --trust-remote-code only"
 LINKED_FOLDER, ABSENT = "links to folders", "not in this copy of the model"
+PRIVATE = "with tokens or local paths in them"
 TOO_LARGE = f"larger than {MOST_FILE_BYTES / 1e6:.0f} MB"
 TOO_MUCH = f"beyond the first {MOST_FILES:,} files or {MOST_BYTES / 1e6:.0f} MB"
 
@@ -240,6 +260,19 @@ def _printable(file: str) -> str:
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_text(file: str, size: int) -> bool:
+    """Say whether a file may be read whole, to see what it says."""
+    suffix = PurePosixPath(file).suffix.lower()
+    return size <= MOST_TEXT_BYTES and suffix not in WEIGHT_SUFFIXES | PICTURE_SUFFIXES
+
+
+def may_be_private(file: str, size: int) -> bool:
+    """Say whether a file is of the kind that people leave beside a model, not one that loading may read."""
+    path = PurePosixPath(file)
+    is_read = _is_known(path) or _fits(path.name, VOCABULARIES) or path.suffix.lower() in {".py", ".jinja"}
+    return size <= MOST_PRIVATE_BYTES and is_text(file, size) and not is_read
 
 
 def list_folder(folder: Path) -> tuple[dict[str, int], list[str]]:

@@ -81,11 +81,10 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
     if plan.layout != "stock":
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
-        _name_tokenizer_class(config, folder, tokenizer)
     _write_config(config, folder, source)
     shell = _load_empty_model(folder, plan, source)
     _check_generation_config(folder, source)
-    _check_tokenizer(folder, source, tokenizer)
+    _check_tokenizer(folder, plan, source, tokenizer)
     return shell
 
 
@@ -123,17 +122,6 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         ) from error
     with content, target.open("wb") as copy:
         shutil.copyfileobj(content, copy)
-
-
-def _name_tokenizer_class(config: Any, folder: Path, tokenizer: Any) -> None:
-    """Let the config name the tokenizer's class where the dense model's type did, which is not that of the slice."""
-    import transformers
-
-    fields = read_json(folder / TOKENIZER_CONFIG)
-    is_named = (isinstance(fields, dict) and fields.get("tokenizer_class")) or tokenizer_code(folder)
-    is_named = is_named or getattr(config, "tokenizer_class", None)
-    if not is_named and type(tokenizer) is not transformers.PreTrainedTokenizerFast:
-        config.tokenizer_class = type(tokenizer).__name__
 
 
 def _write_config(config: Any, folder: Path, source: Source) -> None:
@@ -214,28 +202,45 @@ def _check_generation_config(folder: Path, source: Source) -> None:
         ) from error
 
 
-def _check_tokenizer(folder: Path, source: Source, tokenizer: Any) -> None:
-    """Refuse a slice whose tokenizer, loaded from its folder, is another than the dense model's.
+def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> None:
+    """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does.
 
     Raises:
-        SourceError: It cannot be loaded, or does not do the same.
+        SourceError: It cannot be loaded, or does something else.
     """
-    left_out = "; ".join(one.describe() for one in source.companions.left_out)
-    remedy = f"These files do not go along: {left_out}." if left_out else "Check the tokenizer's files."
+    problem = _problem_with_tokenizer(folder, source, tokenizer)
+    if problem is not None and plan.layout != "stock" and not tokenizer_code(folder):
+        # the type of the dense model may have chosen the class, and the slice is of another type
+        _name_tokenizer_class(folder, type(tokenizer).__name__)
+        problem = _problem_with_tokenizer(folder, source, tokenizer)
+    if problem is not None:
+        left_out = "; ".join(one.describe() for one in source.companions.left_out)
+        raise SourceError(
+            f"The tokenizer of {source.name} {problem}.",
+            f"These files do not go along: {left_out}." if left_out else "Check the tokenizer's files.",
+        )
+
+
+def _problem_with_tokenizer(folder: Path, source: Source, tokenizer: Any) -> str | None:
+    """Say in a clause what is wrong with the tokenizer in a slice's folder; `None` where nothing is."""
     try:
         own = load_tokenizer(folder, source.trust_remote_code)
     except Exception as error:
-        raise SourceError(
-            f"The tokenizer of {source.name} cannot be loaded from a slice: {reason_of(error)}.", remedy
-        ) from error
+        return f"cannot be loaded from a slice: {reason_of(error)}"
     with quiet_libraries():
         for what, look in _looks(tokenizer):
             seen = _outcome(look, tokenizer)
             # some draw at random, or tell the time
             if _outcome(look, own) != seen and _outcome(look, tokenizer) == seen:
-                raise SourceError(
-                    f"The tokenizer of {source.name} would not be the same in a slice: {what} would differ.", remedy
-                )
+                return f"would not be the same in a slice: {what} would differ"
+    return None
+
+
+def _name_tokenizer_class(folder: Path, name: str) -> None:
+    path = folder / TOKENIZER_CONFIG
+    fields = read_json(path)
+    named = {**(fields if isinstance(fields, dict) else {}), "tokenizer_class": name}
+    path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _looks(tokenizer: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:

@@ -23,9 +23,11 @@ from slicecli.companions import (
     KNOWN_FILES,
     LINKED_FOLDER,
     MOST_KNOWN_BYTES,
+    PRIVATE,
     Companions,
     choose_companions,
     list_folder,
+    may_be_private,
 )
 from slicecli.config_check import Comparison, compare, find_stored, loaded_fields
 from slicecli.config_files import CONFIG_FILE, read_config
@@ -44,6 +46,7 @@ from slicecli.foreign import FOREIGN_FILES, check_is_whole, check_not_quantised,
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.inputs import describe_shadow, find_folder
 from slicecli.json_files import MOST_JSON_BYTES, read_json
 from slicecli.libraries import quiet_libraries
@@ -356,7 +359,19 @@ class Source:
                 self._check_belongs(file)
                 if not (self.folder / file).is_file():
                     raise SourceError(f"{file} of {self.name} is no regular file.", "Get it again, or remove it.")
+                if may_be_private(file, sizes[file]) and self._is_private(file):
+                    reasons[file] = PRIVATE
         return found.without(reasons)
+
+    def _is_private(self, file: str) -> bool:
+        """Say whether a file holds what must not be published; a path in a file from the Hub was public before."""
+        try:
+            text = (self.folder / file).read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise SourceError(
+                f"{file} of {self.name} cannot be read: {error.strerror}.", "Check who may read it, or remove it."
+            ) from error
+        return bool(find_tokens(text) or (self.commit is None and find_paths(text)))
 
     def _check_belongs(self, file: str) -> None:
         """Refuse to follow a link out of the model's folder.

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slicecli.checkpoint import RECORD_FILE, file_digest
-from slicecli.companions import WEIGHT_SUFFIXES
+from slicecli.companions import is_text
 from slicecli.errors import SourceError
 from slicecli.hub.client import patiently, quiet_client
 from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "Tensor", "download_repository", "folder_contents", "repository_contents"]
 
-_PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"})
-MOST_TEXT_BYTES = 64_000_000
 THREADS = 8
 Result = TypeVar("Result")
 
@@ -111,7 +109,7 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
             faults=named.faults,
             sizes=sizes,
             digests=digests,
-            texts={file: paths[file].read_bytes() for file, size in sizes.items() if _is_text(file, size)},
+            texts={file: paths[file].read_bytes() for file, size in sizes.items() if is_text(file, size)},
             tensors={file: _read_tensors(paths[file]) for file in weights},
         )
     except OSError as error:
@@ -154,8 +152,8 @@ def _look_at(repository: str, revision: str | None, token: str | None, progress:
     def is_wanted(file: str, entry: RepoFile) -> bool:
         # of large files the Hub states the hash; the others are small, and only fetching them tells theirs
         if entry.lfs is None:
-            return file in known or _is_text(file, entry.size)
-        return file in (*DESCRIPTION_FILES, INDEX_FILE) and _is_text(file, entry.size)
+            return file in known or is_text(file, entry.size)
+        return file in (*DESCRIPTION_FILES, INDEX_FILE) and is_text(file, entry.size)
 
     paths = _fetch(api, repository, commit, [file for file, entry in entries.items() if is_wanted(file, entry)])
     weights = [file for file in entries if file in named.weights]
@@ -173,7 +171,7 @@ def _look_at(repository: str, revision: str | None, token: str | None, progress:
         faults=named.faults,
         sizes={file: entries[file].size for file in sorted(entries)},
         digests={file: _digest(entry, paths.get(file)) for file, entry in entries.items() if file in known},
-        texts={file: path.read_bytes() for file, path in paths.items() if _is_text(file, entries[file].size)},
+        texts={file: path.read_bytes() for file, path in paths.items() if is_text(file, entries[file].size)},
         tensors=tensors,
     )
 
@@ -277,8 +275,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 def _is_hidden(file: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(file).parts)
-
-
-def _is_text(file: str, size: int) -> bool:
-    suffix = PurePosixPath(file).suffix.lower()
-    return size <= MOST_TEXT_BYTES and suffix not in WEIGHT_SUFFIXES and suffix not in _PICTURE_SUFFIXES

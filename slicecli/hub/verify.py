@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
 from slicecli.checkpoint import RECORD_FILE
-from slicecli.companions import CODE_SUFFIXES, KNOWN_FILES, WEIGHT_SUFFIXES
+from slicecli.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
 from slicecli.errors import WeightsError
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
 from slicecli.hub.contents import Contents, download_repository, folder_contents, repository_contents
@@ -56,7 +56,6 @@ _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # what becomes neither a parameter nor a bias is called otherwise, in every family of transformers
 _PARAMETER_NAMES = (".weight", ".bias")
 _WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
-_VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "added_tokens.json", "*.model")
 TOLERANCE = 1e-9
 MOST_CHARACTERS = 120
 
@@ -406,7 +405,7 @@ def check_secrets(contents: Contents, tokens: Sequence[str] = ()) -> Iterator[Fi
         text = content.decode("utf-8", errors="replace")
         for kind in find_tokens(text, tokens):
             yield _error("secrets", f"{_short(file)} holds {kind}")
-        if any(fnmatch(PurePosixPath(file).name, pattern) for pattern in _VOCABULARIES):
+        if any(fnmatch(PurePosixPath(file).name, pattern) for pattern in VOCABULARIES):
             continue
         for kind in find_paths(text):
             yield Finding("secrets", not _is_from_hub(contents, file), f"{_short(file)} holds {kind}")
