@@ -18,7 +18,14 @@ from slicecli.text import Text, shuffled
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rows", "calibration_rows", "check_embedded", "evaluation_rows"]
+__all__ = ["Rows", "calibration_rows", "check_embedded", "evaluation_rows", "monotony"]
+
+# below these, or above, a text is no sample of what a model reads
+FEWEST_TOKENS = 10
+MOST_OF_ONE_TOKEN = 0.5
+LEAST_NEW_ROWS = 0.5
+LEAST_NEW_STRETCHES = 0.2
+STRETCH = 16
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,30 @@ def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
             f"The tokenizer{name and f' of {name}'} gives token {largest}, and the model knows {vocabulary}.",
             "The tokenizer does not belong to this model.",
         )
+
+
+def monotony(rows: Rows) -> str:
+    """Say in what way a text is so monotonous that activations on it tell little of a model; empty where it is not."""
+    import torch
+
+    ids = rows.ids
+    tokens, counts = ids.unique(return_counts=True)
+    if len(tokens) < FEWEST_TOKENS:
+        return f"it has {len(tokens)} different tokens in {rows.tokens:,}"
+    share = int(counts.max()) / rows.tokens
+    if share > MOST_OF_ONE_TOKEN:
+        return f"one token makes up {share:.0%} of it"
+    different = len({row.numpy().tobytes() for row in ids})
+    if len(ids) > 1 and different <= LEAST_NEW_ROWS * len(ids):
+        return f"{different} of its {len(ids)} rows are different"
+    length = min(STRETCH, rows.sequence_length)
+    # equal stretches have equal sums, and others, but for one in 2^64, have not
+    factors = torch.randint(-(2**62), 2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1
+    stretches = (ids.unfold(1, length, 1) * factors).sum(-1).flatten()
+    different = len(stretches.unique())
+    if different < LEAST_NEW_STRETCHES * len(stretches):
+        return f"{different:,} of its {len(stretches):,} stretches of {length} tokens are different"
+    return ""
 
 
 def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple[list[int], int]:

@@ -396,13 +396,13 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
 
 
 def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
-    """Draw the calibration rows; say where they are fewer than asked or than the refit would like.
+    """Draw the calibration rows; say where they are fewer than asked or than the refit would like, or monotonous.
 
     Raises:
         TextError: The text cannot be read or is too short.
         SourceError: There is no tokenizer, or it does not belong to the model.
     """
-    from slicecli.calibration import calibration_rows
+    from slicecli.calibration import calibration_rows, monotony
     from slicecli.text import read_text
 
     options = job.options
@@ -414,6 +414,11 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
     if len(rows.ids) < options.samples:
         warnings.append(
             f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
+        )
+    if reason := monotony(rows):
+        warnings.append(
+            f"The calibration text is monotonous: {reason}. What is fitted to it need not hold for other text "
+            "(--calibration)."
         )
     unknowns = job.dimensions.largest_regression()
     if job.slices and options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:

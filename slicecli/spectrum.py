@@ -7,6 +7,8 @@ local path, and the same model, text and seed give the same document.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
@@ -23,7 +25,12 @@ __all__ = ["SPECTRUM_POINTS", "run_spectrum"]
 SPECTRUM_POINTS = 256
 
 
-def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = None) -> dict[str, Any]:
+def run_spectrum(
+    model: str,
+    options: SliceOptions,
+    progress: Progress | None = None,
+    warn: Callable[[str], object] = warnings.warn,
+) -> dict[str, Any]:
     """Measure what slices of a model would lose.
 
     Args:
@@ -31,6 +38,7 @@ def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = 
         options: Text, rows, device and the like, as for a slice; `dtype` is the one to compute in, and what says how
             or where a slice is written is of no effect.
         progress: Hears how far the work has come.
+        warn: Takes a sentence that the user should know.
 
     Returns:
         The document. `spectrum` has an entry for every dim up to the hidden size, of wide models for about every 256th
@@ -47,7 +55,9 @@ def run_spectrum(model: str, options: SliceOptions, progress: Progress | None = 
     progress = progress or Silent()
     job = plan_slices(model, (), (), options)
     with quiet_libraries():
-        rows, _ = read_rows(job)
+        rows, found = read_rows(job)
+        for text in found:
+            warn(text)
         job = with_weights(job)
         dense, batches = share_work(job, rows, options.dtype)
         with running(job.source.name):

@@ -67,14 +67,9 @@ def command(
     settings = shared.slice_options(chosen)
     bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
-        document = run_spectrum(model, settings, watcher)
+        document = run_spectrum(model, settings, watcher, show.warn)
     if not is_main:
         return
-    found = document["calibration"]
-    if found["samples"] < settings.samples:
-        show.warn(
-            f"The text fills {found['samples']} rows of {found['sequence_length']} tokens, not {settings.samples}."
-        )
     try:
         if output is not None:
             show.write_json(output, document)
