@@ -229,7 +229,8 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     from slicecli.slicing.basis import principal_basis
     from slicecli.slicing.moments import add_square, normalise
     from slicecli.slicing.pipeline import collect_basis
-    from slicecli.slicing.state import Batches, DenseModel, Silent
+    from slicecli.progress import Silent
+    from slicecli.slicing.state import Batches, DenseModel
     from slicecli.weights import DenseWeights
 
     size, is_centred = job.dimensions.hidden_size, job.dimensions.adapter.norm.is_centred

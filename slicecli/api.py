@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.placement import DeviceMap, MaxMemory
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
 

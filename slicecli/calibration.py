@@ -18,7 +18,7 @@ from slicecli.text import Text, shuffled
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rows", "calibration_rows", "check_embedded", "evaluation_rows", "monotony"]
+__all__ = ["Rows", "calibration_rows", "check_embedded", "check_vocabulary", "evaluation_rows", "monotony"]
 
 # below these, or above, a text is no sample of what a model reads
 FEWEST_TOKENS = 10
@@ -99,6 +99,15 @@ def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: i
     ids, byte_count = _tokenise(text.documents, tokenizer, None)
     rows = _cut(ids, sequence_length, text)
     return _rows(text, rows[:samples], byte_count / len(ids))
+
+
+def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
+    """Refuse token ids for which the model has no embedding.
+
+    Raises:
+        SourceError: The tokenizer has more tokens than the embedding table has rows.
+    """
+    check_embedded(int(rows.ids.max()), vocabulary, name)
 
 
 def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:

@@ -6,9 +6,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from slicecli.errors import SourceError, shown
+from slicecli.errors import RequestError, SourceError, shown
 
-__all__ = ["DEFAULT_LENGTH", "context_length", "context_length_of_config", "default_length", "own_names"]
+__all__ = [
+    "DEFAULT_LENGTH",
+    "context_length",
+    "context_length_of_config",
+    "default_length",
+    "own_names",
+    "pick_sequence_length",
+]
 
 DEFAULT_LENGTH = 2048
 FIELD = "max_position_embeddings"
@@ -74,3 +81,27 @@ def own_names(config: Any) -> dict[str, str]:
 def default_length(longest: int | None) -> int:
     """Return the tokens of a row where nobody says: 2048, or what the model can do if that is less."""
     return DEFAULT_LENGTH if longest is None else min(DEFAULT_LENGTH, longest)
+
+
+def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
+    """Return the tokens per row: as wanted, else 2048 or the model's longest.
+
+    Args:
+        name: The model's name.
+        config: Its transformers config.
+        wanted: What was asked for.
+
+    Raises:
+        RequestError: The wish is too short to predict anything, or longer than the model can do.
+        SourceError: The config says nonsense of the model's longest.
+    """
+    longest = context_length_of_config(config)
+    if wanted is None:
+        return default_length(longest)
+    if wanted < 2:
+        raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
+    if longest is not None and wanted > longest:
+        raise RequestError(
+            f"A sequence length of {wanted} is longer than {name} can do.", f"Give --seq-len {longest} or less."
+        )
+    return wanted

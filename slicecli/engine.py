@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
+from slicecli.calibration import check_vocabulary
 from slicecli.checkpoint import ShardWriter, clear_folder, unfinished_folder, whole_folder
 from slicecli.errors import OutputError
 from slicecli.libraries import running
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
     from slicecli.calibration import Rows
     from slicecli.companions import LeftOut
+    from slicecli.progress import Progress
     from slicecli.slicing.basis import Basis
-    from slicecli.slicing.state import Batches, DenseModel, Journal, Progress, Target
+    from slicecli.slicing.state import Batches, DenseModel, Journal, Target
     from slicecli.slicing.states import DenseStates
 
 __all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work", "with_weights"]
@@ -94,9 +96,9 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.description import describe_slice
     from slicecli.journal import FileJournal, has_state, seconds_between_snapshots
     from slicecli.preparation import prepare_folders
+    from slicecli.progress import Clock, Silent
     from slicecli.slicing.pipeline import refit
     from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import Clock, Silent
 
     started = time.perf_counter()
     processes = Processes.find()
@@ -427,17 +429,6 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
             f"{TOKENS_PER_UNKNOWN * unknowns:,} and more (--samples, --seq-len)."
         )
     return rows, tuple(warnings)
-
-
-def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
-    """Refuse token ids for which the model has no embedding.
-
-    Raises:
-        SourceError: The tokenizer has more tokens than the embedding table has rows.
-    """
-    from slicecli.calibration import check_embedded
-
-    check_embedded(int(rows.ids.max()), vocabulary, name)
 
 
 def _open_target(

@@ -21,6 +21,8 @@ __all__ = [
     "find_folder",
     "is_repository_name",
     "local_path",
+    "parse_bytes",
+    "parse_count",
     "parse_prompt",
     "parse_repository",
     "parse_text",
@@ -33,6 +35,12 @@ TORCH_SEEDS = (-(2**63), 2**64 - 1)
 NUMPY_SEEDS = (0, 2**32 - 1)
 TEMPERATURES = (1e-6, 1e6)  # logits divided by them stay finite
 REPOSITORY_RULE = "each of letters, digits, -, _ and . (without -- or ..), at most 96"
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_BYTE_SUFFIXES = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for infix, base in (("", 1000), ("I", 1024))
+}
 # what may stand before the owner in an address of the Hub
 ADDRESS_BEGINNING = re.compile(
     r"(https?://[^/]+/|hf://|git@[^:]+:|(www\.)?(huggingface\.co|hf\.co)/)((models|datasets|spaces)/)?"
@@ -229,3 +237,31 @@ def describe_shadow(text: str) -> str:
     if not is_repository_name(text):  # such as ./model
         return ""
     return f"{text} is a folder here, and folders come first: for {text} on the Hub run the command in another folder."
+
+
+def parse_count(text: str) -> int:
+    """Read a number of parameters such as `6B`, `750M` or `1234567`.
+
+    Raises:
+        RequestError: It is not one.
+    """
+    return _parse(text, _SUFFIXES, "a number of parameters such as 6B or 750M")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as `12GiB` or `500MB`.
+
+    Raises:
+        RequestError: It is not one.
+    """
+    return _parse(text, _BYTE_SUFFIXES, "a size such as 12GiB or 500MB")
+
+
+def _parse(text: str, suffixes: dict[str, int], what: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in suffixes:
+        raise RequestError(f"{text!r} is not {what}.")
+    value = float(match[1]) * suffixes[match[2].upper()]
+    if not 1 <= value < 1e18:
+        raise RequestError(f"{text!r} is not {what}: it is out of range.")
+    return int(value)

@@ -13,21 +13,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from slicecli.errors import RequestError, reason_of, shown
-from slicecli.inputs import local_path
+from slicecli.inputs import local_path, parse_bytes
 from slicecli.json_files import load_json
 from slicecli.memory import available_memory_bytes
-from slicecli.plan import parse_bytes
 from slicecli.processes import Processes
 
 if TYPE_CHECKING:
     import torch
 
-    from slicecli.slicing.streams import Place
 
 __all__ = [
     "NAMED_MAPS",
     "DeviceMap",
     "MaxMemory",
+    "Place",
     "Placement",
     "StreamPlan",
     "batch_rows",
@@ -50,6 +49,7 @@ BATCH_TOKENS = {"cpu": 2048, "other": 16384}
 MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
 DeviceMap: TypeAlias = "str | Mapping[str, str | int]"
 MaxMemory: TypeAlias = "Mapping[str | int, int]"
+Place = Literal["device", "host", "disk"]
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,7 +9,6 @@ Legend: d hidden size, k dim kept, s = 1 - k/d.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,8 +25,7 @@ __all__ = [
     "SlicePlan",
     "SliceSizes",
     "Width",
-    "parse_bytes",
-    "parse_count",
+    "check_method",
     "preferred_dims",
     "slice_sizes",
 ]
@@ -41,12 +39,6 @@ DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
 TILE = 64
-_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-_BYTE_SUFFIXES = {"": 1, "B": 1} | {
-    f"{letter}{infix}B": base ** (power + 1)
-    for power, letter in enumerate("KMGT")
-    for infix, base in (("", 1000), ("I", 1024))
-}
 
 
 class SliceSizes(Protocol):
@@ -214,29 +206,29 @@ def preferred_dims(sizes: SliceSizes) -> list[int]:
     return list(range(tile, sizes.hidden_size, tile))
 
 
-def parse_count(text: str) -> int:
-    """Read a number of parameters such as `6B`, `750M` or `1234567`.
+def check_method(
+    method: Method, slice_head: bool | None = None, has_schedule: bool = False, has_orientation: bool = False
+) -> None:
+    """Refuse options of the published method where it is not asked for.
+
+    Args:
+        method: The method.
+        slice_head: Whether the input of the head is sliced; `None` where it is not said.
+        has_schedule: Whether widths are given place by place.
+        has_orientation: Whether another orientation than the usual one is asked for.
 
     Raises:
-        RequestError: It is not one.
+        RequestError: One is given.
     """
-    return _parse(text, _SUFFIXES, "a number of parameters such as 6B or 750M")
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as `12GiB` or `500MB`.
-
-    Raises:
-        RequestError: It is not one.
-    """
-    return _parse(text, _BYTE_SUFFIXES, "a size such as 12GiB or 500MB")
-
-
-def _parse(text: str, suffixes: dict[str, int], what: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in suffixes:
-        raise RequestError(f"{text!r} is not {what}.")
-    value = float(match[1]) * suffixes[match[2].upper()]
-    if not 1 <= value < 1e18:
-        raise RequestError(f"{text!r} is not {what}: it is out of range.")
-    return int(value)
+    if method == "slicegpt":
+        return
+    given = {
+        "--schedule": has_schedule,
+        "--slice-head": slice_head is not None,
+        "--final-orientation": has_orientation,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise RequestError(
+                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
+            )

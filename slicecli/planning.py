@@ -14,23 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint import check_apart, check_output, require_disk_space
-from slicecli.context_length import context_length_of_config, default_length
+from slicecli.context_length import pick_sequence_length
 from slicecli.dimensions import Dimensions
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
-from slicecli.inputs import check_count, check_seed
+from slicecli.inputs import check_count, check_seed, parse_bytes
 from slicecli.layouts import custom_code_config, stock_config
 from slicecli.libraries import quiet_libraries, running
 from slicecli.modeling import CONFIG_TYPE
-from slicecli.placement import (
-    DeviceMap,
-    MaxMemory,
-    Placement,
-    StreamPlan,
-    compute_dtype,
-    place_streams,
-    place_weights,
-)
-from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width, parse_bytes
+from slicecli.placement import DeviceMap, MaxMemory, Placement, StreamPlan, compute_dtype, place_streams, place_weights
+from slicecli.plan import DTYPE_BYTES, Method, SlicePlan, Width, check_method
 from slicecli.plugins import plugins
 from slicecli.processes import Processes
 from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
@@ -48,7 +40,6 @@ __all__ = [
     "SliceOptions",
     "find_adapter",
     "full_fields",
-    "pick_sequence_length",
     "plan_slices",
     "width_of_dense_streams",
 ]
@@ -183,7 +174,12 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, chosen.fields))
-    check_method(options, widths)
+    check_method(
+        options.method,
+        options.slice_head,
+        has_schedule=any(width.schedule is not None for width in widths),
+        has_orientation=options.orientation != "pca",
+    )
     has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
     if has_own_code and source.has_own_model_code:
         raise UnsupportedModelError(
@@ -272,26 +268,6 @@ def width_of_dense_streams(dimensions: Dimensions) -> int:
     """Return how many numbers per token the refit holds of the dense model: its stream, and that at each step."""
     most_steps = max(len(block.steps) for block in dimensions.declared_blocks)
     return dimensions.hidden_size * (most_steps + 1)
-
-
-def check_method(options: SliceOptions, widths: Sequence[Width]) -> None:
-    """Refuse options of the published method where it is not asked for.
-
-    Raises:
-        RequestError: One is given.
-    """
-    if options.method == "slicegpt":
-        return
-    given = {
-        "--schedule": any(width.schedule is not None for width in widths),
-        "--slice-head": options.slice_head is not None,
-        "--final-orientation": options.orientation != "pca",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise RequestError(
-                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
-            )
 
 
 def resolve(
@@ -395,27 +371,3 @@ def _infer_adapter(source: Source, config: Any) -> ChosenAdapter:
     with quiet_libraries():
         inference = infer_adapter(config, source.trust_remote_code)
     return ChosenAdapter(inference.adapter, full_fields(source, config), inference)
-
-
-def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
-    """Return the tokens per row: as wanted, else 2048 or the model's longest.
-
-    Args:
-        name: The model's name.
-        config: Its transformers config.
-        wanted: What was asked for.
-
-    Raises:
-        RequestError: The wish is too short to predict anything, or longer than the model can do.
-        SourceError: The config says nonsense of the model's longest.
-    """
-    longest = context_length_of_config(config)
-    if wanted is None:
-        return default_length(longest)
-    if wanted < 2:
-        raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
-    if longest is not None and wanted > longest:
-        raise RequestError(
-            f"A sequence length of {wanted} is longer than {name} can do.", f"Give --seq-len {longest} or less."
-        )
-    return wanted

@@ -12,16 +12,12 @@ import functools
 import os
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
 
 import pluggy
 
 from slicecli import hookspecs
 from slicecli.adapters import AUTO_ADAPTER, Adapter, Refusal
-from slicecli.errors import PluginError, RequestError, reason_of
-
-if TYPE_CHECKING:
-    from slicecli.estimation.relations import Relation
+from slicecli.errors import RequestError
 
 __all__ = ["PLUGINS_VARIABLE", "LoadedPlugin", "Plugins", "load_plugins", "plugins"]
 
@@ -66,30 +62,6 @@ class Plugins:
     adapters: dict[str, Adapter]
     refusals: tuple[Refusal, ...]
     loaded: tuple[LoadedPlugin, ...]
-
-    @functools.cached_property
-    def relations(self) -> tuple[Relation, ...]:
-        """The relations that plugins add, asked for when they are first needed.
-
-        Raises:
-            PluginError: A plugin fails, or its relation has a name that is taken.
-        """
-        from slicecli.estimation.relations import BUILT_IN
-
-        found: list[Relation] = []
-
-        def register(relation: Relation) -> None:
-            if any((one.name, one.quantity) == (relation.name, relation.quantity) for one in (*BUILT_IN, *found)):
-                raise ValueError(f"a relation {relation.name!r} for {relation.quantity} is registered already")
-            found.append(relation)
-
-        try:
-            self.manager.hook.slicecli_register_relations(register=register)
-        except Exception as error:  # a plugin may raise anything
-            raise PluginError(
-                f"A plugin's relation cannot be registered: {reason_of(error)}.", "Mend it, or leave the plugin out."
-            ) from error
-        return tuple(found)
 
     @property
     def broken(self) -> tuple[LoadedPlugin, ...]:

@@ -22,6 +22,7 @@ from slicecli.adapters import Adapter
 from slicecli.dimensions import Dimensions
 from slicecli.errors import PluginError, reason_of
 from slicecli.layouts import custom_code_config, stock_config
+from slicecli.progress import Silent
 from slicecli.schedule import Schedule
 from slicecli.shells import parameter_shapes, with_plain_experts
 from slicecli.slicing.basis import Basis, centred_frame, random_rotation
@@ -31,7 +32,7 @@ from slicecli.slicing.folding import project
 from slicecli.slicing.maps import projection_of_stream
 from slicecli.slicing.pipeline import collect_basis, refit
 from slicecli.slicing.published import Orientation, slice_published
-from slicecli.slicing.state import Batches, DenseModel, Silent, Target
+from slicecli.slicing.state import Batches, DenseModel, Target
 from slicecli.tiny import SIZES, random_model, tiny_config
 
 __all__ = [

@@ -18,7 +18,7 @@ from slicecli.planning import SliceOptions, plan_slices
 from slicecli.record import calibration_fields, package_versions
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["SPECTRUM_POINTS", "run_spectrum"]
 
@@ -48,9 +48,9 @@ def run_spectrum(
     Raises:
         SlicecliError: The model cannot be sliced, or the text or the weights cannot be read.
     """
+    from slicecli.progress import Silent
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.pipeline import collect_basis
-    from slicecli.slicing.state import Silent
 
     progress = progress or Silent()
     job = plan_slices(model, (), (), options)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.errors import OutputError, RequestError
-from slicecli.inputs import local_path
-from slicecli.plan import parse_bytes
+from slicecli.inputs import local_path, parse_bytes
 
 if TYPE_CHECKING:
     from slicecli.slicing.basis import Basis

@@ -38,7 +38,7 @@ from slicecli.source import Source
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["PLOT_FILE", "RESULTS_FILE", "Sweep", "run_sweep", "usual_dims"]
 

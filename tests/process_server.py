@@ -37,6 +37,7 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.dimensions import Dimensions
     from slicecli.layouts import custom_code_config, stock_config
     from slicecli.plugins import plugins
+    from slicecli.progress import Silent
     from slicecli.proof import ModelWeights
     from slicecli.schedule import Schedule
     from slicecli.shells import empty_model
@@ -44,7 +45,7 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.pipeline import collect_basis, refit
     from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import DenseModel, Silent, Target
+    from slicecli.slicing.state import DenseModel, Target
     from slicecli.slicing.together import share_rows
     from slicecli.tiny import random_model, tiny_config
 

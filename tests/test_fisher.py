@@ -13,12 +13,13 @@ import torch
 from slicecli.dimensions import Dimensions
 from slicecli.errors import WeightsError
 from slicecli.plugins import plugins
+from slicecli.progress import Silent
 from slicecli.proof import ModelWeights, random_basis
 from slicecli.schedule import slices_head
 from slicecli.shells import empty_model
 from slicecli.slicing.exact import Float64Throughout
 from slicecli.slicing.fisher import collect_fisher, drawn_labels
-from slicecli.slicing.state import Batches, DenseModel, Silent
+from slicecli.slicing.state import Batches, DenseModel
 from slicecli.testing.adapter_tests import tiny_of
 from slicecli.tiny import random_model
 

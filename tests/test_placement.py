@@ -14,14 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from slicecli import placement
 from slicecli.checkpoint import content_of, file_digest, write_tensors
 from slicecli.errors import RequestError, WeightsError
-from slicecli.placement import (
-    Placement,
-    describe_map,
-    parse_max_memory,
-    place_streams,
-    place_weights,
-    read_device_map,
-)
+from slicecli.placement import Placement, describe_map, parse_max_memory, place_streams, place_weights, read_device_map
 from slicecli.shells import outline
 from slicecli.slicing.pieces import Pieces, together
 from slicecli.slicing.streams import StreamStore

@@ -7,7 +7,8 @@ import pytest
 from slicecli.adapters import select_adapter
 from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
-from slicecli.plan import Width, parse_bytes, parse_count
+from slicecli.inputs import parse_bytes, parse_count
+from slicecli.plan import Width
 from slicecli.plugins import plugins
 
 LLAMA_3_8B = {

@@ -14,10 +14,11 @@ from slicecli.dimensions import Dimensions
 from slicecli.errors import WeightsError
 from slicecli.layouts import stock_config
 from slicecli.plugins import plugins
+from slicecli.progress import Silent
 from slicecli.proof import ModelWeights, relative_error
 from slicecli.shells import empty_model
 from slicecli.slicing.pipeline import collect_basis, refit
-from slicecli.slicing.state import Batches, DenseModel, Silent, Target
+from slicecli.slicing.state import Batches, DenseModel, Target
 
 
 def random_rows(rows=40, length=24, seed=1):

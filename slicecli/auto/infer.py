@@ -25,15 +25,7 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Adapter, Block, Branch, Embedding, Experts, Kept, Linear
-from slicecli.auto.explain import (
-    TOLERANCE,
-    Written,
-    classify_norm,
-    explain_change,
-    is_close,
-    linear_form,
-    rows_behind,
-)
+from slicecli.auto.explain import TOLERANCE, Written, classify_norm, explain_change, is_close, linear_form, rows_behind
 from slicecli.auto.observe import Call, Observation, observe
 from slicecli.auto.probe import ConfigProbe
 from slicecli.dimensions import Dimensions

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slicecli.errors import RequestError
-from slicecli.inputs import local_path, parse_prompt, parse_repository, parse_text, parse_token
-from slicecli.plan import parse_bytes, parse_count
+from slicecli.inputs import (
+    local_path,
+    parse_bytes,
+    parse_count,
+    parse_prompt,
+    parse_repository,
+    parse_text,
+    parse_token,
+)
 
 if TYPE_CHECKING:
     from slicecli.evaluation.measure import EvaluationOptions

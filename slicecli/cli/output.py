@@ -14,7 +14,7 @@ import click
 from slicecli.checkpoint import write_whole_file
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = [
     "count",
@@ -108,7 +108,7 @@ def size(count: int) -> str:
 def progress(is_quiet: bool) -> Iterator[Progress]:
     """Show progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
     if is_quiet:
-        from slicecli.slicing.state import Silent
+        from slicecli.progress import Silent
 
         yield Silent()
     elif sys.stderr.isatty():

@@ -24,8 +24,7 @@ from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.predictions import FARTHEST
 from slicecli.origin import Origin, origin_of
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
-from slicecli.planning import SliceOptions, check_method
+from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
 from slicecli.plugins import plugins
 from slicecli.source import Source
 
@@ -86,7 +85,7 @@ class Subject:
         Raises:
             SlicecliError: It cannot be read or sliced.
         """
-        check_method(SliceOptions(method=method, slice_head=slice_head), ())
+        check_method(method, slice_head)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()

@@ -16,15 +16,7 @@ from dataclasses import dataclass
 from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, published_series
 from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
 from slicecli.estimation.spectra import study_series
-from slicecli.estimation.spread import (
-    Shift,
-    Spread,
-    coordinate,
-    deviation,
-    interval,
-    learn_shift,
-    learn_spread,
-)
+from slicecli.estimation.spread import Shift, Spread, coordinate, deviation, interval, learn_shift, learn_spread
 
 __all__ = [
     "DEFAULT_RELATION",

@@ -16,13 +16,13 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.engine import check_vocabulary
+from slicecli.calibration import check_vocabulary
+from slicecli.context_length import pick_sequence_length
 from slicecli.errors import RequestError
 from slicecli.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
 from slicecli.libraries import quiet_libraries, running
 from slicecli.loading import load_model
 from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
-from slicecli.planning import pick_sequence_length
 from slicecli.processes import Processes
 from slicecli.record import known_names, package_versions, read_sound_record
 from slicecli.source import Source
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from slicecli.calibration import Rows
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.evaluation.tasks import LoadedTask, TaskResult
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["Evaluation", "EvaluationOptions", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
 

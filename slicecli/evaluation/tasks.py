@@ -47,7 +47,7 @@ from slicecli.processes import ALONE, Processes
 from slicecli.slicing.pieces import Pieces, together
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
 

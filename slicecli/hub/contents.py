@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["Contents", "Tensor", "download_repository", "folder_contents", "repository_contents"]
 

@@ -32,7 +32,7 @@ from slicecli.source import TOKENIZER_CONFIG, tokenizer_references
 from slicecli.weight_files import INDEX_FILE, entry_file
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = [
     "CHECKS",

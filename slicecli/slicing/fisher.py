@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from slicecli.memory import available_memory_bytes
+from slicecli.progress import Progress
 from slicecli.schedule import slices_head
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis, principal_basis
@@ -33,7 +34,7 @@ from slicecli.slicing.blocks import Calls
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
 from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.pieces import together
-from slicecli.slicing.state import Batches, DenseModel, Progress
+from slicecli.slicing.state import Batches, DenseModel
 from slicecli.slicing.walk import embedding_tables, enter, filled, read_blocks, require_finite
 
 __all__ = ["FisherSpectrum", "collect_fisher", "drawn_labels"]

@@ -18,13 +18,7 @@ import torch
 from slicecli.adapters import Branch, Linear
 from slicecli.dimensions import Dimensions
 from slicecli.slicing.basis import Basis
-from slicecli.slicing.maps import (
-    fold_bias,
-    fold_reader,
-    projected_table,
-    projected_writer,
-    projection_for_readers,
-)
+from slicecli.slicing.maps import fold_bias, fold_reader, projected_table, projected_writer, projection_for_readers
 
 __all__ = [
     "WeightReader",

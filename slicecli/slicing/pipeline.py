@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Block
+from slicecli.progress import Progress
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import Basis
 from slicecli.slicing.blocks import Calls
@@ -30,16 +31,7 @@ from slicecli.slicing.folding import (
 from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.pieces import together
 from slicecli.slicing.ridge import RidgeSearch
-from slicecli.slicing.state import (
-    Batches,
-    Content,
-    DenseModel,
-    Journal,
-    NoJournal,
-    Progress,
-    Target,
-    streams_in,
-)
+from slicecli.slicing.state import Batches, Content, DenseModel, Journal, NoJournal, Target, streams_in
 from slicecli.slicing.states import BlockStates, DenseStates
 from slicecli.slicing.step import Step, fit_reading
 from slicecli.slicing.streams import Stream

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Block, Branch
+from slicecli.progress import Progress
 from slicecli.schedule import Schedule
 from slicecli.slicing import blocks as running
 from slicecli.slicing.basis import principal_basis, random_rotation
@@ -37,17 +38,7 @@ from slicecli.slicing.folding import (
 from slicecli.slicing.maps import fold_reader, rows_times
 from slicecli.slicing.moments import add_square, widen
 from slicecli.slicing.pieces import together
-from slicecli.slicing.state import (
-    Batches,
-    Content,
-    DenseModel,
-    Journal,
-    NoJournal,
-    Progress,
-    Snapshot,
-    Target,
-    streams_in,
-)
+from slicecli.slicing.state import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, streams_in
 from slicecli.slicing.walk import (
     blocks_left,
     embedding_tables,

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, MutableSequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from slicecli.checkpoint import content_of
+from slicecli.placement import Place
 
 __all__ = ["Carrier", "Place", "Stream", "StreamStore"]
 
-Place = Literal["device", "host", "disk"]
 Stream: TypeAlias = "MutableSequence[torch.Tensor]"
 
 

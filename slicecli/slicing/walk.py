@@ -14,10 +14,11 @@ from torch import nn
 from slicecli.adapters import Block
 from slicecli.errors import WeightsError
 from slicecli.memory import return_freed_memory
+from slicecli.progress import Progress
 from slicecli.slicing import blocks as running
 from slicecli.slicing.blocks import Calls
 from slicecli.slicing.moments import is_finite
-from slicecli.slicing.state import Batches, DenseModel, Progress, Snapshot, Target
+from slicecli.slicing.state import Batches, DenseModel, Snapshot, Target
 from slicecli.slicing.streams import Carrier, Stream
 
 __all__ = [
