@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import transformers
 
-from slicecli.checkpoint import ShardWriter
-from slicecli.demo import MODEL_FOLDER
-from slicecli.shells import empty_model
+from slicecli.checkpoint.folder import ShardWriter
+from slicecli.checkpoint.meta_model import empty_model
+from slicecli.data.demo import MODEL_FOLDER
 
 PRESETS: dict[str, dict[str, Any]] = {
     "random-llama": {

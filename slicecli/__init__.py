@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slicecli.hookspecs import hookimpl
+from slicecli.family.hookspecs import hookimpl
 from slicecli.modeling import register_when_needed
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.context_length import context_length_of_config
-from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError, WeightsError
-from slicecli.inputs import check_sampling, local_path
-from slicecli.libraries import quiet_libraries
-from slicecli.plan import Method, Width
-from slicecli.planning import SliceOptions, plan_slices
+from slicecli.family.context_length import context_length_of_config
+from slicecli.family.slice_plan import Method, Width
+from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.run import SliceReport, run_slices
+from slicecli.runtime.inputs import check_sampling, local_path
+from slicecli.runtime.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
-    from slicecli.placement import DeviceMap, MaxMemory
     from slicecli.progress import Progress
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
 
 __all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
 
@@ -53,10 +53,10 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: the most parameters the slice may have.
         memory: Instead: the most bytes its weights may take.
-        schedule: Instead, with `method="slicegpt"`: see `slicecli.schedule.read_schedule`.
+        schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Hears how far the work has come.
-        **options: Fields of `slicecli.planning.SliceOptions`.
+        **options: Fields of `slicecli.jobs.plan.SliceOptions`.
 
     Returns:
         What was made, and where.
@@ -105,8 +105,8 @@ def load(
         >>> import slicecli
         >>> model, tokenizer = slicecli.load("me/my-slice")  # doctest: +SKIP
     """
-    from slicecli.loading import load_model
-    from slicecli.source import Source
+    from slicecli.checkpoint.loading import load_model
+    from slicecli.checkpoint.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)
     with quiet_libraries():
@@ -118,7 +118,7 @@ def perplexity(model: str, text: str = "wikitext2", **options: Any) -> Perplexit
 
     Args:
         model: Hub id or folder, dense or sliced.
-        text: Name of the text, see `slicecli.text.read_text`.
+        text: Name of the text, see `slicecli.data.text.read_text`.
         **options: Keyword arguments of `perplexities`.
 
     Raises:
@@ -139,7 +139,7 @@ def perplexities(
 
     Args:
         model: Hub id or folder, dense or sliced.
-        texts: Names of the texts, see `slicecli.text.read_text`.
+        texts: Names of the texts, see `slicecli.data.text.read_text`.
         samples: Measure only the first so many rows; `None` measures the whole text.
         progress: Hears of each batch.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
@@ -162,7 +162,7 @@ def evaluate(
 
     Args:
         model: Hub id or folder, dense or sliced.
-        texts: Names of texts to measure perplexity on, see `slicecli.text.read_text`.
+        texts: Names of texts to measure perplexity on, see `slicecli.data.text.read_text`.
         tasks: Tasks of lm-eval, `.jsonl` files of questions, or `demo`.
         progress: Hears of each batch.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
@@ -241,7 +241,7 @@ def generate_text(
     """
     import torch
 
-    from slicecli.calibration import check_embedded
+    from slicecli.data.packing import check_embedded
 
     check_sampling(max_new_tokens, temperature, seed)
     found = _prompt_ids(model, tokenizer, prompt)

@@ -34,20 +34,20 @@ CASES = {
 def slice_case(family, method, rows, batch, dim=48):
     """Slice a random model in float64; return what the sink took, and the energies."""
     from slicecli.adapters import select_adapter
-    from slicecli.dimensions import Dimensions
-    from slicecli.layouts import custom_code_config, stock_config
-    from slicecli.plugins import plugins
+    from slicecli.checkpoint.configs import custom_code_config, stock_config
+    from slicecli.checkpoint.meta_model import empty_model
+    from slicecli.family.dimensions import Dimensions
+    from slicecli.family.plugins import plugins
+    from slicecli.family.schedule import Schedule
     from slicecli.progress import Silent
-    from slicecli.proof import ModelWeights
-    from slicecli.schedule import Schedule
-    from slicecli.shells import empty_model
-    from slicecli.slicing.exact import Float64Throughout
+    from slicecli.proof.declaration import ModelWeights
+    from slicecli.proof.float64 import Float64Throughout
+    from slicecli.proof.tiny import random_model, tiny_config
+    from slicecli.slicing.context import DenseModel, Target
     from slicecli.slicing.fisher import collect_fisher
-    from slicecli.slicing.pipeline import collect_basis, refit
-    from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import DenseModel, Target
-    from slicecli.slicing.together import share_rows
-    from slicecli.tiny import random_model, tiny_config
+    from slicecli.slicing.reductions import share_rows
+    from slicecli.slicing.refit import collect_basis, refit
+    from slicecli.slicing.slicegpt import slice_published
 
     model = random_model(tiny_config(family), 0).double()
     fields = model.config.to_dict()
@@ -77,7 +77,7 @@ def slice_case(family, method, rows, batch, dim=48):
 
 def cases(folder):
     """Do all cases and leave what they give in a file for each process."""
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     found = {name: slice_case(*case) for name, case in CASES.items()}
     processes = Processes.find()
@@ -87,7 +87,7 @@ def cases(folder):
 def exchanges():
     """Print, as JSON, what comes of every kind of exchange."""
     from slicecli.errors import RequestError
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     processes = Processes.find()
     order = []
@@ -128,9 +128,9 @@ def exchanges():
 
 def fails(how):
     """Let this process fail in the middle of a slice, by a bug at its beginning."""
-    from slicecli import engine
     from slicecli.errors import WeightsError
-    from slicecli.slicing import step
+    from slicecli.jobs import run as engine
+    from slicecli.slicing import sublayer as step
 
     def read_rows(_job):
         raise TypeError("no sentence")
@@ -204,7 +204,7 @@ def serve():
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import slicecli.evaluation.tasks
-    import slicecli.slicing.pipeline  # noqa: F401
+    import slicecli.slicing.refit  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")

@@ -12,15 +12,15 @@ import pytest
 import torch
 import transformers
 
-from slicecli.auto.explain import classify_norm, explain_change, linear_form
-from slicecli.auto.infer import infer_adapter
-from slicecli.auto.observe import Call
-from slicecli.auto.scaffold import package_files, structural_switches, write_package
-from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, OutputError
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.infer.explain import classify_norm, explain_change, linear_form
+from slicecli.infer.inference import infer_adapter
+from slicecli.infer.observe import Call
+from slicecli.infer.scaffold import package_files, structural_switches, write_package
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 # config classes whose own defaults cannot be built, and what is needed
 COMPLETE = {

@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import byte_tokenizer
 from slicecli.testing.checkpoints import save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
 def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, change, message):
     import dataclasses
 
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     qwen3 = plugins().adapters["qwen3"]
     widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.block.kept)
@@ -553,7 +553,7 @@ def test_an_output_below_a_file(run, checkpoints, slice_words, tmp_path):
 def test_a_disk_that_is_too_small(refused, checkpoints, monkeypatch):
     import shutil
 
-    from slicecli import checkpoint
+    from slicecli.checkpoint import folder as checkpoint
 
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -561,7 +561,7 @@ def test_a_disk_that_is_too_small(refused, checkpoints, monkeypatch):
 
 
 def test_a_disk_that_becomes_full(refused, checkpoints, monkeypatch):
-    from slicecli.checkpoint import ShardWriter
+    from slicecli.checkpoint.folder import ShardWriter
 
     def fail(self, name, tensor):
         raise OSError(28, "No space left on device")

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from slicecli.description import enter_results, own_files, write_card
 from slicecli.errors import OutputError
 from slicecli.hub.card import Card, read_card, render_card
-from slicecli.hub.markdown import code, code_block, heading, prose
 from slicecli.hub.metadata import base_model_of, inherited_metadata
+from slicecli.hub.writing import enter_results, own_files, write_card
+from slicecli.runtime.markdown import code, code_block, heading, prose
 
 HOSTILE = (
     "</code><script>alert(1)</script>",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slicecli.checkpoint import (
+from slicecli.checkpoint.folder import (
     ShardWriter,
     check_apart,
     check_results_file,
@@ -137,7 +137,8 @@ def test_overwrite_replaces_a_slice_in_the_last_step(tmp_path):
 
 def test_the_leftover_of_a_killed_run_is_removed_or_gone_on_with(tmp_path):
     script = (
-        "import os, sys, pathlib; from slicecli.checkpoint import whole_folder; output = pathlib.Path(sys.argv[1])\n"
+        "import os, sys, pathlib; from slicecli.checkpoint.folder import whole_folder\n"
+        "output = pathlib.Path(sys.argv[1])\n"
         "with whole_folder(output) as partial: (partial / 'left').write_text('left'); os.kill(os.getpid(), 9)"
     )
     for resumes in (True, False):
@@ -161,7 +162,7 @@ def test_a_folder_that_is_being_written_is_not_written_by_another(tmp_path):
     with whole_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("a")
         script = (
-            "import sys, pathlib; from slicecli.checkpoint import whole_folder\n"
+            "import sys, pathlib; from slicecli.checkpoint.folder import whole_folder\n"
             "with whole_folder(pathlib.Path(sys.argv[1])): pass"
         )
         other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, check=False)

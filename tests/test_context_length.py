@@ -7,11 +7,11 @@ import json
 import pytest
 import transformers
 
-from slicecli.context_length import context_length, context_length_of_config
-from slicecli.dimensions import Dimensions
-from slicecli.plugins import plugins
+from slicecli.family.context_length import context_length, context_length_of_config
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.testing.checkpoints import byte_tokenizer, save_checkpoint
-from slicecli.tiny import SIZES, random_model, tiny_config
 
 LONGEST = SIZES["n_positions"]
 # types whose class says n_positions, max_seq_len, or max_position_embeddings, and fails on a longer row

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import slicecli
-from slicecli import hookspecs
-from slicecli.dimensions import Dimensions
+from slicecli.family import hookspecs
+from slicecli.family.dimensions import Dimensions
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +93,7 @@ def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypa
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
     (tmp_path / "slicecli" / "demo").mkdir(parents=True)
     (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.figures import accuracies, dense_perplexity
-from slicecli.plugins import plugins
-from slicecli.schedule import PublishedSizes
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 LLAMA_3_8B = {

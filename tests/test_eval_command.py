@@ -14,11 +14,11 @@ import torch
 from test_tasks import models, no_network, write_questions  # noqa: F401
 
 import slicecli.api
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, evaluate
-from slicecli.loading import load_model
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.record.record import read_record
 from slicecli.testing.checkpoints import byte_tokenizer
 
 

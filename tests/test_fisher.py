@@ -10,18 +10,18 @@ import numpy
 import pytest
 import torch
 
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.meta_model import empty_model
 from slicecli.errors import WeightsError
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import slices_head
 from slicecli.progress import Silent
-from slicecli.proof import ModelWeights, random_basis
-from slicecli.schedule import slices_head
-from slicecli.shells import empty_model
-from slicecli.slicing.exact import Float64Throughout
+from slicecli.proof.declaration import ModelWeights, random_basis
+from slicecli.proof.float64 import Float64Throughout
+from slicecli.proof.tiny import random_model
+from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.fisher import collect_fisher, drawn_labels
-from slicecli.slicing.state import Batches, DenseModel
 from slicecli.testing.adapter_tests import tiny_of
-from slicecli.tiny import random_model
 
 SEED = 7
 # model types and config fields, by what each stands for

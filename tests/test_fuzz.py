@@ -25,8 +25,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
-from slicecli.tiny import SIZES, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's")
 
@@ -1176,7 +1176,7 @@ def interrupted(room, models, little_text):
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.journal import FileJournal
+    from slicecli.slicing.resume import FileJournal
 
     output = room / "interrupted" / "out"
     words = [str(word) for word in work("slice", models("llama"), little_text, output)] + ["--no-cache", "--resume"]

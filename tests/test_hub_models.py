@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slicecli.checkpoint import file_digest
+from slicecli.checkpoint.folder import file_digest
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -170,8 +170,8 @@ def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isola
         "import sys\n"
         "from slicecli.errors import SlicecliError\n"
         "from slicecli.hub.search import find_slices\n"
-        "from slicecli.source import Source\n"
-        "from slicecli.text import read_text\n"
+        "from slicecli.checkpoint.source import Source\n"
+        "from slicecli.data.text import read_text\n"
         "for call in (lambda: Source.find(sys.argv[1], token=sys.argv[2]), lambda: find_slices(token=sys.argv[2]),\n"
         "             lambda: read_text('me/text', 'calibration', sys.argv[2])):\n"
         "    try: call()\n"

@@ -13,7 +13,7 @@ import pytest
 from slicecli.cli import COMMANDS, group
 from slicecli.cli.options import LocalPath
 from slicecli.errors import RequestError, SourceError
-from slicecli.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
+from slicecli.runtime.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
 
 
 def commands():

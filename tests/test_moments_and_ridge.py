@@ -7,8 +7,16 @@ import math
 import pytest
 import torch
 
-from slicecli.slicing.moments import BANDS, CHUNK_TOKENS, LEAST_BAND_ROWS, Moments, add_outer, add_square, normalise
-from slicecli.slicing.ridge import RIDGES, RidgeSearch, solve_ridge
+from slicecli.linalg.normal_equations import (
+    BANDS,
+    CHUNK_TOKENS,
+    LEAST_BAND_ROWS,
+    Moments,
+    add_outer,
+    add_square,
+    normalise,
+)
+from slicecli.linalg.ridge import RIDGES, RidgeSearch, solve_ridge
 
 
 def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):

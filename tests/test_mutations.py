@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from slicecli.adapters import Adapter, Block, Embedding, Norm
-from slicecli.plugins import plugins
+from slicecli.family.plugins import plugins
 
 SUITE = """
 import pytest

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from test_tasks import YAML, models, own_defaults, write_questions  # noqa: F401
 
+from slicecli.data.names import LONGEST_NAME, Named, distinct_names
+from slicecli.data.text import read_text, read_texts
 from slicecli.errors import RequestError
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.tasks import load_tasks
-from slicecli.names import LONGEST_NAME, Named, distinct_names
-from slicecli.record import read_record
+from slicecli.record.record import read_record
 from slicecli.testing.checkpoints import nonsense_text
 from slicecli.testing.slice_tests import SliceUnderTest
-from slicecli.text import read_text, read_texts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the decision
@@ -132,7 +132,7 @@ def test_a_known_name_stands_for_what_it_always_does(tmp_path, monkeypatch):
         (tmp_path / name).write_text("mine")
     asked = []
     monkeypatch.setattr(
-        "slicecli.text._read_hub", lambda name, *_rest: asked.append(name) or read_text("demo", "evaluation")
+        "slicecli.data.text._read_hub", lambda name, *_rest: asked.append(name) or read_text("demo", "evaluation")
     )
     read_text("wikitext2", "evaluation")
     assert asked == ["wikitext2"]

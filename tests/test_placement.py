@@ -11,15 +11,22 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from slicecli import placement
-from slicecli.checkpoint import content_of, file_digest, write_tensors
+from slicecli.checkpoint.folder import content_of, file_digest, write_tensors
+from slicecli.checkpoint.meta_model import outline
+from slicecli.checkpoint.reader import RestingWeights
 from slicecli.errors import RequestError, WeightsError
-from slicecli.placement import Placement, describe_map, parse_max_memory, place_streams, place_weights, read_device_map
-from slicecli.shells import outline
-from slicecli.slicing.pieces import Pieces, together
-from slicecli.slicing.streams import StreamStore
-from slicecli.slicing.walk import read_blocks
-from slicecli.weights import RestingWeights
+from slicecli.runtime import placement
+from slicecli.runtime.microbatch import Pieces, together
+from slicecli.runtime.placement import (
+    Placement,
+    describe_map,
+    parse_max_memory,
+    place_streams,
+    place_weights,
+    read_device_map,
+)
+from slicecli.slicing.activations import StreamStore
+from slicecli.slicing.layerwise import read_blocks
 
 CPU = torch.device("cpu")
 MAP = {"": "disk", "model.embed_tokens": "cpu", "model.layers.1": "cpu"}

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from test_tasks import write_questions
 
 from slicecli.errors import ProcessError, RequestError
-from slicecli.json_files import read_json
-from slicecli.processes import ALONE, VARIABLES, Processes, started_alone
+from slicecli.runtime.distributed import ALONE, VARIABLES, Processes, started_alone
+from slicecli.runtime.json import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,7 +157,7 @@ def test_equal_neighbours_are_dealt_to_one_process():
 @pytest.fixture
 def launched(monkeypatch):
     """Return a function that sets the environment of a launcher."""
-    monkeypatch.setattr("slicecli.processes._here.found", None)
+    monkeypatch.setattr("slicecli.runtime.distributed._here.found", None)
     for variable in (*sum(VARIABLES.values(), ()), "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -213,9 +213,9 @@ def free_port():
 @pytest.mark.parametrize(("rank", "absent"), [(0, "process 1, process 2"), (1, "the main process")])
 @pytest.mark.parametrize("address", ["127.0.0.1", "nowhere.invalid"])
 def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, monkeypatch, rank, absent, address):
-    monkeypatch.setattr("slicecli.processes.NOTICE", 0.1)
-    monkeypatch.setattr("slicecli.processes.MEETING", 0.6)
-    monkeypatch.setattr("slicecli.processes._here.store", None)
+    monkeypatch.setattr("slicecli.runtime.distributed.NOTICE", 0.1)
+    monkeypatch.setattr("slicecli.runtime.distributed.MEETING", 0.6)
+    monkeypatch.setattr("slicecli.runtime.distributed._here.store", None)
     launched(MASTER_ADDR=address, MASTER_PORT=str(free_port()), RANK=str(rank), WORLD_SIZE="3")
     said = []
     with pytest.raises(ProcessError) as stopped:
@@ -249,7 +249,7 @@ def test_a_command_with_left_over_variables_is_not_silent(tmp_path, rank):
 
 
 def test_many_processes_do_not_share_one_device(launched):
-    from slicecli.placement import pick_device
+    from slicecli.runtime.placement import pick_device
 
     launched(**MEETING, RANK="0", WORLD_SIZE="2")
     with pytest.raises(RequestError, match="Many processes"):
@@ -258,7 +258,9 @@ def test_many_processes_do_not_share_one_device(launched):
 
 
 def test_a_process_alone_imports_nothing():
-    code = "import sys; from slicecli.processes import Processes as P; P.find(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from slicecli.runtime.distributed import Processes as P; P.find(); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -418,13 +420,13 @@ def test_what_is_not_shared_is_done_by_the_main_process(start, checkpoints):
 
 def test_the_commands_on_the_page_run_as_written(tmp_path):
     """By the launchers themselves, in a folder that looks like a clone after the demo."""
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
     (tmp_path / "slicecli" / "demo").mkdir(parents=True)
     (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
     page = (ROOT / "docs" / "processes.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines() if "slicecli/demo/model" in line]
+    commands = [line for block in blocks for line in block.splitlines() if "slicecli/data/demo/model" in line]
     assert [shlex.split(command)[0] for command in commands] == ["accelerate", "torchrun"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "SLICECLI_CACHE": str(tmp_path / "cache")}

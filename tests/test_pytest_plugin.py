@@ -40,7 +40,7 @@ def measured_slice(output, *words):
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
     sizes = ["--calibration", "demo", "--samples", "16", "--seq-len", "128"]
     for command in (
@@ -82,7 +82,7 @@ def test_an_unrelated_project_pays_nothing(pytester):
             heavy = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "numpy", "click", "huggingface_hub"}
             assert not heavy & set(sys.modules)
             ours = {name for name in sys.modules if name.startswith("slicecli")}
-            assert ours == {"slicecli", "slicecli.hookspecs", "slicecli.modeling", "slicecli.pytest_plugin"}
+            assert ours == {"slicecli", "slicecli.family.hookspecs", "slicecli.modeling", "slicecli.testing.plugin"}
         """
     )
     result = pytester.runpytest_subprocess()

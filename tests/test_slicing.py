@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_config, tiny_model
 
-from slicecli import proof
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.configs import stock_config
+from slicecli.checkpoint.meta_model import empty_model
 from slicecli.errors import WeightsError
-from slicecli.layouts import stock_config
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
 from slicecli.progress import Silent
-from slicecli.proof import ModelWeights, relative_error
-from slicecli.shells import empty_model
-from slicecli.slicing.pipeline import collect_basis, refit
-from slicecli.slicing.state import Batches, DenseModel, Target
+from slicecli.proof import declaration as proof
+from slicecli.proof.declaration import ModelWeights, relative_error
+from slicecli.slicing.context import Batches, DenseModel, Target
+from slicecli.slicing.refit import collect_basis, refit
 
 
 def random_rows(rows=40, length=24, seed=1):
@@ -97,8 +97,8 @@ def test_a_wider_slice_is_closer_to_the_dense_model(family):
 
 def test_the_refit_beats_the_plain_projection(monkeypatch):
     """Random tokens repeat in calibration and check only in distribution, so this is no memorising."""
-    from slicecli.slicing import ridge
-    from slicecli.slicing.ridge import solve_ridge
+    from slicecli.linalg import ridge
+    from slicecli.linalg.ridge import solve_ridge
 
     model = tiny_model("llama")
     rows = random_rows(rows=400)

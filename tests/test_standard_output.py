@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slicecli.cli import standard_output
-from slicecli.demo import MODEL_FOLDER
+from slicecli.data.demo import MODEL_FOLDER
 from slicecli.errors import OutputError
 
 FULL = Path("/dev/full")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from slicecli.calibration import calibration_rows, evaluation_rows, monotony
+from slicecli.data.packing import calibration_rows, evaluation_rows, monotony
+from slicecli.data.text import Text, read_text
 from slicecli.errors import TextError, WeightsError
 from slicecli.evaluation.perplexity import measure_perplexity
 from slicecli.testing import byte_tokenizer
-from slicecli.text import Text, read_text
 
 DOCUMENTS = Text("t", tuple(f"document {number} says é and {'x' * number}" for number in range(60)))
 

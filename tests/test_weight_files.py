@@ -10,9 +10,9 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from slicecli.source import Source
+from slicecli.checkpoint.source import Source
+from slicecli.checkpoint.weight_files import weight_files
 from slicecli.testing import save_checkpoint
-from slicecli.weight_files import weight_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,7 +119,7 @@ def test_content_is_the_same_however_a_model_is_named_divided_and_saved(checkpoi
 
 @pytest.mark.parametrize("whole_bytes", [64_000_000, 0])
 def test_content_tells_a_trained_tensor(checkpoint_copy, monkeypatch, whole_bytes):
-    monkeypatch.setattr("slicecli.weight_files.WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr("slicecli.checkpoint.weight_files.WHOLE_BYTES", whole_bytes)
     before = Source.find(str(checkpoint_copy)).content
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(checkpoint_copy, **{name: load_file(checkpoint_copy / SINGLE)[name] * 1.001})

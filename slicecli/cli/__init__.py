@@ -19,7 +19,7 @@ import click
 from slicecli import __version__
 from slicecli.cli.standard_output import guard_standard_output
 from slicecli.errors import NotInferredError, OutputError, SlicecliError, SlicecliWarning, UnsupportedModelError
-from slicecli.processes import Processes, started_alone
+from slicecli.runtime.distributed import Processes, started_alone
 
 __all__ = ["group", "main", "say_error"]
 
@@ -80,7 +80,7 @@ class LazyGroup(click.Group):
 
     def _with_plugins(self) -> dict[str, click.Command]:
         """Let plugins add their commands, once; return all that were added."""
-        from slicecli.plugins import plugins
+        from slicecli.family.plugins import plugins
 
         if not getattr(self, "_asked_plugins", False):
             self._asked_plugins = True

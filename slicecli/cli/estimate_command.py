@@ -161,7 +161,7 @@ def command(
     from slicecli.estimation.devices import custom_device, device_named
     from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
     from slicecli.estimation.forecasts import Knowledge, find_forecasts
-    from slicecli.plan import DTYPE_BYTES, Width
+    from slicecli.family.slice_plan import DTYPE_BYTES, Width
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:

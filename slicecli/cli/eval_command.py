@@ -51,12 +51,12 @@ def command(
       slicecli eval ./my-slice --perplexity wikitext2 --tasks piqa,arc_easy
       slicecli eval ./my-slice --tasks questions.jsonl --baseline ./my-model
     """
-    from slicecli.checkpoint import check_results_file
+    from slicecli.checkpoint.folder import check_results_file
+    from slicecli.checkpoint.source import check_may_change
     from slicecli.errors import RequestError
     from slicecli.evaluation.measure import evaluate, evaluate_both
-    from slicecli.processes import Processes
-    from slicecli.record import read_sound_record
-    from slicecli.source import check_may_change
+    from slicecli.record.record import read_sound_record
+    from slicecli.runtime.distributed import Processes
 
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(
@@ -95,8 +95,8 @@ def command(
 
 def _enter(folder: Path, document: dict[str, Any]) -> None:
     """Enter results into a slice's record; those of the model it was made from too, and what both say together."""
-    from slicecli.description import enter_results
     from slicecli.estimation.results import fit_results, series_of
+    from slicecli.hub.writing import enter_results
 
     dense = document.get("baseline")
     if dense is not None and not _is_dense_model_of(document, dense):

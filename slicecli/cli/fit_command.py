@@ -47,7 +47,7 @@ def command(
     Example:
       slicecli fit dense.json dim3584.json dim3072.json -o curve.json --plot curve.png
     """
-    from slicecli.checkpoint import check_results_file
+    from slicecli.checkpoint.folder import check_results_file
     from slicecli.estimation.plot import check_plot_file, draw_quality, picture_of_curve
     from slicecli.estimation.results import curves_document, fit_results, fit_shared, read_documents, series_of
 

@@ -33,11 +33,11 @@ def command(
     For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
     with the check that failed.
     """
+    from slicecli.checkpoint.load_report import some_of
+    from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
-    from slicecli.load_report import some_of
-    from slicecli.planning import find_adapter
-    from slicecli.record import read_sound_record
-    from slicecli.source import Source
+    from slicecli.jobs.plan import find_adapter
+    from slicecli.record.record import read_sound_record
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()

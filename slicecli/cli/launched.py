@@ -19,7 +19,7 @@ import click
 from slicecli.errors import ProcessError, SlicecliError
 
 if TYPE_CHECKING:
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
 __all__ = ["TOGETHER", "is_done_together", "run_together"]
 

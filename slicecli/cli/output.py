@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slicecli.checkpoint import write_whole_file
+from slicecli.checkpoint.folder import write_whole_file
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress
@@ -79,7 +79,7 @@ def warn(text: str) -> None:
 
 def warn_of_broken_plugins() -> None:
     """Name the plugins that were skipped, and why."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     for plugin in plugins().broken:
         warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")

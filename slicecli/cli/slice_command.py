@@ -85,19 +85,19 @@ def command(
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
-    from slicecli.checkpoint import unfinished_folder
+    from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError
-    from slicecli.plan import Width
+    from slicecli.family.slice_plan import Width
 
     if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
         raise RequestError("--private, --create-pr and --commit-message are of publishing.", "Add --push REPO.")
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
 
-    from slicecli.engine import run_slices
-    from slicecli.libraries import quiet_libraries
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.planning import plan_slices
-    from slicecli.processes import Processes
+    from slicecli.jobs.plan import plan_slices
+    from slicecli.jobs.run import run_slices
+    from slicecli.runtime.distributed import Processes
+    from slicecli.runtime.libraries import quiet_libraries
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     publication = shared.publication_options(chosen)
@@ -123,7 +123,7 @@ def command(
         for one in job.source.companions.left_out:
             show.note(f"Not taken over: {one.describe()}")
     if dry_run:
-        from slicecli.preparation import rehearse
+        from slicecli.jobs.preparation import rehearse
 
         if is_main:
             rehearse(job)

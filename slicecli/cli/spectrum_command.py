@@ -49,20 +49,20 @@ def command(
     Example:
       slicecli spectrum meta-llama/Meta-Llama-3-8B-Instruct -o spectrum.json
     """
-    from slicecli.checkpoint import check_results_file
+    from slicecli.checkpoint.folder import check_results_file
     from slicecli.errors import RequestError
 
     if output is None and output_format != "json":
         raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     is_main = Processes.find().is_main
     if is_main and output is not None:
         # said now, not after the measuring
         check_results_file(output, [Path(model).expanduser()], [Path(chosen["calibration"]).expanduser()])
 
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.spectrum import run_spectrum
+    from slicecli.jobs.spectrum import run_spectrum
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings = shared.slice_options(chosen)
     bound_memory_that_is_kept()

@@ -74,7 +74,7 @@ def _look_at(subject: str, download: bool, revision: str | None, token: str | No
     from slicecli.errors import RequestError
     from slicecli.hub.contents import folder_contents
     from slicecli.hub.verify import examine_repository
-    from slicecli.inputs import describe_shadow, find_folder
+    from slicecli.runtime.inputs import describe_shadow, find_folder
 
     folder = find_folder(subject)
     if folder is not None and (download or revision is not None):

@@ -1,7 +1,7 @@
 """What a dense model and its slices cost, from `config.json` alone.
 
-Parameters are counted by the declaration of the family (`slicecli.dimensions`, `slicecli.schedule`); everything else
-follows from them, from the matrices that are declared, and from the config's heads, windows and experts.
+Parameters are counted by the declaration of the family (`slicecli.family`); everything else follows from them, from the
+matrices that are declared, and from the config's heads, windows and experts.
 
 Operations (FLOPs): 2 for each multiply-add. A token meets every matrix once: those that read and write the stream,
 the head, the shortcut matrices of the published method, routers, and of a mixture's experts those it is sent to;
@@ -28,12 +28,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.devices import Device
-from slicecli.inputs import check_count
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes
-from slicecli.schedule import PublishedSizes, slices_head
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.schedule import PublishedSizes, slices_head
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes
+from slicecli.runtime.inputs import check_count
 
 __all__ = ["Bound", "Cost", "CostModel", "SpeedUp", "Times", "Workload", "speed_up", "times"]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from slicecli.dimensions import MOST_WIDTH
 from slicecli.errors import RequestError, reason_of, shown
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
@@ -33,6 +32,7 @@ from slicecli.estimation.relations import (
     relation_named,
     relations_of,
 )
+from slicecli.family.dimensions import MOST_WIDTH
 
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
 

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from slicecli.adapters import select_adapter
-from slicecli.context_length import default_length
-from slicecli.dimensions import Dimensions, nearest_in
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
+from slicecli.estimation.origin import Origin, origin_of
 from slicecli.estimation.predictions import FARTHEST
-from slicecli.origin import Origin, origin_of
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
-from slicecli.plugins import plugins
-from slicecli.source import Source
+from slicecli.family.context_length import default_length
+from slicecli.family.dimensions import Dimensions, nearest_in
+from slicecli.family.plugins import plugins
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
 
 __all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
 from slicecli.estimation.figures import accuracies, dense_perplexity
@@ -33,11 +33,11 @@ from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_err
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
-from slicecli.inputs import local_path
-from slicecli.json_files import read_json
-from slicecli.plan import Method
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.slice_plan import Method
+from slicecli.record.record import read_record
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import read_json
 
 __all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from slicecli.errors import PluginError, RequestError, reason_of
-from slicecli.plugins import plugins
+from slicecli.family.plugins import plugins
 
 if TYPE_CHECKING:
     import pluggy

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from slicecli.dimensions import MOST, MOST_WIDTH
+from slicecli.data.names import Named, distinct_names, most_telling
 from slicecli.errors import RequestError, reason_of, shown
 from slicecli.estimation.curves import MOST_POINTS, Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.reading import digest_in, fields_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, Relation, relation_named, relations_of
 from slicecli.estimation.spread import shared_fit
-from slicecli.json_files import read_json
-from slicecli.names import Named, distinct_names, most_telling
+from slicecli.family.dimensions import MOST, MOST_WIDTH
+from slicecli.runtime.json import read_json
 
 __all__ = [
     "Group",

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from slicecli.dimensions import MOST_WIDTH
 from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
-from slicecli.inputs import local_path
-from slicecli.json_files import load_json
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import load_json
 
 __all__ = ["read_spectrum", "study_models", "study_series"]
 

@@ -28,7 +28,7 @@ _LEVELS = {
 # a task of many parts, which all have its level
 _PARTS = {"mmlu_": 1 / 4, "blimp_": 1 / 2, "belebele_": 1 / 4, "xcopa_": 1 / 2, "xwinograd_": 1 / 2, "xnli_": 1 / 3}
 _OTHERWISE = ("mmlu_pro", "mmlu_prox")
-# as slicecli.names writes it
+# as slicecli.data.names writes it
 _QUESTION_FILE = re.compile(r"\.jsonl( \([0-9a-f]+\))?$", re.IGNORECASE)
 
 

@@ -16,20 +16,20 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.calibration import check_vocabulary
-from slicecli.context_length import pick_sequence_length
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
+from slicecli.data.packing import check_vocabulary
+from slicecli.data.text import Text, read_texts
 from slicecli.errors import RequestError
-from slicecli.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
-from slicecli.libraries import quiet_libraries, running
-from slicecli.loading import load_model
-from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
-from slicecli.processes import Processes
-from slicecli.record import known_names, package_versions, read_sound_record
-from slicecli.source import Source
-from slicecli.text import Text, read_texts
+from slicecli.family.context_length import pick_sequence_length
+from slicecli.record.record import known_names, package_versions, read_sound_record
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
+from slicecli.runtime.libraries import quiet_libraries, running
+from slicecli.runtime.placement import DeviceMap, MaxMemory, batch_rows, describe_map
 
 if TYPE_CHECKING:
-    from slicecli.calibration import Rows
+    from slicecli.data.packing import Rows
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.evaluation.tasks import LoadedTask, TaskResult
     from slicecli.progress import Progress
@@ -42,7 +42,7 @@ class EvaluationOptions:
     """What to measure, and how.
 
     Attributes:
-        texts: Texts for perplexity, see `slicecli.text.read_text`; what is given twice is measured once.
+        texts: Texts for perplexity, see `slicecli.data.text.read_text`; what is given twice is measured once.
         tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
         limit: Only the first so many rows of each text and questions of each task; `None` takes all.
         num_fewshot: Solved examples before each question; `None` leaves it to the task.
@@ -130,7 +130,7 @@ class EvaluationSet:
             source: The model, whose longest row counts.
             tokenizer: Its tokenizer.
             progress: Hears of each task.
-            calibration: The text that slices of the model are calibrated on, see `slicecli.text.read_text`.
+            calibration: The text that slices of the model are calibrated on, see `slicecli.data.text.read_text`.
 
         Raises:
             RequestError: The options are not possible for this model, or there is no such task.
@@ -161,7 +161,7 @@ class EvaluationSet:
         """
         if self.sequence_length is None:
             return self
-        from slicecli.calibration import evaluation_rows
+        from slicecli.data.packing import evaluation_rows
 
         rows = tuple(evaluation_rows(text, tokenizer, self.sequence_length, options.limit) for text in self.texts)
         for packed in rows:

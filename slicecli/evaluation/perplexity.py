@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from slicecli.calibration import Rows
+from slicecli.data.packing import Rows
 from slicecli.errors import WeightsError
-from slicecli.processes import ALONE, Processes
-from slicecli.slicing.pieces import Pieces
+from slicecli.runtime.distributed import ALONE, Processes
+from slicecli.runtime.microbatch import Pieces
 
 __all__ = ["PerplexityResult", "measure_perplexity"]
 
@@ -39,8 +39,8 @@ class PerplexityResult:
         tokens: Predicted tokens.
         sequence_length: Tokens per row.
         bits_per_byte: `nll` in bits per UTF-8 byte of the text.
-        rows_digest: SHA-256 of the token ids, see `slicecli.calibration.Rows`.
-        text_digest: SHA-256 of a text from a file, see `slicecli.text.Text`.
+        rows_digest: SHA-256 of the token ids, see `slicecli.data.packing.Rows`.
+        text_digest: SHA-256 of a text from a file, see `slicecli.data.text.Text`.
     """
 
     text: str
@@ -75,7 +75,7 @@ def measure_perplexity(
 
     Args:
         model: A transformers causal language model in evaluation mode.
-        rows: What `slicecli.calibration.evaluation_rows` returns.
+        rows: What `slicecli.data.packing.evaluation_rows` returns.
         batch_size: Rows per forward pass.
         progress: Hears of each batch.
         processes: Those that measure together, each on its share of the rows.

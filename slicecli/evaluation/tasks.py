@@ -34,17 +34,17 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from slicecli.calibration import check_embedded
-from slicecli.context_length import context_length_of_config
+from slicecli.data.names import ANOTHER, Named, distinct_names, without_repeats
+from slicecli.data.packing import check_embedded
+from slicecli.data.questions import Question, read_questions
 from slicecli.errors import RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
 from slicecli.evaluation.chance import chance_level
-from slicecli.evaluation.questions import Question, read_questions
-from slicecli.hub.errors import describe_hub_error, is_of_settings, remedy_of_hub_error
-from slicecli.inputs import local_path
-from slicecli.names import ANOTHER, Named, distinct_names, without_repeats
-from slicecli.placement import batch_rows
-from slicecli.processes import ALONE, Processes
-from slicecli.slicing.pieces import Pieces, together
+from slicecli.family.context_length import context_length_of_config
+from slicecli.runtime.distributed import ALONE, Processes
+from slicecli.runtime.hub_errors import describe_hub_error, is_of_settings, remedy_of_hub_error
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.microbatch import Pieces, together
+from slicecli.runtime.placement import batch_rows
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress
@@ -401,7 +401,7 @@ def _is_file(name: str) -> bool:
 def _own_questions(name: str) -> tuple[Question, ...] | None:
     """Return the questions of a file or of the demo; `None` for any other name."""
     if name == "demo":
-        from slicecli.demo.questions import questions
+        from slicecli.data.demo.questions import questions
 
         return questions()
     return read_questions(local_path(name)) if _is_file(name) else None

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from slicecli.checkpoint import RECORD_FILE, file_digest
-from slicecli.companions import is_text
+from slicecli.checkpoint.companions import is_text
+from slicecli.checkpoint.folder import RECORD_FILE, file_digest
+from slicecli.checkpoint.source import DESCRIPTION_FILES, name_of_folder
+from slicecli.checkpoint.weight_files import INDEX_FILE
 from slicecli.errors import SourceError
-from slicecli.hub.client import patiently, quiet_client
-from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
-from slicecli.schema import schema_errors
-from slicecli.source import DESCRIPTION_FILES, name_of_folder
-from slicecli.weight_files import INDEX_FILE
+from slicecli.record.schema import schema_errors
+from slicecli.runtime.hub_client import patiently, quiet_client
+from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.hub.markdown import visible
-from slicecli.inputs import is_repository_name
-from slicecli.text import NAMED_TEXTS
+from slicecli.data.text import NAMED_TEXTS
+from slicecli.runtime.inputs import is_repository_name
+from slicecli.runtime.markdown import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -17,19 +17,19 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from slicecli import __version__
-from slicecli.checkpoint import RECORD_FILE
-from slicecli.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
+from slicecli.checkpoint.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
+from slicecli.checkpoint.folder import RECORD_FILE
+from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
+from slicecli.checkpoint.weight_files import INDEX_FILE, entry_file
 from slicecli.errors import WeightsError
+from slicecli.family.schedule import Schedule
+from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
 from slicecli.hub.contents import Contents, download_repository, folder_contents, repository_contents
-from slicecli.hub.markdown import visible
 from slicecli.hub.metadata import card_metadata
-from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
-from slicecli.plan import DTYPE_BYTES, DTYPE_CODES
-from slicecli.schedule import Schedule
-from slicecli.source import TOKENIZER_CONFIG, tokenizer_references
-from slicecli.weight_files import INDEX_FILE, entry_file
+from slicecli.runtime.markdown import visible
+from slicecli.runtime.secrets import find_paths, find_tokens
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress
@@ -279,7 +279,7 @@ def check_config(contents: Contents) -> Iterator[Finding]:
 
 def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """Return what the config of a stock slice has, by path."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     adapter = plugins().adapters.get(record["adapter"])
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")

@@ -25,17 +25,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from slicecli.memory import available_memory_bytes
+from slicecli.family.schedule import slices_head
+from slicecli.linalg.basis import Basis, principal_basis
+from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
-from slicecli.schedule import slices_head
-from slicecli.slicing import blocks as running
-from slicecli.slicing.basis import Basis, principal_basis
-from slicecli.slicing.blocks import Calls
+from slicecli.runtime.memory import available_memory_bytes
+from slicecli.runtime.microbatch import together
+from slicecli.slicing import modules as running
+from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
-from slicecli.slicing.moments import add_square, widen
-from slicecli.slicing.pieces import together
-from slicecli.slicing.state import Batches, DenseModel
-from slicecli.slicing.walk import embedding_tables, enter, filled, read_blocks, require_finite
+from slicecli.slicing.layerwise import embedding_tables, enter, filled, read_blocks, require_finite
+from slicecli.slicing.modules import Calls
 
 __all__ = ["FisherSpectrum", "collect_fisher", "drawn_labels"]
 

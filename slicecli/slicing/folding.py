@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 
 from slicecli.adapters import Branch, Linear
-from slicecli.dimensions import Dimensions
-from slicecli.slicing.basis import Basis
-from slicecli.slicing.maps import fold_bias, fold_reader, projected_table, projected_writer, projection_for_readers
+from slicecli.family.dimensions import Dimensions
+from slicecli.linalg.basis import Basis
+from slicecli.linalg.maps import fold_bias, fold_reader, projected_table, projected_writer, projection_for_readers
 
 __all__ = [
     "WeightReader",

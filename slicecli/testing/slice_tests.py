@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from slicecli.checkpoint import RECORD_FILE
-from slicecli.context_length import context_length_of_config, default_length
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.checkpoint.folder import RECORD_FILE
+from slicecli.checkpoint.source import Source
+from slicecli.family.context_length import context_length_of_config, default_length
+from slicecli.record.record import read_record
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
@@ -106,10 +106,10 @@ class SliceUnderTest:
 
         That is the recorded one and the tolerance; without one, the upper end of what the record's curve predicts.
         """
+        from slicecli.data.text import read_text
         from slicecli.estimation.relations import quoted_by
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
-        from slicecli.libraries import quiet_libraries
-        from slicecli.text import read_text
+        from slicecli.runtime.libraries import quiet_libraries
 
         curve = self._curve()
         name = self.text
@@ -148,7 +148,7 @@ class SliceUnderTest:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str) -> Any:
-    from slicecli.loading import load_model
+    from slicecli.checkpoint.loading import load_model
 
     return load_model(Source.find(str(folder)), device_map=device)
 
