@@ -201,11 +201,11 @@ def choose_companions(sizes: Mapping[str, int], name: str, trusts_code: bool) ->
     room = MOST_BYTES
     taken: list[str] = []
     for file in others:
-        room -= sizes[file]
-        if room < 0 or len(taken) == MOST_FILES:
+        if sizes[file] > room or len(taken) == MOST_FILES:
             reasons[file] = TOO_MUCH
         else:
             taken.append(file)
+            room -= sizes[file]
     return Companions.of([*known, *taken], reasons)
 
 
