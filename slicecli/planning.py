@@ -217,7 +217,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         slices.append((plan, sliced_config, folder))
-    needed = sum(plan.sliced_bytes for plan, _, _ in slices)
+    companion_bytes = sum((source.folder / file).stat().st_size for file in source.companions.files)
+    needed = sum(plan.sliced_bytes + companion_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
         if processes.is_main:
             require_disk_space(folder, needed)

@@ -39,7 +39,7 @@ from slicecli.errors import (
 )
 from slicecli.front_matter import MOST_CARD_BYTES
 from slicecli.hub.client import patiently, quiet_client
-from slicecli.hub.errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.hub.errors import describe_hub_error, is_not_in_cache, is_transient, remedy_of_hub_error
 from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.json_files import MOST_JSON_BYTES, load_json, read_json
 from slicecli.libraries import quiet_libraries
@@ -119,9 +119,8 @@ class Source:
             name, commit = model, folder.name
             if with_companions or trust_remote_code:
                 sizes = _sizes_in_repository(model, commit, token, folder)
-                files = choose_companions(sizes, name, trust_remote_code).files
-                code = tuple(file for file in files if file.endswith(".py"))
-                _download(model, commit, token, (INDEX_FILE, *files) if with_companions else code)
+                companions = choose_companions(sizes, name, trust_remote_code)
+                _download_companions(model, commit, token, companions, with_companions)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise SourceError(
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
@@ -556,6 +555,21 @@ def _sizes_in_repository(model: str, commit: str, token: str | None, folder: Pat
         except Exception:
             return list_folder(folder)[0]
     return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+
+
+def _download_companions(
+    model: str, commit: str, token: str | None, companions: Companions, with_companions: bool
+) -> None:
+    """Fetch what goes along with a slice, or only the code; without a network what loading reads has to do."""
+    if not with_companions:
+        _download(model, commit, token, tuple(file for file in companions.files if file.endswith(".py")))
+        return
+    _download(model, commit, token, (INDEX_FILE, *companions.needed()))
+    try:
+        _download(model, commit, token, companions.files)
+    except SourceError as error:
+        if not is_not_in_cache(error):
+            raise
 
 
 def _download(model: str, revision: str | None, token: str | None, files: tuple[str, ...]) -> Path:

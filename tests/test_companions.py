@@ -434,6 +434,9 @@ def test_a_hub_model_brings_all_that_is_small(hub_model, slicecli, loopback_hub,
     assert not unwanted & (there | fetched(loopback_hub))
     named = {file for files in left_out(json.loads(done.stdout)).values() for file in files}
     assert named == {"onnx/", "model.gguf", "large.csv", "tokenization_mine.py"}
+    pushed = slicecli("push", "out", "me/slice")
+    assert pushed.returncode == 0, pushed.stderr
+    assert loopback_hub.files("me/slice").keys() - {".gitattributes"} == there
     # without the network, and with what the cache has
     again = slicecli("slice", hub_model, "--dim", "36", "-o", "again", *slice_words, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
@@ -445,6 +448,23 @@ def test_a_hub_model_brings_all_that_is_small(hub_model, slicecli, loopback_hub,
     assert "the cache does not have all of it" in missing.stderr
     assert slicecli(*words).returncode == 0
     assert files_in(tmp_path / "trusted") == there | {"tokenization_mine.py"}
+
+
+def test_without_the_network_what_loading_does_not_read_may_be_missing(
+    hub_model, slicecli, isolated_hub_cache, slice_words, tmp_path
+):
+    words = ["slice", hub_model, "--dim", "36", "--format", "json", *slice_words]
+    assert slicecli(*words, "-o", "first").returncode == 0
+    (note,) = isolated_hub_cache.rglob("a[[]1].txt")
+    note.unlink()
+    done = slicecli(*words, "-o", "second", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert left_out(json.loads(done.stdout))["not in this copy of the model"] == ["a[1].txt"]
+    (template,) = isolated_hub_cache.rglob("tool_use.jinja")
+    template.unlink()
+    done = slicecli(*words, "-o", "third", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "the cache does not have all of it" in done.stderr
 
 
 def test_an_estimate_fetches_only_what_describes_the_model(hub_model, slicecli, loopback_hub):
