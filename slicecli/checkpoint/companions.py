@@ -155,6 +155,10 @@ class Companions:
         left_out = tuple(LeftOut(reason, tuple(names)) for reason, names in sorted(by_reason.items()))
         return cls(tuple(sorted(files)), left_out)
 
+    def needed(self) -> tuple[str, ...]:
+        """Return those that loading the model may read, without which it would be another."""
+        return tuple(file for file in self.files if _is_read(file))
+
     def without(self, reasons: Mapping[str, str]) -> Companions:
         """Return the same, without some files."""
         before = {name: one.reason for one in self.left_out for name in one.files}
@@ -201,11 +205,11 @@ def choose_companions(sizes: Mapping[str, int], name: str, trusts_code: bool) ->
     room = MOST_BYTES
     taken: list[str] = []
     for file in others:
-        room -= sizes[file]
-        if room < 0 or len(taken) == MOST_FILES:
+        if sizes[file] > room or len(taken) == MOST_FILES:
             reasons[file] = TOO_MUCH
         else:
             taken.append(file)
+            room -= sizes[file]
     return Companions.of([*known, *taken], reasons)
 
 
@@ -270,9 +274,12 @@ def is_text(file: str, size: int) -> bool:
 
 def may_be_private(file: str, size: int) -> bool:
     """Say whether a file is of the kind that people leave beside a model, not one that loading may read."""
+    return size <= MOST_PRIVATE_BYTES and is_text(file, size) and not _is_read(file)
+
+
+def _is_read(file: str) -> bool:
     path = PurePosixPath(file)
-    is_read = _is_known(path) or _fits(path.name, VOCABULARIES) or path.suffix.lower() in {".py", ".jinja"}
-    return size <= MOST_PRIVATE_BYTES and is_text(file, size) and not is_read
+    return _is_known(path) or _fits(path.name, VOCABULARIES) or path.suffix.lower() in {".py", ".jinja"}
 
 
 def list_folder(folder: Path) -> tuple[dict[str, int], list[str]]:

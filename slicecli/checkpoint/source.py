@@ -59,7 +59,7 @@ from slicecli.family.slice_plan import DTYPE_CODES
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.front_matter import MOST_CARD_BYTES
 from slicecli.runtime.hub_client import patiently, quiet_client
-from slicecli.runtime.hub_errors import describe_hub_error, is_transient, remedy_of_hub_error
+from slicecli.runtime.hub_errors import describe_hub_error, is_not_in_cache, is_transient, remedy_of_hub_error
 from slicecli.runtime.inputs import describe_shadow, find_folder
 from slicecli.runtime.json import MOST_JSON_BYTES, read_json
 from slicecli.runtime.libraries import quiet_libraries
@@ -204,11 +204,10 @@ class Source:
             name, commit = model, folder.name
         if commit is not None and (with_companions or trust_remote_code):
             sizes = _sizes_in_repository(name, commit, token, folder, cache)
-            files = choose_companions(sizes, name, trust_remote_code).files
-            wanted = (INDEX_FILE, *files) if with_companions else tuple(file for file in files if file.endswith(".py"))
-            # an older revision in a cache may be whole where the Hub cannot be reached
-            if cache is None or not all((folder / file).exists() for file in files):
-                _download(name, commit, token, wanted, cache)
+            companions = choose_companions(sizes, name, trust_remote_code)
+            # a revision in a cache may be whole where the Hub cannot be reached
+            if cache is None or not all((folder / file).exists() for file in companions.files):
+                _download_companions(name, commit, token, companions, with_companions, cache)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise SourceError(
                 f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
@@ -713,6 +712,21 @@ def _all_files(folder: Path, model: str, commit: str | None, token: str | None, 
     if commit is not None:
         return list(_sizes_in_repository(model, commit, token, folder, cache))
     return [path.name for path in folder.iterdir()]
+
+
+def _download_companions(
+    model: str, commit: str, token: str | None, companions: Companions, with_companions: bool, cache: Path | None
+) -> None:
+    """Fetch what goes along with a slice, or only the code; without a network what loading reads has to do."""
+    if not with_companions:
+        _download(model, commit, token, [file for file in companions.files if file.endswith(".py")], cache)
+        return
+    _download(model, commit, token, (INDEX_FILE, *companions.needed()), cache)
+    try:
+        _download(model, commit, token, companions.files, cache)
+    except SourceError as error:
+        if not is_not_in_cache(error):
+            raise
 
 
 def _download(

@@ -6,6 +6,7 @@ slice stays whole on this machine, and pushing again completes what is missing.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shlex
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
                     commit_message=options.commit_message or _message(folder),
                     revision=options.revision,
                     create_pr=options.create_pr,
-                    allow_patterns=list(files),
+                    allow_patterns=[glob.escape(file) for file in files],
                     delete_patterns=REPLACED,
                 )
 

@@ -242,7 +242,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(shell).__name__]
         slices.append((plan, sliced_config, folder))
-    needed = sum(plan.sliced_bytes for plan, _, _ in slices)
+    companion_bytes = sum((source.folder / file).stat().st_size for file in source.companions.files)
+    needed = sum(plan.sliced_bytes + companion_bytes for plan, _, _ in slices)
     for _, _, folder in slices:
         if processes.is_main:
             require_disk_space(folder, needed)

@@ -253,7 +253,7 @@ def _looks(tokenizer: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         for adds in (False, True):
             yield f"the tokens of {shown(text)}", partial(_encoded, text=text, adds_special_tokens=adds)
         yield f"the text of the tokens of {shown(text)}", partial(_decoded, text=text)
-    templates = tokenizer.chat_template
+    templates = getattr(tokenizer, "chat_template", None)
     yield "its chat templates", operator.attrgetter("chat_template")
     for template in templates if isinstance(templates, dict) else [None] if templates else []:
         for prompts in (False, True):

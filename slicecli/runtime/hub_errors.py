@@ -10,7 +10,14 @@ from typing import Any
 
 from slicecli.errors import reason_of
 
-__all__ = ["describe_hub_error", "is_of_settings", "is_transient", "remedy_of_hub_error", "seconds_to_wait"]
+__all__ = [
+    "describe_hub_error",
+    "is_not_in_cache",
+    "is_of_settings",
+    "is_transient",
+    "remedy_of_hub_error",
+    "seconds_to_wait",
+]
 
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 LOG_IN = "Log in with `hf auth login`, or give a --token"
@@ -59,6 +66,17 @@ def is_of_settings(error: BaseException) -> bool:
         error: Anything raised by the Hub's client, or by `datasets`.
     """
     return _is_offline(error) or _is_bad_token(error) or _is_bad_address(error)
+
+
+def is_not_in_cache(error: BaseException) -> bool:
+    """Tell whether the Hub could not be asked, and the cache does not have what was wanted.
+
+    Args:
+        error: Anything raised by the Hub's client.
+    """
+    from huggingface_hub import errors
+
+    return _find(error, errors.LocalEntryNotFoundError)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
