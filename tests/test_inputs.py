@@ -39,7 +39,7 @@ def parameters(is_wanted):
 def given(words, command, parameter, value):
     """Return a command's words with a value for a parameter, and something for each argument that is required."""
     arguments = [one for one in command.params if isinstance(one, click.Argument) and one.required]
-    values = [value if one is parameter else "x" for one in arguments]
+    values = [value if one is parameter else "." if isinstance(one.type, LocalPath) else "x" for one in arguments]
     option = [] if parameter in arguments else [value]
     if isinstance(parameter, click.Option):
         option = [f"{parameter.opts[-1]}={value}"]
@@ -55,7 +55,9 @@ def test_an_empty_value_is_refused_whatever_the_option(run, tmp_path, monkeypatc
     done = run(*given(words, command, parameter, ""))
     assert done.exit_code == 2, done.output
     assert done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: Invalid value for ")
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: ")
+    assert (parameter.opts[-1] if isinstance(parameter, click.Option) else parameter.human_readable_name) in message
     assert os.listdir(tmp_path) == []
 
 
@@ -67,7 +69,7 @@ def test_a_tilde_is_the_home_of_the_user_in_every_path(tmp_path, monkeypatch, wo
     path.touch() if parameter.type.file_okay else path.mkdir()
     context = click.Context(command)
     assert parameter.type.convert("~/here", parameter, context) == path
-    with pytest.raises(click.BadParameter, match="home folder of '~nobodys' is not known"):
+    with pytest.raises(RequestError, match="home folder of '~nobodys' is not known"):
         parameter.type.convert("~nobodys/here", parameter, context)
 
 

@@ -52,10 +52,10 @@ def tokenizer_error(name: str, folder: Path, reason: str) -> SourceError:
         folder: Its folder.
         reason: What was wrong with the tokenizer, as a clause.
     """
-    if not any(path for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
+    if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         return SourceError(f"{name} has no tokenizer, such as tokenizer.json or tokenizer.model.", REMEDY)
     for path in sorted(folder.glob("*.json")):
-        if _begins_with_mark(path):
+        if path.is_file() and _begins_with_mark(path):
             return SourceError(
                 f"The tokenizer of {name} cannot be loaded: {path.name} begins with a byte order mark (BOM).",
                 "Save that file without it.",

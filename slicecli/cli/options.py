@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -100,6 +101,18 @@ MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+@contextmanager
+def _naming(param: click.Parameter | None) -> Iterator[None]:
+    """Name the option in the error of the function that reads its value."""
+    try:
+        yield
+    except RequestError as error:
+        if param is None:
+            raise
+        name = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
+        raise RequestError(f"{name}: {error.cause}", error.remedy) from None
+
+
 class Parsed(click.ParamType):  # type: ignore[type-arg]
     """What a function makes of the text of an option; whatever the function refuses is said of that option.
 
@@ -116,10 +129,8 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]
         """Read the text of an option."""
         if not isinstance(value, str):
             return value
-        try:
+        with _naming(param):
             return self._parse(value)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
 
 
 class LocalPath(click.Path):
@@ -130,10 +141,9 @@ class LocalPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the text of an option."""
-        try:
-            return super().convert(str(local_path(value)), param, ctx)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
+        with _naming(param):
+            path = local_path(value)
+        return super().convert(str(path), param, ctx)
 
 
 class Auto(click.ParamType):  # type: ignore[type-arg]

@@ -55,6 +55,10 @@ class Workload:
     length: int = 2048
 
     def __post_init__(self) -> None:
+        if self.batch < 1 or self.length < 1:
+            raise RequestError(
+                f"A batch of {self.batch} sequences of {self.length} tokens is no work.", "Give positive numbers."
+            )
         check_count(self.batch, "A batch of {} sequences is", "Give --batch")
         check_count(self.length, "A length of {} tokens is", "Give --length")
 

@@ -144,7 +144,7 @@ class Knowledge:
             RequestError: One is not possible, there is no such relation, or two things exclude each other.
         """
         if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
-            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not a number above 1.", "Check it.")
+            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check it.")
         for what, values in (("dense accuracy", self.dense_accuracies), ("chance level", self.chances)):
             for task, value in values.items():
                 if not 0 <= value <= 1:

@@ -54,7 +54,7 @@ def parse_text(text: str) -> str:
         RequestError: It is empty, or no text at all.
     """
     if not text.strip():
-        raise RequestError("It is empty.", "Give a value, or leave the option out.")
+        raise RequestError("The value is empty.", "Give one, or leave the option out.")
     return parse_prompt(text)
 
 
