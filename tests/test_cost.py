@@ -351,7 +351,7 @@ def test_impossible_work_is_refused():
 def test_nothing_heavy_is_imported():
     code = f"""
 import sys
-from slicecli.dimensions import Dimensions
+from slicecli.family.dimensions import Dimensions
 from slicecli.estimation.cost import CostModel
 from slicecli.plugins import plugins
 CostModel(Dimensions(plugins().adapters["llama"], {LLAMA_3_8B}), "slicegpt").sliced(3072, "bfloat16")

@@ -309,7 +309,7 @@ def config_of(
         plan: The plan.
         config: The dense model's config.
         dimensions: Its sizes.
-        block_output_length: What `slicecli.proof.declaration.declaration.prove_shortcuts` found.
+        block_output_length: What `slicecli.proof.declaration.prove_shortcuts` found.
         has_code: Whether the dense model's own code goes along.
     """
     if plan.layout == "stock":
