@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slicecli import __version__
 from slicecli.checkpoint.folder import file_digest
 from slicecli.hub.contents import folder_contents
 from slicecli.hub.verify import CHECKS, verify_contents, verify_folder
 from slicecli.record.schema import record_schema, schema_errors
 from slicecli.runtime.secrets import find_secrets, find_tokens
+from slicecli.runtime.versions import __version__
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "PlantedInATest" + "0" * 20

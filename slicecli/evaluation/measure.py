@@ -15,18 +15,18 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
 from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.data.packing import check_vocabulary
 from slicecli.data.text import Text, read_texts
 from slicecli.errors import RequestError
 from slicecli.family.context_length import pick_sequence_length
-from slicecli.record.record import known_names, package_versions, read_sound_record
+from slicecli.record.record import known_names, read_sound_record
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
 from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.placement import DeviceMap, MaxMemory, batch_rows, describe_map
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     from slicecli.data.packing import Rows

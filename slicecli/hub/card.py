@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slicecli import __version__
 from slicecli.errors import OutputError
 from slicecli.hub.metadata import base_model_of, card_metadata
 from slicecli.runtime.markdown import code, code_block, heading, prose
+from slicecli.runtime.versions import __version__
 
 __all__ = ["CARD_FILE", "PLOT_FILE", "Card", "read_card", "render_body", "render_card"]
 

@@ -16,7 +16,6 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
 from slicecli.checkpoint.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
 from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
@@ -30,6 +29,7 @@ from slicecli.hub.metadata import card_metadata
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
 from slicecli.runtime.markdown import visible
 from slicecli.runtime.secrets import find_paths, find_tokens
+from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress

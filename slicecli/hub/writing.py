@@ -22,9 +22,10 @@ from slicecli.checkpoint.folder import RECORD_FILE, file_digest, write_whole_fil
 from slicecli.data.names import Named, are_of_one_file, distinct_names, most_telling
 from slicecli.errors import OutputError, RequestError, reason_of
 from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
-from slicecli.record.record import ResultKind, digest_of, known_names, package_versions, read_record, record_text
+from slicecli.record.record import ResultKind, digest_of, known_names, read_record, record_text
 from slicecli.record.schema import schema_errors
 from slicecli.runtime.front_matter import MOST_CARD_BYTES
+from slicecli.runtime.versions import package_versions
 
 if TYPE_CHECKING:
     from slicecli.estimation.forecasts import Forecast

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slicecli import __version__
 from slicecli.adapters import Adapter
 from slicecli.checkpoint.folder import check_output, whole_folder
 from slicecli.errors import SlicecliError, UnsupportedModelError
 from slicecli.infer.inference import infer_adapter
+from slicecli.runtime.versions import __version__
 
 __all__ = ["package_files", "structural_switches", "write_package"]
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
 from slicecli.checkpoint.folder import ShardWriter, clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import empty_model
 from slicecli.checkpoint.reader import DenseWeights, RestingWeights, checkpoint_tensors
@@ -24,11 +23,12 @@ from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
 from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_streams
-from slicecli.record.record import Energy, package_versions
+from slicecli.record.record import Energy
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.runtime.placement import MEMORY_SHARE, batch_rows, compute_dtype
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
 from slicecli.jobs.plan import SliceOptions, plan_slices
 from slicecli.jobs.run import read_rows, share_work, with_weights
-from slicecli.record.record import calibration_fields, package_versions
+from slicecli.record.record import calibration_fields
 from slicecli.runtime.libraries import quiet_libraries, running
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
 from slicecli.checkpoint.folder import check_apart, file_digest, write_whole_file
 from slicecli.checkpoint.source import Source
 from slicecli.errors import OutputError
@@ -30,11 +29,12 @@ from slicecli.family.slice_plan import Width, slice_sizes
 from slicecli.hub.writing import enter_curves, enter_results
 from slicecli.jobs.plan import Job, SliceOptions, find_adapter, plan_slices
 from slicecli.jobs.run import run_slices, with_weights
-from slicecli.record.record import package_versions, read_record
+from slicecli.record.record import read_record
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve

@@ -8,20 +8,17 @@ the folders above it as tell it from others.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slicecli import __version__
 from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.family.slice_plan import SlicePlan
 from slicecli.record.schema import schema_errors
 from slicecli.runtime.json import read_json
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
@@ -35,7 +32,6 @@ __all__ = [
     "calibration_fields",
     "digest_of",
     "known_names",
-    "package_versions",
     "read_record",
     "read_sound_record",
     "record_text",
@@ -203,20 +199,6 @@ def digest_of(figure: Mapping[str, Any], kind: ResultKind) -> str | None:
     """Return the digest that tells a figure's text, or questions, from another file's of the same name."""
     found: str | None = figure.get("text_sha256" if kind == "perplexity" else "questions_sha256")
     return found
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
-    packages = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
-    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def record_text(record: Mapping[str, Any]) -> str:

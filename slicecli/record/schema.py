@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
-from slicecli import __version__
+from slicecli.runtime.versions import __version__
 
 __all__ = ["record_schema", "schema_errors"]
 

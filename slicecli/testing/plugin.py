@@ -98,8 +98,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    from slicecli import __version__
-    from slicecli.record.record import package_versions
+    from slicecli.runtime.versions import __version__, package_versions
 
     return {"slicecli": __version__, **package_versions()}
 
