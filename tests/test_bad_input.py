@@ -309,7 +309,8 @@ def test_a_folder_has_no_revisions(run, checkpoints):
 @pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
 def test_a_model_without_a_tokenizer(run, text_file, tmp_path, family, kept):
     """Of some families transformers makes a tokenizer without a vocabulary, which reads every text as nothing."""
-    model = save_checkpoint(random_model(tiny_config(family)), tmp_path / "model")
+    config = tiny_config(family, has_head_dim=family != "gpt2")
+    model = save_checkpoint(random_model(config), tmp_path / "model")
     for path in model.glob("*token*"):
         if path.name not in kept:
             path.unlink()
@@ -354,7 +355,8 @@ def test_a_byte_order_mark_where_transformers_reads_none(refused, checkpoint_cop
 
 
 def test_a_byte_order_mark_in_an_index(refused, checkpoint_copy):
-    (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS}}))
+    (checkpoint_copy / WEIGHTS).rename(checkpoint_copy / "model-1.safetensors")
+    (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     mark(checkpoint_copy / INDEX)
     assert "byte order mark" in refused(checkpoint_copy)
 

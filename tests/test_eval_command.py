@@ -39,7 +39,9 @@ def test_the_document_says_all_that_identifies_a_point(run, models, words, kind,
     assert document == json.loads((tmp_path / "results.json").read_text())
     assert (document["hidden_size"], document["dim"], document["method"]) == (48, dim, method)
     assert document["sparsity"] == 1 - dim / 48
-    assert document["source"] == {"model": "tiny-llama", "commit": None}
+    source = document["source"]
+    assert (source["model"], source["commit"]) == ("tiny-llama", None)
+    assert source["content"] == Source.find(str(models["dense"])).content
     record = read_record(models[kind]) or {}
     assert document["calibration"] == record.get("calibration")
     loaded = load_model(Source.find(str(models[kind])))
