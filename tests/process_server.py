@@ -138,7 +138,7 @@ def fails(how):
     if how == "bug":
         engine.read_rows = read_rows
         return
-    solve, solved = step.solve_moments, []
+    solve, solved = step.solve_normal_equations, []
 
     def solve_until_it_fails(*arguments):
         solved.append(None)
@@ -148,7 +148,7 @@ def fails(how):
             os.kill(os.getpid(), getattr(signal, how))
         return solve(*arguments)
 
-    step.solve_moments = solve_until_it_fails
+    step.solve_normal_equations = solve_until_it_fails
 
 
 def be(wish, rank):

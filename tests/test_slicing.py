@@ -103,7 +103,7 @@ def test_the_refit_beats_the_plain_projection(monkeypatch):
     model = tiny_model("llama")
     rows = random_rows(rows=400)
     (fitted,), _ = slice_in_memory(model, 36, rows=rows)
-    monkeypatch.setattr(ridge, "solve_ridge", lambda moments, **_: solve_ridge(moments, ridges=()))
+    monkeypatch.setattr(ridge, "solve_ridge", lambda equations, **_: solve_ridge(equations, ridges=()))
     (projected,), _ = slice_in_memory(model, 36, rows=rows)
     assert relative_error(logits(fitted), logits(model)) < 0.9 * relative_error(logits(projected), logits(model))
 

@@ -12,7 +12,16 @@ import torch
 
 from slicecli.runtime.memory import make_room
 
-__all__ = ["CHUNK_TOKENS", "Moments", "add_outer", "add_square", "inverse_scale", "is_finite", "normalise", "widen"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "NormalEquations",
+    "add_outer",
+    "add_square",
+    "inverse_scale",
+    "is_finite",
+    "normalise",
+    "widen",
+]
 
 CHUNK_TOKENS = 4096
 BAND_ROWS = 1024
@@ -96,7 +105,7 @@ def add_square(total: torch.Tensor, rows: torch.Tensor) -> None:
             total[end:, first:end] += product[:, end - first :].T
 
 
-class Moments:
+class NormalEquations:
     """The normal equations of a linear regression, for fitted and for held-out tokens apart.
 
     The regression corrects a map that exists already: its outputs are residuals, target minus what the existing

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from slicecli.linalg.cholesky import factorise, restore, substitute
-from slicecli.linalg.normal_equations import Moments
+from slicecli.linalg.normal_equations import NormalEquations
 
 __all__ = ["RIDGES", "Correction", "RidgeSearch", "solve_ridge"]
 
@@ -52,44 +52,46 @@ class RidgeSearch:
     def __init__(self, found: Mapping[str, float] | None = None) -> None:
         self.found = dict(found or {})
 
-    def solve(self, kind: str, moments: Moments) -> Correction:
+    def solve(self, kind: str, equations: NormalEquations) -> Correction:
         """Solve a regression.
 
         Args:
             kind: Regressions with the same name have ridges near each other.
-            moments: The normal equations; of no use afterwards.
+            equations: The normal equations; of no use afterwards.
         """
-        correction = solve_ridge(moments, start=self.found.get(kind))
+        correction = solve_ridge(equations, start=self.found.get(kind))
         if math.isfinite(correction.ridge):
             self.found[kind] = correction.ridge
         return correction
 
 
-def solve_ridge(moments: Moments, ridges: tuple[float, ...] = RIDGES, start: float | None = None) -> Correction:
+def solve_ridge(
+    equations: NormalEquations, ridges: tuple[float, ...] = RIDGES, start: float | None = None
+) -> Correction:
     """Choose the ridge by the held-out error, then solve on all tokens.
 
     Args:
-        moments: The normal equations; they are merged in place and of no use afterwards.
+        equations: The normal equations; they are merged in place and of no use afterwards.
         ridges: The ridges to try, in ascending order, besides infinity.
         start: The one to try first; `None` takes the middle.
     """
     first = ridges.index(start) if start in ridges else len(ridges) // 2
-    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(moments, ridge), first)
-    energy = float(moments.residual_energy[1])
+    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(equations, ridge), first)
+    energy = float(equations.residual_energy[1])
     left = 1.0 + best_error / energy if energy else 1.0
     if not math.isfinite(best_ridge):
-        return _no_correction(moments)
-    gram, cross = moments.merge()
+        return _no_correction(equations)
+    gram, cross = equations.merge()
     if not (_add_ridge(gram, best_ridge) and factorise(gram)):
-        return _no_correction(moments)
+        return _no_correction(equations)
     # outputs do not mix, so a few hundred at a time do, and no second solution is held
     for columns in cross.split(COLUMNS, dim=1):
         columns.copy_(substitute(gram, columns))
     return Correction(cross.T, best_ridge, left)
 
 
-def _no_correction(moments: Moments) -> Correction:
-    return Correction(moments.cross.zero_().T, math.inf, 1.0)
+def _no_correction(equations: NormalEquations) -> Correction:
+    return Correction(equations.cross.zero_().T, math.inf, 1.0)
 
 
 def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
@@ -119,16 +121,16 @@ def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], fir
     return (ridges[best], error_at(best)) if error_at(best) < 0 else (math.inf, 0.0)
 
 
-def _held_out_error(moments: Moments, ridge: float) -> float:
+def _held_out_error(equations: NormalEquations, ridge: float) -> float:
     """Return Σ |r − Δ z|² − Σ |r|² over held-out tokens, Δ solved on the fitted ones; infinite where it cannot be."""
-    gram, diagonal = moments.gram, moments.gram.diagonal().clone()
+    gram, diagonal = equations.gram, equations.gram.diagonal().clone()
     try:
         if not (_add_ridge(gram, ridge) and factorise(gram)):
             return math.inf
         error = 0.0
-        for start in range(0, moments.cross.shape[1], COLUMNS):
+        for start in range(0, equations.cross.shape[1], COLUMNS):
             columns = slice(start, start + COLUMNS)
-            error += moments.change_of_error(substitute(gram, moments.cross[:, columns]), columns)
+            error += equations.change_of_error(substitute(gram, equations.cross[:, columns]), columns)
         return error
     finally:
         restore(gram, diagonal)

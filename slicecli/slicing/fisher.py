@@ -307,14 +307,14 @@ class _Passes:
         dense = self._dense
         block, norms = dense.blocks[index], dense.dimensions.declared_blocks[index].norms
         with filled(dense, block, weights):
-            moments = {path: self._weights.empty_moment() for path in norms}
+            equations = {path: self._weights.empty_moment() for path in norms}
             watch = functools.partial(_watch, block, calls, index, norms)
             for stream in streams:
                 for _, (_, seen) in dense.pieces.run(watch, stream.to(dense.device)):
-                    for path, moment in moments.items():
+                    for path, moment in equations.items():
                         self._weights.add_tokens(moment, seen[path][0])
             # each taken out as it is solved: matrices of d x d are what this pass needs most memory for
-            principal = {path: self._weights.principal(moments.pop(path)) for path in norms}
+            principal = {path: self._weights.principal(equations.pop(path)) for path in norms}
             gains = {path: norm_weight_and_bias(dense.dimensions, path, weights)[0] for path in norms}
             for number, (stream, gradient) in enumerate(zip(streams, gradients, strict=True)):
                 go_back = functools.partial(_go_back, watch, norms, stream.to(dense.device), gradient.to(dense.device))

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 
 from slicecli.linalg.basis import Basis, reader_basis
-from slicecli.linalg.normal_equations import Moments
+from slicecli.linalg.normal_equations import NormalEquations
 from slicecli.linalg.ridge import Correction
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.memory import make_room
 from slicecli.slicing.context import Batches, DenseModel
 
-__all__ = ["give_basis", "share_rows", "solve_basis", "solve_moments"]
+__all__ = ["give_basis", "share_rows", "solve_basis", "solve_normal_equations"]
 
 
 def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
@@ -35,28 +35,30 @@ def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[Dense
     return dataclasses.replace(dense, processes=share.processes), Batches(rows, batch, share.rows)
 
 
-def solve_moments(processes: Processes, moments: Moments, solve: Callable[[Moments], Correction]) -> Correction:
+def solve_normal_equations(
+    processes: Processes, equations: NormalEquations, solve: Callable[[NormalEquations], Correction]
+) -> Correction:
     """Add up normal equations over processes and solve them once.
 
     Args:
         processes: The processes.
-        moments: Of this process; of no use afterwards.
+        equations: Of this process; of no use afterwards.
         solve: Solves the sum.
     """
-    make_room(moments.gram.nbytes)
+    make_room(equations.gram.nbytes)
     if processes.count == 1:
-        return solve(moments)
-    gram, cross = moments.sum_held_out()
-    processes.sum_square_to_main(moments.gram, gram)
-    processes.sum_to_main(moments.cross, cross, *moments.residual_energy)
-    inputs, outputs = moments.cross.shape
+        return solve(equations)
+    gram, cross = equations.sum_held_out()
+    processes.sum_square_to_main(equations.gram, gram)
+    processes.sum_to_main(equations.cross, cross, *equations.residual_energy)
+    inputs, outputs = equations.cross.shape
     del gram, cross
 
     def solution() -> tuple[torch.Tensor, torch.Tensor]:
-        found = solve(moments)
+        found = solve(equations)
         return found.matrix, torch.tensor([found.ridge, found.error], dtype=torch.float64)
 
-    matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], moments.cross.device)
+    matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], equations.cross.device)
     ridge, error = numbers.tolist()
     return Correction(matrix, ridge, error)
 

@@ -91,18 +91,18 @@ def collect_basis(
         if states is not None:
             states.begin(len(declared.steps))
         with filled(dense, block, weights):
-            moments = {path: statistics.empty() for path in declared.norms}
+            equations = {path: statistics.empty() for path in declared.norms}
             for number, batch in enumerate(stream):
                 runs = []
                 for rows, run in dense.pieces.run(run_block, batch):
                     require_finite(run.output, f"the activations after block {index}")
-                    for path, moment in moments.items():
+                    for path, moment in equations.items():
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
                 if states is not None:
                     states.add(batch, [step[0].norm for step in declared.steps], runs)
                 stream[number] = together([run.output for _, run in runs])
-            for path, moment in moments.items():
+            for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
         sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}

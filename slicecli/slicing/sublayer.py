@@ -20,7 +20,7 @@ from torch import nn
 
 from slicecli.adapters import Branch, Linear
 from slicecli.linalg.maps import projection_for_readers, projection_of_stream
-from slicecli.linalg.normal_equations import Moments, inverse_scale, widen
+from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
 from slicecli.linalg.ridge import Correction, RidgeSearch
 from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
@@ -29,7 +29,7 @@ from slicecli.slicing.context import DenseModel, Target
 from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
 from slicecli.slicing.layerwise import require_finite
 from slicecli.slicing.modules import Call, Routing
-from slicecli.slicing.reductions import solve_moments
+from slicecli.slicing.reductions import solve_normal_equations
 
 __all__ = ["Step", "fit_reading"]
 
@@ -175,7 +175,7 @@ class Step:
             self._fit_experts(branch, projected, dense_after, goals)
         self._move_on(entries, kept, what)
 
-    def _solver(self, kind: str) -> Callable[[Moments], Correction]:
+    def _solver(self, kind: str) -> Callable[[NormalEquations], Correction]:
         return functools.partial(self.search.solve, f"{self.target.dim}.{self.position}.{kind}")
 
     @property
@@ -225,9 +225,9 @@ class Step:
             if entry.has_bias:
                 starts.append(projected[f"{entry.writer.path}.bias"][:, None])
         start = _beside(starts)
-        moments = self._moments_of_linear(entries, start, dense_after, goals, kept)
-        matrix = solve_moments(self.dense.processes, moments, self._solver("writers")).matrix
-        del moments  # before anything else of its size is wanted
+        equations = self._moments_of_linear(entries, start, dense_after, goals, kept)
+        matrix = solve_normal_equations(self.dense.processes, equations, self._solver("writers")).matrix
+        del equations  # before anything else of its size is wanted
         matrix += start
         widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
         solved = iter(matrix.split(widths, dim=1))
@@ -244,7 +244,7 @@ class Step:
         dense_after: Stream,
         goals: Goals,
         kept: Mapping[str, Stream],
-    ) -> Moments:
+    ) -> NormalEquations:
         """Return the normal equations of the linear writers, and keep what enters them where there is a place for it.
 
         Args:
@@ -254,7 +254,7 @@ class Step:
             goals: What the step has to add.
             kept: Where a writer's input is kept, by its path.
         """
-        moments = Moments(start.shape[1], self.target.dim, self.dense.device)
+        equations = NormalEquations(start.shape[1], self.target.dim, self.dense.device)
         for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
             held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
             for rows, seen in self.dense.pieces.run(self._seen, batch):
@@ -263,10 +263,10 @@ class Step:
                 flat = _beside([column for entry in entries for column in entry.columns(seen, self._wide)])
                 residual = goals.residual(after[rows], batch[rows]) - flat @ start.T - self._experts_add(seen)
                 root = goals.root(after[rows])
-                moments.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
+                equations.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
             for path, parts in held.items():
                 kept[path].append(together(parts))
-        return moments
+        return equations
 
     def _fit_experts(
         self, branch: Branch, projected: Mapping[str, torch.Tensor], dense_after: Stream, goals: Goals
@@ -294,7 +294,7 @@ class Step:
                 held_out.append(_of_rows(is_held_out, rows, batch))
         starts, fitted = projected[declared.writer_path], []
         for expert, start in enumerate(starts):
-            moments = Moments(width, self.target.dim, self.dense.device)
+            equations = NormalEquations(width, self.target.dim, self.dense.device)
             shares = []
             for number, routing in enumerate(routings):
                 is_chosen = routing.index == expert
@@ -302,9 +302,9 @@ class Step:
                 gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
                 inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
                 inputs, root = inner * gain, roots[number][tokens]
-                moments.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
+                equations.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
                 shares.append((tokens, inputs))
-            correction = solve_moments(self.dense.processes, moments, self._solver("experts")).matrix
+            correction = solve_normal_equations(self.dense.processes, equations, self._solver("experts")).matrix
             for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
                 residual[tokens] -= inputs @ correction.to(wide).T
             fitted.append(_store(start + correction, self.target))
@@ -359,7 +359,7 @@ def fit_reading(
     sliced_inputs: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
-    solve: Callable[[Moments], Correction],
+    solve: Callable[[NormalEquations], Correction],
 ) -> tuple[torch.Tensor, float]:
     """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
 
@@ -377,16 +377,16 @@ def fit_reading(
     """
     width, dim = basis.shape
     start = projection_for_readers(basis)
-    moments = Moments(dim, width, dense.device)
+    equations = NormalEquations(dim, width, dense.device)
     energy = torch.zeros((), dtype=torch.float64, device=dense.device)
     for dense_input, sliced_input, mask in zip(dense_inputs, sliced_inputs, held_out, strict=True):
         goal = dense.normalise(dense_input).flatten(0, -2)
         given = widen(norm(sliced_input)).flatten(0, -2)
-        moments.add(given, goal - given @ start.to(given).T, mask)
+        equations.add(given, goal - given @ start.to(given).T, mask)
         energy += goal[mask].double().square().sum()
     dense.processes.sum_to_main(energy)
-    correction: Correction = solve_moments(dense.processes, moments, solve)
-    lost = float(moments.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
+    correction: Correction = solve_normal_equations(dense.processes, equations, solve)
+    lost = float(equations.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
     fitted = start + correction.matrix
     if dense.is_centred:
         # n'(y) has no mean but for rounding; the place must be free for the norms' biases
