@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from slicecli.data.packing import Rows
     from slicecli.linalg.basis import Basis
     from slicecli.progress import Progress
-    from slicecli.slicing.activation_cache import DenseStates
+    from slicecli.slicing.activation_cache import ActivationCache
     from slicecli.slicing.context import Batches, DenseModel, Journal, Target
 
 __all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work", "with_weights"]
@@ -150,10 +150,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         energies: list[Energy]
         is_from_cache = False
         if options.method == "refit":
-            states = _states(dense, batches)
-            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, states)
+            activations = _states(dense, batches)
+            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, activations)
             for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
-                refit(dense, basis, [targets[index] for index in group], batches, clock, journal, states)
+                refit(dense, basis, [targets[index] for index in group], batches, clock, journal, activations)
             energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
         else:
             energies = []
@@ -200,7 +200,7 @@ def _find_basis(
     batches: Batches,
     progress: Progress,
     journal: Journal | None,
-    states: DenseStates | None,
+    activations: ActivationCache | None,
 ) -> tuple[Basis, bool]:
     """Return the basis, from the cache if it is there; say whether it was."""
     from slicecli.slicing.reductions import give_basis
@@ -208,7 +208,7 @@ def _find_basis(
     from slicecli.slicing.statistics_cache import StatisticsCache
 
     if not job.options.cache:
-        return collect_basis(dense, batches, progress, journal, states), False
+        return collect_basis(dense, batches, progress, journal, activations), False
     cache = StatisticsCache(job.options.cache_folder)
     key = {
         **_identity(job, batches, dense),
@@ -220,24 +220,24 @@ def _find_basis(
         progress.start(STATISTICS, 1)
         progress.advance("from the cache")
         return give_basis(dense, found), True
-    basis = collect_basis(dense, batches, progress, journal, states)
+    basis = collect_basis(dense, batches, progress, journal, activations)
     if dense.processes.is_main:
         cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
     return basis, False
 
 
-def _states(dense: DenseModel, batches: Batches) -> DenseStates | None:
+def _states(dense: DenseModel, batches: Batches) -> ActivationCache | None:
     """Return what keeps the dense stream of all steps between the passes, where that saves time.
 
     On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
     """
-    from slicecli.slicing.activation_cache import DenseStates
+    from slicecli.slicing.activation_cache import ActivationCache
 
     if dense.device.type != "cpu":
         return None
     places = 1 + sum(len(block.steps) for block in dense.dimensions.declared_blocks)
     size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
-    return DenseStates(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
+    return ActivationCache(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
 
 
 def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from slicecli.runtime.microbatch import together
 from slicecli.slicing.activations import Stream, StreamStore
 from slicecli.slicing.modules import BlockRun
 
-__all__ = ["BlockStates", "DenseStates"]
+__all__ = ["ActivationCache", "CachedBlock"]
 
 
 @dataclass
-class BlockStates:
+class CachedBlock:
     """What the refit has to know of a dense block.
 
     Attributes:
@@ -33,23 +33,23 @@ class BlockStates:
     tuple_lengths: dict[str, int] = field(default_factory=dict)
 
 
-class DenseStates:
-    """Keeps the states of all blocks.
+class ActivationCache:
+    """Keeps the activations of all blocks.
 
     Args:
         store: Where.
-        count: Number of blocks; states are of use once all are there.
+        count: Number of blocks; activations are of use once all are there.
     """
 
     def __init__(self, store: StreamStore, count: int) -> None:
         self._store = store
         self._count = count
-        self._blocks: list[BlockStates] = []
+        self._blocks: list[CachedBlock] = []
 
     def begin(self, steps: int) -> None:
         """Begin the next block, of so many steps."""
         inputs = [self._store.new_aside() for _ in range(steps)]
-        self._blocks.append(BlockStates(inputs, self._store.new_aside()))
+        self._blocks.append(CachedBlock(inputs, self._store.new_aside()))
 
     def add(self, batch: torch.Tensor, norms: Sequence[str], runs: Sequence[tuple[slice, BlockRun]]) -> None:
         """Add a batch to the block that was begun last.
@@ -69,6 +69,6 @@ class DenseStates:
         block.output.append(together([run.output for _, run in runs]))
         block.tuple_lengths = runs[0][1].tuple_lengths
 
-    def of(self, index: int) -> BlockStates | None:
-        """Return the states of a block, if those of all are there."""
+    def of(self, index: int) -> CachedBlock | None:
+        """Return the activations of a block, if those of all are there."""
         return self._blocks[index] if len(self._blocks) == self._count else None

@@ -22,7 +22,7 @@ from slicecli.linalg.ridge import RidgeSearch
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
-from slicecli.slicing.activation_cache import BlockStates, DenseStates
+from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, streams_in
 from slicecli.slicing.folding import (
@@ -60,7 +60,7 @@ def collect_basis(
     batches: Batches,
     progress: Progress,
     journal: Journal | None = None,
-    states: DenseStates | None = None,
+    activations: ActivationCache | None = None,
 ) -> Basis:
     """Run the dense model over the calibration rows and solve for the shared basis.
 
@@ -69,7 +69,7 @@ def collect_basis(
         batches: The calibration rows.
         progress: Hears of each block.
         journal: Where an interrupted pass goes on, and leaves word for the next.
-        states: Keeps what the refit would otherwise compute again.
+        activations: Keeps what the refit would otherwise compute again.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
@@ -84,12 +84,12 @@ def collect_basis(
         stream = streams_in("dense", snapshot, dense.streams)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
-        states = None  # those of the first blocks are gone
+        activations = None  # those of the first blocks are gone
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
         run_block = functools.partial(_run_block, block, calls, index, declared)
-        if states is not None:
-            states.begin(len(declared.steps))
+        if activations is not None:
+            activations.begin(len(declared.steps))
         with filled(dense, block, weights):
             equations = {path: statistics.empty() for path in declared.norms}
             for number, batch in enumerate(stream):
@@ -99,8 +99,8 @@ def collect_basis(
                     for path, moment in equations.items():
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
-                if states is not None:
-                    states.add(batch, [step[0].norm for step in declared.steps], runs)
+                if activations is not None:
+                    activations.add(batch, [step[0].norm for step in declared.steps], runs)
                 stream[number] = together([run.output for _, run in runs])
             for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
@@ -126,7 +126,7 @@ def refit(
     batches: Batches,
     progress: Progress,
     journal: Journal | None = None,
-    states: DenseStates | None = None,
+    activations: ActivationCache | None = None,
 ) -> None:
     """Refit every map that reads or writes the stream, for one or more slices at once.
 
@@ -140,7 +140,7 @@ def refit(
         batches: The calibration rows.
         progress: Hears of each block.
         journal: Where an interrupted pass goes on, and leaves word for the next.
-        states: What `collect_basis` has kept.
+        activations: What `collect_basis` has kept.
 
     Raises:
         WeightsError: A stream becomes NaN or infinite; the message names the block.
@@ -165,9 +165,9 @@ def refit(
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
         steps = declared.steps
-        seen = None if states is None else states.of(index)
+        seen = None if activations is None else activations.of(index)
         if seen is None:
-            seen = BlockStates([dense.streams.new() for _ in steps], stream)
+            seen = CachedBlock([dense.streams.new() for _ in steps], stream)
             run_block = functools.partial(_run_block, block, calls, index, declared)
             with filled(dense, block, weights):
                 for number, batch in enumerate(stream):
@@ -214,7 +214,7 @@ def refit(
                     _keep_buffers(weights, sliced_block)
                 what = f"the sliced activations of block {index} ({branches[-1].norm})"
                 fitting.fit_writers(projected, after, bases[target.dim], what)
-            if states is None:
+            if activations is None:
                 seen.inputs[position].clear()
         for target in targets:
             hand_over_block(target, name, weights)
