@@ -21,11 +21,11 @@ from slicecli.runtime.placement import (
     Placement,
     describe_map,
     parse_max_memory,
-    place_streams,
+    place_activations,
     place_weights,
     read_device_map,
 )
-from slicecli.slicing.activations import StreamStore
+from slicecli.slicing.activations import ActivationStore
 from slicecli.slicing.layerwise import read_blocks
 
 CPU = torch.device("cpu")
@@ -175,8 +175,8 @@ def test_streams_are_kept_in_the_first_place_that_has_room(monkeypatch, device, 
     monkeypatch.setattr(placement, "available_memory_bytes", lambda device: free[device.type])
     monkeypatch.setattr(placement, "MEMORY_SHARE", 0.6)
     places = Placement(torch.device(device))
-    assert place_streams("auto", places, needed, {device: kept}).place == place
-    assert place_streams("disk", places, needed, {}).place == "disk"
+    assert place_activations("auto", places, needed, {device: kept}).place == place
+    assert place_activations("disk", places, needed, {}).place == "disk"
 
 
 class Reader:
@@ -207,7 +207,7 @@ def test_what_rests_in_memory_is_read_once():
 def test_streams_hold_what_they_are_given(place, dtype, tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(rows, 3, 4, generator=generator).to(dtype) for rows in (2, 2, 1)]
-    stream = StreamStore(CPU, place, tmp_path).filled(iter(batches))
+    stream = ActivationStore(CPU, place, tmp_path).filled(iter(batches))
     assert len(stream) == 3
     for number, batch in enumerate(stream):
         assert torch.equal(batch, batches[number])

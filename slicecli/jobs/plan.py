@@ -28,12 +28,12 @@ from slicecli.runtime.distributed import Processes
 from slicecli.runtime.inputs import check_count, check_seed, parse_bytes
 from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.placement import (
+    ActivationPlan,
     DeviceMap,
     MaxMemory,
     Placement,
-    StreamPlan,
     compute_dtype,
-    place_streams,
+    place_activations,
     place_weights,
 )
 from slicecli.slicing.statistics_cache import most_bytes
@@ -49,7 +49,7 @@ __all__ = [
     "find_adapter",
     "full_fields",
     "plan_slices",
-    "width_of_dense_streams",
+    "width_of_dense_activations",
 ]
 
 
@@ -140,7 +140,7 @@ class Job:
     config: Any
     sequence_length: int
     placement: Placement
-    streams: StreamPlan
+    streams: ActivationPlan
     slices: tuple[tuple[SlicePlan, Any, Path], ...]
     options: SliceOptions
 
@@ -253,7 +253,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     for name, value in shell.named_parameters():
         kept_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
     needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
-    streams = place_streams(options.streams, placement, needed_bytes, kept_bytes)
+    streams = place_activations(options.streams, placement, needed_bytes, kept_bytes)
     return Job(
         source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options
     )
@@ -270,10 +270,10 @@ def _stream_width(dimensions: Dimensions, method: Method, dims: Sequence[int]) -
     largest = max(dims, default=0)
     if method == "slicegpt":
         return 2 * dimensions.hidden_size + largest
-    return width_of_dense_streams(dimensions) + largest
+    return width_of_dense_activations(dimensions) + largest
 
 
-def width_of_dense_streams(dimensions: Dimensions) -> int:
+def width_of_dense_activations(dimensions: Dimensions) -> int:
     """Return how many numbers per token the refit holds of the dense model: its stream, and that at each step."""
     most_steps = max(len(block.steps) for block in dimensions.declared_blocks)
     return dimensions.hidden_size * (most_steps + 1)

@@ -22,7 +22,7 @@ from slicecli.checkpoint.reader import DenseWeights, RestingWeights, checkpoint_
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
-from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_streams
+from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_activations
 from slicecli.record.record import Energy
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
@@ -319,7 +319,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     """
     import torch
 
-    from slicecli.slicing.activations import StreamStore
+    from slicecli.slicing.activations import ActivationStore
     from slicecli.slicing.context import DenseModel
 
     device = job.placement.device
@@ -330,7 +330,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     spare_bytes = job.streams.spare_bytes
     if device.type == "cpu":
         spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
-    store = StreamStore(device, job.streams.place, spare_bytes=spare_bytes)
+    store = ActivationStore(device, job.streams.place, spare_bytes=spare_bytes)
     return DenseModel(shell, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
 
 
@@ -384,7 +384,7 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     per_number = tokens * dense.dtype.itemsize
     device = dense.device if job.streams.place == "device" else torch.device("cpu")
     room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(device)))
-    room -= per_number * width_of_dense_streams(dense.dimensions)
+    room -= per_number * width_of_dense_activations(dense.dimensions)
     groups: list[list[int]] = []
     taken = 0.0
     for index, (plan, _, _) in enumerate(job.slices):

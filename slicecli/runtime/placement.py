@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMED_MAPS",
+    "ActivationPlan",
     "DeviceMap",
     "MaxMemory",
     "Place",
     "Placement",
-    "StreamPlan",
     "batch_rows",
     "check_sizes",
     "compute_dtype",
@@ -36,7 +36,7 @@ __all__ = [
     "describe_map",
     "parse_max_memory",
     "pick_device",
-    "place_streams",
+    "place_activations",
     "place_weights",
     "read_device_map",
     "spread_map",
@@ -308,7 +308,7 @@ def _name_of(place: str | int) -> str:
 
 
 @dataclass(frozen=True)
-class StreamPlan:
+class ActivationPlan:
     """Where the streams of a job are kept, and why.
 
     Attributes:
@@ -337,12 +337,12 @@ class StreamPlan:
         return {"streams": self.place, "needed_bytes": self.needed_bytes, "budget_bytes": self.budget_bytes}
 
 
-def place_streams(
+def place_activations(
     wanted: Literal["auto", "device", "host", "disk"],
     placement: Placement,
     needed_bytes: int,
     kept_bytes: Mapping[str, int],
-) -> StreamPlan:
+) -> ActivationPlan:
     """Decide where streams are kept: on the device if they fit there, else in main memory if they fit there.
 
     Args:
@@ -365,7 +365,7 @@ def place_streams(
         place = "device"
     elif placement.device.type != "cpu" and needed_bytes <= room_on(torch.device("cpu")):
         place = "host"
-    return StreamPlan(place, needed_bytes, budget)
+    return ActivationPlan(place, needed_bytes, budget)
 
 
 def _gigabytes(size: int) -> str:

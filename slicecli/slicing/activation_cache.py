@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slicecli.runtime.microbatch import together
-from slicecli.slicing.activations import Stream, StreamStore
+from slicecli.slicing.activations import ActivationStore, Stream
 from slicecli.slicing.modules import BlockRun
 
 __all__ = ["ActivationCache", "CachedBlock"]
@@ -41,7 +41,7 @@ class ActivationCache:
         count: Number of blocks; activations are of use once all are there.
     """
 
-    def __init__(self, store: StreamStore, count: int) -> None:
+    def __init__(self, store: ActivationStore, count: int) -> None:
         self._store = store
         self._count = count
         self._blocks: list[CachedBlock] = []

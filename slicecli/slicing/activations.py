@@ -20,7 +20,7 @@ import torch
 from slicecli.checkpoint.folder import content_of
 from slicecli.runtime.placement import Place
 
-__all__ = ["Carrier", "Place", "Stream", "StreamStore"]
+__all__ = ["ActivationStore", "Carrier", "Place", "Stream"]
 
 Stream: TypeAlias = "MutableSequence[torch.Tensor]"
 
@@ -64,7 +64,7 @@ class Carrier:
 
 
 @dataclass(frozen=True)
-class StreamStore:
+class ActivationStore:
     """Makes streams.
 
     Attributes:
@@ -82,9 +82,9 @@ class StreamStore:
     def new(self) -> Stream:
         """Return an empty stream."""
         if self.place == "disk":
-            return _DiskStream(self.device, self._carrier, self.folder)
+            return _DiskActivations(self.device, self._carrier, self.folder)
         if self.place == "host" and self.device.type != "cpu":
-            return _HostStream(self.device, self._carrier)
+            return _HostActivations(self.device, self._carrier)
         return []
 
     def aside(self, size: int) -> Stream | None:
@@ -100,7 +100,7 @@ class StreamStore:
 
         On a CPU it is on disk, where the system holds it in memory as long as nothing else wants that.
         """
-        return [] if self.device.type != "cpu" else _DiskStream(self.device, self._carrier, self.folder)
+        return [] if self.device.type != "cpu" else _DiskActivations(self.device, self._carrier, self.folder)
 
     def filled(self, batches: Iterator[torch.Tensor]) -> Stream:
         """Return a stream of batches."""
@@ -114,7 +114,7 @@ class StreamStore:
         return Carrier(self.device)
 
 
-class _FarStream(MutableSequence[torch.Tensor]):
+class _OffloadedActivations(MutableSequence[torch.Tensor]):
     """A stream that is not kept on the device.
 
     What is kept for each batch is for the subclasses to say.
@@ -165,7 +165,7 @@ class _FarStream(MutableSequence[torch.Tensor]):
                 yield receive()
 
 
-class _HostStream(_FarStream):
+class _HostActivations(_OffloadedActivations):
     """A stream in pinned main memory."""
 
     def _put(self, tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
@@ -191,7 +191,7 @@ class _Slot:
         return self.shape.numel() * self.dtype.itemsize
 
 
-class _DiskStream(_FarStream):
+class _DiskActivations(_OffloadedActivations):
     """A stream in a file without a name, which is gone whenever and however the process ends."""
 
     def __init__(self, device: torch.device, carrier: Carrier, folder: Path | None) -> None:

@@ -19,7 +19,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.normal_equations import normalise
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import Pieces
-from slicecli.slicing.activations import Stream, StreamStore
+from slicecli.slicing.activations import ActivationStore, Stream
 from slicecli.slicing.folding import WeightReader
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "NoJournal",
     "Snapshot",
     "Target",
-    "streams_in",
+    "activations_in",
 ]
 
 HELD_OUT_EVERY = 5
@@ -54,7 +54,7 @@ class Content:
         return len(self.tensors) + sum(len(stream) for stream in self.streams.values())
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield all tensors by name, those of streams by the names that `streams_in` knows."""
+        """Yield all tensors by name, those of streams by the names that `activations_in` knows."""
         yield from self.tensors.items()
         for name, stream in self.streams.items():
             for number, batch in enumerate(stream):
@@ -112,7 +112,7 @@ class NoJournal:
         """Take nothing."""
 
 
-def streams_in(name: str, snapshot: Snapshot, store: StreamStore) -> Stream:
+def activations_in(name: str, snapshot: Snapshot, store: ActivationStore) -> Stream:
     """Return a stream from a snapshot, its batches in their order."""
     count = sum(key.startswith(f"{name}.") for key in snapshot.tensors)
     return store.filled(snapshot.tensors[f"{name}.{number}"] for number in range(count))
@@ -139,7 +139,7 @@ class DenseModel:
     device: torch.device
     dtype: torch.dtype
     processes: Processes = ALONE
-    store: StreamStore | None = None
+    store: ActivationStore | None = None
     pieces: Pieces = field(default_factory=Pieces)
 
     @property
@@ -148,9 +148,9 @@ class DenseModel:
         return self.dimensions.adapter
 
     @property
-    def streams(self) -> StreamStore:
+    def streams(self) -> ActivationStore:
         """What keeps the streams."""
-        return self.store or StreamStore(self.device)
+        return self.store or ActivationStore(self.device)
 
     @property
     def is_centred(self) -> bool:

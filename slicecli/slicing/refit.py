@@ -24,7 +24,7 @@ from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
-from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, streams_in
+from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, activations_in
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
     fold_head,
@@ -81,7 +81,7 @@ def collect_basis(
     stream, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
     snapshot = journal.resume(STATISTICS)
     if snapshot is not None:
-        stream = streams_in("dense", snapshot, dense.streams)
+        stream = activations_in("dense", snapshot, dense.streams)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
         activations = None  # those of the first blocks are gone
@@ -158,9 +158,9 @@ def refit(
     snapshot = journal.resume(phase)
     search = RidgeSearch(None if snapshot is None else snapshot.about["ridges"])
     if snapshot is not None:
-        stream = streams_in("dense", snapshot, dense.streams)
+        stream = activations_in("dense", snapshot, dense.streams)
         for target in targets:
-            target.stream = streams_in(f"slice{target.dim}", snapshot, dense.streams)
+            target.stream = activations_in(f"slice{target.dim}", snapshot, dense.streams)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)

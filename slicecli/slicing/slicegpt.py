@@ -31,7 +31,7 @@ from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
-from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, streams_in
+from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, activations_in
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
     matrix_of,
@@ -169,7 +169,7 @@ def slice_published(
     snapshot = journal.resume(phase)
     if snapshot is not None:
         bases.go_on(snapshot)
-        target.stream = streams_in("slice", snapshot, dense.streams)
+        target.stream = activations_in("slice", snapshot, dense.streams)
         basis = snapshot.tensors["basis"].to(dense.device)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
