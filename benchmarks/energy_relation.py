@@ -224,7 +224,7 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     """
     import torch
 
-    from slicecli.checkpoint.meta_model import empty_model
+    from slicecli.checkpoint.meta_model import build_runnable_meta_model
     from slicecli.checkpoint.reader import DenseWeights
     from slicecli.linalg.basis import principal_basis
     from slicecli.linalg.normal_equations import add_square, normalise
@@ -250,7 +250,9 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
 
     device = pick_device("cpu")
     weights = DenseWeights(job.source)
-    dense = DenseModel(empty_model(job.config), weights, job.dimensions, device, compute_dtype(weights.dtype, device))
+    dense = DenseModel(
+        build_runnable_meta_model(job.config), weights, job.dimensions, device, compute_dtype(weights.dtype, device)
+    )
     basis = collect_basis(dense, Batches(rows, batch), Silent())
     own = [principal_basis(moment) for moment in normalised]
     own_raw = [principal_basis(moment)[1] for moment in raw]

@@ -35,7 +35,7 @@ def slice_case(family, method, rows, batch, dim=48):
     """Slice a random model in float64; return what the sink took, and the energies."""
     from slicecli.adapters import select_adapter
     from slicecli.checkpoint.configs import custom_code_config, stock_config
-    from slicecli.checkpoint.meta_model import empty_model
+    from slicecli.checkpoint.meta_model import build_runnable_meta_model
     from slicecli.family.dimensions import Dimensions
     from slicecli.family.plugins import plugins
     from slicecli.family.schedule import Schedule
@@ -54,12 +54,12 @@ def slice_case(family, method, rows, batch, dim=48):
     dimensions = Dimensions(select_adapter(fields, plugins().adapters), fields)
     token_ids = torch.randint(0, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = ModelWeights(model)
-    dense = DenseModel(empty_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
+    dense = DenseModel(build_runnable_meta_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
     dense, batches = share_rows(dense, token_ids, batch)
     found = {}
 
     def target(config):
-        return Target(dim, empty_model(config), torch.float64, found.__setitem__)
+        return Target(dim, build_runnable_meta_model(config), torch.float64, found.__setitem__)
 
     with Float64Throughout():
         if method == "refit":

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from slicecli.checkpoint.meta_model import empty_model
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.errors import WeightsError
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
@@ -53,8 +53,8 @@ def rows_for(model, rows=5, length=12, seed=3):
 
 
 def streamed(model, dimensions, basis, rows, batch=2, seed=SEED):
-    shell = empty_model(model.config).to(model.dtype)  # its rotary frequencies too
-    dense = DenseModel(shell, ModelWeights(model), dimensions, torch.device("cpu"), model.dtype)
+    meta_model = build_runnable_meta_model(model.config).to(model.dtype)  # its rotary frequencies too
+    dense = DenseModel(meta_model, ModelWeights(model), dimensions, torch.device("cpu"), model.dtype)
     with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
         return collect_fisher(dense, basis, Batches(rows, batch), seed, Silent())
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slicecli.checkpoint.folder import content_of, file_digest, write_tensors
-from slicecli.checkpoint.meta_model import outline
+from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.reader import RestingWeights
 from slicecli.errors import RequestError, WeightsError
 from slicecli.runtime import placement
@@ -48,10 +48,10 @@ def slice_to(run, checkpoints, slice_words, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shell():
+def meta_model():
     from tests.conftest import tiny_config
 
-    return outline(tiny_config("llama"))
+    return build_meta_model(tiny_config("llama"))
 
 
 @pytest.mark.parametrize("method", ["refit", "slicegpt"])
@@ -150,10 +150,10 @@ def test_a_map_in_a_line():
     assert describe_map({"": "disk"}) == "everything on disk"
 
 
-def test_the_first_gpu_of_a_map_computes(shell, monkeypatch):
+def test_the_first_gpu_of_a_map_computes(meta_model, monkeypatch):
     monkeypatch.setattr(placement, "pick_device", torch.device)
     places = {"model.embed_tokens": "cpu", "model.layers": 1, "model.norm": 0, "lm_head": "disk", "model.rotary_emb": 1}
-    found = place_weights(places, None, shell, "model.layers", torch.float32)
+    found = place_weights(places, None, meta_model, "model.layers", torch.float32)
     assert found.device == torch.device("cuda:1")
     assert found.rest_of("model.layers.0.mlp.up_proj.weight") == "cuda:1"
     assert found.rest_of("model.norm.weight") == "cuda:0"

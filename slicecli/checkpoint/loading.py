@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from slicecli.checkpoint.load_report import check_report
-from slicecli.checkpoint.meta_model import outline
+from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.source import Source
 from slicecli.errors import SlicecliWarning
 from slicecli.runtime.distributed import Processes
@@ -64,7 +64,7 @@ def load_model(
         if processes.count > 1:
             places = {"": device}  # each has the whole model
     else:
-        places = spread_map(device_map, outline(source.config(), source.trust_remote_code))
+        places = spread_map(device_map, build_meta_model(source.config(), source.trust_remote_code))
         device = computing_device(places)
     source.check_describes_weights()
     stored = getattr(torch, source.stored_dtype())

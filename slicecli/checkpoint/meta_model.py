@@ -7,12 +7,12 @@ from typing import Any
 from slicecli.errors import SourceError, reason_of
 from slicecli.runtime.libraries import quiet_libraries
 
-__all__ = ["empty_model", "outline", "parameter_shapes", "with_plain_experts"]
+__all__ = ["build_meta_model", "build_runnable_meta_model", "parameter_shapes", "with_plain_experts"]
 
 MOST_TABLE_BYTES = 1_000_000_000
 
 
-def outline(config: Any, trust_remote_code: bool = False, most_bytes: int | None = None) -> Any:
+def build_meta_model(config: Any, trust_remote_code: bool = False, most_bytes: int | None = None) -> Any:
     """Build a model of a config without any memory: parameters and buffers are on `meta`, so that it cannot be run.
 
     Args:
@@ -40,7 +40,7 @@ def outline(config: Any, trust_remote_code: bool = False, most_bytes: int | None
     return model
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+def build_runnable_meta_model(config: Any, trust_remote_code: bool = False) -> Any:
     """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation.
 
     Raises:
@@ -51,7 +51,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     from transformers.initialization import no_init_weights
 
     # those of some classes grow with a number in the config and with nothing in the weights
-    tables = sum(buffer.nbytes for buffer in outline(config, trust_remote_code).buffers())
+    tables = sum(buffer.nbytes for buffer in build_meta_model(config, trust_remote_code).buffers())
     if tables > MOST_TABLE_BYTES:
         raise SourceError(
             f"A model of this config computes tables of {tables / 1e9:,.2f} GB for itself.",

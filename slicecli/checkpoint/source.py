@@ -32,7 +32,7 @@ from slicecli.checkpoint.comparison import Comparison, compare, find_stored, loa
 from slicecli.checkpoint.config_files import CONFIG_FILE, read_config
 from slicecli.checkpoint.folder import file_digest
 from slicecli.checkpoint.foreign import FOREIGN_FILES, check_is_whole, check_not_quantised, refuse_without_config
-from slicecli.checkpoint.meta_model import outline
+from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
 from slicecli.checkpoint.weight_files import (
     INDEX_FILE,
@@ -601,7 +601,9 @@ class Source:
             SourceError: transformers cannot build the model.
             WeightsError: There are not half as many numbers in the files as the model has.
         """
-        parameters = sum(value.numel() for value in outline(self.config(), self.trust_remote_code).parameters())
+        parameters = sum(
+            value.numel() for value in build_meta_model(self.config(), self.trust_remote_code).parameters()
+        )
         held = sum(one.elements for one in stored_tensors(self.folder, self.weight_files()).values())
         if 2 * held < parameters:
             raise WeightsError(
@@ -618,7 +620,7 @@ class Source:
         remedy = "Check that config.json belongs to these weights."
         with suppress(SourceError):
             tensors = stored_tensors(self.folder, self.weight_files())
-            for name, value in outline(self.config(), self.trust_remote_code).named_parameters():
+            for name, value in build_meta_model(self.config(), self.trust_remote_code).named_parameters():
                 stored = find_stored(tensors, name)
                 if stored is not None and tensors[stored].shape != tuple(value.shape):
                     sizes = f"{tensors[stored].shape} in the weight files, and {tuple(value.shape)} by its config.json"

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from slicecli.checkpoint.meta_model import outline, parameter_shapes
+from slicecli.checkpoint.meta_model import build_meta_model, parameter_shapes
 from slicecli.errors import SlicecliError, UnsupportedModelError
 from slicecli.family.context_length import own_names
 from slicecli.proof.tiny import HEAD_DIM, SIZES, tiny_config
@@ -28,7 +28,7 @@ def shapes_of(config: Any, trust_remote_code: bool = False) -> dict[str, tuple[i
     Raises:
         SourceError: transformers cannot build the model.
     """
-    return parameter_shapes(outline(config, trust_remote_code))
+    return parameter_shapes(build_meta_model(config, trust_remote_code))
 
 
 class ConfigProbe:

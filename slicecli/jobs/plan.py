@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint.configs import custom_code_config, stock_config
 from slicecli.checkpoint.folder import check_apart, check_output, require_disk_space
-from slicecli.checkpoint.meta_model import outline, parameter_shapes
+from slicecli.checkpoint.meta_model import build_meta_model, parameter_shapes
 from slicecli.checkpoint.source import Source
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
 from slicecli.family.context_length import pick_sequence_length
@@ -201,10 +201,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     config = source.config()
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
-    shell = outline(config, options.trust_remote_code)
-    dimensions.require_declared(parameter_shapes(shell))
+    meta_model = build_meta_model(config, options.trust_remote_code)
+    dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, dense_dtype)
-    placement = place_weights(options.device_map, options.max_memory, shell, adapter.blocks, stored)
+    placement = place_weights(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
     if source.has_own_model_code and inference is None:
         from slicecli.proof.declaration import prove_declaration
 
@@ -240,7 +240,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
-            sliced_config.architectures = [type(shell).__name__]
+            sliced_config.architectures = [type(meta_model).__name__]
         slices.append((plan, sliced_config, folder))
     companion_bytes = sum((source.folder / file).stat().st_size for file in source.companions.files)
     needed = sum(plan.sliced_bytes + companion_bytes for plan, _, _ in slices)
@@ -250,7 +250,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     tokens = options.samples * sequence_length // processes.count
     numbers = tokens * _stream_width(dimensions, options.method, [plan.dim for plan, _, _ in slices])
     kept_bytes: Counter[str] = Counter()
-    for name, value in shell.named_parameters():
+    for name, value in meta_model.named_parameters():
         kept_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
     needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
     streams = place_activations(options.streams, placement, needed_bytes, kept_bytes)

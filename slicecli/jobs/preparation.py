@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder
-from slicecli.checkpoint.meta_model import empty_model
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, load_tokenizer, tokenizer_code
 from slicecli.errors import OutputError, PluginError, SourceError, reason_of, shown
 from slicecli.modeling import CODE_FILES
@@ -82,10 +82,10 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
     _write_config(config, folder, source)
-    shell = _load_empty_model(folder, plan, source)
+    meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
-    return shell
+    return meta_model
 
 
 def rehearse(job: Job) -> None:
@@ -149,7 +149,7 @@ def _write_config(config: Any, folder: Path, source: Source) -> None:
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _load_empty_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
+def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
     """Return the empty model of the config that is in a folder.
 
     Raises:
@@ -168,15 +168,15 @@ def _load_empty_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
             f"transformers refuses the config that a slice of {source.name} would have: {reason_of(error)}.",
             "Check config.json.",
         ) from error
-    shell = empty_model(config, source.trust_remote_code)
-    count = sum(parameter.numel() for parameter in shell.parameters())
+    meta_model = build_runnable_meta_model(config, source.trust_remote_code)
+    count = sum(parameter.numel() for parameter in meta_model.parameters())
     if count != plan.sliced_parameters:
         raise PluginError(
             f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, and the model "
             f"has {count:,}.",
             "Mend the widths and biases it declares.",
         )
-    return shell
+    return meta_model
 
 
 def _check_generation_config(folder: Path, source: Source) -> None:

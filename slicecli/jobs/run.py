@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import ShardWriter, clear_folder, unfinished_folder, whole_folder
-from slicecli.checkpoint.meta_model import empty_model
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.reader import DenseWeights, RestingWeights, checkpoint_tensors
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
@@ -123,7 +123,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         ]
         # what can fail without weights fails before anything large is read
         with running(job.source.name):
-            shells = prepare_folders(job, folders) if folders else []
+            meta_models = prepare_folders(job, folders) if folders else []
         rows, warnings = read_rows(job)
         job = with_weights(job)
         with running(job.source.name):
@@ -139,8 +139,12 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         for number, (plan, config, _) in enumerate(job.slices):
             missing = None if state is None else state["missing"][number]
             folder = folders[number] if processes.is_main else None
-            shell = shells[number] if processes.is_main else empty_model(config, options.trust_remote_code)
-            target, writer = _open_target(plan, shell, folder, options, missing)
+            meta_model = (
+                meta_models[number]
+                if processes.is_main
+                else build_runnable_meta_model(config, options.trust_remote_code)
+            )
+            target, writer = _open_target(plan, meta_model, folder, options, missing)
             targets.append(target)
             if writer is not None:
                 stack.callback(writer.close)
@@ -324,14 +328,14 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
 
     device = job.placement.device
     weights = DenseWeights(job.source)
-    shell = empty_model(job.config, job.options.trust_remote_code)
+    meta_model = build_runnable_meta_model(job.config, job.options.trust_remote_code)
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
     spare_bytes = job.streams.spare_bytes
     if device.type == "cpu":
         spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
     store = ActivationStore(device, job.streams.place, spare_bytes=spare_bytes)
-    return DenseModel(shell, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
+    return DenseModel(meta_model, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
 
 
 def _scratch_folder(job: Job) -> Path:
@@ -432,7 +436,7 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
 
 
 def _open_target(
-    plan: SlicePlan, shell: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
+    plan: SlicePlan, meta_model: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
 ) -> tuple[Target, ShardWriter | None]:
     """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
 
@@ -444,19 +448,19 @@ def _open_target(
 
     dtype = getattr(torch, plan.dtype)
     if folder is None:
-        return Target(plan.dim, shell, dtype, lambda _name, _tensor: None), None
+        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None), None
     shapes = {
         stored: tuple(tensor.shape)
-        for name, value in shell.state_dict().items()
-        for stored, tensor in checkpoint_tensors(shell, name, value).items()
+        for name, value in meta_model.state_dict().items()
+        for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
 
     def sink(name: str, tensor: torch.Tensor) -> None:
-        for stored, part in checkpoint_tensors(shell, name, tensor).items():
+        for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    return Target(plan.dim, shell, dtype, sink), writer
+    return Target(plan.dim, meta_model, dtype, sink), writer
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:

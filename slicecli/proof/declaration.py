@@ -388,8 +388,8 @@ def published_in_memory(
     dense = DenseModel(
         _empty_like(model, dimensions, on_meta=True), ModelWeights(model), dimensions, model.device, model.dtype
     )
-    shell = _empty_like(model, dimensions, on_meta=True, schedule=schedule, block_output_length=length)
-    target = Target(schedule.dim, shell, model.dtype, tensors.__setitem__)
+    meta_model = _empty_like(model, dimensions, on_meta=True, schedule=schedule, block_output_length=length)
+    target = Target(schedule.dim, meta_model, model.dtype, tensors.__setitem__)
     with _exactly(model):
         slice_published(dense, target, schedule, orientation, seed, Batches(token_ids, batch_rows), Silent())
     made.load_state_dict(tensors, strict=True)

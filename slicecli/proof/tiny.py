@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slicecli.checkpoint.meta_model import outline, with_plain_experts
+from slicecli.checkpoint.meta_model import build_meta_model, with_plain_experts
 from slicecli.errors import SourceError, reason_of
 
 __all__ = ["SIZES", "random_model", "tiny_config"]
@@ -121,7 +121,7 @@ def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remot
     import torch
     import transformers
 
-    outline(config, trust_remote_code, MOST_BYTES)
+    build_meta_model(config, trust_remote_code, MOST_BYTES)
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:

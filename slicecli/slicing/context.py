@@ -120,10 +120,10 @@ def activations_in(name: str, snapshot: Snapshot, store: ActivationStore) -> Str
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model as the passes see it: an empty shell, its weights, and where to compute.
+    """The dense model as the passes see it: an empty meta_model, its weights, and where to compute.
 
     Attributes:
-        shell: The transformers model with all parameters on `meta`.
+        meta_model: The transformers model with all parameters on `meta`.
         weights: Reads its parameters.
         dimensions: Its sizes, and with them the family's declaration.
         device: Where blocks run.
@@ -133,7 +133,7 @@ class DenseModel:
         pieces: How much of a batch runs at once.
     """
 
-    shell: Any
+    meta_model: Any
     weights: WeightReader
     dimensions: Dimensions
     device: torch.device
@@ -164,7 +164,7 @@ class DenseModel:
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The empty blocks in order."""
-        return list(self.shell.get_submodule(self.adapter.blocks))
+        return list(self.meta_model.get_submodule(self.adapter.blocks))
 
     def block_name(self, index: int) -> str:
         """Return the path of a block in the model."""
@@ -177,14 +177,14 @@ class Target:
 
     Attributes:
         dim: k.
-        shell: The empty model of the sliced config.
+        meta_model: The empty model of the sliced config.
         dtype: Dtype in which its tensors are written.
         sink: Takes each finished tensor: parameter name and value on the CPU.
         stream: y, batch by batch, as far as the pass has come.
     """
 
     dim: int
-    shell: Any
+    meta_model: Any
     dtype: torch.dtype
     sink: Callable[[str, torch.Tensor], None]
     stream: Stream = field(default_factory=list, repr=False)

@@ -82,7 +82,7 @@ def collect_fisher(dense: DenseModel, basis: Basis, batches: Batches, seed: int,
     Raises:
         WeightsError: The stream or a gradient becomes NaN or infinite; the message names the block.
     """
-    dense.shell.requires_grad_(False)  # of weights, no gradient is wanted
+    dense.meta_model.requires_grad_(False)  # of weights, no gradient is wanted
     return _Passes(dense, basis, batches, progress).run(seed)
 
 
@@ -206,7 +206,7 @@ class _Passes:
         """
         dense = self._dense
         self._progress.start("forward", len(dense.blocks))
-        streams, calls = enter(dense, dense.shell, embedding_tables(dense), self._batches)
+        streams, calls = enter(dense, dense.meta_model, embedding_tables(dense), self._batches)
         kept = [[stream.to(self._place) for stream in streams]]
         tuple_length = 0
         for index, weights in read_blocks(dense, range(len(dense.blocks))):
@@ -238,7 +238,7 @@ class _Passes:
         draws = torch.rand(rows.shape, dtype=torch.float64, generator=generator)
         following = torch.full_like(rows, NO_LABEL)
         following[:, :-1] = rows[:, 1:]
-        final, head = (dense.shell.get_submodule(path) for path in (adapter.final_norm, adapter.head.path))
+        final, head = (dense.meta_model.get_submodule(path) for path in (adapter.final_norm, adapter.head.path))
         bias = ["bias"] * dense.dimensions.has_bias(adapter.head)
         principal = None
         if slices_head(dense.dimensions, None):
@@ -271,7 +271,7 @@ class _Passes:
                     norm_input = some[None].to(dense.device)
                     with torch.enable_grad():
                         norm_input = norm_input.detach().requires_grad_()
-                        norm_output, logits = running.run_head(dense.shell, adapter, norm_input, tuple_length)
+                        norm_output, logits = running.run_head(dense.meta_model, adapter, norm_input, tuple_length)
                         logits = widen(logits)
                         drawn = drawn_labels(logits.detach(), numbers.to(dense.device))
                         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")

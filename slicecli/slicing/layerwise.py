@@ -40,19 +40,21 @@ def embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
     return {name: dense.weights.tensor(name).to(dense.device) for name in names}
 
 
-def enter(dense: DenseModel, shell: Any, tables: dict[str, torch.Tensor], batches: Batches) -> tuple[Stream, Calls]:
+def enter(
+    dense: DenseModel, meta_model: Any, tables: dict[str, torch.Tensor], batches: Batches
+) -> tuple[Stream, Calls]:
     """Run a model's embeddings over all batches.
 
     Returns:
         The stream that enters the first block, and the calls of the blocks.
     """
-    running.move_buffers(shell, dense.device)
-    running.fill(shell, tables, dense.device, dense.dtype)
-    stream, calls = dense.streams.new(), Calls(shell, dense.adapter)
+    running.move_buffers(meta_model, dense.device)
+    running.fill(meta_model, tables, dense.device, dense.dtype)
+    stream, calls = dense.streams.new(), Calls(meta_model, dense.adapter)
     for batch in batches:
         stream.append(calls.record(batch.to(dense.device)))
     for table in dense.adapter.embeddings:
-        running.clear(shell.get_submodule(table.path))
+        running.clear(meta_model.get_submodule(table.path))
     return stream, calls
 
 
@@ -118,7 +120,7 @@ def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor])
         name: Path of the block.
         weights: The dense block's tensors by name inside it, for its persistent buffers.
     """
-    block = target.shell.get_submodule(name)
+    block = target.meta_model.get_submodule(name)
     for parameter_name, parameter in block.named_parameters():
         target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
     for buffer_name in running.persistent_buffers(block):
@@ -128,7 +130,7 @@ def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor])
 
 def hand_over_buffers(dense: DenseModel, target: Target) -> None:
     """Give the persistent buffers outside the blocks to the sink."""
-    for name in running.persistent_buffers(target.shell):
+    for name in running.persistent_buffers(target.meta_model):
         if not name.startswith(f"{dense.adapter.blocks}."):
             target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
 

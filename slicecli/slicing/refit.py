@@ -78,7 +78,7 @@ def collect_basis(
     journal = journal or NoJournal()
     statistics = _Statistics(dense)
     progress.start(STATISTICS, len(dense.blocks) + 1)
-    stream, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
+    stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
     snapshot = journal.resume(STATISTICS)
     if snapshot is not None:
         stream = activations_in("dense", snapshot, dense.streams)
@@ -151,7 +151,7 @@ def refit(
         return
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
-    stream, calls = enter(dense, dense.shell, embedding_tables(dense), batches)
+    stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
     bases = {target.dim: basis.leading(target.dim) for target in targets}
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
@@ -180,7 +180,7 @@ def refit(
                     seen.tuple_lengths = runs[0].tuple_lengths
         stream, lengths = seen.output, seen.tuple_lengths
         errors = []
-        sliced_blocks = [target.shell.get_submodule(name) for target in targets]
+        sliced_blocks = [target.meta_model.get_submodule(name) for target in targets]
         for target, sliced_block in zip(targets, sliced_blocks, strict=True):
             fill_kept(dense, target, declared, sliced_block, weights)
             norms: dict[str, torch.Tensor] = {}
@@ -302,7 +302,7 @@ def _fit_head(
 ) -> None:
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm
-    norm = target.shell.get_submodule(path)
+    norm = target.meta_model.get_submodule(path)
     running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = fit_reading(
         dense, norm, stream, target.stream, basis, held_out, functools.partial(search.solve, f"{target.dim}.head")
@@ -317,7 +317,7 @@ def _fit_head(
 def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
     """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
     tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
-    target.stream, _ = enter(dense, target.shell, tables, batches)
+    target.stream, _ = enter(dense, target.meta_model, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
 

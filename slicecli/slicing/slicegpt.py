@@ -157,12 +157,12 @@ def slice_published(
         bases.go_on(finished)
         return bases.spectrum()
     progress.start("slice", len(dense.blocks) + 1)
-    wide, _ = enter(dense, dense.shell, embedding_tables(dense), batches)
+    wide, _ = enter(dense, dense.meta_model, embedding_tables(dense), batches)
     basis = bases.find((_without_mean(dense, batch) for batch in wide), schedule.blocks[0][0])
     del wide
     turn = _without_mean(dense, basis, axis=0)
     tables = {name: rows_times(table, turn, target.dtype) for name, table in embedding_tables(dense).items()}
-    target.stream, calls = enter(dense, target.shell, tables, batches)
+    target.stream, calls = enter(dense, target.meta_model, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
     del tables
@@ -174,7 +174,7 @@ def slice_published(
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         declared, name = dense.dimensions.declared_blocks[index], dense.block_name(index)
-        block = target.shell.get_submodule(name)
+        block = target.meta_model.get_submodule(name)
         fill_kept(dense, target, declared, block, weights)
         for position, (_, width) in enumerate(schedule.shortcuts(index)):
             step = _Step(dense, target, block, declared, position, weights)

@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import load_file
 
 from slicecli.adapters import Adapter
-from slicecli.checkpoint.meta_model import empty_model, parameter_shapes, with_plain_experts
+from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes, with_plain_experts
 from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, Workload
@@ -240,7 +240,7 @@ class AdapterTests:
     def test_exactly_what_touches_the_stream_grows_with_it(self, subject: Subject) -> None:
         """A parameter has an axis of hidden size if and only if it is declared to touch the stream."""
         shapes = {
-            size: parameter_shapes(empty_model(_resized(subject, size)))
+            size: parameter_shapes(build_runnable_meta_model(_resized(subject, size)))
             for size in (subject.dimensions.hidden_size, subject.dimensions.hidden_size * 2)
         }
         prove_accounting(shapes, subject.dimensions)
