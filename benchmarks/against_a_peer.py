@@ -15,7 +15,7 @@ and against another program, here by way of a script that calls it with the same
 
 `--ours OPTIONS` is `slicecli slice {model} -o {output} --no-cache OPTIONS` of this Python; without the cache, because
 from the second round on it would spare this program the first pass. `--peer NAME=COMMAND` may be given several times.
-A command is split into words as a meta_model does it, but no meta_model runs it. In each word {model} is replaced by the model,
+A command is split into words as a shell does it, but no shell runs it. In each word {model} is replaced by the model,
 {output} by a path that does not exist yet, {round} by 1, 2, ..., and {python} by this Python.
 
 All commands run in every round, in reverse order in every other one, each as a process of its own that starts from

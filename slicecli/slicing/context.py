@@ -120,7 +120,7 @@ def activations_in(name: str, snapshot: Snapshot, store: ActivationStore) -> Str
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model as the passes see it: an empty meta_model, its weights, and where to compute.
+    """The dense model as the passes see it: its meta model, its weights, and where to compute.
 
     Attributes:
         meta_model: The transformers model with all parameters on `meta`.
