@@ -16,7 +16,7 @@ from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.reader import RestingWeights
 from slicecli.errors import RequestError, WeightsError
 from slicecli.runtime import placement
-from slicecli.runtime.microbatch import Pieces, together
+from slicecli.runtime.microbatch import MicroBatches, concat
 from slicecli.runtime.placement import (
     Placement,
     describe_map,
@@ -262,28 +262,28 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_batches_go_in_halves_when_the_memory_runs_out(most, error):
-    pieces, batch = Pieces(), torch.arange(22.0).reshape(11, 2)
+    pieces, batch = MicroBatches(), torch.arange(22.0).reshape(11, 2)
     for _ in range(2):
         found = list(pieces.run(limited(most, error), batch))
         assert [rows.start for rows, _ in found] == [0, *(rows.stop for rows, _ in found)][:-1]
-        assert torch.equal(together([result for _, result in found]), batch * 2)
+        assert torch.equal(concat([result for _, result in found]), batch * 2)
         assert max(len(result) for _, result in found) <= most
         assert 0 < pieces.most <= most
 
 
 def test_a_batch_that_fits_is_not_divided():
-    pieces, batch = Pieces(), torch.ones(5, 1)
+    pieces, batch = MicroBatches(), torch.ones(5, 1)
     ((rows, result),) = pieces.run(lambda piece: piece, batch)
     assert result.data_ptr() == batch.data_ptr()
-    assert together([result]) is result
+    assert concat([result]) is result
     assert (rows.start, rows.stop, pieces.most) == (0, 5, None)
 
 
 def test_what_no_smaller_batch_helps_against_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
-        list(Pieces().run(limited(0, OUT_OF_MEMORY[0]), torch.ones(4, 1)))
+        list(MicroBatches().run(limited(0, OUT_OF_MEMORY[0]), torch.ones(4, 1)))
     with pytest.raises(RuntimeError, match="something else"):
-        list(Pieces().run(limited(0, RuntimeError("something else")), torch.ones(4, 1)))
+        list(MicroBatches().run(limited(0, RuntimeError("something else")), torch.ones(4, 1)))
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
         evaluation = EvaluationOptions(texts=(str(text_file),), limit=6, sequence_length=32)
         return run_sweep(str(checkpoints()), (44, 36, 24), folder, options, evaluation)
 
-    together = sweep_into(tmp_path / "together")
+    together = sweep_into(tmp_path / "concat")
     assert counted["refits"] == 1
     tokens, size = 24 * 32, 4
     # the dense stream at three places, and one sliced stream of up to 60

@@ -16,7 +16,7 @@ import torch
 from slicecli.data.packing import Rows
 from slicecli.errors import WeightsError
 from slicecli.runtime.distributed import ALONE, Processes
-from slicecli.runtime.microbatch import Pieces
+from slicecli.runtime.microbatch import MicroBatches
 
 __all__ = ["PerplexityResult", "measure_perplexity"]
 
@@ -95,9 +95,9 @@ def measure_perplexity(
         logits = model(input_ids=ids.to(device), use_cache=False).logits
         return _row_sums(logits, ids.to(logits.device)).cpu()
 
-    row_sums, pieces = [], Pieces()
+    row_sums, micro_batches = [], MicroBatches()
     for batch in batches:
-        row_sums += [sums for _, sums in pieces.run(measure, batch)]
+        row_sums += [sums for _, sums in micro_batches.run(measure, batch)]
         if progress is not None:
             progress.advance()
     predicted = rows.sequence_length - 1

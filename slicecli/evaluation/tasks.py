@@ -43,7 +43,7 @@ from slicecli.family.context_length import context_length_of_config
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.hub_errors import describe_hub_error, is_of_settings, remedy_of_hub_error
 from slicecli.runtime.inputs import local_path
-from slicecli.runtime.microbatch import Pieces, together
+from slicecli.runtime.microbatch import MicroBatches, concat
 from slicecli.runtime.placement import batch_rows
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class _Harness(HFLM):  # type: ignore[misc]
             max_length=context_length_of_config(model.config),
         )
         self._processes = processes
-        self._pieces = Pieces()
+        self._pieces = MicroBatches()
         self._chooses_batches = batch_size is None
         self.cut = 0  # requests that were too long, since somebody asked
         self._vocabulary = model.get_input_embeddings().num_embeddings
@@ -271,12 +271,12 @@ class _Harness(HFLM):  # type: ignore[misc]
         return self._answers(super().generate_until, requests)
 
     def _model_call(self, inps: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        """Return the logits of a batch, in pieces where the memory does not take it whole."""
+        """Return the logits of a batch, in micro_batches where the memory does not take it whole."""
         if arguments or named:
             logits: torch.Tensor = super()._model_call(inps, *arguments, **named)
             return logits
         call = super()._model_call
-        return together([some for _, some in self._pieces.run(call, inps)])
+        return concat([some for _, some in self._pieces.run(call, inps)])
 
     def _answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         """Answer this process's share of requests, and return the answers to all."""

@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Pieces", "together"]
+__all__ = ["MicroBatches", "concat"]
 
 Result = TypeVar("Result")
 
 
-class Pieces:
-    """Runs batches in pieces of as many rows as the memory takes: all at first, half as many whenever it runs out.
+class MicroBatches:
+    """Runs batches in micro_batches of as many rows as the memory takes: all at first, half as many whenever it runs out.
 
-    Rows are independent of each other, so a result in pieces is that of the whole, but for rounding: products of other
+    Rows are independent of each other, so a result in micro_batches is that of the whole, but for rounding: products of other
     shapes are summed in another order.
 
     Attributes:
@@ -61,6 +61,6 @@ class Pieces:
         return None
 
 
-def together(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return pieces as one tensor, without a copy where there is but one."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+def concat(micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return micro_batches as one tensor, without a copy where there is but one."""
+    return micro_batches[0] if len(micro_batches) == 1 else torch.cat(list(micro_batches))

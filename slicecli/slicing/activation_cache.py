@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slicecli.runtime.microbatch import together
 from slicecli.slicing.activations import ActivationStore, Stream
 from slicecli.slicing.modules import BlockRun
 
@@ -65,8 +64,8 @@ class ActivationCache:
             if is_entering and len(self._blocks) > 1:
                 block.inputs[position] = self._blocks[-2].output  # kept already
             else:
-                block.inputs[position].append(together([run.norm_inputs[norm] for _, run in runs]))
-        block.output.append(together([run.output for _, run in runs]))
+                block.inputs[position].append(concat([run.norm_inputs[norm] for _, run in runs]))
+        block.output.append(concat([run.output for _, run in runs]))
         block.tuple_lengths = runs[0][1].tuple_lengths
 
     def of(self, index: int) -> CachedBlock | None:

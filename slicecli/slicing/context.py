@@ -18,7 +18,7 @@ from slicecli.adapters import Adapter
 from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.normal_equations import normalise
 from slicecli.runtime.distributed import ALONE, Processes
-from slicecli.runtime.microbatch import Pieces
+from slicecli.runtime.microbatch import MicroBatches
 from slicecli.slicing.activations import ActivationStore, Stream
 from slicecli.slicing.folding import WeightReader
 
@@ -130,7 +130,7 @@ class DenseModel:
         dtype: Dtype of blocks and streams.
         processes: Those that run it, each on its share of the rows.
         store: Keeps the streams; `None` keeps them on the device.
-        pieces: How much of a batch runs at once.
+        micro_batches: How much of a batch runs at once.
     """
 
     meta_model: Any
@@ -140,7 +140,7 @@ class DenseModel:
     dtype: torch.dtype
     processes: Processes = ALONE
     store: ActivationStore | None = None
-    pieces: Pieces = field(default_factory=Pieces)
+    micro_batches: MicroBatches = field(default_factory=MicroBatches)
 
     @property
     def adapter(self) -> Adapter:

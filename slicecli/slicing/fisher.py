@@ -30,7 +30,6 @@ from slicecli.linalg.basis import Basis, principal_basis
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
 from slicecli.runtime.memory import available_memory_bytes
-from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
 from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
@@ -214,9 +213,9 @@ class _Passes:
             with filled(dense, block, weights):
                 run = functools.partial(_run, block, calls, index)
                 for number, stream in enumerate(streams):
-                    outputs = [output for _, output in dense.pieces.run(run, stream)]
+                    outputs = [output for _, output in dense.micro_batches.run(run, stream)]
                     tuple_length = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-                    streams[number] = together([running.first_tensor(output) for output in outputs])
+                    streams[number] = concat([running.first_tensor(output) for output in outputs])
                     require_finite(streams[number], f"the activations after block {index}")
             kept.append([stream.to(self._place) for stream in streams])
             self._progress.advance()
@@ -310,7 +309,7 @@ class _Passes:
             equations = {path: self._weights.empty_moment() for path in norms}
             watch = functools.partial(_watch, block, calls, index, norms)
             for stream in streams:
-                for _, (_, seen) in dense.pieces.run(watch, stream.to(dense.device)):
+                for _, (_, seen) in dense.micro_batches.run(watch, stream.to(dense.device)):
                     for path, moment in equations.items():
                         self._weights.add_tokens(moment, seen[path][0])
             # each taken out as it is solved: matrices of d x d are what this pass needs most memory for
@@ -319,12 +318,12 @@ class _Passes:
             for number, (stream, gradient) in enumerate(zip(streams, gradients, strict=True)):
                 go_back = functools.partial(_go_back, watch, norms, stream.to(dense.device), gradient.to(dense.device))
                 to_inputs = []
-                for _, (to_input, sights) in dense.pieces.run(go_back, torch.arange(len(stream))):
+                for _, (to_input, sights) in dense.micro_batches.run(go_back, torch.arange(len(stream))):
                     require_finite(to_input, f"the gradients before block {index}")
                     for path, (norm_input, to_output) in zip(norms, sights, strict=True):
                         self._weights.add(norm_input, to_output, gains[path], principal[path])
                     to_inputs.append(to_input)
-                gradients[number] = together(to_inputs).to(self._place)
+                gradients[number] = concat(to_inputs).to(self._place)
 
 
 def _run(block: nn.Module, calls: Calls, index: int, stream: torch.Tensor) -> Any:

@@ -20,7 +20,6 @@ from slicecli.linalg.basis import Basis
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeSearch
 from slicecli.progress import Progress
-from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
@@ -94,14 +93,14 @@ def collect_basis(
             equations = {path: statistics.empty() for path in declared.norms}
             for number, batch in enumerate(stream):
                 runs = []
-                for rows, run in dense.pieces.run(run_block, batch):
+                for rows, run in dense.micro_batches.run(run_block, batch):
                     require_finite(run.output, f"the activations after block {index}")
                     for path, moment in equations.items():
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
                 if activations is not None:
                     activations.add(batch, [step[0].norm for step in declared.steps], runs)
-                stream[number] = together([run.output for _, run in runs])
+                stream[number] = concat([run.output for _, run in runs])
             for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
@@ -171,11 +170,11 @@ def refit(
             run_block = functools.partial(_run_block, block, calls, index, declared)
             with filled(dense, block, weights):
                 for number, batch in enumerate(stream):
-                    runs = [run for _, run in dense.pieces.run(run_block, batch)]
-                    output = together([run.output for run in runs])
+                    runs = [run for _, run in dense.micro_batches.run(run_block, batch)]
+                    output = concat([run.output for run in runs])
                     require_finite(output, f"the activations after block {index}")
                     for inputs, step in zip(seen.inputs, steps, strict=True):
-                        inputs.append(together([run.norm_inputs[step[0].norm] for run in runs]))
+                        inputs.append(concat([run.norm_inputs[step[0].norm] for run in runs]))
                     stream[number] = output
                     seen.tuple_lengths = runs[0].tuple_lengths
         stream, lengths = seen.output, seen.tuple_lengths

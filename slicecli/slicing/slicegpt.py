@@ -29,7 +29,6 @@ from slicecli.linalg.basis import principal_basis, random_rotation
 from slicecli.linalg.maps import fold_reader, rows_times
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
-from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, activations_in
 from slicecli.slicing.folding import (
@@ -267,7 +266,7 @@ class _Step:
             return after.reshape(*batch.shape[:-1], -1).to(self.dense.dtype)
 
         for number, batch in enumerate(self.target.stream):
-            self.target.stream[number] = together([some for _, some in self.dense.pieces.run(run, batch)])
+            self.target.stream[number] = concat([some for _, some in self.dense.micro_batches.run(run, batch)])
 
     def set_writers(self, basis: torch.Tensor, following: torch.Tensor) -> None:
         """Fill the writers, in the basis of the next place, and the shortcut from this one to it."""

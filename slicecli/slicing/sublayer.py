@@ -22,7 +22,6 @@ from slicecli.adapters import Branch, Linear
 from slicecli.linalg.maps import projection_for_readers, projection_of_stream
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
 from slicecli.linalg.ridge import Correction, RidgeSearch
-from slicecli.runtime.microbatch import together
 from slicecli.slicing import modules as running
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
@@ -257,7 +256,7 @@ class Step:
         equations = NormalEquations(start.shape[1], self.target.dim, self.dense.device)
         for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
             held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
-            for rows, seen in self.dense.pieces.run(self._seen, batch):
+            for rows, seen in self.dense.micro_batches.run(self._seen, batch):
                 for path, parts in held.items():
                     parts.append(seen.linear[path])
                 flat = _beside([column for entry in entries for column in entry.columns(seen, self._wide)])
@@ -265,7 +264,7 @@ class Step:
                 root = goals.root(after[rows])
                 equations.add(flat * root, residual * root, _of_rows(is_held_out, rows, batch))
             for path, parts in held.items():
-                kept[path].append(together(parts))
+                kept[path].append(concat(parts))
         return equations
 
     def _fit_experts(
@@ -283,7 +282,7 @@ class Step:
         roots: list[torch.Tensor] = []
         held_out: list[torch.Tensor] = []
         for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
-            for rows, seen in self.dense.pieces.run(self._seen, batch):
+            for rows, seen in self.dense.micro_batches.run(self._seen, batch):
                 routings.append(seen.routings[declared.module])
                 residual = goals.residual(after[rows], batch[rows]) - self._experts_add(seen)
                 for entry in self._entries():
@@ -336,7 +335,7 @@ class Step:
                 return running.first_tensor(self.call_of(batch)(self.block, batch))
 
         for number, batch in enumerate(self.target.stream):
-            moved = batch if is_complete else together([some for _, some in self.dense.pieces.run(run, batch)])
+            moved = batch if is_complete else concat([some for _, some in self.dense.micro_batches.run(run, batch)])
             for entry in held:
                 added = self.block.get_submodule(entry.writer.path)(kept[entry.writer.path][number])
                 moved = moved + entry.multiplier * added.reshape(batch.shape)
