@@ -595,7 +595,7 @@ def test_a_run_that_is_stopped_leaves_nothing(checkpoints, text_file, tmp_path, 
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # a test run in the background of a meta_model has SIGINT ignored, and its children inherit that
+        # a test run in the background of a shell has SIGINT ignored, and its children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None

@@ -473,7 +473,7 @@ def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
 
 
 def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
-    most = dense.pieces.most
+    most = dense.micro_batches.most
     if most is None:
         return ()
     return (

@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 class MicroBatches:
-    """Runs batches in micro_batches of as many rows as the memory takes: all at first, half as many whenever it runs out.
+    """Runs batches in parts of as many rows as the memory takes: all at first, half as many whenever it runs out.
 
-    Rows are independent of each other, so a result in micro_batches is that of the whole, but for rounding: products of other
+    Rows are independent of each other, so a result in parts is that of the whole, but for rounding: products of other
     shapes are summed in another order.
 
     Attributes:
@@ -47,7 +47,7 @@ class MicroBatches:
                 start = rows.stop
 
     def _attempt(self, work: Callable[[torch.Tensor], Result], piece: torch.Tensor) -> tuple[Result] | None:
-        """Run some work; where the memory runs out, halve the pieces and return `None`."""
+        """Run some work; where the memory runs out, halve the micro-batches and return `None`."""
         try:
             return (work(piece),)
         except (RuntimeError, MemoryError) as error:
@@ -62,5 +62,5 @@ class MicroBatches:
 
 
 def concat(micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return micro_batches as one tensor, without a copy where there is but one."""
+    """Return parts of a batch as one tensor, without a copy where there is but one."""
     return micro_batches[0] if len(micro_batches) == 1 else torch.cat(list(micro_batches))

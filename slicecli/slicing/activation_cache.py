@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from slicecli.runtime.microbatch import concat
 from slicecli.slicing.activations import ActivationStore, Stream
 from slicecli.slicing.modules import BlockRun
 

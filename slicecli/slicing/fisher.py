@@ -30,6 +30,7 @@ from slicecli.linalg.basis import Basis, principal_basis
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
 from slicecli.runtime.memory import available_memory_bytes
+from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules as running
 from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias

@@ -20,6 +20,7 @@ from slicecli.linalg.basis import Basis
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeSearch
 from slicecli.progress import Progress
+from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules as running
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream

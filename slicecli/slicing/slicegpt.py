@@ -29,6 +29,7 @@ from slicecli.linalg.basis import principal_basis, random_rotation
 from slicecli.linalg.maps import fold_reader, rows_times
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
+from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules as running
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, activations_in
 from slicecli.slicing.folding import (

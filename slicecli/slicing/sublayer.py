@@ -22,6 +22,7 @@ from slicecli.adapters import Branch, Linear
 from slicecli.linalg.maps import projection_for_readers, projection_of_stream
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
 from slicecli.linalg.ridge import Correction, RidgeSearch
+from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules as running
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
