@@ -242,7 +242,7 @@ class Block:
         return tuple(dict.fromkeys(branch.norm for branch in self.branches))
 
     @property
-    def steps(self) -> tuple[tuple[Branch, ...], ...]:
+    def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
         """The branches grouped by the stream they read: one group if parallel, else one for each."""
         return (self.branches,) if self.is_parallel else tuple((branch,) for branch in self.branches)
 

@@ -200,7 +200,7 @@ class CostModel:
         self._dimensions = dimensions
         self._published = PublishedSizes(dimensions, slice_head) if method == "slicegpt" else None
         self._slices_head = method == "refit" or slices_head(dimensions, slice_head)
-        self._steps = sum(len(block.steps) for block in dimensions.declared_blocks)
+        self._steps = sum(len(block.sublayers) for block in dimensions.declared_blocks)
         self._windows = Counter(dimensions.window(block) for block in range(dimensions.blocks))
         self._list_matrices()
 
@@ -319,7 +319,7 @@ class CostModel:
         """Return how many values live at once for each token that passes, at most."""
         dimensions, most = self._dimensions, 0
         for block in dict.fromkeys(dimensions.declared_blocks):
-            for step in block.steps:
+            for step in block.sublayers:
                 inner = [0]
                 for branch in step:
                     values = sum(dimensions.width(linear.width) for linear in branch.linears)

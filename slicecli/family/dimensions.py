@@ -262,7 +262,7 @@ class Dimensions:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
         sizes = [1]
         for block in self.declared_blocks:
-            for step in block.steps:
+            for step in block.sublayers:
                 sizes.append(sum(self.width(branch.writer.width) for branch in step if branch.writer is not None))
                 sizes += [self.width(branch.experts.writer_width) for branch in step if branch.experts is not None]
         return max(sizes)
@@ -285,7 +285,7 @@ class Dimensions:
             for kept in block.kept:
                 yield Parameter(prefix + kept.path, (self.width(kept.width),), "kept", place)
             norms: set[str] = set()
-            for step in block.steps:
+            for step in block.sublayers:
                 for branch in step:
                     if branch.norm not in norms:
                         yield from self._norm_parameters(prefix + branch.norm, place)

@@ -39,7 +39,7 @@ class Schedule:
     @classmethod
     def constant(cls, dimensions: Dimensions, dim: int, head: int | None = None) -> Schedule:
         """Return the schedule of one width for all blocks, and for the head unless that has its own."""
-        blocks = tuple((dim,) * len(block.steps) for block in dimensions.declared_blocks)
+        blocks = tuple((dim,) * len(block.sublayers) for block in dimensions.declared_blocks)
         return cls(blocks, dim if head is None else head)
 
     @property
@@ -97,7 +97,7 @@ class Schedule:
         """
         _require_published(dimensions)
         size = dimensions.hidden_size
-        steps = [len(block.steps) for block in dimensions.declared_blocks]
+        steps = [len(block.sublayers) for block in dimensions.declared_blocks]
         if [len(block) for block in self.blocks] != steps:
             found = f"{len(self.blocks)} blocks" if len(self.blocks) != len(steps) else "blocks of other steps"
             raise RequestError(
@@ -116,7 +116,7 @@ class Schedule:
                 "Give --slice-head, or a schedule that ends as it starts.",
             )
         for index, block in enumerate(dimensions.declared_blocks):
-            for step, (before, after) in zip(block.steps, self.shortcuts(index), strict=True):
+            for step, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
                 if before != after and any(branch.experts for branch in step):
                     raise RequestError(
                         f"The stream is {before} wide before the experts of block {index} and {after} behind them; "
@@ -185,7 +185,9 @@ def slices_head(dimensions: Dimensions, wanted: bool | None) -> bool:
     """
     if wanted is not None:
         return wanted
-    return dimensions.adapter.keeps_width or any(branch.experts for branch in dimensions.declared_blocks[-1].steps[-1])
+    return dimensions.adapter.keeps_width or any(
+        branch.experts for branch in dimensions.declared_blocks[-1].sublayers[-1]
+    )
 
 
 def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -> Schedule:
@@ -209,7 +211,7 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
         steps = max(dimensions.blocks - 1, 1)
         sparsities = [first + (last - first) * index / steps for index in range(dimensions.blocks)]
         blocks = tuple(
-            (max(1, round((1 - sparsity) * size)),) * len(block.steps)
+            (max(1, round((1 - sparsity) * size)),) * len(block.sublayers)
             for sparsity, block in zip(sparsities, dimensions.declared_blocks, strict=True)
         )
         own_head = None

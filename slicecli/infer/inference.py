@@ -57,7 +57,7 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Sublayer:
     """What reads the stream at one place, and what is then added to it."""
 
     norms: tuple[Call, ...]
@@ -226,7 +226,7 @@ class _Inferring:
             raise UnsupportedModelError("its blocks differ from one another")
         self._block = blocks[0]
 
-    def _steps(self, block: Call) -> list[_Step]:
+    def _steps(self, block: Call) -> list[_Sublayer]:
         """Follow the stream through a block: which norms see it, and what is added to it in between."""
         calls = self._seen.below(block.path)
         norms = [call for call in calls if classify_norm(call, self._width, self._probe.epsilons) == self._norm]
@@ -236,7 +236,7 @@ class _Inferring:
             if call.has_parameters and call not in norms and call.leaving.shape == block.entering.shape
         ]
         gates = [call for call in calls if call.leaving.shape == (len(block.entering), 1)]
-        steps: list[_Step] = []
+        steps: list[_Sublayer] = []
         stream, group = block.entering, [norm for norm in norms if is_close(norm.entering, block.entering)]
         if not group:
             raise UnsupportedModelError(f"no norm of {block.path} sees the stream as it enters")
@@ -245,13 +245,13 @@ class _Inferring:
                 continue
             written = explain_change(norm.entering - stream, [call for call in leaves if call.order < norm.order])
             if written:
-                steps.append(_Step(tuple(group), tuple(written)))
+                steps.append(_Sublayer(tuple(group), tuple(written)))
                 leaves = [call for call in leaves if call not in [one.call for one in written]]
                 stream, group = norm.entering, [norm]
         written = explain_change(block.leaving - stream, leaves, gates)
         if not written:
             self._complain(block, block.leaving - stream, leaves, [norm for norm in norms if norm not in group])
-        return [*steps, _Step(tuple(group), tuple(written))]
+        return [*steps, _Sublayer(tuple(group), tuple(written))]
 
     def _complain(self, block: Call, change: torch.Tensor, leaves: Sequence[Call], norms: Sequence[Call]) -> NoReturn:
         """Say why what a block adds to the stream cannot be explained."""
@@ -266,7 +266,7 @@ class _Inferring:
             f"what {block.path} adds to the stream is not the sum of what its linear maps return"
         )
 
-    def _declare_block(self, block: Call, steps: Sequence[_Step]) -> Block:
+    def _declare_block(self, block: Call, steps: Sequence[_Sublayer]) -> Block:
         """Put what was seen of a block into a declaration."""
         prefix = f"{block.path}."
         branches: list[Branch] = []
@@ -279,7 +279,7 @@ class _Inferring:
             raise UnsupportedModelError(f"the branches of {block.path} do not each lie in a module")
         return Block(tuple(branches), is_parallel=len(branches) > len(steps))
 
-    def _declare_branch(self, prefix: str, module: str, step: _Step) -> Branch:
+    def _declare_branch(self, prefix: str, module: str, step: _Sublayer) -> Branch:
         """Declare the branch of a step that lies in one module of the block."""
         name = module or prefix[:-1]
         written = [one for one in step.written if _module_of(one.call.path, prefix) == module]

@@ -275,7 +275,7 @@ def _stream_width(dimensions: Dimensions, method: Method, dims: Sequence[int]) -
 
 def width_of_dense_activations(dimensions: Dimensions) -> int:
     """Return how many numbers per token the refit holds of the dense model: its stream, and that at each step."""
-    most_steps = max(len(block.steps) for block in dimensions.declared_blocks)
+    most_steps = max(len(block.sublayers) for block in dimensions.declared_blocks)
     return dimensions.hidden_size * (most_steps + 1)
 
 

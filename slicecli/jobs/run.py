@@ -239,7 +239,7 @@ def _states(dense: DenseModel, batches: Batches) -> ActivationCache | None:
 
     if dense.device.type != "cpu":
         return None
-    places = 1 + sum(len(block.steps) for block in dense.dimensions.declared_blocks)
+    places = 1 + sum(len(block.sublayers) for block in dense.dimensions.declared_blocks)
     size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
     return ActivationCache(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
 

@@ -46,7 +46,7 @@ from slicecli.slicing.layerwise import (
 )
 from slicecli.slicing.modules import Calls
 from slicecli.slicing.reductions import solve_basis
-from slicecli.slicing.sublayer import Step, fit_reading
+from slicecli.slicing.sublayer import Sublayer, fit_reading
 
 __all__ = ["collect_basis", "refit"]
 
@@ -89,7 +89,7 @@ def collect_basis(
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
         run_block = functools.partial(_run_block, block, calls, index, declared)
         if activations is not None:
-            activations.begin(len(declared.steps))
+            activations.begin(len(declared.sublayers))
         with filled(dense, block, weights):
             equations = {path: statistics.empty() for path in declared.norms}
             for number, batch in enumerate(stream):
@@ -100,7 +100,7 @@ def collect_basis(
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
                 if activations is not None:
-                    activations.add(batch, [step[0].norm for step in declared.steps], runs)
+                    activations.add(batch, [step[0].norm for step in declared.sublayers], runs)
                 stream[number] = concat([run.output for _, run in runs])
             for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
@@ -164,7 +164,7 @@ def refit(
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
-        steps = declared.steps
+        steps = declared.sublayers
         seen = None if activations is None else activations.of(index)
         if seen is None:
             seen = CachedBlock([dense.streams.new() for _ in steps], stream)
@@ -194,7 +194,7 @@ def refit(
             silent = {module: lengths[module] for module in others if module}
             for target, sliced_block in zip(targets, sliced_blocks, strict=True):
                 call_of = functools.partial(calls.of, index)
-                fitting = Step(
+                fitting = Sublayer(
                     dense,
                     target,
                     sliced_block,

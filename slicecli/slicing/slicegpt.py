@@ -177,7 +177,7 @@ def slice_published(
         block = target.meta_model.get_submodule(name)
         fill_kept(dense, target, declared, block, weights)
         for position, (_, width) in enumerate(schedule.shortcuts(index)):
-            step = _Step(dense, target, block, declared, position, weights)
+            step = _Sublayer(dense, target, block, declared, position, weights)
             step.set_readers(basis)
             step.widen_stream(
                 functools.partial(calls.of, index),
@@ -208,7 +208,7 @@ def _content(bases: _Bases, target: Target, basis: torch.Tensor) -> Content:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Sublayer:
     """One step of one block: from the basis of its place to that of the next.
 
     Attributes:
@@ -230,7 +230,7 @@ class _Step:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches of the step."""
-        return self.declared.steps[self.position]
+        return self.declared.sublayers[self.position]
 
     def set_readers(self, basis: torch.Tensor) -> None:
         """Fill everything that reads behind the norms of the step, in the basis of its place."""
@@ -253,7 +253,7 @@ class _Step:
             basis: Q at this place.
             what: What the stream is called where it is damaged.
         """
-        steps = self.declared.steps
+        steps = self.declared.sublayers
         others = [step for position, step in enumerate(steps) if position != self.position]
         silent = {branch.module: 0 for step in others for branch in step if branch.module}
         shortcuts = list(self.block.get_submodule("shortcuts").children())

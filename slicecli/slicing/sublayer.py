@@ -31,7 +31,7 @@ from slicecli.slicing.layerwise import require_finite
 from slicecli.slicing.modules import Call, Routing
 from slicecli.slicing.reductions import solve_normal_equations
 
-__all__ = ["Step", "fit_reading"]
+__all__ = ["Sublayer", "fit_reading"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Goals:
 
 
 @dataclass(frozen=True)
-class Step:
+class Sublayer:
     """One step of one block of one target: fits its readers, then its writers, then moves the stream on.
 
     Attributes:
