@@ -31,7 +31,7 @@ from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
 from slicecli.runtime.memory import available_memory_bytes
 from slicecli.runtime.microbatch import concat
-from slicecli.slicing import modules as running
+from slicecli.slicing import modules
 from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
 from slicecli.slicing.layerwise import embedding_tables, enter, filled, read_blocks, require_finite
@@ -216,7 +216,7 @@ class _Passes:
                 for number, stream in enumerate(streams):
                     outputs = [output for _, output in dense.micro_batches.run(run, stream)]
                     tuple_length = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-                    streams[number] = concat([running.first_tensor(output) for output in outputs])
+                    streams[number] = concat([modules.first_tensor(output) for output in outputs])
                     require_finite(streams[number], f"the activations after block {index}")
             kept.append([stream.to(self._place) for stream in streams])
             self._progress.advance()
@@ -271,7 +271,7 @@ class _Passes:
                     norm_input = some[None].to(dense.device)
                     with torch.enable_grad():
                         norm_input = norm_input.detach().requires_grad_()
-                        norm_output, logits = running.run_head(dense.meta_model, adapter, norm_input, tuple_length)
+                        norm_output, logits = modules.run_head(dense.meta_model, adapter, norm_input, tuple_length)
                         logits = widen(logits)
                         drawn = drawn_labels(logits.detach(), numbers.to(dense.device))
                         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
@@ -375,7 +375,7 @@ def _watch(
 
     handles = [block.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in norms]
     try:
-        return running.first_tensor(_run(block, calls, index, stream)), seen
+        return modules.first_tensor(_run(block, calls, index, stream)), seen
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,7 @@ from slicecli.errors import WeightsError
 from slicecli.linalg.normal_equations import is_finite
 from slicecli.progress import Progress
 from slicecli.runtime.memory import return_freed_memory
-from slicecli.slicing import modules as running
+from slicecli.slicing import modules
 from slicecli.slicing.activations import Carrier, Stream
 from slicecli.slicing.context import Batches, DenseModel, Snapshot, Target
 from slicecli.slicing.modules import Calls
@@ -48,13 +48,13 @@ def enter(
     Returns:
         The stream that enters the first block, and the calls of the blocks.
     """
-    running.move_buffers(meta_model, dense.device)
-    running.fill(meta_model, tables, dense.device, dense.dtype)
+    modules.move_buffers(meta_model, dense.device)
+    modules.fill(meta_model, tables, dense.device, dense.dtype)
     stream, calls = dense.streams.new(), Calls(meta_model, dense.adapter)
     for batch in batches:
         stream.append(calls.record(batch.to(dense.device)))
     for table in dense.adapter.embeddings:
-        running.clear(meta_model.get_submodule(table.path))
+        modules.clear(meta_model.get_submodule(table.path))
     return stream, calls
 
 
@@ -96,20 +96,20 @@ def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
 @contextmanager
 def filled(dense: DenseModel, block: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """Fill a block of the dense model for as long as it runs."""
-    running.fill(block, weights, dense.device, dense.dtype)
+    modules.fill(block, weights, dense.device, dense.dtype)
     try:
         yield
     finally:
-        running.clear(block)
+        modules.clear(block)
 
 
 def fill_kept(
     dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
 ) -> None:
     """Copy into a sliced block what does not touch the stream."""
-    names = [kept.path for kept in declared.kept] + running.persistent_buffers(block)
+    names = [kept.path for kept in declared.kept] + modules.persistent_buffers(block)
     values = {name: weights[name].to(target.dtype) for name in names}
-    running.fill(block, values, dense.device, dense.dtype)
+    modules.fill(block, values, dense.device, dense.dtype)
 
 
 def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor]) -> None:
@@ -123,14 +123,14 @@ def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor])
     block = target.meta_model.get_submodule(name)
     for parameter_name, parameter in block.named_parameters():
         target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
-    for buffer_name in running.persistent_buffers(block):
+    for buffer_name in modules.persistent_buffers(block):
         target.sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", target.dtype))
-    running.clear(block)
+    modules.clear(block)
 
 
 def hand_over_buffers(dense: DenseModel, target: Target) -> None:
     """Give the persistent buffers outside the blocks to the sink."""
-    for name in running.persistent_buffers(target.meta_model):
+    for name in modules.persistent_buffers(target.meta_model):
         if not name.startswith(f"{dense.adapter.blocks}."):
             target.sink(name, dense.weights.tensor(name).to("cpu", target.dtype))
 

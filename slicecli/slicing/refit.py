@@ -21,7 +21,7 @@ from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeSearch
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
-from slicecli.slicing import modules as running
+from slicecli.slicing import modules
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, activations_in
@@ -186,7 +186,7 @@ def refit(
             norms: dict[str, torch.Tensor] = {}
             for path in declared.norms:
                 norms |= neutral_norm(dense.dimensions, path, target.dim)
-            running.fill(sliced_block, norms, dense.device, dense.dtype)
+            modules.fill(sliced_block, norms, dense.device, dense.dtype)
         for position, branches in enumerate(steps):
             is_last = position + 1 == len(steps)
             after = stream if is_last else seen.inputs[position + 1]
@@ -229,13 +229,13 @@ def refit(
     progress.advance()
 
 
-def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> running.BlockRun:
-    return running.run_block(block, calls.of(index, batch), batch, declared.branches)
+def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> modules.BlockRun:
+    return modules.run_block(block, calls.of(index, batch), batch, declared.branches)
 
 
 def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:
     """Free a dense block's parameters once all is folded: the last fit of a block is what needs most memory."""
-    for name in weights.keys() - set(running.persistent_buffers(block)):
+    for name in weights.keys() - set(modules.persistent_buffers(block)):
         del weights[name]
 
 
@@ -303,11 +303,11 @@ def _fit_head(
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm
     norm = target.meta_model.get_submodule(path)
-    running.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
+    modules.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = fit_reading(
         dense, norm, stream, target.stream, basis, held_out, functools.partial(search.solve, f"{target.dim}.head")
     )
-    running.clear(norm)
+    modules.clear(norm)
     if not dense.processes.is_main:
         return  # the head is only written
     for name, tensor in fold_head(dense.dimensions, dense.weights, matrix, target.dtype).items():

@@ -30,7 +30,7 @@ from slicecli.linalg.maps import fold_reader, rows_times
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
-from slicecli.slicing import modules as running
+from slicecli.slicing import modules
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, activations_in
 from slicecli.slicing.folding import (
     final_norm_weight_and_bias,
@@ -245,7 +245,7 @@ class _Sublayer:
                 tensors[name] = fold_reader(self.weights[name], gain, None, basis, has_bias=True, dtype=dtype)
         self._fill(tensors)
 
-    def widen_stream(self, call_of: Callable[[torch.Tensor], running.Call], basis: torch.Tensor, what: str) -> None:
+    def widen_stream(self, call_of: Callable[[torch.Tensor], modules.Call], basis: torch.Tensor, what: str) -> None:
         """Run the step up to its writers, and make of the stream what the dense writers would, at full width.
 
         Args:
@@ -259,8 +259,8 @@ class _Sublayer:
         shortcuts = list(self.block.get_submodule("shortcuts").children())
 
         def run(batch: torch.Tensor) -> torch.Tensor:
-            with running.passing_through(shortcuts):
-                seen = running.writer_inputs(self.block, call_of(batch), batch, self.branches, silent)
+            with modules.passing_through(shortcuts):
+                seen = modules.writer_inputs(self.block, call_of(batch), batch, self.branches, silent)
             flat = widen(batch).flatten(0, -2)
             after = flat @ basis.T.to(flat.dtype) + self._added(seen)
             require_finite(after, what)
@@ -285,7 +285,7 @@ class _Sublayer:
                 tensors[path] = torch.stack([(turn @ matrix.double()).to(dtype) for matrix in self.weights[path]])
         self._fill(tensors)
 
-    def _added(self, seen: running.WriterInputs) -> torch.Tensor:
+    def _added(self, seen: modules.WriterInputs) -> torch.Tensor:
         """Return what the dense writers make of their inputs, shape (tokens, d), at least float32."""
         dimensions, dtype = self.dense.dimensions, self.dense.dtype
         total: torch.Tensor | float = 0.0
@@ -302,7 +302,7 @@ class _Sublayer:
                 declared = branch.experts
                 module = self.block.get_submodule(declared.module)
                 reader, matrices = module.get_parameter(declared.reader), self.weights[declared.writer_path]
-                added = running.run_experts(
+                added = modules.run_experts(
                     module, declared, seen.routings[declared.module], reader, matrices.to(dtype)
                 )
                 total = total + multiplier * widen(added)
@@ -312,7 +312,7 @@ class _Sublayer:
     def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the block tensors, rounded to what will be written."""
         stored = {name: value.to(self.target.dtype).contiguous() for name, value in tensors.items()}
-        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
+        modules.fill(self.block, stored, self.dense.device, self.dense.dtype)
 
 
 def _hand_over_head(dense: DenseModel, target: Target, basis: torch.Tensor) -> None:

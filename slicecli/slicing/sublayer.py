@@ -23,7 +23,7 @@ from slicecli.linalg.maps import projection_for_readers, projection_of_stream
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
 from slicecli.linalg.ridge import Correction, RidgeSearch
 from slicecli.runtime.microbatch import concat
-from slicecli.slicing import modules as running
+from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
 from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
@@ -52,13 +52,13 @@ class Entry:
     width: int
     has_bias: bool
 
-    def gain(self, seen: running.WriterInputs, dtype: torch.dtype) -> torch.Tensor | float:
+    def gain(self, seen: modules.WriterInputs, dtype: torch.dtype) -> torch.Tensor | float:
         """Return what multiplies the writer's output: one number, or one for each token, shape (tokens, 1)."""
         if not self.writer.gate:
             return self.multiplier
         return self.multiplier * torch.sigmoid(seen.gates[self.writer.gate].to(dtype))
 
-    def columns(self, seen: running.WriterInputs, dtype: torch.dtype) -> list[torch.Tensor]:
+    def columns(self, seen: modules.WriterInputs, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return what enters the writer as it counts in the stream: (tokens, width), and (tokens, 1) for a bias."""
         entering, gain = seen.linear[self.writer.path].to(dtype), self.gain(seen, dtype)
         constant = [entering.new_ones(len(entering), 1) * gain] if self.has_bias else []
@@ -207,8 +207,8 @@ class Sublayer:
             return streams.new()
         return streams.aside(sum(len(mask) for mask in self.held_out) * entry.width * self.dense.dtype.itemsize)
 
-    def _seen(self, batch: torch.Tensor) -> running.WriterInputs:
-        return running.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
+    def _seen(self, batch: torch.Tensor) -> modules.WriterInputs:
+        return modules.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
 
     def _fit_linear(
         self,
@@ -300,7 +300,7 @@ class Sublayer:
                 is_chosen = routing.index == expert
                 tokens = is_chosen.any(-1).nonzero().squeeze(-1)
                 gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
-                inner = running.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
+                inner = modules.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
                 inputs, root = inner * gain, roots[number][tokens]
                 equations.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
                 shares.append((tokens, inputs))
@@ -310,7 +310,7 @@ class Sublayer:
             fitted.append(_store(start + correction, self.target))
         self._set({declared.writer_path: torch.stack(fitted)})
 
-    def _experts_add(self, seen: running.WriterInputs) -> torch.Tensor | float:
+    def _experts_add(self, seen: modules.WriterInputs) -> torch.Tensor | float:
         """Return what the experts of the step add to the stream with their writers as they are, shape (tokens, k)."""
         total: torch.Tensor | float = 0.0
         for branch in self.branches:
@@ -332,8 +332,8 @@ class Sublayer:
         silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
 
         def run(batch: torch.Tensor) -> torch.Tensor:
-            with running.silenced(self.block, silent, batch):
-                return running.first_tensor(self.call_of(batch)(self.block, batch))
+            with modules.silenced(self.block, silent, batch):
+                return modules.first_tensor(self.call_of(batch)(self.block, batch))
 
         for number, batch in enumerate(self.target.stream):
             moved = batch if is_complete else concat([some for _, some in self.dense.micro_batches.run(run, batch)])
@@ -349,7 +349,7 @@ class Sublayer:
 
     def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
         stored = {name: _store(value, self.target) for name, value in tensors.items()}
-        running.fill(self.block, stored, self.dense.device, self.dense.dtype)
+        modules.fill(self.block, stored, self.dense.device, self.dense.dtype)
 
 
 def fit_reading(
