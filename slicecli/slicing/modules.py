@@ -37,8 +37,8 @@ __all__ = [
     "run_block",
     "run_experts",
     "run_head",
-    "silenced",
     "writer_inputs",
+    "zero_ablated",
 ]
 
 
@@ -291,7 +291,7 @@ def run_head(
 
 
 @contextmanager
-def silenced(block: nn.Module, tuple_lengths: Mapping[str, int], like: torch.Tensor) -> Iterator[None]:
+def zero_ablated(block: nn.Module, tuple_lengths: Mapping[str, int], like: torch.Tensor) -> Iterator[None]:
     """Let modules of a block answer zero instead of running, so that their branches add nothing.
 
     Args:
@@ -365,7 +365,7 @@ def writer_inputs(
         call: How the model calls it.
         stream: The stream as these branches read it, shape (rows, sequence length, width).
         branches: The branches.
-        silent: Modules of other branches that run before these, as `silenced` takes them.
+        silent: Modules of other branches that run before these, as `zero_ablated` takes them.
 
     Raises:
         PluginError: A writer is never called.
@@ -406,7 +406,7 @@ def writer_inputs(
         return forward
 
     with ExitStack() as stack:
-        stack.enter_context(silenced(block, silent, stream))
+        stack.enter_context(zero_ablated(block, silent, stream))
         for writer in linear:
             stack.enter_context(_answering(_submodule(block, writer.path), at_writer(writer.path)))
         for declared in experts:

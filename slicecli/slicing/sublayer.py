@@ -332,7 +332,7 @@ class Sublayer:
         silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
 
         def run(batch: torch.Tensor) -> torch.Tensor:
-            with modules.silenced(self.block, silent, batch):
+            with modules.zero_ablated(self.block, silent, batch):
                 return modules.first_tensor(self.call_of(batch)(self.block, batch))
 
         for number, batch in enumerate(self.target.stream):
