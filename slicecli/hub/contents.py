@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from slicecli.progress import Progress
 
-__all__ = ["Contents", "Tensor", "download_repository", "folder_contents", "repository_contents"]
+__all__ = ["Inspection", "Tensor", "download_repository", "inspect_folder", "inspect_repository"]
 
 THREADS = 8
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Inspection:
     """What is there.
 
     Attributes:
@@ -81,7 +81,7 @@ class Contents:
     tensors: Mapping[str, Mapping[str, Tensor] | None]
 
 
-def folder_contents(folder: Path, progress: Progress | None = None, name: str = "") -> Contents:
+def inspect_folder(folder: Path, progress: Progress | None = None, name: str = "") -> Inspection:
     """Look at a folder; the files that its record names are read whole.
 
     Args:
@@ -102,7 +102,7 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
         digests = {file: file_digest(paths[file]) for file in sizes if file in named.files}
         for file in _with_progress(weights, progress):
             digests[file] = file_digest(paths[file])
-        return Contents(
+        return Inspection(
             name=name or name_of_folder(folder),
             is_published=bool(name),
             record=named.record,
@@ -119,9 +119,9 @@ def folder_contents(folder: Path, progress: Progress | None = None, name: str = 
         ) from error
 
 
-def repository_contents(
+def inspect_repository(
     repository: str, revision: str | None = None, token: str | None = None, progress: Progress | None = None
-) -> Contents:
+) -> Inspection:
     """Look at a repository; only small files are downloaded.
 
     Args:
@@ -136,7 +136,7 @@ def repository_contents(
     return _from_hub(repository, lambda: _look_at(repository, revision, token, progress))
 
 
-def _look_at(repository: str, revision: str | None, token: str | None, progress: Progress | None) -> Contents:
+def _look_at(repository: str, revision: str | None, token: str | None, progress: Progress | None) -> Inspection:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -164,7 +164,7 @@ def _look_at(repository: str, revision: str | None, token: str | None, progress:
     with ThreadPoolExecutor(THREADS) as pool:
         heads = pool.map(functools.partial(_fetch_tensors, api, repository, commit), far)
         tensors |= {file: next(heads) for file in _with_progress(far, progress)}
-    return Contents(
+    return Inspection(
         name=repository,
         is_published=True,
         record=named.record,
@@ -189,9 +189,9 @@ def download_repository(repository: str, revision: str | None = None, token: str
     )
 
 
-def _nothing(name: str, is_published: bool) -> Contents:
+def _nothing(name: str, is_published: bool) -> Inspection:
     """Return what is looked at where there is no record: nothing, since that may be any folder."""
-    return Contents(name, is_published, None, tuple(schema_errors(None)), {}, {}, {}, {})
+    return Inspection(name, is_published, None, tuple(schema_errors(None)), {}, {}, {}, {})
 
 
 def _from_hub(repository: str, call: Callable[[], Result]) -> Result:
