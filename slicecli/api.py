@@ -203,17 +203,17 @@ def estimate(
         device: Name of an accelerator for speed-ups, see `slicecli.estimation.devices`.
         revision: Revision on the Hub.
         token: Hub token.
-        **knowledge: Fields of `slicecli.estimation.forecasts.Knowledge`: what is known of the model's quality.
+        **knowledge: Fields of `slicecli.estimation.forecasts.ForecastInputs`: what is known of the model's quality.
 
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
     from slicecli.estimation import estimate as estimating
     from slicecli.estimation.devices import device_named
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
     subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
-    forecasts = find_forecasts(subject.source, subject.dimensions, method, Knowledge(**knowledge))
+    forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
 

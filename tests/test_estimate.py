@@ -495,11 +495,11 @@ def test_the_table_is_readable_in_a_narrow_terminal(run, llama):
 
 
 def test_knowledge_is_checked():
-    from slicecli.estimation.forecasts import Knowledge
+    from slicecli.estimation.forecasts import ForecastInputs
 
     with pytest.raises(RequestError):
-        Knowledge(measured={5000: 9.0}).check(4096)
-    Knowledge(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
+        ForecastInputs(measured={5000: 9.0}).check(4096)
+    ForecastInputs(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
 
 
 # spectra

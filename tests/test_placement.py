@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slicecli.checkpoint.folder import content_of, file_digest, write_tensors
 from slicecli.checkpoint.meta_model import build_meta_model
-from slicecli.checkpoint.reader import RestingWeights
+from slicecli.checkpoint.reader import OffloadedWeights
 from slicecli.errors import RequestError, WeightsError
 from slicecli.runtime import placement
 from slicecli.runtime.microbatch import MicroBatches, concat
@@ -195,7 +195,7 @@ class Reader:
 
 def test_what_rests_in_memory_is_read_once():
     reader = Reader()
-    resting = RestingWeights(reader, Placement(CPU, {"": "disk", "x.1": "cpu"}).rest_of)
+    resting = OffloadedWeights(reader, Placement(CPU, {"": "disk", "x.1": "cpu"}).rest_of)
     for _ in range(3):
         assert resting.module("x.1")["a"].tolist() == [5.0, 5.0]
         resting.tensor("y")

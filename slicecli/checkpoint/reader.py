@@ -19,7 +19,7 @@ from slicecli.errors import SlicecliWarning, WeightsError, reason_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "RestingWeights", "checkpoint_tensors"]
+__all__ = ["DenseWeights", "OffloadedWeights", "checkpoint_tensors"]
 
 
 class DenseWeights:
@@ -104,7 +104,7 @@ class DenseWeights:
         return [name.removeprefix(f"{path}.") for name in self._names if name.startswith(f"{path}.")]
 
 
-class RestingWeights:
+class OffloadedWeights:
     """The weights of a checkpoint, each read once where it rests elsewhere than on disk.
 
     Args:

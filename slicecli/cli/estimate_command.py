@@ -160,7 +160,7 @@ def command(
     from slicecli.errors import RequestError
     from slicecli.estimation.devices import custom_device, device_named
     from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
     from slicecli.family.slice_plan import DTYPE_BYTES, Width
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
@@ -181,7 +181,7 @@ def command(
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
     subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code)
-    knowledge = Knowledge(
+    knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
         dense_perplexity=dense_perplexity,

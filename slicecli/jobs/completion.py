@@ -50,11 +50,11 @@ def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
 
 def _forecasts(job: Job, plan: SlicePlan, text: str) -> list[Forecast]:
     """Return what can be predicted of slices of a model from what is published and what its card says."""
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
     for name in dict.fromkeys((text, "wikitext2")):
         try:
-            found = find_forecasts(job.source, job.dimensions, plan.method, Knowledge(text=name, calibration=text))
+            found = find_forecasts(job.source, job.dimensions, plan.method, ForecastInputs(text=name, calibration=text))
         except SlicecliError:  # a card with figures that cannot be: nothing is predicted then
             return []
         if any(one.quantity == "perplexity" for one in found):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import ShardWriter, clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
-from slicecli.checkpoint.reader import DenseWeights, RestingWeights, checkpoint_tensors
+from slicecli.checkpoint.reader import DenseWeights, OffloadedWeights, checkpoint_tensors
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
@@ -330,7 +330,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     weights = DenseWeights(job.source)
     meta_model = build_runnable_meta_model(job.config, job.options.trust_remote_code)
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
-    resting = weights if job.placement.is_plain else RestingWeights(weights, job.placement.rest_of)
+    resting = weights if job.placement.is_plain else OffloadedWeights(weights, job.placement.rest_of)
     spare_bytes = job.streams.spare_bytes
     if device.type == "cpu":
         spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
