@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slicecli.checkpoint.folder import file_digest
-from slicecli.hub.contents import inspect_folder
+from slicecli.hub.inspection import inspect_folder
 from slicecli.hub.verify import CHECKS, verify_contents, verify_folder
 from slicecli.record.schema import record_schema, schema_errors
 from slicecli.runtime.secrets import find_secrets, find_tokens

@@ -13,7 +13,7 @@ from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 if TYPE_CHECKING:
-    from slicecli.hub.contents import Inspection
+    from slicecli.hub.inspection import Inspection
 
 
 @click.command("verify")
@@ -72,7 +72,7 @@ def _look_at(subject: str, download: bool, revision: str | None, token: str | No
         SourceError: There is no such folder or repository, or it cannot be read.
     """
     from slicecli.errors import RequestError
-    from slicecli.hub.contents import inspect_folder
+    from slicecli.hub.inspection import inspect_folder
     from slicecli.hub.verify import examine_repository
     from slicecli.runtime.inputs import describe_shadow, find_folder
 

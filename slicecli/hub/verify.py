@@ -24,7 +24,7 @@ from slicecli.errors import WeightsError
 from slicecli.family.schedule import Schedule
 from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
-from slicecli.hub.contents import Inspection, download_repository, inspect_folder, inspect_repository
+from slicecli.hub.inspection import Inspection, download_repository, inspect_folder, inspect_repository
 from slicecli.hub.metadata import card_metadata
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
 from slicecli.runtime.markdown import visible

@@ -1,1 +1,1 @@
-"""The passes over the blocks of a model: statistics, the refit, the published method. None of them knows file formats."""
+"""The passes over the blocks of a model: statistics, the refit, the published method. They know no file formats."""
