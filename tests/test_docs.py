@@ -134,3 +134,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "index.html").is_file()
+
+
+def test_every_function_in_the_index_of_formulas_exists():
+    page = (ROOT / "docs" / "notation.md").read_text().partition("## From a formula to its function")[2]
+    places = re.findall(r"`(\w+/\w+\.py)`(?:: `(\w+)`)?", page)
+    assert len(places) >= 15
+    for file, name in places:
+        module = importlib.import_module(f"slicecli.{file.removesuffix('.py').replace('/', '.')}")
+        assert not name or hasattr(module, name), f"{file}: {name}"

@@ -17,7 +17,7 @@ exactly and the head counted.
 Times are the larger of two bounds (roofline: Williams, Waterman, Patterson, Communications of the ACM 52, 2009):
 bytes read / bandwidth, and operations / peak.
 
-Legend: d hidden size, k dim kept, h query heads, a width of a head, V vocabulary, E experts of which a token meets e.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

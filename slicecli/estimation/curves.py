@@ -4,7 +4,7 @@ A curve says what was fitted to what: relation, parameters with covariance, the 
 were evaluated on and calibrated with, and how well the relation predicts each point from the others. Predictions from
 it carry intervals, see `slicecli.estimation.predictions`.
 
-Legend: s fraction of the hidden size removed.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

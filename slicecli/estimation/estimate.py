@@ -3,7 +3,7 @@
 Costs are exact (`slicecli.estimation.cost`); quality is predicted, by a relation and with an interval. Nothing is
 loaded and nothing measured, and torch is not imported.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

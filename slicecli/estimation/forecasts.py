@@ -4,7 +4,7 @@
 or task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
 else by a relation and the intervals of published measurements.
 
-Legend: k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

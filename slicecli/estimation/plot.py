@@ -2,7 +2,7 @@
 
 matplotlib draws without a display; files are written whole or not at all.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

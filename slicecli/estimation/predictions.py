@@ -3,7 +3,7 @@
 Two states of knowledge, one function each: no measured slice of the model (`predict_new`), or some (`predict_fitted`).
 Every prediction carries its interval, and whether it lies outside what was measured.
 
-Legend: s fraction of the hidden size removed, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

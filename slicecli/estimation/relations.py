@@ -4,8 +4,7 @@ A relation is plain data with two functions, predict and fit. Those on perplexit
 the accuracy itself, between 0 and 1; that is also the scale on which fits are least squares. How far a relation can be
 trusted is not its own business but that of `slicecli.estimation.spread`.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, PPL0 and acc0 the dense figures, D = ln(PPL/PPL0), h the chance level
-of a task; F(k) the Fisher weight of what a width k discards; c, p, b, r are fitted.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

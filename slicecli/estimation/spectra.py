@@ -3,7 +3,7 @@
 A spectrum comes from `slicecli spectrum`: one calibration pass and one backward pass over the dense model. How the loss
 of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`study.csv`).
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, F(k) the Fisher weight of what width k discards, in nats per token.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ the published series show, so that an interval widens with the distance from the
 
 Quantiles are those of Student's t, with the degrees of freedom of the variances that matter most.
 
-Legend: D = ln(PPL/PPL0), a hat marks what the relation predicts, s fraction of the hidden size removed, acc0 dense
-accuracy, h chance level.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Everything here follows from the fields of `config.json`, without torch.
 
-Legend: d hidden size, k dim kept, L blocks, V vocabulary.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

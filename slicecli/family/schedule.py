@@ -4,7 +4,7 @@ Such a slice has one width for each norm input: for each block the width where e
 (attention and MLP of a sequential block, or both at once), and the width before the head. What writes the stream
 writes it at the next place's width. From the widths and the declaration follow all shapes, without torch.
 
-Legend: d hidden size, k width kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

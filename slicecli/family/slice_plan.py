@@ -3,7 +3,7 @@
 A plan is plain data, made from a config alone and without torch, so that it can be printed by `--dry-run` and
 refused before a weight is downloaded.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

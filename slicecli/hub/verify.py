@@ -3,7 +3,7 @@
 A record vouches for nothing by itself: whoever changes weights can change the record with them. What is found here is
 damage, and what was changed in one place and not in the others.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

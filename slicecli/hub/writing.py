@@ -3,7 +3,7 @@
 Everything that is learnt of a slice after its weights are written is entered here: what was measured, curves that were
 fitted, the repository it goes to. The record is changed first, and the card is written from it.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

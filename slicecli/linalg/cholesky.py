@@ -4,7 +4,7 @@ To choose a ridge, one Gram matrix is factorised several times, and it is the la
 matrix has its numbers twice, so the lower triangle can hold the factor while the upper one and a copy of the diagonal
 keep the matrix for the next trial.
 
-Legend: G a symmetric matrix, L its lower factor, L Lᵀ = G.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

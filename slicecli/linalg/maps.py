@@ -12,9 +12,8 @@ always zero, which leaves a free place: a norm's bias β whose readers W have no
 as the column W β / k added to every column, and the norm's bias becomes 1 everywhere, for W' (n' + 1) gains exactly
 W β. So a bias of the final norm survives a head without bias, in the family's own class.
 
-Legend: d hidden size, k dim kept, Q basis (d, k), x dense and y sliced stream, n the norm without weight and bias,
-g its weight, β its bias, W a dense map (outputs, inputs), A what turns n'(y) into n(x), B a sliced writer.
-The rotation is SliceGPT's (arXiv 2401.15024, theorem 1); the scale and the place of β are ours.
+Symbols: docs/notation.md. The rotation is SliceGPT's (arXiv 2401.15024, theorem 1); the scale and the place of β are
+ours.
 """
 
 from __future__ import annotations

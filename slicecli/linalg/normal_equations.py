@@ -3,7 +3,7 @@
 Products of a chunk of tokens are taken in the dtype of the stream (at least float32) and summed in float64: a
 chunk is short enough that its float32 sum errs by about 1e-6, and the long sum loses nothing.
 
-Legend: d hidden size, t a token, n(x) = x / sqrt(mean(x²) + ε), of a LayerNorm after its mean is subtracted.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

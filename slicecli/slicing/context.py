@@ -2,7 +2,7 @@
 
 Plain data. Weights come from a `WeightReader`, sliced tensors go to each target's `sink`; no files here.
 
-Legend: d hidden size, k dim kept.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

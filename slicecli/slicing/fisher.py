@@ -12,7 +12,7 @@ The model runs forwards block by block and keeps the stream before each, then ba
 stream that was kept. Only one block's weights are in memory at a time; what lives through both passes are the kept
 streams, (blocks + 1) · tokens · d numbers. They stay on the device if they fit there, else they wait in main memory.
 
-Legend: d hidden size, k dim kept, Q basis, n(x) the normalised stream, g gradient with respect to it.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

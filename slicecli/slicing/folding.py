@@ -4,8 +4,7 @@ These functions know the declaration and nothing of data: they take dense tensor
 name. The refit calls them with fitted matrices, `project` with the plain projection, so both treat norms, biases,
 transposed weights and experts alike.
 
-Legend: d hidden size, k dim kept, Q basis (d, k), g a norm's weight, β its bias, A what turns the sliced normalised
-stream into the dense one.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

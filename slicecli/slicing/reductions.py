@@ -3,7 +3,7 @@
 The main process solves and gives the solution to all, so that all fold the same bits into their blocks, whatever
 machines they run on. Of what is summed only what a solution needs is sent, in float64.
 
-Legend: d hidden size, C and M the two matrices of `slicecli.linalg.basis`.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

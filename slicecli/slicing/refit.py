@@ -4,7 +4,7 @@ Blocks are filled with weights one at a time and freed again, so the whole model
 through a pass are the streams, (tokens, width) numbers each. Several slices of one model share the dense half of
 the refit pass.
 
-Legend: d hidden size, Q basis (d, k), C and M the two matrices of `slicecli.linalg.basis`.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ Where it departs from the published implementation it is more exact: the mean is
 families only, the norm has the model's own ε and at least float32, products of bases are taken in float64, random
 orientations are drawn uniformly from a seed, and each half of a block runs once.
 
-Legend: d hidden size, x stream of the sliced model at full width, C its second moment, Q basis at a place (d, k),
-y = Qᵀ x the sliced stream, W a writer, S = Qᵀ Q' the shortcut from a place to the next (arXiv 2401.15024, section 3).
+Symbols: docs/notation.md; formulas: arXiv 2401.15024, section 3.
 """
 
 from __future__ import annotations

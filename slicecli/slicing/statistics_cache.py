@@ -3,7 +3,7 @@
 An entry is the basis of one model and calibration: some d² numbers. Entries that were not used for longest go when the
 cache becomes larger than its bound.
 
-Legend: d hidden size.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations

@@ -4,9 +4,7 @@ A step is a branch of a sequential block, or all branches of a parallel one. Its
 writers with the readers as they are now, then the sliced stream moves on. Linear writers are fitted together, experts
 one after the other.
 
-Legend: d hidden size, k dim kept, Q basis (d, k), x dense stream, y sliced stream, n the norm without its weight,
-z what enters a writer, A and B the refitted maps of readers and writers, A₀ and B₀ the plain projections they
-start from. Formulas: least squares as in "ours" of `docs/method.md`.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
