@@ -1,9 +1,9 @@
 """Which files of a model go along with its slice, and why the others do not.
 
 Everything small goes along that is not written anew for the slice (config, weights, card, record, plot): tokenizers and
-vocabularies of any name, chat templates, licences, notes, code where code is trusted. The choice rests on names and sizes
-alone, so that it is the same for a folder and for a repository of which nothing is downloaded yet; what the chosen files
-are and hold is looked at where they lie, see `slicecli.source.Source.companions`.
+vocabularies of any name, chat templates, licences, notes, code where code is trusted. The choice rests on names and
+sizes alone, so that it is the same for a folder and for a repository of which nothing is downloaded yet; what the
+chosen files are and hold is looked at where they lie, see `slicecli.source.Source.companions`.
 """
 
 from __future__ import annotations
