@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -286,6 +287,11 @@ def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, slic
     assert "--trust-remote-code" in record["command"]
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
     assert run("verify", folder).exit_code == 0
+    stranger = Path(shutil.copytree(folder, tmp_path / "stranger"))
+    text = (stranger / "tokenizer_config.json").read_text()
+    (stranger / "tokenizer_config.json").write_text(text.replace("tokenization_mine.", "you/x--tokenization_mine."))
+    done = run("verify", stranger)
+    assert "tokenizer_config.json takes code from another repository: you/x--tokenization_mine" in done.stdout
     # where slicecli is not, and the model neither
     model.rename(tmp_path / "gone")
     code = (

@@ -95,8 +95,8 @@ def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypa
     from slicecli.cli import group
     from slicecli.data.demo import MODEL_FOLDER
 
-    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "estimate.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)

@@ -1,8 +1,9 @@
 """Which files of a model go along with its slice, and why the others do not.
 
 Everything small goes along that is not written anew for the slice (config, weights, card, record, plot): tokenizers and
-vocabularies of any name, chat templates, licences, notes, code where code is trusted. The decision rests on names and
-sizes alone, so that it is the same for a folder and for a repository of which nothing is downloaded yet.
+vocabularies of any name, chat templates, licences, notes, code where code is trusted. The choice rests on names and
+sizes alone, so that it is the same for a folder and for a repository of which nothing is downloaded yet; what the
+chosen files are and hold is looked at where they lie, see `slicecli.checkpoint.source.Source.companions`.
 """
 
 from __future__ import annotations
@@ -286,10 +287,18 @@ def list_folder(folder: Path) -> tuple[dict[str, int], list[str]]:
     """Return the bytes of each file below a folder by its path with slashes, and the links to folders among them.
 
     Links to folders are not followed; hidden folders are not entered.
+
+    Raises:
+        SourceError: A folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).name
+        raise SourceError(f"The folder {name!r} cannot be read: {error.strerror}.", "Check who may read it.") from error
+
     sizes: dict[str, int] = {}
     links: list[str] = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=refuse):
         here = Path(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links += [(here / name).relative_to(folder).as_posix() for name in folders if (here / name).is_symlink()]

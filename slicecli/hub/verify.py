@@ -319,7 +319,8 @@ def _check_code(inspection: Inspection, auto_map: Any) -> Iterator[Finding]:
     A tokenizer may name code and do without it: its class may have come to transformers since.
     """
     record = inspection.record
-    of_model = auto_map.values() if isinstance(auto_map, dict) else ()
+    values = auto_map.values() if isinstance(auto_map, dict) else ()
+    of_model = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
     of_tokenizer = tokenizer_references(_json_of(inspection, TOKENIZER_CONFIG)) if record["needs_remote_code"] else []
     if bool(auto_map) != record["needs_remote_code"] and not of_tokenizer:
         says = "needs" if record["needs_remote_code"] else "does not need"
