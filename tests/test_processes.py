@@ -422,8 +422,8 @@ def test_the_commands_on_the_page_run_as_written(tmp_path):
     """By the launchers themselves, in a folder that looks like a clone after the demo."""
     from slicecli.data.demo import MODEL_FOLDER
 
-    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
     page = (ROOT / "docs" / "processes.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if "slicecli/data/demo/model" in line]
