@@ -1,6 +1,7 @@
 """Slice the residual stream of decoder language models.
 
-The names below are public, as are `slicecli.adapters` and `slicecli.testing`. They are imported on first use, so that `import slicecli` stays light: the command line and the plugins import this package at every start.
+The names below are public, as are `slicecli.adapters` and `slicecli.testing`. They are imported on first use, so that
+`import slicecli` stays light: the command line and the plugins import this package at every start.
 """
 
 from __future__ import annotations
