@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slicecli.companions import MOST_FILE_BYTES, MOST_FILES, MOST_KNOWN_BYTES, choose_companions
+from slicecli.checkpoint.companions import MOST_FILE_BYTES, MOST_FILES, MOST_KNOWN_BYTES, choose_companions
 from slicecli.errors import SourceError
 from slicecli.hub.card import CARD_FILE, PLOT_FILE
 from slicecli.modeling import CODE_FILES
@@ -366,8 +366,8 @@ def test_a_chat_template_that_draws_or_fails_is_compared_too(checkpoint_copy, sl
 @pytest.mark.parametrize("has_config", [True, False])
 def test_a_slice_of_another_type_keeps_the_class_of_its_tokenizer(sliced, forks, run, tmp_path, has_config):
     """What a type alone says of its tokenizer, as GPT-2's does, is said in the folder of a slice with its own type."""
+    from slicecli.proof.tiny import random_model, tiny_config
     from slicecli.testing.checkpoints import save_checkpoint
-    from slicecli.tiny import random_model, tiny_config
 
     model = save_checkpoint(random_model(tiny_config("gpt2", has_head_dim=False)), tmp_path / "model")
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]

@@ -14,11 +14,11 @@ import torch
 from test_tasks import models, no_network, write_questions  # noqa: F401
 
 import slicecli.api
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, evaluate
-from slicecli.loading import load_model
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.record.record import read_record
 from slicecli.testing.checkpoints import byte_tokenizer
 
 
@@ -39,7 +39,9 @@ def test_the_document_says_all_that_identifies_a_point(run, models, words, kind,
     assert document == json.loads((tmp_path / "results.json").read_text())
     assert (document["hidden_size"], document["dim"], document["method"]) == (48, dim, method)
     assert document["sparsity"] == 1 - dim / 48
-    assert document["source"] == {"model": "tiny-llama", "commit": None}
+    source = document["source"]
+    assert (source["model"], source["commit"]) == ("tiny-llama", None)
+    assert source["content"] == Source.find(str(models["dense"])).content
     record = read_record(models[kind]) or {}
     assert document["calibration"] == record.get("calibration")
     loaded = load_model(Source.find(str(models[kind])))
@@ -143,7 +145,7 @@ def test_rows_are_read_once_for_models_that_share_a_tokenizer(models, text_file,
     source = Source.find(str(models["dense"]))
     prepared = EvaluationSet.prepare(options, source, source.tokenizer())
     alone = evaluate(str(models["stock"]), options)
-    monkeypatch.setattr("slicecli.evaluation.measure.read_text", None)
+    monkeypatch.setattr("slicecli.evaluation.measure.read_texts", None)
     assert evaluate(str(models["stock"]), options, prepared=prepared) == alone
 
 
@@ -207,3 +209,34 @@ def test_the_commands_of_the_documentation_run(run, models, no_network, tmp_path
             assert name not in command or name in done.stdout
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(code, {})
+
+
+def write_long(path, query, choice):
+    path.write_text(json.dumps({"query": query, "choices": [choice, "x"], "gold": 0}) + "\n")
+    return path
+
+
+def test_a_choice_that_is_longer_than_the_model_can_do_is_named(run, checkpoints, tmp_path):
+    questions = write_long(tmp_path / "long.jsonl", "a", "of a list " * 20)
+    done = run("eval", checkpoints(), "--tasks", questions)
+    assert done.exit_code == 1
+    assert re.search(r"The choice 'of a list .*' has \d+ tokens, more than the 128 that the model can do", done.stderr)
+
+
+def test_a_question_whose_beginning_is_cut_off_is_said(run, checkpoints, tmp_path):
+    done = run("eval", checkpoints(), "--tasks", write_long(tmp_path / "long.jsonl", "of a list " * 20, "y"))
+    assert done.exit_code == 0, done.output
+    assert "long.jsonl: 2 requests are longer than the 128 tokens that the model can do at once" in done.stderr
+    assert "longer than" not in run("eval", checkpoints(), "--tasks", write_long(tmp_path / "s.jsonl", "a", "y")).stderr
+
+
+def test_a_token_that_a_slice_with_code_of_its_own_does_not_know(run, models, tmp_path):  # noqa: F811
+    """Its config.json has no `vocab_size` at the top."""
+    model = shutil.copytree(models["custom-code"], tmp_path / "copy")
+    larger = byte_tokenizer()
+    larger.add_tokens([f"<{number}>" for number in range(100)] + ["the"])
+    larger.save_pretrained(model)
+    (tmp_path / "text.txt").write_text("the cat and the dog " * 50)
+    done = run("eval", model, "--perplexity", tmp_path / "text.txt", "--seq-len", "32")
+    assert done.exit_code == 1
+    assert "the model knows 300" in done.stderr

@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from slicecli.errors import SourceError
-from slicecli.plan import Width
-from slicecli.planning import SliceOptions, plan_slices
-from slicecli.preparation import rehearse
+from slicecli.family.slice_plan import Width
+from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.preparation import rehearse
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing.checkpoints import save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 LAYOUTS = {"stock": ("llama", "refit"), "shortcuts": ("llama", "slicegpt"), "blocks": ("gpt2", "refit")}
 
@@ -170,7 +170,7 @@ def test_a_name_that_no_record_can_hold_is_refused_before_any_pass(run, dense, t
 @pytest.fixture
 def interrupted(run, dense, slice_words, tmp_path, monkeypatch):
     """A model, the words that go on with its interrupted slice, and the unfinished folder."""
-    from slicecli.journal import FileJournal
+    from slicecli.slicing.resume import FileJournal
 
     saved = FileJournal.offer
 

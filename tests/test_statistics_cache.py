@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
-from slicecli.checkpoint import file_digest
-from slicecli.slicing.basis import reader_basis
-from slicecli.statistics_cache import SIZE_VARIABLE, StatisticsCache
+from slicecli.checkpoint.folder import file_digest
+from slicecli.linalg.basis import reader_basis
+from slicecli.slicing.statistics_cache import SIZE_VARIABLE, StatisticsCache
 
 
 @pytest.fixture

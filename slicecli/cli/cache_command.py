@@ -13,7 +13,7 @@ from slicecli.cli import output as show
 
 FOLDER = click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     metavar="DIR",
     help="Where the cache lies.  [default: SLICECLI_CACHE, or the user's cache folder]",
 )
@@ -33,7 +33,7 @@ def command() -> None:
 @shared.format_option
 def ls(cache_dir: Path | None, output_format: str) -> None:
     """List what is in the cache, the last used first."""
-    from slicecli.statistics_cache import StatisticsCache
+    from slicecli.slicing.statistics_cache import StatisticsCache
 
     entries = StatisticsCache(cache_dir).entries()
     if output_format == "json":
@@ -67,7 +67,7 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
 @click.pass_obj
 def clear(context: dict[str, Any], /, cache_dir: Path | None) -> None:
     """Remove everything from the cache."""
-    from slicecli.statistics_cache import StatisticsCache
+    from slicecli.slicing.statistics_cache import StatisticsCache
 
     freed = StatisticsCache(cache_dir).clear()
     if not context["quiet"]:

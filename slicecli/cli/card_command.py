@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 
 @click.command("card")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", metavar="DIR", type=shared.LocalPath(exists=True, file_okay=False))
 @click.option(
     "--curve",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=shared.LocalPath(exists=True, dir_okay=False),
     metavar="FILE",
     help="Enter the curves that `fit` or `sweep` wrote here, for the predictions of other dims.",
 )
@@ -31,11 +32,13 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
       slicecli card ./my-slice
       slicecli card ./my-slice --curve my-model-sweep/results.json
     """
-    from slicecli.description import enter_curves, write_card
+    from slicecli.checkpoint.source import check_may_change
     from slicecli.errors import RequestError
     from slicecli.hub.card import CARD_FILE
-    from slicecli.json_files import read_json
+    from slicecli.hub.writing import enter_curves, write_card
+    from slicecli.runtime.json import read_json
 
+    check_may_change(folder)
     if curve is None:
         write_card(folder)
     else:

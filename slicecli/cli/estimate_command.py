@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 @click.command("estimate")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option("--dim", "dims", type=shared.DimList(), metavar="N,N,...", help="Hidden sizes to keep.")
 @click.option("--sweep", type=shared.Sweep(), metavar="LO:HI:STEP", help="Instead: fractions to remove.")
 @click.option(
-    "--target-params", type=shared.Count(), metavar="6B", help="Instead: the largest slice with at most so many."
+    "--target-params", type=shared.COUNT, metavar="6B", help="Instead: the largest slice with at most so many."
 )
 @click.option(
-    "--memory", type=shared.Bytes(), metavar="12GiB", help="Instead: the largest whose weights take at most this."
+    "--memory", type=shared.BYTES, metavar="12GiB", help="Instead: the largest whose weights take at most this."
 )
 @click.option(
     "--max-perplexity", type=float, metavar="P", help="Instead: the smallest that is predicted to stay within this."
@@ -32,9 +32,17 @@ if TYPE_CHECKING:
     "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="How it is sliced."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
-@click.option("--text", default="wikitext2", show_default=True, metavar="NAME", help="Text the perplexity is of.")
+@click.option(
+    "--text",
+    type=shared.TEXT,
+    default="wikitext2",
+    show_default=True,
+    metavar="NAME",
+    help="Text the perplexity is of.",
+)
 @click.option(
     "--calibration",
+    type=shared.TEXT,
     default="wikitext2",
     show_default=True,
     metavar="NAME",
@@ -61,20 +69,30 @@ if TYPE_CHECKING:
     metavar="DIM=P",
     help="A slice's measured perplexity, to fit the relation to; may be given several times.",
 )
-@click.option("--relation", metavar="NAME", help="Relation to predict by, see `slicecli relations`; paper is one.")
-@click.option("--curve", metavar="FILE|HUB_REPO", help="Predict by the curves that `fit` or `sweep` wrote.")
+@click.option(
+    "--relation",
+    type=shared.TEXT,
+    metavar="NAME",
+    help="Relation to predict by, see `slicecli relations`; paper is one.",
+)
+@click.option(
+    "--curve", type=shared.TEXT, metavar="FILE|HUB_REPO", help="Predict by the curves that `fit` or `sweep` wrote."
+)
 @click.option(
     "--spectrum",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Predict from what `slicecli spectrum` wrote, by the relation fisher.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at a time.")
-@click.option("--length", type=int, default=2048, show_default=True, metavar="N", help="Tokens of each.")
+@click.option("--length", type=int, metavar="N", help="Tokens of each.  [default: 2048, or the model's longest]")
 @click.option(
-    "--device", metavar="NAME", help="Accelerator for the speed-ups, such as h100-sxm; a wrong name lists them."
+    "--device",
+    type=shared.TEXT,
+    metavar="NAME",
+    help="Accelerator for the speed-ups, such as h100-sxm; a wrong name lists them.",
 )
-@click.option("--bandwidth", metavar="2TB", help="Instead: its memory bandwidth in bytes per second.")
+@click.option("--bandwidth", type=shared.TEXT, metavar="2TB", help="Instead: its memory bandwidth in bytes per second.")
 @click.option("--tflops", type=float, metavar="T", help="Instead, or with it: its peak in 10^12 operations per second.")
 @click.option(
     "--dtype",
@@ -84,10 +102,12 @@ if TYPE_CHECKING:
     callback=shared.auto_as_none,
     help="Dtype of weights and cache; auto takes the checkpoint's.",
 )
-@click.option("--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type.")
+@click.option(
+    "--adapter", type=shared.TEXT, metavar="NAME", help="Use this adapter instead of the one for the model's type."
+)
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Draw the predictions against the dim (.png, .svg, .pdf).",
 )
@@ -114,7 +134,7 @@ def command(
     curve: str | None,
     spectrum: Path | None,
     batch: int,
-    length: int,
+    length: int | None,
     device: str | None,
     bandwidth: str | None,
     tflops: float | None,
@@ -138,11 +158,10 @@ def command(
       slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
     """
     from slicecli.errors import RequestError
-    from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import custom_device, device_named
     from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
-    from slicecli.plan import DTYPE_BYTES, Width
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
+    from slicecli.family.slice_plan import DTYPE_BYTES, Width
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -162,7 +181,7 @@ def command(
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
     subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code)
-    knowledge = Knowledge(
+    knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
         dense_perplexity=dense_perplexity,
@@ -182,7 +201,7 @@ def command(
             dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
         else:
             dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
-    result = estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
+    result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)
     document = result.to_json()

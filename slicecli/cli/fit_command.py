@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
 
 @click.command("fit")
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
+@click.argument("results", nargs=-1, required=True, type=shared.LocalPath(exists=True, dir_okay=False))
+@click.option(
+    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Also write the curves here.",
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="Draw the curves with their points (.png, .svg, .pdf).",
 )
@@ -45,11 +47,14 @@ def command(
     Example:
       slicecli fit dense.json dim3584.json dim3072.json -o curve.json --plot curve.png
     """
+    from slicecli.checkpoint.folder import check_results_file
     from slicecli.estimation.plot import check_plot_file, draw_quality, picture_of_curve
     from slicecli.estimation.results import curves_document, fit_results, fit_shared, read_documents, series_of
 
     if plot is not None:
         check_plot_file(plot)
+    if output is not None:
+        check_results_file(output, inputs=results)
     documents = read_documents(results)
     groups = series_of(documents)
     curves = fit_results(groups, relation)

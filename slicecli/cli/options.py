@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from slicecli.plan import parse_bytes, parse_count
+from slicecli.errors import RequestError
+from slicecli.runtime.inputs import (
+    local_path,
+    parse_bytes,
+    parse_count,
+    parse_prompt,
+    parse_repository,
+    parse_text,
+    parse_token,
+)
 
 if TYPE_CHECKING:
     from slicecli.evaluation.measure import EvaluationOptions
     from slicecli.hub.push import PushOptions
-    from slicecli.placement import DeviceMap, MaxMemory
-    from slicecli.planning import SliceOptions
+    from slicecli.jobs.plan import SliceOptions
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
 
 __all__ = [
+    "BYTES",
+    "COUNT",
     "DTYPE",
+    "MODEL",
+    "PROMPT",
+    "REPOSITORY",
+    "TEXT",
     "Auto",
-    "Bytes",
-    "Count",
     "DimList",
+    "LocalPath",
     "Named",
     "Names",
     "Sweep",
@@ -30,7 +45,6 @@ __all__ = [
     "auto_as_none",
     "cache_options",
     "calibration_options",
-    "check_shard_size",
     "device_options",
     "evaluation_options",
     "format_option",
@@ -42,6 +56,7 @@ __all__ = [
     "run_options",
     "slice_options",
     "streams_option",
+    "token_option",
 ]
 
 DTYPE = click.Choice(["auto", "bfloat16", "float16", "float32"])
@@ -86,24 +101,49 @@ MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Count(click.ParamType):  # type: ignore[type-arg]
-    """A number of parameters such as 6B."""
+@contextmanager
+def _naming(param: click.Parameter | None) -> Iterator[None]:
+    """Name the option in the error of the function that reads its value."""
+    try:
+        yield
+    except RequestError as error:
+        if param is None:
+            raise
+        name = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
+        raise RequestError(f"{name}: {error.cause}", error.remedy) from None
 
-    name = "count"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+class Parsed(click.ParamType):  # type: ignore[type-arg]
+    """What a function makes of the text of an option; whatever the function refuses is said of that option.
+
+    Args:
+        name: Its kind, for help texts.
+        parse: The function.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the text of an option."""
-        return value if isinstance(value, int) else parse_count(value)
+        if not isinstance(value, str):
+            return value
+        with _naming(param):
+            return self._parse(value)
 
 
-class Bytes(click.ParamType):  # type: ignore[type-arg]
-    """A size such as 12GiB."""
+class LocalPath(click.Path):
+    """A file or folder of this machine; `~` stands for the user's home."""
 
-    name = "size"
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the text of an option."""
-        return value if isinstance(value, int) else parse_bytes(value)
+        with _naming(param):
+            path = local_path(value)
+        return super().convert(str(path), param, ctx)
 
 
 class Auto(click.ParamType):  # type: ignore[type-arg]
@@ -120,7 +160,7 @@ class Auto(click.ParamType):  # type: ignore[type-arg]
 
 
 class DimList(click.ParamType):  # type: ignore[type-arg]
-    """Dims such as 84,72,60."""
+    """Dims such as 84,72,60; one that is given twice counts once."""
 
     name = "dims"
 
@@ -128,7 +168,7 @@ class DimList(click.ParamType):  # type: ignore[type-arg]
         """Read the text of an option."""
         if isinstance(value, tuple):
             return value
-        return tuple(click.INT.convert(part, param, ctx) for part in value.split(","))
+        return tuple(dict.fromkeys(click.INT.convert(part, param, ctx) for part in value.split(",")))
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]
@@ -140,7 +180,10 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         """Read the text of an option."""
         if isinstance(value, tuple):
             return value
-        return tuple(name.strip() for name in value.split(",") if name.strip())
+        names = tuple(name.strip() for name in value.split(",") if name.strip())
+        if not names:
+            self.fail(f"{value!r} names nothing. Give a name, or leave the option out.", param, ctx)
+        return names
 
 
 class Named(click.ParamType):  # type: ignore[type-arg]
@@ -161,30 +204,6 @@ class Named(click.ParamType):  # type: ignore[type-arg]
         return name.strip(), converted
 
 
-class MapOfDevices(click.ParamType):  # type: ignore[type-arg]
-    """The name of a device map, a device, or a JSON file, which becomes its content."""
-
-    name = "map"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> DeviceMap:
-        """Read the text of an option."""
-        from slicecli.placement import read_device_map
-
-        return read_device_map(value) if isinstance(value, str) else cast("DeviceMap", value)
-
-
-class MemoryByDevice(click.ParamType):  # type: ignore[type-arg]
-    """Sizes by device, such as 0=20GiB,cpu=64GiB."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MaxMemory:
-        """Read the text of an option."""
-        from slicecli.placement import parse_max_memory
-
-        return parse_max_memory(value) if isinstance(value, str) else cast("MaxMemory", value)
-
-
 class Sweep(click.ParamType):  # type: ignore[type-arg]
     """Fractions such as 0.05:0.5:0.05: from, to and step, both ends included."""
 
@@ -198,10 +217,38 @@ class Sweep(click.ParamType):  # type: ignore[type-arg]
         if len(parts) != 3:
             self.fail(f"{value!r} is not LO:HI:STEP, such as 0.05:0.5:0.05.", param, ctx)
         low, high, step = (click.FLOAT.convert(part, param, ctx) for part in parts)
-        if not (0 < low <= high < 1 and step > 0) or (high - low) / step > MOST_STEPS:
+        if not (0 < low <= high < 1 and 0 < step < math.inf) or (high - low) / step > MOST_STEPS:
             self.fail(f"{value!r} does not go from one fraction to a larger one in some steps.", param, ctx)
         count = math.floor((high - low) / step + 1e-9)
         return tuple(low + step * index for index in range(count + 1))
+
+
+def _parse_model(text: str) -> str:
+    """Return a Hub id as it is, and a path with the user's home in the place of `~`."""
+    return str(local_path(text)) if text.startswith("~") else parse_text(text)
+
+
+def _parse_device_map(text: str) -> DeviceMap:
+    from slicecli.runtime.placement import read_device_map
+
+    return read_device_map(parse_text(text))
+
+
+def _parse_max_memory(text: str) -> MaxMemory:
+    from slicecli.runtime.placement import parse_max_memory
+
+    return parse_max_memory(text)
+
+
+TEXT = Parsed("text", parse_text)
+PROMPT = Parsed("prompt", parse_prompt)
+TOKEN = Parsed("token", parse_token)
+MODEL = Parsed("model", _parse_model)
+REPOSITORY = Parsed("repository", parse_repository)
+COUNT = Parsed("count", parse_count)
+BYTES = Parsed("size", parse_bytes)
+DEVICE_MAP = Parsed("map", _parse_device_map)
+MEMORY_BY_DEVICE = Parsed("sizes", _parse_max_memory)
 
 
 def format_option(function: Function) -> Function:
@@ -216,12 +263,19 @@ def format_option(function: Function) -> Function:
     )(function)
 
 
+def token_option(function: Function) -> Function:
+    """Add `--token`."""
+    return click.option(
+        "--token", type=TOKEN, metavar="T", help="Hub token; by default the one that `hf auth login` stored."
+    )(function)
+
+
 def model_options(function: Function) -> Function:
     """Add the options that say which model is meant."""
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
-        click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored."),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
+        token_option,
+        click.option("--revision", type=TEXT, metavar="REV", help="Branch, tag or commit on the Hub."),
     ):
         function = option(function)
     return function
@@ -230,7 +284,9 @@ def model_options(function: Function) -> Function:
 def push_options(function: Function) -> Function:
     """Add the options that say how a slice is published."""
     for option in (
-        click.option("--commit-message", metavar="TXT", help="First line of the commit.  [default: what the slice is]"),
+        click.option(
+            "--commit-message", type=TEXT, metavar="TXT", help="First line of the commit.  [default: what the slice is]"
+        ),
         click.option("--create-pr", is_flag=True, help="Propose a pull request instead of changing the branch."),
         click.option("--private", is_flag=True, help="Make the repository private if it is new."),
     ):
@@ -256,13 +312,13 @@ def device_options(function: Function) -> Function:
     for option in (
         click.option(
             "--max-memory",
-            type=MemoryByDevice(),
+            type=MEMORY_BY_DEVICE,
             metavar="0=SIZE,cpu=SIZE",
             help="Most bytes of weights on each device; what fits on none is read from disk.",
         ),
         click.option(
             "--device-map",
-            type=MapOfDevices(),
+            type=DEVICE_MAP,
             default="auto",
             show_default=True,
             metavar="MAP",
@@ -347,6 +403,7 @@ def calibration_options(function: Function) -> Function:
         ),
         click.option(
             "--calibration",
+            type=TEXT,
             default="wikitext2",
             show_default=True,
             metavar="NAME|FILE|HUB_ID",
@@ -362,7 +419,7 @@ def cache_options(function: Function) -> Function:
     for option in (
         click.option(
             "--cache-dir",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=LocalPath(file_okay=False),
             metavar="DIR",
             help="Where statistics are kept for other dims.  [default: SLICECLI_CACHE, or the user's cache folder]",
         ),
@@ -388,20 +445,21 @@ def measure_options(function: Function) -> Function:
         ),
         click.option(
             "--include-path",
-            type=click.Path(path_type=Path),
+            type=LocalPath(),
             metavar="DIR",
             help="Folder with task YAMLs of your own, for --tasks.",
         ),
         click.option(
             "--tasks",
             type=Names(),
-            default="",
+            default=(),
             metavar="NAME|FILE,...",
             help="Tasks: names that lm-eval knows (* stands for anything), .jsonl files of questions, or demo.",
         ),
         click.option(
             "--perplexity",
             "texts",
+            type=TEXT,
             multiple=True,
             metavar="NAME|FILE|HUB_ID",
             help="Text to measure perplexity on; may be given several times.  "
@@ -424,7 +482,7 @@ def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
         chosen: Values by the names that click gives them.
         **more: Fields of a command's own.
     """
-    from slicecli.planning import SliceOptions
+    from slicecli.jobs.plan import SliceOptions
 
     return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
 
@@ -445,14 +503,8 @@ def evaluation_options(chosen: Mapping[str, Any], **more: Any) -> EvaluationOpti
 def adapter_option(function: Function) -> Function:
     """Add the `--adapter` of commands that slice."""
     return click.option(
-        "--adapter", metavar="NAME", help="Use this adapter instead of the one for the model's type; auto infers one."
+        "--adapter",
+        type=TEXT,
+        metavar="NAME",
+        help="Use this adapter instead of the one for the model's type; auto infers one.",
     )(function)
-
-
-def check_shard_size(text: str) -> None:
-    """Refuse a shard size that is not a size.
-
-    Raises:
-        RequestError: It is not one.
-    """
-    parse_bytes(text)

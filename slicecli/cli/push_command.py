@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 @click.command("push")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("repository", metavar="REPO")
+@click.argument("folder", metavar="DIR", type=shared.LocalPath(exists=True, file_okay=False))
+@click.argument("repository", type=shared.REPOSITORY, metavar="REPO")
 @shared.push_options
-@click.option("--revision", metavar="BRANCH", help="Branch to change, made if it is new.  [default: main]")
-@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@click.option(
+    "--revision", type=shared.TEXT, metavar="BRANCH", help="Branch to change, made if it is new.  [default: main]"
+)
+@shared.token_option
 @click.option("--dry-run", is_flag=True, help="Check the slice, print what would go, and stop.")
 @shared.format_option
 @click.pass_obj

@@ -23,7 +23,7 @@ from slicecli.cli import output as show
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
     help="With --validate: also draw predicted against measured (.png, .svg, .pdf).",
 )

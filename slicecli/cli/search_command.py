@@ -11,10 +11,10 @@ from slicecli.cli import output as show
 
 
 @click.command("search")
-@click.argument("text", required=False)
-@click.option("--base-model", metavar="HUB_ID", help="Only slices of this model.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="The most to list.")
-@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@click.argument("text", type=shared.TEXT, required=False)
+@click.option("--base-model", type=shared.TEXT, metavar="HUB_ID", help="Only slices of this model.")
+@click.option("--limit", type=int, default=20, show_default=True, metavar="N", help="The most to list.")
+@shared.token_option
 @shared.format_option
 def command(text: str | None, base_model: str | None, limit: int, token: str | None, output_format: str) -> None:
     """List slices on the Hugging Face Hub, with TEXT in their names if it is given.

@@ -13,15 +13,15 @@ from slicecli.cli import output as show
 
 
 @click.command("slice")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option("--dim", type=int, metavar="N", help="Hidden size to keep.")
 @click.option("--sparsity", type=float, metavar="F", help="Instead: fraction of the hidden size to remove.")
 @click.option(
-    "--target-params", type=shared.Count(), metavar="6B", help="Instead: the most parameters the slice may have."
+    "--target-params", type=shared.COUNT, metavar="6B", help="Instead: the most parameters the slice may have."
 )
-@click.option("--memory", type=shared.Bytes(), metavar="12GiB", help="Instead: the most bytes its weights may take.")
+@click.option("--memory", type=shared.BYTES, metavar="12GiB", help="Instead: the most bytes its weights may take.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
+    "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing slice.")
 @click.option("--resume", is_flag=True, help="Go on where a run of the same command was interrupted.")
@@ -29,6 +29,7 @@ from slicecli.cli import output as show
 @shared.method_options
 @click.option(
     "--schedule",
+    type=shared.TEXT,
     metavar="constant|linear:S0:S1|FILE.json",
     help="slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
     "width at each step of each block.  [default: constant]",
@@ -38,9 +39,22 @@ from slicecli.cli import output as show
 @shared.run_options
 @shared.device_options
 @shared.streams_option
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes of one file.")
+@click.option(
+    "--max-shard-size",
+    type=shared.BYTES,
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most bytes of one file.",
+)
 @shared.adapter_option
-@click.option("--push", "repository", metavar="REPO", help="Publish the slice as REPO on the Hub when it is done.")
+@click.option(
+    "--push",
+    "repository",
+    type=shared.REPOSITORY,
+    metavar="REPO",
+    help="Publish the slice as REPO on the Hub when it is done.",
+)
 @shared.push_options
 @shared.model_options
 @shared.format_option
@@ -57,7 +71,7 @@ def command(
     overwrite: bool,
     dry_run: bool,
     schedule: str | None,
-    max_shard_size: str,
+    max_shard_size: int,
     repository: str | None,
     output_format: str,
     **chosen: Any,
@@ -71,20 +85,19 @@ def command(
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
-    from slicecli.checkpoint import unfinished_folder
+    from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError
-    from slicecli.plan import Width
+    from slicecli.family.slice_plan import Width
 
     if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
         raise RequestError("--private, --create-pr and --commit-message are of publishing.", "Add --push REPO.")
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
-    shared.check_shard_size(max_shard_size)
 
-    from slicecli.engine import run_slices
-    from slicecli.libraries import quiet_libraries
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.planning import plan_slices
-    from slicecli.processes import Processes
+    from slicecli.jobs.plan import plan_slices
+    from slicecli.jobs.run import run_slices
+    from slicecli.runtime.distributed import Processes
+    from slicecli.runtime.libraries import quiet_libraries
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     publication = shared.publication_options(chosen)
@@ -110,7 +123,7 @@ def command(
         for one in job.source.companions.left_out:
             show.note(f"Not taken over: {one.describe()}")
     if dry_run:
-        from slicecli.preparation import rehearse
+        from slicecli.jobs.preparation import rehearse
 
         if is_main:
             rehearse(job)

@@ -12,7 +12,7 @@ from slicecli.cli import output as show
 
 
 @click.command("sweep")
-@click.argument("model")
+@click.argument("model", type=shared.MODEL)
 @click.option(
     "--dims",
     type=shared.DimList(),
@@ -22,7 +22,7 @@ from slicecli.cli import output as show
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=shared.LocalPath(file_okay=False),
     metavar="DIR",
     help="Folder for results, curve and plot.  [default: ./<name>-sweep]",
 )
@@ -32,7 +32,9 @@ from slicecli.cli import output as show
 @shared.method_options
 @shared.calibration_options
 @shared.cache_options
-@click.option("--relation", metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]")
+@click.option(
+    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+)
 @shared.run_options
 @shared.device_options
 @shared.streams_option
@@ -62,16 +64,17 @@ def command(
       slicecli sweep ./my-model --dims 3584,3328,3072,2816,2560 --perplexity wikitext2 --tasks piqa
       slicecli estimate ./my-model --curve my-model-sweep/results.json --dim 3200
     """
+    from slicecli.checkpoint.source import name_of_folder
     from slicecli.cli.fit_command import print_curves
     from slicecli.estimation.estimate import USUAL_SPARSITIES
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
+    from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
     bound_memory_that_is_kept()
-    path = Path(model).expanduser()
-    name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]
-    folder = output or Path(f"{name}-sweep")
+    path = Path(model)
+    name = name_of_folder(path) if path.is_dir() else model
+    folder = output or Path(f"{name.rpartition('/')[2]}-sweep")
     with show.progress(context["quiet"]) as watcher:
         result = run_sweep(
             model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,16 +13,16 @@ from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 if TYPE_CHECKING:
-    from slicecli.hub.contents import Contents
+    from slicecli.hub.inspection import Inspection
 
 
 @click.command("verify")
-@click.argument("subject", metavar="DIR|REPO")
+@click.argument("subject", type=shared.MODEL, metavar="DIR|REPO")
 @click.option(
     "--download", is_flag=True, help="Download REPO whole and hash it, instead of trusting the hashes the Hub states."
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.")
-@click.option("--token", metavar="T", help="Hub token; by default the one that `hf auth login` stored.")
+@click.option("--revision", type=shared.TEXT, metavar="REV", help="Branch, tag or commit on the Hub.")
+@shared.token_option
 @shared.format_option
 @click.pass_context
 def command(
@@ -65,24 +64,24 @@ def command(
     ctx.exit(1 if differences else 0)
 
 
-def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Contents:
+def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Inspection:
     """Look at what is in a folder or a repository.
 
     Raises:
         RequestError: A folder is asked for a revision.
         SourceError: There is no such folder or repository, or it cannot be read.
     """
-    from slicecli.errors import RequestError, SourceError
-    from slicecli.hub.contents import folder_contents
+    from slicecli.errors import RequestError
+    from slicecli.hub.inspection import inspect_folder
     from slicecli.hub.verify import examine_repository
+    from slicecli.runtime.inputs import describe_shadow, find_folder
 
-    folder = Path(subject).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and (download or revision is not None):
-        raise RequestError(f"{subject!r} is a folder.", "Leave out --download and --revision.")
-    if not is_folder and (folder.exists() or subject.startswith((".", "/", "~")) or subject.count("/") > 1):
-        raise SourceError(f"There is no folder {subject!r}.", "Check the path, or give a Hub id such as owner/name.")
+    folder = find_folder(subject)
+    if folder is not None and (download or revision is not None):
+        raise RequestError(
+            f"{subject!r} is a folder.", f"Leave out --download and --revision. {describe_shadow(subject)}".strip()
+        )
     with nullcontext() if is_quiet else show.progress(False) as watcher:
-        if is_folder:
-            return folder_contents(folder, watcher)
+        if folder is not None:
+            return inspect_folder(folder, watcher)
         return examine_repository(subject, revision, token, download, watcher)

@@ -3,7 +3,7 @@
 A spectrum comes from `slicecli spectrum`: one calibration pass and one backward pass over the dense model. How the loss
 of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`study.csv`).
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, F(k) the Fisher weight of what width k discards, in nats per token.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from slicecli.dimensions import MOST_WIDTH
 from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
-from slicecli.json_files import load_json
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import load_json
 
 __all__ = ["read_spectrum", "study_models", "study_series"]
 
@@ -46,7 +47,7 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
         RequestError: It cannot be read, or is of another model.
     """
     try:
-        content = fields_of(load_json(path.expanduser()), "the file")
+        content = fields_of(load_json(local_path(path)), "the file")
         own = whole_number(content.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
         entries = list_of(content.get("spectrum"), "spectrum", MOST_WIDTH)
         weights = {

@@ -15,15 +15,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from slicecli.errors import RequestError
 from slicecli.estimation.measurements import Series, published_series
 from slicecli.estimation.predictions import Prediction, predict_fitted, predict_new
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
 
-__all__ = ["ANCHOR", "KNOWLEDGE", "Check", "Knowledge", "Row", "check_relations", "summary"]
+__all__ = ["ANCHOR", "KNOWLEDGE", "Check", "ForecastInputs", "Row", "check_relations", "summary"]
 
-Knowledge = Literal["other models", "other families", "one slice"]
-KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
+ForecastInputs = Literal["other models", "other families", "one slice"]
+KNOWLEDGE: tuple[ForecastInputs, ...] = get_args(ForecastInputs)
 ANCHOR = 0.2  # s of the slice that is known
 ANCHOR_RANGE = 0.02
 
@@ -68,7 +69,7 @@ class Check:
     """
 
     relation: Relation
-    knows: Knowledge
+    knows: ForecastInputs
     rows: tuple[Row, ...]
 
 
@@ -78,7 +79,12 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
     Args:
         quantity: Perplexity or accuracy.
         largest: Only points with s up to this.
+
+    Raises:
+        RequestError: It is no fraction of the hidden size.
     """
+    if not 0 < largest <= 1:
+        raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Give 0 < S <= 1.")
     checks = []
     for relation in relations_of(quantity):
         if relation.needs_spectrum:  # no spectrum is published: see docs/energy.md
@@ -91,7 +97,7 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
     return checks
 
 
-def _rows(relation: Relation, usable: Sequence[Series], knows: Knowledge) -> Iterator[Row]:
+def _rows(relation: Relation, usable: Sequence[Series], knows: ForecastInputs) -> Iterator[Row]:
     """Yield the predictions of all points."""
     for model in dict.fromkeys(one.model for one in usable):
         own = [one for one in usable if one.model == model]

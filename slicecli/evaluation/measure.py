@@ -15,23 +15,24 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
-from slicecli.engine import check_vocabulary
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
+from slicecli.data.packing import check_vocabulary
+from slicecli.data.text import Text, read_texts
 from slicecli.errors import RequestError
-from slicecli.libraries import quiet_libraries, running
-from slicecli.loading import load_model
-from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
-from slicecli.planning import pick_sequence_length
-from slicecli.processes import Processes
-from slicecli.record import package_versions, read_sound_record
-from slicecli.source import Source
-from slicecli.text import Text, read_text
+from slicecli.family.context_length import pick_sequence_length
+from slicecli.record.record import known_names, read_sound_record
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
+from slicecli.runtime.libraries import quiet_libraries, running
+from slicecli.runtime.placement import DeviceMap, MaxMemory, batch_rows, describe_map
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
-    from slicecli.calibration import Rows
+    from slicecli.data.packing import Rows
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.evaluation.tasks import LoadedTask, TaskResult
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["Evaluation", "EvaluationOptions", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
 
@@ -41,7 +42,7 @@ class EvaluationOptions:
     """What to measure, and how.
 
     Attributes:
-        texts: Texts for perplexity, see `slicecli.text.read_text`.
+        texts: Texts for perplexity, see `slicecli.data.text.read_text`; what is given twice is measured once.
         tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
         limit: Only the first so many rows of each text and questions of each task; `None` takes all.
         num_fewshot: Solved examples before each question; `None` leaves it to the task.
@@ -55,6 +56,9 @@ class EvaluationOptions:
         revision: Revision on the Hub.
         token: Hub token.
         trust_remote_code: Whether code from the model's repository may run.
+
+    Raises:
+        RequestError: A number is out of range, or the folder of tasks does not exist.
     """
 
     texts: tuple[str, ...] = ()
@@ -72,23 +76,26 @@ class EvaluationOptions:
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
 
-    def check(self) -> None:
-        """Refuse what no model can be measured with.
-
-        Raises:
-            RequestError: Nothing is asked for, a number is too small, or the folder of tasks does not exist.
-        """
-        if not self.texts and not self.tasks:
-            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
+    def __post_init__(self) -> None:
         for name, value, least in (
             ("limit", self.limit, 1),
             ("batch size", self.batch_size, 1),
             ("number of examples", self.num_fewshot, 0),
+            ("sequence length", self.sequence_length, 2),
         ):
-            if value is not None and value < least:
-                raise RequestError(f"A {name} of {value} is too small.", f"Give {least} or more.")
-        if self.include_path is not None and not self.include_path.expanduser().is_dir():
+            check_count(value, f"A {name} of {{}} is", "Give", least)
+        check_seed(self.seed, NUMPY_SEEDS)
+        if self.include_path is not None and not local_path(self.include_path).is_dir():
             raise RequestError(f"There is no folder {str(self.include_path)!r}.", "Give the folder of the task YAMLs.")
+
+    def check(self) -> None:
+        """Refuse to measure nothing.
+
+        Raises:
+            RequestError: Neither a text nor a task is given.
+        """
+        if not self.texts and not self.tasks:
+            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
 
 
 @dataclass(frozen=True)
@@ -109,15 +116,21 @@ class EvaluationSet:
 
     @classmethod
     def prepare(
-        cls, options: EvaluationOptions, source: Source, tokenizer: Any, progress: Progress | None = None
+        cls,
+        options: EvaluationOptions,
+        source: Source,
+        tokenizer: Any,
+        progress: Progress | None = None,
+        calibration: str | None = None,
     ) -> EvaluationSet:
-        """Read what is to be measured on.
+        """Read what is to be measured on, and name it so that it is told apart, also from what a slice's record has.
 
         Args:
             options: What to measure.
             source: The model, whose longest row counts.
             tokenizer: Its tokenizer.
             progress: Hears of each task.
+            calibration: The text that slices of the model are calibrated on, see `slicecli.data.text.read_text`.
 
         Raises:
             RequestError: The options are not possible for this model, or there is no such task.
@@ -125,13 +138,18 @@ class EvaluationSet:
             SourceError: The tokenizer does not belong to the model.
         """
         options.check()
-        length = pick_sequence_length(source, options.sequence_length) if options.texts else None
-        texts = tuple(read_text(name, "evaluation", options.token) for name in options.texts)
+        length = None
+        if options.texts:
+            length = pick_sequence_length(source.name, source.config(), options.sequence_length)
+        record = read_sound_record(source.folder) or {}
+        taken = known_names(record, "perplexity")
+        texts = read_texts(options.texts, "evaluation", options.token, taken, calibration)
         tasks: tuple[LoadedTask, ...] = ()
         if options.tasks:
             from slicecli.evaluation.tasks import load_tasks
 
-            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress)
+            taken = known_names(record, "tasks")
+            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress, taken)
         return cls(texts, (), tasks, length).packed(options, source, tokenizer)
 
     def packed(self, options: EvaluationOptions, source: Source, tokenizer: Any) -> EvaluationSet:
@@ -143,7 +161,7 @@ class EvaluationSet:
         """
         if self.sequence_length is None:
             return self
-        from slicecli.calibration import evaluation_rows
+        from slicecli.data.packing import evaluation_rows
 
         rows = tuple(evaluation_rows(text, tokenizer, self.sequence_length, options.limit) for text in self.texts)
         for packed in rows:
@@ -167,10 +185,9 @@ class Evaluation:
         hidden_size: Width of the dense model's stream.
         dim: Width of its own: less in a slice.
         method: How a slice was made; `None` for a dense model.
-        source: Id and commit of the dense model that a slice was made from, or of the model itself.
+        source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
         calibration: What the record of a slice says of its calibration.
         settings: What else the numbers depend on.
-        digests: SHA-256 of the token ids of each text.
     """
 
     model: str
@@ -185,7 +202,6 @@ class Evaluation:
     source: Mapping[str, Any]
     calibration: Mapping[str, Any] | None
     settings: Mapping[str, Any]
-    digests: Mapping[str, str]
 
     @property
     def sparsity(self) -> float:
@@ -219,7 +235,7 @@ class Evaluation:
             "method": self.method,
             "source": dict(self.source),
             "calibration": None if self.calibration is None else dict(self.calibration),
-            "evaluation": {**self.settings, "rows": dict(self.digests)},
+            "evaluation": {**self.settings, "rows": {result.text: result.rows_digest for result in self.perplexity}},
         }
 
     def _versions(self) -> dict[str, str]:
@@ -276,11 +292,11 @@ def evaluate_both(
     """
     options.check()
     found = (_find(model, options), _find(baseline, replace(options, revision=None)))
-    if options.texts:
-        length = min(pick_sequence_length(source, options.sequence_length) for source in found)
-        options = replace(options, sequence_length=length)
     for source in found:
         source.check_is_decoder()
+    if options.texts:
+        length = min(pick_sequence_length(one.name, one.config(), options.sequence_length) for one in found)
+        options = replace(options, sequence_length=length)
     with quiet_libraries():
         first = EvaluationSet.prepare(options, found[0], found[0].tokenizer(), progress)
         second = first.packed(options, found[1], found[1].tokenizer())
@@ -311,6 +327,8 @@ def measure_loaded(
     """
     from slicecli.evaluation.perplexity import measure_perplexity
 
+    for rows in prepared.rows:
+        check_vocabulary(rows, source.name, model.get_input_embeddings().num_embeddings)
     tasks: tuple[TaskResult, ...] = ()
     processes = Processes.find()
     processes.require_same(
@@ -331,7 +349,7 @@ def measure_loaded(
                 model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress, processes
             )
     record = read_sound_record(source.folder) or {}
-    origin = record.get("source") or {"model": source.name, "commit": source.commit}
+    origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
     width = int(model.config.hidden_size)
     return Evaluation(
         model=source.name,
@@ -343,7 +361,7 @@ def measure_loaded(
         hidden_size=int(record.get("hidden_size") or width),
         dim=int(record.get("dim") or width),
         method=record.get("method"),
-        source={name: origin.get(name) for name in ("model", "commit")},
+        source={name: origin.get(name) for name in ("model", "commit", "content")},
         calibration=record.get("calibration"),
         settings={
             "limit": options.limit,
@@ -352,7 +370,6 @@ def measure_loaded(
             "seed": options.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        digests={rows.name: rows.digest for rows in prepared.rows},
     )
 
 
@@ -373,7 +390,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
             result.text: {
                 "ratio": math.exp(result.nll - theirs[result.text].nll),
                 "ln_ratio": result.nll - theirs[result.text].nll,
-                "same_rows": evaluation.digests[result.text] == baseline.digests[result.text],
+                "same_rows": result.rows_digest == theirs[result.text].rows_digest,
             }
             for result in evaluation.perplexity
             if result.text in theirs

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.hub.markdown import visible
-from slicecli.text import NAMED_TEXTS
+from slicecli.data.text import NAMED_TEXTS
+from slicecli.runtime.inputs import is_repository_name
+from slicecli.runtime.markdown import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["HUB_ID", "TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
+__all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
 
 TAGS = ("slicecli", "sliced", "pruned")
 UNKNOWN_LICENSE = "other"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LICENSE_LINK = re.compile(r"(https://)?[\w./%-]{1,200}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def inherited_metadata(folder: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def inherited_metadata(folder: Path) -> dict[str, Any]:
 def base_model_of(record: Mapping[str, Any]) -> str | None:
     """Return the Hub id of the model a slice was made from, or of the nearest one before it that is on the Hub."""
     for one in (record["source"], *record["ancestry"]):
-        if one["commit"] and HUB_ID.fullmatch(str(one["model"])):
+        if one["commit"] and is_repository_name(str(one["model"]), needs_owner=True):
             return str(one["model"])
     return None
 
@@ -81,7 +81,7 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        datasets=[dataset] if dataset and HUB_ID.fullmatch(dataset) else None,
+        datasets=[dataset] if dataset and is_repository_name(dataset, needs_owner=True) else None,
         tags=list(TAGS),
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )
@@ -106,10 +106,11 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
     for text, figure in (results.get("perplexity") or {}).items():
         if figure["value"] is not None:
             known = NAMED_TEXTS.get(text)
+            kind, config = (known.dataset, known.config) if known else _dataset(text, figure["text_sha256"])
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=known.dataset if known else visible(text),
-                dataset_config=known.config if known else None,
+                dataset_type=kind,
+                dataset_config=config,
                 dataset_name=visible(text),
                 metric_type="perplexity",
                 metric_value=figure["value"],
@@ -118,11 +119,19 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
     for task, figure in (results.get("tasks") or {}).items():
         if figure["value"] is not None:
             how = f"{figure['num_fewshot']} examples, {figure['samples']} questions"
+            kind, config = _dataset(task, figure["questions_sha256"])
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=visible(task),
+                dataset_type=kind,
+                dataset_config=config,
                 dataset_name=visible(task),
                 metric_type=visible(figure["metric"]),
                 metric_value=figure["value"],
                 metric_name=f"{visible(figure['metric'])}, {how}",
             )
+
+
+def _dataset(name: str, digest: str | None) -> tuple[str, str | None]:
+    """Return type and configuration of a text or task: a file in a folder would pass for a dataset of somebody's."""
+    shown = visible(name)
+    return (shown, None) if digest is None or "/" not in shown else (shown.rpartition("/")[2], shown)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint import RECORD_FILE, file_digest
-from slicecli.description import enter_repository, own_files
-from slicecli.errors import OutputError, PublishError, RequestError
+from slicecli.checkpoint.folder import RECORD_FILE, file_digest
+from slicecli.errors import OutputError, PublishError
 from slicecli.hub.card import CARD_FILE
-from slicecli.hub.client import patiently, quiet_client
-from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
-from slicecli.hub.metadata import HUB_ID
+from slicecli.hub.writing import enter_repository, own_files
+from slicecli.runtime.hub_client import patiently, quiet_client
+from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
+from slicecli.runtime.inputs import parse_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -79,8 +79,7 @@ def check_can_push(repository: str, options: PushOptions) -> None:
         RequestError: The id is not one.
         PublishError: There is no valid token, it may not change a repository that exists, or the Hub cannot be reached.
     """
-    if not HUB_ID.fullmatch(repository):
-        raise RequestError(f"{repository!r} is not the id of a repository on the Hub.", "Give owner/name.")
+    parse_repository(repository)
     api = _client(options)
     try:
         with quiet_client():
@@ -186,7 +185,7 @@ def _client(options: PushOptions) -> HfApi:
 
 
 def _message(folder: Path) -> str:
-    from slicecli.record import read_record
+    from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
     return f"{record['source']['model']} sliced to hidden size {record['dim']}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slicecli.errors import SourceError
-from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.hub.metadata import TAGS
+from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
+from slicecli.runtime.inputs import check_count, parse_repository
 
 __all__ = ["PublishedSlice", "find_slices"]
 
@@ -42,10 +43,14 @@ def find_slices(
         token: Hub token, for private ones.
 
     Raises:
+        RequestError: The limit is out of range, or no model can have the name.
         SourceError: The Hub cannot be asked.
     """
     from huggingface_hub import HfApi
 
+    check_count(limit, "A limit of {} is", "Give --limit")
+    if base_model is not None:
+        parse_repository(base_model, needs_owner=False)
     tags = [TAGS[0], *([] if base_model is None else [f"{BASE_MODEL_TAG}{base_model}"])]
     try:
         found = list(HfApi(token=token).list_models(filter=tags, search=text, sort="downloads", limit=limit))
