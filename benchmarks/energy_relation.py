@@ -32,10 +32,10 @@ import numpy
 if TYPE_CHECKING:
     import torch
 
-    from slicecli.calibration import Rows
-    from slicecli.dimensions import Dimensions
-    from slicecli.plan import Method
-    from slicecli.planning import Job
+    from slicecli.data.packing import Rows
+    from slicecli.family.dimensions import Dimensions
+    from slicecli.family.slice_plan import Method
+    from slicecli.jobs.plan import Job
 
 METHODS: tuple[Method, ...] = ("refit", "slicegpt")
 SPARSITIES = (0.06, 0.12, 0.2, 0.3, 0.4, 0.5)
@@ -224,13 +224,14 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     """
     import torch
 
-    from slicecli.placement import compute_dtype, pick_device
-    from slicecli.shells import empty_model
-    from slicecli.slicing.basis import principal_basis
-    from slicecli.slicing.moments import add_square, normalise
-    from slicecli.slicing.pipeline import collect_basis
-    from slicecli.slicing.state import Batches, DenseModel, Silent
-    from slicecli.weights import DenseWeights
+    from slicecli.checkpoint.meta_model import build_runnable_meta_model
+    from slicecli.checkpoint.reader import DenseWeights
+    from slicecli.linalg.basis import principal_basis
+    from slicecli.linalg.normal_equations import add_square, normalise
+    from slicecli.progress import Silent
+    from slicecli.runtime.placement import compute_dtype, pick_device
+    from slicecli.slicing.context import Batches, DenseModel
+    from slicecli.slicing.refit import collect_basis
 
     size, is_centred = job.dimensions.hidden_size, job.dimensions.adapter.norm.is_centred
     normalised = [torch.zeros(size, size, dtype=torch.float64) for _ in places]
@@ -249,7 +250,9 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
 
     device = pick_device("cpu")
     weights = DenseWeights(job.source)
-    dense = DenseModel(empty_model(job.config), weights, job.dimensions, device, compute_dtype(weights.dtype, device))
+    dense = DenseModel(
+        build_runnable_meta_model(job.config), weights, job.dimensions, device, compute_dtype(weights.dtype, device)
+    )
     basis = collect_basis(dense, Batches(rows, batch), Silent())
     own = [principal_basis(moment) for moment in normalised]
     own_raw = [principal_basis(moment)[1] for moment in raw]
@@ -308,7 +311,7 @@ def fisher_weights(
     """
     import torch
 
-    from slicecli.slicing.moments import normalise
+    from slicecli.linalg.normal_equations import normalise
 
     size, centred = job.dimensions.hidden_size, job.dimensions.adapter.norm.is_centred
     generator = torch.Generator().manual_seed(SEED)
@@ -369,7 +372,7 @@ def projected_nll(
         batch: Rows per forward pass.
     """
     from slicecli.evaluation.perplexity import measure_perplexity
-    from slicecli.slicing.moments import normalise
+    from slicecli.linalg.normal_equations import normalise
 
     centred = job.dimensions.adapter.norm.is_centred
 
@@ -401,13 +404,13 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Measurement]:
     import torch
     import transformers
 
-    from slicecli.calibration import calibration_rows, evaluation_rows
-    from slicecli.engine import run_slices
+    from slicecli.data.packing import calibration_rows, evaluation_rows
+    from slicecli.data.text import read_text
     from slicecli.evaluation.perplexity import measure_perplexity
-    from slicecli.plan import Width
-    from slicecli.planning import SliceOptions, plan_slices
-    from slicecli.record import read_record
-    from slicecli.text import read_text
+    from slicecli.family.slice_plan import Width
+    from slicecli.jobs.plan import SliceOptions, plan_slices
+    from slicecli.jobs.run import run_slices
+    from slicecli.record.record import read_record
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import transformers
 
-from slicecli.dimensions import Dimensions
-from slicecli.layouts import custom_code_config, stock_config
-from slicecli.plugins import plugins
-from slicecli.schedule import Schedule
+from slicecli.checkpoint.configs import custom_code_config, stock_config
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import Schedule
 
 
 def make_models(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import transformers
 
-from slicecli.checkpoint import ShardWriter
-from slicecli.demo import MODEL_FOLDER
-from slicecli.shells import empty_model
+from slicecli.checkpoint.folder import ShardWriter
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
+from slicecli.data.demo import MODEL_FOLDER
 
 PRESETS: dict[str, dict[str, Any]] = {
     "random-llama": {
@@ -81,7 +81,7 @@ def make_checkpoint(
 ) -> int:
     """Write the checkpoint; return its number of parameters."""
     folder.mkdir(parents=True)
-    shapes = {name: tuple(value.shape) for name, value in empty_model(config).named_parameters()}
+    shapes = {name: tuple(value.shape) for name, value in build_runnable_meta_model(config).named_parameters()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     writer = ShardWriter(folder, shapes, dtype, "5GB")

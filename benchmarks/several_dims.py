@@ -16,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from slicecli.engine import run_slices
-from slicecli.libraries import quiet_libraries
-from slicecli.plan import Width
-from slicecli.planning import SliceOptions, plan_slices
+from slicecli.family.slice_plan import Width
+from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.run import run_slices
+from slicecli.runtime.libraries import quiet_libraries
 
 
 def seconds(model: str, dims: list[int], options: SliceOptions) -> float:

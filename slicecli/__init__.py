@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slicecli.hookspecs import hookimpl
+from slicecli.family.hookspecs import hookimpl
 from slicecli.modeling import register_when_needed
+from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
     from slicecli.api import estimate, evaluate, load, perplexity, slice_model
 
 __all__ = ["__version__", "estimate", "evaluate", "hookimpl", "load", "perplexity", "slice_model"]
-
-__version__ = "0.1.0"
 
 register_when_needed()
 

@@ -3,7 +3,7 @@
 An adapter is data: the names of the modules that read and write the stream, the kind of norm in between, and
 the rule for legal dims. It holds no code of the forward pass: the family's own modules of transformers are run
 as they are. The sizes of one model, and with them the exact parameter counts, follow from the declaration and a
-config alone (`slicecli.dimensions`), so nothing here imports torch.
+config alone (`slicecli.family.dimensions`), so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Fields: TypeAlias = Mapping[str, Any]
 
 
 class Sizes(Protocol):
-    """The sizes of one model, as a declaration may ask for them; `slicecli.dimensions.Dimensions` answers.
+    """The sizes of one model, as a declaration may ask for them; `slicecli.family.dimensions.Dimensions` answers.
 
     Attributes:
         heads: Attention heads.
@@ -242,7 +242,7 @@ class Block:
         return tuple(dict.fromkeys(branch.norm for branch in self.branches))
 
     @property
-    def steps(self) -> tuple[tuple[Branch, ...], ...]:
+    def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
         """The branches grouped by the stream they read: one group if parallel, else one for each."""
         return (self.branches,) if self.is_parallel else tuple((branch,) for branch in self.branches)
 

@@ -8,16 +8,18 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.engine import SliceReport, run_slices
 from slicecli.errors import RequestError, WeightsError
-from slicecli.inputs import check_sampling, local_path
-from slicecli.libraries import quiet_libraries
-from slicecli.plan import Method, Width
-from slicecli.planning import SliceOptions, plan_slices
+from slicecli.family.context_length import context_length_of_config
+from slicecli.family.slice_plan import Method, Width
+from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.run import SliceReport, run_slices
+from slicecli.runtime.inputs import check_sampling, local_path
+from slicecli.runtime.libraries import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.measure import Evaluation
     from slicecli.evaluation.perplexity import PerplexityResult
-    from slicecli.placement import DeviceMap, MaxMemory
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
 
 __all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
 
@@ -51,10 +53,10 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: the most parameters the slice may have.
         memory: Instead: the most bytes its weights may take.
-        schedule: Instead, with `method="slicegpt"`: see `slicecli.schedule.read_schedule`.
+        schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Hears how far the work has come.
-        **options: Fields of `slicecli.planning.SliceOptions`.
+        **options: Fields of `slicecli.jobs.plan.SliceOptions`.
 
     Returns:
         What was made, and where.
@@ -103,8 +105,8 @@ def load(
         >>> import slicecli
         >>> model, tokenizer = slicecli.load("me/my-slice")  # doctest: +SKIP
     """
-    from slicecli.loading import load_model
-    from slicecli.source import Source
+    from slicecli.checkpoint.loading import load_model
+    from slicecli.checkpoint.source import Source
 
     source = Source.find(model, revision, token, trust_remote_code)
     with quiet_libraries():
@@ -116,7 +118,7 @@ def perplexity(model: str, text: str = "wikitext2", **options: Any) -> Perplexit
 
     Args:
         model: Hub id or folder, dense or sliced.
-        text: Name of the text, see `slicecli.text.read_text`.
+        text: Name of the text, see `slicecli.data.text.read_text`.
         **options: Keyword arguments of `perplexities`.
 
     Raises:
@@ -133,11 +135,11 @@ def perplexities(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[PerplexityResult]:
-    """Load a model once and measure its perplexity on several texts.
+    """Load a model once and measure its perplexity on several texts, each once.
 
     Args:
         model: Hub id or folder, dense or sliced.
-        texts: Names of the texts, see `slicecli.text.read_text`.
+        texts: Names of the texts, see `slicecli.data.text.read_text`.
         samples: Measure only the first so many rows; `None` measures the whole text.
         progress: Hears of each batch.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
@@ -160,7 +162,7 @@ def evaluate(
 
     Args:
         model: Hub id or folder, dense or sliced.
-        texts: Names of texts to measure perplexity on, see `slicecli.text.read_text`.
+        texts: Names of texts to measure perplexity on, see `slicecli.data.text.read_text`.
         tasks: Tasks of lm-eval, `.jsonl` files of questions, or `demo`.
         progress: Hears of each batch.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
@@ -182,7 +184,7 @@ def estimate(
     slice_head: bool | None = None,
     dtype: str | None = None,
     batch: int = 1,
-    length: int = 2048,
+    length: int | None = None,
     device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -197,24 +199,23 @@ def estimate(
         slice_head: Whether the published method slices the input of the head.
         dtype: Of weights and cache; `None` takes the checkpoint's.
         batch: Sequences served at a time.
-        length: Tokens of each.
+        length: Tokens of each; `None` takes 2048, or what the model can do if that is less.
         device: Name of an accelerator for speed-ups, see `slicecli.estimation.devices`.
         revision: Revision on the Hub.
         token: Hub token.
-        **knowledge: Fields of `slicecli.estimation.forecasts.Knowledge`: what is known of the model's quality.
+        **knowledge: Fields of `slicecli.estimation.forecasts.ForecastInputs`: what is known of the model's quality.
 
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
     from slicecli.estimation import estimate as estimating
-    from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import device_named
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
     subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
-    forecasts = find_forecasts(subject.source, subject.dimensions, method, Knowledge(**knowledge))
+    forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
     accelerator = None if device is None else device_named(device)
-    return estimating.estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
+    return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
 
 
 def generate_text(
@@ -234,20 +235,29 @@ def generate_text(
         The new text without the prompt, and its number of tokens.
 
     Raises:
-        RequestError: The prompt has no tokens, or a number is out of range.
+        RequestError: The prompt has no tokens or leaves too little room, or a number is out of range.
         SourceError: The tokenizer does not belong to the model.
         WeightsError: The model's logits are NaN.
     """
     import torch
 
-    from slicecli.calibration import check_embedded
+    from slicecli.data.packing import check_embedded
 
     check_sampling(max_new_tokens, temperature, seed)
-    encoded = tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"]
-    if ids.shape[1] == 0:
+    found = _prompt_ids(model, tokenizer, prompt)
+    if not found:
         raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
-    check_embedded(int(ids.max()), model.get_input_embeddings().num_embeddings)
+    check_embedded(max(found), model.get_input_embeddings().num_embeddings)
+    longest = context_length_of_config(model.config)
+    # the last token is not read any more
+    room = max_new_tokens if longest is None else longest - len(found) + 1
+    if room < max_new_tokens:
+        raise RequestError(
+            f"The prompt has {len(found):,} tokens, and {max_new_tokens:,} more do not fit into the {longest:,} that "
+            "the model can do.",
+            f"Give --max-new-tokens {room} or less." if room > 0 else "Give a shorter prompt.",
+        )
+    ids = torch.tensor([found])
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
@@ -261,6 +271,22 @@ def generate_text(
         )
     new = output[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids of a text that is to be continued: without an end that only the tokenizer adds."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    written: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    added = max(0, _ending(ids, ends) - _ending(written, ends))
+    # many models begin with the token that others end with
+    return ids[: max(1, len(ids) - added)]
+
+
+def _ending(ids: Sequence[int], ends: Container[int]) -> int:
+    """Count the tokens at the end that are an end."""
+    return sum(1 for _ in itertools.takewhile(lambda token: token in ends, reversed(ids)))
 
 
 def _refuse_nan(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

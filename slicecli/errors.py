@@ -32,6 +32,7 @@ __all__ = [
     "PublishError",
     "RequestError",
     "SlicecliError",
+    "SlicecliWarning",
     "SourceError",
     "TextError",
     "UnsupportedModelError",
@@ -59,6 +60,10 @@ class SlicecliError(Exception):
         self.cause = _one_line(cause, MOST_CHARACTERS)
         self.remedy = _one_line(remedy)
         super().__init__(f"{self.cause} {self.remedy}".strip())
+
+
+class SlicecliWarning(UserWarning):
+    """Something about a model that does not stop the work, and that the user should know."""
 
 
 class RequestError(SlicecliError):

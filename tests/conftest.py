@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 from forks import Forks
 
+from slicecli.proof.tiny import random_model
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
-from slicecli.tiny import random_model
 
 pytest_plugins = ["pytester"]
 

@@ -19,7 +19,7 @@ ALL_IMPORTS = (
     "accelerate",
     "datasets",
     "transformers.models.llama.modeling_llama",
-    "slicecli.slicing.pipeline",
+    "slicecli.slicing.refit",
 )
 
 

@@ -34,31 +34,32 @@ CASES = {
 def slice_case(family, method, rows, batch, dim=48):
     """Slice a random model in float64; return what the sink took, and the energies."""
     from slicecli.adapters import select_adapter
-    from slicecli.dimensions import Dimensions
-    from slicecli.layouts import custom_code_config, stock_config
-    from slicecli.plugins import plugins
-    from slicecli.proof import ModelWeights
-    from slicecli.schedule import Schedule
-    from slicecli.shells import empty_model
-    from slicecli.slicing.exact import Float64Throughout
+    from slicecli.checkpoint.configs import custom_code_config, stock_config
+    from slicecli.checkpoint.meta_model import build_runnable_meta_model
+    from slicecli.family.dimensions import Dimensions
+    from slicecli.family.plugins import plugins
+    from slicecli.family.schedule import Schedule
+    from slicecli.progress import Silent
+    from slicecli.proof.declaration import ModelWeights
+    from slicecli.proof.float64 import Float64Throughout
+    from slicecli.proof.tiny import random_model, tiny_config
+    from slicecli.slicing.context import DenseModel, Target
     from slicecli.slicing.fisher import collect_fisher
-    from slicecli.slicing.pipeline import collect_basis, refit
-    from slicecli.slicing.published import slice_published
-    from slicecli.slicing.state import DenseModel, Silent, Target
-    from slicecli.slicing.together import share_rows
-    from slicecli.tiny import random_model, tiny_config
+    from slicecli.slicing.reductions import share_rows
+    from slicecli.slicing.refit import collect_basis, refit
+    from slicecli.slicing.slicegpt import slice_published
 
     model = random_model(tiny_config(family), 0).double()
     fields = model.config.to_dict()
     dimensions = Dimensions(select_adapter(fields, plugins().adapters), fields)
     token_ids = torch.randint(0, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = ModelWeights(model)
-    dense = DenseModel(empty_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
+    dense = DenseModel(build_runnable_meta_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
     dense, batches = share_rows(dense, token_ids, batch)
     found = {}
 
     def target(config):
-        return Target(dim, empty_model(config), torch.float64, found.__setitem__)
+        return Target(dim, build_runnable_meta_model(config), torch.float64, found.__setitem__)
 
     with Float64Throughout():
         if method == "refit":
@@ -76,7 +77,7 @@ def slice_case(family, method, rows, batch, dim=48):
 
 def cases(folder):
     """Do all cases and leave what they give in a file for each process."""
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     found = {name: slice_case(*case) for name, case in CASES.items()}
     processes = Processes.find()
@@ -86,7 +87,7 @@ def cases(folder):
 def exchanges():
     """Print, as JSON, what comes of every kind of exchange."""
     from slicecli.errors import RequestError
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     processes = Processes.find()
     order = []
@@ -127,9 +128,9 @@ def exchanges():
 
 def fails(how):
     """Let this process fail in the middle of a slice, by a bug at its beginning."""
-    from slicecli import engine
     from slicecli.errors import WeightsError
-    from slicecli.slicing import step
+    from slicecli.jobs import run as engine
+    from slicecli.slicing import sublayer as step
 
     def read_rows(_job):
         raise TypeError("no sentence")
@@ -137,7 +138,7 @@ def fails(how):
     if how == "bug":
         engine.read_rows = read_rows
         return
-    solve, solved = step.solve_moments, []
+    solve, solved = step.solve_normal_equations, []
 
     def solve_until_it_fails(*arguments):
         solved.append(None)
@@ -147,7 +148,7 @@ def fails(how):
             os.kill(os.getpid(), getattr(signal, how))
         return solve(*arguments)
 
-    step.solve_moments = solve_until_it_fails
+    step.solve_normal_equations = solve_until_it_fails
 
 
 def be(wish, rank):
@@ -203,7 +204,7 @@ def serve():
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import slicecli.evaluation.tasks
-    import slicecli.slicing.pipeline  # noqa: F401
+    import slicecli.slicing.refit  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")

@@ -12,15 +12,15 @@ import pytest
 import torch
 import transformers
 
-from slicecli.auto.explain import classify_norm, explain_change, linear_form
-from slicecli.auto.infer import infer_adapter
-from slicecli.auto.observe import Call
-from slicecli.auto.scaffold import package_files, structural_switches, write_package
-from slicecli.dimensions import Dimensions
 from slicecli.errors import NotInferredError, OutputError
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.infer.explain import classify_norm, explain_change, linear_form
+from slicecli.infer.inference import infer_adapter
+from slicecli.infer.observe import Call
+from slicecli.infer.scaffold import package_files, structural_switches, write_package
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 # config classes whose own defaults cannot be built, and what is needed
 COMPLETE = {
@@ -234,6 +234,65 @@ def test_a_model_with_code_of_its_own_is_sliced_on_request_and_keeps_it(run, che
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trust_remote_code=True" in card
     assert "no custom code" not in card
+
+
+OWN_CLASS = """
+from transformers import LlamaForCausalLM
+
+class MineForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp.register_forward_hook(self.change)
+
+    @staticmethod
+    def change(module, arguments, output):
+        return {returned}
+"""
+
+
+@pytest.fixture
+def with_own_class(checkpoint_copy):
+    """A Llama whose config names a class of its own for the model alone."""
+
+    def make(returned="output", reference="modeling_mine.MineForCausalLM"):
+        path = checkpoint_copy / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModelForCausalLM": reference}}))
+        (checkpoint_copy / "modeling_mine.py").write_text(OWN_CLASS.format(returned=returned))
+        return checkpoint_copy
+
+    return make
+
+
+def test_a_type_of_transformers_with_a_model_class_of_its_own_is_sliced(run, with_own_class, slice_words, tmp_path):
+    folder, output = with_own_class(), tmp_path / "out"
+    done = run("slice", folder, "--dim", "36", "-o", output, *slice_words, "--trust-remote-code")
+    assert done.exit_code == 0, done.output
+    assert (output / "modeling_mine.py").read_bytes() == (folder / "modeling_mine.py").read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    assert (type(loaded).__name__, loaded.config.hidden_size) == ("MineForCausalLM", 36)
+    assert str(tmp_path) not in (output / "config.json").read_text()
+    assert run("verify", output).exit_code == 0
+    # without the flag the type's own class is sliced, and the slice is one of it, as transformers does
+    assert run("slice", folder, "--dim", "36", "-o", tmp_path / "stock", *slice_words).exit_code == 0
+    assert "auto_map" not in json.loads((tmp_path / "stock" / "config.json").read_text())
+
+
+def test_a_class_of_its_own_that_computes_something_else_is_not_sliced_as_its_type(
+    run, with_own_class, slice_words, tmp_path
+):
+    folder, output = with_own_class("output + arguments[0] ** 2"), tmp_path / "out"
+    done = run("slice", folder, "--dim", "36", "-o", output, *slice_words, "--trust-remote-code")
+    assert done.exit_code == 1
+    assert "MineForCausalLM" in done.stderr
+    assert "model.layers.1" in done.stderr
+    assert not output.exists()
+
+
+def test_code_of_another_repository_is_refused(run, with_own_class, slice_words, tmp_path):
+    folder = with_own_class(reference="you/code--modeling_mine.MineForCausalLM")
+    done = run("slice", folder, "--dim", "36", "-o", tmp_path / "out", *slice_words, "--trust-remote-code")
+    assert done.exit_code == 1
+    assert "takes its code from another repository: 'you/code--modeling_mine.MineForCausalLM'" in done.stderr
 
 
 def test_inspect_shows_an_inferred_declaration(run, unknown):

@@ -12,11 +12,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import byte_tokenizer
 from slicecli.testing.checkpoints import save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -158,6 +159,27 @@ def test_a_model_that_cannot_be_sliced(refused, checkpoint_copy, changes, messag
     assert message in refused(checkpoint_copy)
 
 
+@pytest.mark.parametrize("architectures", [None, [], ["MineForConditionalGeneration"]])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "llava", "qwen2_vl", "qwen2_audio", "mllama", "llama4", "qwen2_5_omni", "csm"]
+)
+def test_a_multimodal_model_is_called_that_whatever_its_class(run, checkpoint_copy, text_file, kind, architectures):
+    config = transformers.CONFIG_MAPPING[kind]().to_dict() | {"architectures": architectures}
+    (checkpoint_copy / CONFIG).write_text(json.dumps(config, default=str))
+    for words in (("inspect",), ("slice", "--dim", "36"), ("estimate",), ("eval", "--perplexity", text_file)):
+        done = run(words[0], checkpoint_copy, *words[1:])
+        assert done.exit_code == 1
+        assert f"({kind}) is a multimodal model: its config has " in done.stderr
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_slice_says_its_class_where_the_model_does_not(run, checkpoint_copy, slice_words, tmp_path, architectures):
+    edit_config(checkpoint_copy, architectures=architectures)
+    done = run("slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", *slice_words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_copy):
     tokenizer = checkpoint_copy / "tokenizer.json"
     content = tokenizer.read_text()
@@ -181,7 +203,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
 def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, change, message):
     import dataclasses
 
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     qwen3 = plugins().adapters["qwen3"]
     widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.block.kept)
@@ -288,7 +310,8 @@ def test_a_folder_has_no_revisions(run, checkpoints):
 @pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
 def test_a_model_without_a_tokenizer(run, text_file, tmp_path, family, kept):
     """Of some families transformers makes a tokenizer without a vocabulary, which reads every text as nothing."""
-    model = save_checkpoint(random_model(tiny_config(family)), tmp_path / "model")
+    config = tiny_config(family, has_head_dim=family != "gpt2")
+    model = save_checkpoint(random_model(config), tmp_path / "model")
     for path in model.glob("*token*"):
         if path.name not in kept:
             path.unlink()
@@ -333,7 +356,8 @@ def test_a_byte_order_mark_where_transformers_reads_none(refused, checkpoint_cop
 
 
 def test_a_byte_order_mark_in_an_index(refused, checkpoint_copy):
-    (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS}}))
+    (checkpoint_copy / WEIGHTS).rename(checkpoint_copy / "model-1.safetensors")
+    (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     mark(checkpoint_copy / INDEX)
     assert "byte order mark" in refused(checkpoint_copy)
 
@@ -411,7 +435,7 @@ def test_a_tensor_that_is_missing(refused, checkpoint_copy):
     tensors = load_file(checkpoint_copy / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, checkpoint_copy / WEIGHTS, metadata={"format": "pt"})
-    assert "lacks 1 tensors, the first of them model.layers.1.mlp.up_proj.weight" in refused(checkpoint_copy)
+    assert "lacks 1 tensor (model.layers.1.mlp.up_proj.weight)" in refused(checkpoint_copy)
 
 
 def test_a_tensor_of_the_wrong_shape(refused, checkpoint_copy):
@@ -431,6 +455,7 @@ def test_a_weight_that_is_not_finite_is_named(refused, checkpoint_copy, value):
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin", ""])
 def test_an_index_that_points_elsewhere(refused, checkpoint_copy, file):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
     assert "not a safetensors file beside it" in refused(checkpoint_copy)
 
@@ -439,11 +464,13 @@ def test_an_index_that_points_elsewhere(refused, checkpoint_copy, file):
     "content", ["", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[]", '{"weight_map": {"a": 1}}']
 )
 def test_an_index_that_is_damaged(refused, checkpoint_copy, content):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(content)
     assert "index" in refused(checkpoint_copy)
 
 
 def test_a_shard_that_is_missing(refused, checkpoint_copy):
+    (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-9.safetensors"}}))
     assert "model-9.safetensors of copy is missing" in refused(checkpoint_copy)
 
@@ -468,6 +495,57 @@ def test_an_output_that_is_taken(run, checkpoints, slice_words, tmp_path):
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("where", [".", "..", "inside"])
+def test_no_command_writes_over_the_model_it_reads(run, checkpoints, slice_words, text_file, tmp_path, where):
+    folder = tmp_path / "models" / "slice"
+    assert run("slice", checkpoints(), "--dim", "36", "-o", folder, *slice_words).exit_code == 0
+    before = contents(tmp_path)
+    output = folder / where
+    for words in (
+        ("slice", folder, "--dim", "24", "--overwrite", "-o", output, *slice_words),
+        ("sweep", folder, "--dims", "24", "--overwrite", "-o", output, "--perplexity", text_file, *slice_words),
+    ):
+        done = run(*words)
+        assert done.exit_code == 1, done.output
+        assert "Give another with --output" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_sweep_does_not_clear_the_slice_it_is_of(run, checkpoints, slice_words, text_file, tmp_path):
+    words = ["--perplexity", text_file, "--limit", "1", *slice_words]
+    kept = ("sweep", checkpoints(), "--dims", "36", "--keep-slices", "-o", tmp_path / "sweep", *words)
+    assert run(*kept).exit_code == 0
+    before = contents(tmp_path)
+    source = tmp_path / "sweep" / "slices" / "dim36"
+    done = run("sweep", source, "--dims", "24", "--overwrite", "-o", tmp_path / "sweep", *words)
+    assert done.exit_code == 1
+    assert "take the place of 'dim36'" in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_results_do_not_go_over_what_they_come_from(run, checkpoint_copy, text_file, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(text_file.read_bytes())
+    results = tmp_path / "results.json"
+    results.write_text("{}")
+    before = contents(tmp_path)
+    for words in (
+        ("eval", checkpoint_copy, "--perplexity", text, "-o", checkpoint_copy / "config.json"),
+        ("eval", checkpoint_copy, "--perplexity", text, "-o", text),
+        ("spectrum", checkpoint_copy, "--calibration", text, "-o", checkpoint_copy / "model.safetensors"),
+        ("spectrum", checkpoint_copy, "--calibration", text, "-o", text),
+        ("fit", results, "-o", results),
+    ):
+        done = run(*words)
+        assert done.exit_code == 1, done.output
+        assert "Give another file." in done.stderr
+    assert contents(tmp_path) == before
+
+
 def test_an_output_below_a_file(run, checkpoints, slice_words, tmp_path):
     (tmp_path / "file").write_text("")
     done = run("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "file" / "out", *slice_words)
@@ -478,7 +556,7 @@ def test_an_output_below_a_file(run, checkpoints, slice_words, tmp_path):
 def test_a_disk_that_is_too_small(refused, checkpoints, monkeypatch):
     import shutil
 
-    from slicecli import checkpoint
+    from slicecli.checkpoint import folder as checkpoint
 
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -486,7 +564,7 @@ def test_a_disk_that_is_too_small(refused, checkpoints, monkeypatch):
 
 
 def test_a_disk_that_becomes_full(refused, checkpoints, monkeypatch):
-    from slicecli.checkpoint import ShardWriter
+    from slicecli.checkpoint.folder import ShardWriter
 
     def fail(self, name, tensor):
         raise OSError(28, "No space left on device")
@@ -549,3 +627,21 @@ def test_a_killed_run_leaves_no_folder_of_the_final_name_and_the_next_cleans_up(
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_number_that_the_dtype_of_the_slice_cannot_hold(run, checkpoint_copy, slice_words, tmp_path, name, method):
+    tensors = {key: value.half() for key, value in load_file(checkpoint_copy / WEIGHTS).items()}
+    tensors[name][299] = 60000.0  # of a token that no text has
+    save_file(tensors, checkpoint_copy / WEIGHTS, metadata={"format": "pt"})
+    edit_config(checkpoint_copy, dtype="float16")
+    words = ["slice", checkpoint_copy, "--dim", "36", "--method", method, "--no-cache", *slice_words]
+    done = run(*words, "-o", tmp_path / "out" / "half")
+    assert done.exit_code == 1
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(f"Error: {name} of the slice holds infinity: float16 reaches to")
+    assert "--dtype bfloat16" in sentence
+    assert os.listdir(tmp_path / "out") == []
+    done = run(*words, "-o", tmp_path / "out" / "wide", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.stderr

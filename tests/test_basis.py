@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slicecli.slicing.basis import IDENTITY_SHARE, reader_basis
+from slicecli.linalg.basis import IDENTITY_SHARE, reader_basis
 
 
 def spd(size, seed, rank=None):

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from slicecli.description import enter_results, own_files, write_card
 from slicecli.errors import OutputError
 from slicecli.hub.card import Card, read_card, render_card
-from slicecli.hub.markdown import code, code_block, heading, prose
 from slicecli.hub.metadata import base_model_of, inherited_metadata
+from slicecli.hub.writing import enter_results, own_files, write_card
+from slicecli.runtime.markdown import code, code_block, heading, prose
 
 HOSTILE = (
     "</code><script>alert(1)</script>",
@@ -37,9 +37,13 @@ ALLOWED_LINKS = re.compile(
     r"https://(arxiv\.org/abs/[\d.]+|docs\.vllm\.ai|github\.com/ggml-org/llama\.cpp|huggingface\.co/[\w.-]+/[\w.-]+)"
     r"|slicecli\.json|plots/prediction\.png"
 )
-FIGURE = {"value": 12.5, "nll": 2.5, "stderr": 0.25, "tokens": 4000, "seq_len": 32, "bits_per_byte": 1.0}
+FIGURE = {
+    "value": 12.5, "nll": 2.5, "stderr": 0.25, "tokens": 4000, "seq_len": 32, "bits_per_byte": 1.0,
+    "rows_sha256": "a" * 64, "text_sha256": None,
+}  # fmt: skip
 TASK = {
     "metric": "acc", "value": 0.5, "stderr": 0.05, "chance": 0.25, "samples": 100, "num_fewshot": 0, "metrics": {},
+    "requests_sha256": "b" * 64, "questions_sha256": None,
 }  # fmt: skip
 
 

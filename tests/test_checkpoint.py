@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slicecli.checkpoint import ShardWriter, file_digest, require_disk_space, unfinished_folder, whole_folder
-from slicecli.errors import OutputError
+from slicecli.checkpoint.folder import (
+    ShardWriter,
+    check_apart,
+    check_results_file,
+    file_digest,
+    require_disk_space,
+    unfinished_folder,
+    whole_folder,
+)
+from slicecli.errors import OutputError, WeightsError
 
 SHAPES = {"embed.weight": (7, 4), "blocks.0.weight": (4, 4), "blocks.0.bias": (4,), "head.weight": (7, 4)}
 
@@ -127,7 +137,8 @@ def test_overwrite_replaces_a_slice_in_the_last_step(tmp_path):
 
 def test_the_leftover_of_a_killed_run_is_removed_or_gone_on_with(tmp_path):
     script = (
-        "import os, sys, pathlib; from slicecli.checkpoint import whole_folder; output = pathlib.Path(sys.argv[1])\n"
+        "import os, sys, pathlib; from slicecli.checkpoint.folder import whole_folder\n"
+        "output = pathlib.Path(sys.argv[1])\n"
         "with whole_folder(output) as partial: (partial / 'left').write_text('left'); os.kill(os.getpid(), 9)"
     )
     for resumes in (True, False):
@@ -151,7 +162,7 @@ def test_a_folder_that_is_being_written_is_not_written_by_another(tmp_path):
     with whole_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("a")
         script = (
-            "import sys, pathlib; from slicecli.checkpoint import whole_folder\n"
+            "import sys, pathlib; from slicecli.checkpoint.folder import whole_folder\n"
             "with whole_folder(pathlib.Path(sys.argv[1])): pass"
         )
         other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, check=False)
@@ -183,3 +194,131 @@ def test_too_little_disk_is_said_before_starting(tmp_path):
         require_disk_space(tmp_path / "a" / "b", 10**18)
     require_disk_space(tmp_path / "a" / "b", 1)
     assert not Path(tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float16, math.inf, "head.weight of the slice holds infinity: float16 reaches to 6.55e"),
+        (torch.bfloat16, -math.inf, "Give --dtype float32"),
+        (torch.float32, math.inf, "The checkpoint is damaged"),
+        (torch.float16, math.nan, "head.weight of the slice holds NaN"),
+    ],
+)
+def test_a_tensor_that_is_not_finite_is_not_written(tmp_path, dtype, value, message):
+    tensors = random_tensors(dtype)
+    writer = ShardWriter(tmp_path, SHAPES, dtype, "5GB")
+    tensors["head.weight"][-1, -1] = value
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        writer.write("head.weight", tensors["head.weight"])
+    writer.close()
+    assert {path: path.read_bytes()[: len(before[path])] for path in before} == before
+
+
+# an output and what it is made from
+
+
+@pytest.fixture
+def sliced_model(tmp_path):
+    """A slice, which may be a model again and which --overwrite may replace."""
+    folder = tmp_path / "parent" / "model"
+    folder.mkdir(parents=True)
+    (folder / "slicecli.json").write_text("{}")
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+def by_link(folder):
+    link = folder.parent.parent / "link"
+    link.symlink_to(folder)
+    return link
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda folder: folder,
+        by_link,
+        lambda folder: folder / ".." / folder.name,
+        lambda folder: Path(os.path.relpath(folder)),
+        lambda folder: folder.parent,
+        lambda folder: folder / "slice",
+        lambda folder: folder / "deep" / "slice",
+        lambda folder: by_link(folder) / "slice",
+    ],
+    ids=["itself", "a link", "dots", "relative", "its parent", "inside", "deep inside", "inside, by a link"],
+)
+def test_an_output_does_not_touch_the_model(sliced_model, output):
+    with pytest.raises(OutputError, match=r"take the place of 'model'|lies inside"):
+        check_apart(output(sliced_model), sliced_model)
+    check_apart(sliced_model.parent / "model2", sliced_model)
+
+
+def test_an_output_does_not_take_the_place_of_a_model_that_an_unfinished_folder_is(sliced_model):
+    for ending in ("incomplete", "replaced"):
+        source = sliced_model.rename(sliced_model.with_name(f".out.{ending}"))
+        with pytest.raises(OutputError, match="take the place"):
+            check_apart(source.with_name("out"), source)
+        source.rename(sliced_model)
+
+
+def test_an_output_does_not_take_the_place_of_a_file_that_is_read(sliced_model, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "model.safetensors").symlink_to(sliced_model / "model.safetensors")
+    with pytest.raises(OutputError, match=r"take the place of 'model.safetensors'"):
+        check_apart(sliced_model, linked)
+    text = sliced_model / "text.jsonl"
+    text.write_text("{}")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OutputError, match=r"take the place of 'text.jsonl'"):
+        check_apart(sliced_model, tmp_path / "other", [text])
+
+
+def test_a_slice_that_was_being_replaced_when_the_run_was_killed_comes_back(tmp_path):
+    output, aside = tmp_path / "out", tmp_path / ".out.replaced"
+    aside.mkdir()
+    (aside / "slicecli.json").write_text("old")
+    with pytest.raises(OutputError, match="exists"), whole_folder(output):
+        pass
+    assert (output / "slicecli.json").read_text() == "old"
+    # and where the new one has its place already, the old one goes
+    aside.mkdir()
+    with whole_folder(output, overwrite=True) as partial:
+        (partial / "slicecli.json").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (output / "slicecli.json").read_text() == "new"
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "slice")
+    for content in ("old", "new"):
+        with whole_folder(link, overwrite=True) as partial:
+            (partial / "slicecli.json").write_text(content)
+        assert link.is_symlink()
+        assert (link / "slicecli.json").read_text() == content
+        assert os.listdir(tmp_path / "disk") == ["slice"]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "slicecli.json", "adapter_config.json", "own.vocab"]
+)
+def test_results_do_not_take_the_place_of_a_models_file(sliced_model, name):
+    (sliced_model / "own.vocab").write_text("a b c")
+    with pytest.raises(OutputError, match="is a file of the model"):
+        check_results_file(sliced_model / name, [sliced_model])
+    with pytest.raises(OutputError, match="is a file of the model"):
+        check_results_file(by_link(sliced_model) / name, [sliced_model])
+
+
+def test_results_may_lie_beside_a_model_and_replace_older_ones(sliced_model):
+    path = sliced_model / "eval.json"
+    check_results_file(path, [sliced_model])
+    path.write_text('{"perplexity": {}, "versions": {}}')
+    check_results_file(path, [sliced_model])
+    check_results_file(sliced_model.parent / "config.json", [sliced_model])
+    with pytest.raises(OutputError, match="is read to make"):
+        check_results_file(path, [sliced_model], [path])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slicecli.slicing.cholesky import BAND, factorise, restore, substitute
+from slicecli.linalg.cholesky import BAND, factorise, restore, substitute
 
 SIZES = [1, 7, BAND - 1, BAND, BAND + 1, 2 * BAND + 5]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from slicecli.checkpoint import file_digest
+from slicecli.checkpoint.folder import file_digest
 
 SLICE_FIELDS = {
     "output",

@@ -14,16 +14,16 @@ import torch
 import transformers
 from test_families import CASES
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.cost import CostModel, Workload, speed_up, times
 from slicecli.estimation.devices import DEVICES, Device, custom_device, device_named
-from slicecli.plan import METHODS, SlicePlan
-from slicecli.planning import config_of
-from slicecli.plugins import plugins
-from slicecli.schedule import PublishedSizes
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes
+from slicecli.family.slice_plan import METHODS, SlicePlan
+from slicecli.jobs.plan import config_of
+from slicecli.proof.tiny import random_model
 from slicecli.testing.adapter_tests import compare_operations
-from slicecli.tiny import random_model
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -351,7 +351,7 @@ def test_impossible_work_is_refused():
 def test_nothing_heavy_is_imported():
     code = f"""
 import sys
-from slicecli.dimensions import Dimensions
+from slicecli.family.dimensions import Dimensions
 from slicecli.estimation.cost import CostModel
 from slicecli.plugins import plugins
 CostModel(Dimensions(plugins().adapters["llama"], {LLAMA_3_8B}), "slicegpt").sliced(3072, "bfloat16")

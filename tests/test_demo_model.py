@@ -11,15 +11,15 @@ import torch
 import transformers
 from test_slicing import dimensions_of, slice_in_memory
 
-from slicecli.calibration import calibration_rows, evaluation_rows
-from slicecli.demo import MODEL_FOLDER, documents
+from slicecli.data.demo import MODEL_FOLDER, documents
+from slicecli.data.packing import calibration_rows, evaluation_rows
+from slicecli.data.text import read_text
 from slicecli.evaluation.perplexity import measure_perplexity
-from slicecli.proof import published_in_memory
-from slicecli.schedule import Schedule
-from slicecli.slicing import ridge
-from slicecli.slicing.basis import centred_frame
-from slicecli.slicing.ridge import solve_ridge
-from slicecli.text import read_text
+from slicecli.family.schedule import Schedule
+from slicecli.linalg import ridge
+from slicecli.linalg.basis import centred_frame
+from slicecli.linalg.ridge import solve_ridge
+from slicecli.proof.declaration import published_in_memory
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +206,8 @@ def require_same_function(twin, model, held_out):
 
 
 def test_the_demo_slices_measures_and_writes(run, monkeypatch, tmp_path):
-    from slicecli import planning
     from slicecli.evaluation import measure
+    from slicecli.jobs import plan as planning
 
     # with less text, which changes nothing but the time
     options, measuring = planning.SliceOptions, measure.EvaluationOptions

@@ -8,7 +8,7 @@ from itertools import chain
 
 import pytest
 
-from slicecli.demo import documents, text
+from slicecli.data.demo import documents, text
 
 
 def paragraphs(part: text.Part) -> list[str]:
@@ -18,7 +18,7 @@ def paragraphs(part: text.Part) -> list[str]:
 
 def test_two_processes_make_the_same_text() -> None:
     program = (
-        "import hashlib; from slicecli.demo.text import documents; "
+        "import hashlib; from slicecli.data.demo.text import documents; "
         "print(hashlib.sha256('\\0'.join(documents('train') + documents('heldout')).encode()).hexdigest())"
     )
     digests = {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import slicecli
-from slicecli import hookspecs
-from slicecli.dimensions import Dimensions
+from slicecli.family import hookspecs
+from slicecli.family.dimensions import Dimensions
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,10 +93,10 @@ def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypa
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
-    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "estimate.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
@@ -123,3 +126,20 @@ def test_the_relation_in_the_documentation_registers_and_fits():
     dense = Dense(2.0)
     points = [(sparsity, relation.predict(sparsity, dense, (3.0,))) for sparsity in (0.1, 0.3)]
     assert relation.fit(points, dense, None) == pytest.approx((3.0,))
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
+
+
+def test_every_function_in_the_index_of_formulas_exists():
+    page = (ROOT / "docs" / "notation.md").read_text().partition("## From a formula to its function")[2]
+    places = re.findall(r"`(\w+/\w+\.py)`(?:: `(\w+)`)?", page)
+    assert len(places) >= 15
+    for file, name in places:
+        module = importlib.import_module(f"slicecli.{file.removesuffix('.py').replace('/', '.')}")
+        assert not name or hasattr(module, name), f"{file}: {name}"

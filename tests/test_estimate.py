@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError
 from slicecli.estimation.figures import accuracies, dense_perplexity
-from slicecli.plugins import plugins
-from slicecli.schedule import PublishedSizes
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 LLAMA_3_8B = {
@@ -495,11 +495,11 @@ def test_the_table_is_readable_in_a_narrow_terminal(run, llama):
 
 
 def test_knowledge_is_checked():
-    from slicecli.estimation.forecasts import Knowledge
+    from slicecli.estimation.forecasts import ForecastInputs
 
     with pytest.raises(RequestError):
-        Knowledge(measured={5000: 9.0}).check(4096)
-    Knowledge(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
+        ForecastInputs(measured={5000: 9.0}).check(4096)
+    ForecastInputs(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
 
 
 # spectra

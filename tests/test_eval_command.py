@@ -14,11 +14,11 @@ import torch
 from test_tasks import models, no_network, write_questions  # noqa: F401
 
 import slicecli.api
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, evaluate
-from slicecli.loading import load_model
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.record.record import read_record
 from slicecli.testing.checkpoints import byte_tokenizer
 
 
@@ -39,7 +39,9 @@ def test_the_document_says_all_that_identifies_a_point(run, models, words, kind,
     assert document == json.loads((tmp_path / "results.json").read_text())
     assert (document["hidden_size"], document["dim"], document["method"]) == (48, dim, method)
     assert document["sparsity"] == 1 - dim / 48
-    assert document["source"] == {"model": "tiny-llama", "commit": None}
+    source = document["source"]
+    assert (source["model"], source["commit"]) == ("tiny-llama", None)
+    assert source["content"] == Source.find(str(models["dense"])).content
     record = read_record(models[kind]) or {}
     assert document["calibration"] == record.get("calibration")
     loaded = load_model(Source.find(str(models[kind])))
@@ -143,7 +145,7 @@ def test_rows_are_read_once_for_models_that_share_a_tokenizer(models, text_file,
     source = Source.find(str(models["dense"]))
     prepared = EvaluationSet.prepare(options, source, source.tokenizer())
     alone = evaluate(str(models["stock"]), options)
-    monkeypatch.setattr("slicecli.evaluation.measure.read_text", None)
+    monkeypatch.setattr("slicecli.evaluation.measure.read_texts", None)
     assert evaluate(str(models["stock"]), options, prepared=prepared) == alone
 
 

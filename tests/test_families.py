@@ -6,8 +6,8 @@ import pytest
 import transformers
 from test_mutations import OF_FILES
 
-from slicecli.dimensions import Dimensions
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
 from slicecli.testing import AdapterTests
 from slicecli.testing.adapter_tests import tiny_of
 

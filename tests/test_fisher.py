@@ -10,17 +10,18 @@ import numpy
 import pytest
 import torch
 
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.errors import WeightsError
-from slicecli.plugins import plugins
-from slicecli.proof import ModelWeights, random_basis
-from slicecli.schedule import slices_head
-from slicecli.shells import empty_model
-from slicecli.slicing.exact import Float64Throughout
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import slices_head
+from slicecli.progress import Silent
+from slicecli.proof.declaration import ModelWeights, random_basis
+from slicecli.proof.float64 import Float64Throughout
+from slicecli.proof.tiny import random_model
+from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.fisher import collect_fisher, drawn_labels
-from slicecli.slicing.state import Batches, DenseModel, Silent
 from slicecli.testing.adapter_tests import tiny_of
-from slicecli.tiny import random_model
 
 SEED = 7
 # model types and config fields, by what each stands for
@@ -52,8 +53,8 @@ def rows_for(model, rows=5, length=12, seed=3):
 
 
 def streamed(model, dimensions, basis, rows, batch=2, seed=SEED):
-    shell = empty_model(model.config).to(model.dtype)  # its rotary frequencies too
-    dense = DenseModel(shell, ModelWeights(model), dimensions, torch.device("cpu"), model.dtype)
+    meta_model = build_runnable_meta_model(model.config).to(model.dtype)  # its rotary frequencies too
+    dense = DenseModel(meta_model, ModelWeights(model), dimensions, torch.device("cpu"), model.dtype)
     with Float64Throughout() if model.dtype == torch.float64 else nullcontext():
         return collect_fisher(dense, basis, Batches(rows, batch), seed, Silent())
 

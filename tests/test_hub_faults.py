@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_model
 from hub_faults import INSPECT, PUSH, SHARD, SHARDS, SLICE, SLICE_AND_PUSH, Scenario, World, contents
 
-from slicecli.hub.client import PAUSES
+from slicecli.runtime.hub_client import PAUSES
 from slicecli.testing.loopback_hub import Fault, LoopbackHub
 
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"

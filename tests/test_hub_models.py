@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slicecli.checkpoint import file_digest
+from slicecli.checkpoint.folder import file_digest
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -45,6 +45,67 @@ def test_a_hub_model_is_sliced_and_its_commit_recorded(slicecli, commit, run, ch
     # and once more without the network
     again = slicecli("slice", NAME, "--dim", "24", *slice_words, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.fixture
+def snapshot(slicecli, isolated_hub_cache, commit, tmp_path):
+    """Return a function that gives the path of a revision in a cache that no variable names."""
+
+    def make(*words):
+        assert slicecli(*words).returncode == 0
+        cache = (isolated_hub_cache / "hub").rename(tmp_path / "elsewhere")
+        return cache / f"models--{NAME.replace('/', '--')}" / "snapshots" / commit
+
+    return make
+
+
+def test_the_path_of_a_revision_in_a_cache_is_as_good_as_its_name(
+    slicecli, snapshot, loopback_hub, slice_words, tmp_path
+):
+    by_name = ("slice", NAME, "--dim", "36", "-o", tmp_path / "name", *slice_words)
+    folder = snapshot(*by_name)
+    loopback_hub.requests.clear()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for number, (path, offline) in enumerate([(folder, "1"), (folder, "0"), (link, "1")]):
+        output = tmp_path / f"path{number}"
+        done = slicecli("slice", path, "--dim", "36", "-o", output, *slice_words, HF_HUB_OFFLINE=offline)
+        assert done.returncode == 0, done.stderr
+        for file in ("slicecli.json", "README.md", "config.json", "model.safetensors"):
+            assert (output / file).read_bytes() == (tmp_path / "name" / file).read_bytes(), file
+    assert loopback_hub.requests == []
+
+
+@pytest.mark.parametrize("first", ["estimate", "inspect"])
+def test_what_a_revision_in_a_cache_lacks_is_fetched_into_it(
+    slicecli, snapshot, isolated_hub_cache, slice_words, tmp_path, first
+):
+    folder = snapshot(first, NAME)
+    words = ("slice", folder, "--dim", "36", "-o", tmp_path / "out", *slice_words)
+    offline = slicecli(*words, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1
+    (error,) = [line for line in offline.stderr.splitlines() if line.startswith("Error")]
+    assert f"The model {NAME!r} cannot be fetched: offline mode is on" in error
+    done = slicecli(*words)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "model.safetensors").is_file()
+    assert not (isolated_hub_cache / "hub").exists()
+
+
+def test_the_record_of_a_slice_in_a_cache_is_left_alone(
+    slicecli, snapshot, loopback_hub, checkpoints, slice_words, text_file, tmp_path, run
+):
+    assert run("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", *slice_words).exit_code == 0
+    for file in ("slicecli.json", "README.md"):
+        loopback_hub.upload(NAME, {file: (tmp_path / "out" / file).read_bytes()})
+    folder = snapshot("inspect", NAME).parent
+    (commit,) = folder.iterdir()
+    before = {path.name: path.read_bytes() for path in commit.iterdir()}
+    for words in (("eval", commit, "--perplexity", text_file, "--record"), ("card", commit)):
+        done = run(*words)
+        assert done.exit_code == 1
+        assert "Copy the folder" in done.stderr
+    assert {path.name: path.read_bytes() for path in commit.iterdir()} == before
 
 
 def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, loopback_hub, slice_words):
@@ -109,8 +170,8 @@ def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isola
         "import sys\n"
         "from slicecli.errors import SlicecliError\n"
         "from slicecli.hub.search import find_slices\n"
-        "from slicecli.source import Source\n"
-        "from slicecli.text import read_text\n"
+        "from slicecli.checkpoint.source import Source\n"
+        "from slicecli.data.text import read_text\n"
         "for call in (lambda: Source.find(sys.argv[1], token=sys.argv[2]), lambda: find_slices(token=sys.argv[2]),\n"
         "             lambda: read_text('me/text', 'calibration', sys.argv[2])):\n"
         "    try: call()\n"

@@ -13,7 +13,7 @@ import pytest
 CODE = """
 import json, sys
 from slicecli.errors import TextError
-from slicecli.text import read_text
+from slicecli.data.text import read_text
 for name, part in json.loads(sys.argv[1]):
     try:
         text = read_text(name, part)

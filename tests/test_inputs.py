@@ -17,8 +17,8 @@ from slicecli.cli import COMMANDS, group
 from slicecli.cli.options import LocalPath
 from slicecli.errors import RequestError, SourceError
 from slicecli.hub.push import PushOptions, push_slice
-from slicecli.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
-from slicecli.planning import SliceOptions
+from slicecli.jobs.plan import SliceOptions
+from slicecli.runtime.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
 
 
 def commands():

@@ -693,6 +693,33 @@ def test_an_environment_leads_nowhere_else(monkeypatch, tmp_path):
         send(hub, "/", None, "GET")
 
 
+def test_it_is_online_where_the_process_is_not_and_leaves_it_so(monkeypatch, folder, tmp_path):
+    from datasets import config
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    with LoopbackHub() as hub:
+        hub.api().create_repo("me/slice")
+        hub.api().upload_folder(repo_id="me/slice", folder_path=folder)
+        assert hub.api().snapshot_download("me/slice", cache_dir=tmp_path)
+        assert not config.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE
+    assert config.HF_HUB_OFFLINE
+    with pytest.raises(errors.OfflineModeIsEnabled):
+        hub.api().whoami()
+
+
+def test_datasets_that_are_first_imported_inside_are_offline_again_afterwards():
+    code = (
+        "import sys; from slicecli.testing.loopback_hub import LoopbackHub\n"
+        "with LoopbackHub(): from datasets import config; print(config.HF_HUB_OFFLINE)\n"
+        "print(config.HF_HUB_OFFLINE)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_the_page_about_it_shows_tests_that_pass(pytester, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
     page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()

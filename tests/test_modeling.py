@@ -15,12 +15,12 @@ from test_cli import python
 from test_families import CASES
 from test_slicing import dimensions_of
 
-from slicecli.dimensions import Dimensions
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.schedule import Schedule
 from slicecli.modeling import CODE_FILES
-from slicecli.proof import logits, published_in_memory, relative_error, slice_in_memory
-from slicecli.schedule import Schedule
+from slicecli.proof.declaration import logits, published_in_memory, relative_error, slice_in_memory
+from slicecli.proof.tiny import random_model
 from slicecli.testing.checkpoints import save_checkpoint
-from slicecli.tiny import random_model
 
 FOUR = ("phi3", "phi", "opt", "gpt2")
 IDS = torch.randint(2, 250, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -280,10 +280,10 @@ def test_shortcuts_are_trained_by_low_rank_adapters(tmp_path):
     """The embedded model, sliced hard, wins back part of what it lost by training only small maps for a few steps."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from slicecli.calibration import calibration_rows, evaluation_rows
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
+    from slicecli.data.packing import calibration_rows, evaluation_rows
+    from slicecli.data.text import read_text
     from slicecli.evaluation.perplexity import measure_perplexity
-    from slicecli.text import read_text
 
     dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_FOLDER)

@@ -7,8 +7,16 @@ import math
 import pytest
 import torch
 
-from slicecli.slicing.moments import BANDS, CHUNK_TOKENS, LEAST_BAND_ROWS, Moments, add_outer, add_square, normalise
-from slicecli.slicing.ridge import RIDGES, RidgeSearch, solve_ridge
+from slicecli.linalg.normal_equations import (
+    BANDS,
+    CHUNK_TOKENS,
+    LEAST_BAND_ROWS,
+    NormalEquations,
+    add_outer,
+    add_square,
+    normalise,
+)
+from slicecli.linalg.ridge import RIDGES, RidgeSearch, solve_ridge
 
 
 def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
@@ -20,12 +28,12 @@ def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
 
 
 def moments_of(z, residual):
-    moments = Moments(z.shape[1], residual.shape[1], torch.device("cpu"))
+    equations = NormalEquations(z.shape[1], residual.shape[1], torch.device("cpu"))
     is_held_out = torch.arange(len(z)) % 5 == 4
     for part in range(0, len(z), 100):
         chosen = slice(part, part + 100)
-        moments.add(z[chosen], residual[chosen], is_held_out[chosen])
-    return moments
+        equations.add(z[chosen], residual[chosen], is_held_out[chosen])
+    return equations
 
 
 def test_normalise_has_unit_mean_square():
@@ -59,13 +67,13 @@ def test_squares_equal_the_float64_sum(width):
 
 def test_moments_of_both_parts_add_up():
     z, residual, _ = regression(237)
-    moments = moments_of(z, residual)
-    gram, cross = moments.sum_held_out()
-    torch.testing.assert_close(moments.gram + gram, z.T @ z)
-    torch.testing.assert_close(moments.cross + cross, z.T @ residual)
+    equations = moments_of(z, residual)
+    gram, cross = equations.sum_held_out()
+    torch.testing.assert_close(equations.gram + gram, z.T @ z)
+    torch.testing.assert_close(equations.cross + cross, z.T @ residual)
     torch.testing.assert_close(gram, z[4::5].T @ z[4::5])
-    assert float(sum(moments.residual_energy)) == pytest.approx(float(residual.square().sum()))
-    for merged, expected in zip(moments.merge(), (z.T @ z, z.T @ residual), strict=True):
+    assert float(sum(equations.residual_energy)) == pytest.approx(float(residual.square().sum()))
+    for merged, expected in zip(equations.merge(), (z.T @ z, z.T @ residual), strict=True):
         torch.testing.assert_close(merged, expected)
 
 
@@ -78,8 +86,8 @@ def test_held_out_tokens_tell_the_same_as_their_sums(tokens):
     assert not summed.held_out
     delta = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     change = (residual[4::5, 1:4] - z[4::5] @ delta).square().sum() - residual[4::5, 1:4].square().sum()
-    for moments in (kept, summed):
-        assert moments.change_of_error(delta, slice(1, 4)) == pytest.approx(float(change))
+    for equations in (kept, summed):
+        assert equations.change_of_error(delta, slice(1, 4)) == pytest.approx(float(change))
     one, other = solve_ridge(kept), solve_ridge(summed)
     assert one.ridge == other.ridge
     assert one.error == pytest.approx(other.error)
@@ -145,7 +153,7 @@ def test_the_chosen_ridge_is_the_best_on_held_out_tokens():
 
 
 def test_an_all_zero_input_is_no_failure():
-    moments = Moments(3, 2, torch.device("cpu"))
-    found = solve_ridge(moments)
+    equations = NormalEquations(3, 2, torch.device("cpu"))
+    found = solve_ridge(equations)
     assert math.isinf(found.ridge)
     assert found.matrix.shape == (2, 3)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from slicecli.adapters import Adapter, Block, Embedding, Norm
-from slicecli.plugins import plugins
+from slicecli.family.plugins import plugins
 
 SUITE = """
 import pytest
@@ -243,6 +243,11 @@ MUTATIONS = {
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
     ),
     # sizes and dims
+    "own name of the longest row forgotten": Mutation(
+        "gptj",
+        lambda a: replace(a, names={usual: own for usual, own in a.names.items() if own != "n_positions"}),
+        "max_position_embeddings is n_positions",
+    ),
     "rule on dims that none keeps": Mutation(
         "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal"
     ),

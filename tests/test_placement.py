@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from slicecli import placement
-from slicecli.checkpoint import content_of, file_digest, write_tensors
+from slicecli.checkpoint.folder import content_of, file_digest, write_tensors
+from slicecli.checkpoint.meta_model import build_meta_model
+from slicecli.checkpoint.reader import OffloadedWeights
 from slicecli.errors import RequestError, WeightsError
-from slicecli.placement import (
+from slicecli.runtime import placement
+from slicecli.runtime.microbatch import MicroBatches, concat
+from slicecli.runtime.placement import (
     Placement,
     describe_map,
     parse_max_memory,
-    place_streams,
+    place_activations,
     place_weights,
     read_device_map,
 )
-from slicecli.shells import outline
-from slicecli.slicing.pieces import Pieces, together
-from slicecli.slicing.streams import StreamStore
-from slicecli.slicing.walk import read_blocks
-from slicecli.weights import RestingWeights
+from slicecli.slicing.activations import ActivationStore
+from slicecli.slicing.layerwise import read_blocks
 
 CPU = torch.device("cpu")
 MAP = {"": "disk", "model.embed_tokens": "cpu", "model.layers.1": "cpu"}
@@ -48,10 +48,10 @@ def slice_to(run, checkpoints, slice_words, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shell():
+def meta_model():
     from tests.conftest import tiny_config
 
-    return outline(tiny_config("llama"))
+    return build_meta_model(tiny_config("llama"))
 
 
 @pytest.mark.parametrize("method", ["refit", "slicegpt"])
@@ -151,10 +151,10 @@ def test_a_map_in_a_line():
     assert describe_map({"": "disk"}) == "everything on disk"
 
 
-def test_the_first_gpu_of_a_map_computes(shell, monkeypatch):
+def test_the_first_gpu_of_a_map_computes(meta_model, monkeypatch):
     monkeypatch.setattr(placement, "pick_device", torch.device)
     places = {"model.embed_tokens": "cpu", "model.layers": 1, "model.norm": 0, "lm_head": "disk", "model.rotary_emb": 1}
-    found = place_weights(places, None, shell, "model.layers", torch.float32)
+    found = place_weights(places, None, meta_model, "model.layers", torch.float32)
     assert found.device == torch.device("cuda:1")
     assert found.rest_of("model.layers.0.mlp.up_proj.weight") == "cuda:1"
     assert found.rest_of("model.norm.weight") == "cuda:0"
@@ -176,8 +176,8 @@ def test_streams_are_kept_in_the_first_place_that_has_room(monkeypatch, device, 
     monkeypatch.setattr(placement, "available_memory_bytes", lambda device: free[device.type])
     monkeypatch.setattr(placement, "MEMORY_SHARE", 0.6)
     places = Placement(torch.device(device))
-    assert place_streams("auto", places, needed, {device: kept}).place == place
-    assert place_streams("disk", places, needed, {}).place == "disk"
+    assert place_activations("auto", places, needed, {device: kept}).place == place
+    assert place_activations("disk", places, needed, {}).place == "disk"
 
 
 class Reader:
@@ -196,7 +196,7 @@ class Reader:
 
 def test_what_rests_in_memory_is_read_once():
     reader = Reader()
-    resting = RestingWeights(reader, Placement(CPU, {"": "disk", "x.1": "cpu"}).rest_of)
+    resting = OffloadedWeights(reader, Placement(CPU, {"": "disk", "x.1": "cpu"}).rest_of)
     for _ in range(3):
         assert resting.module("x.1")["a"].tolist() == [5.0, 5.0]
         resting.tensor("y")
@@ -208,7 +208,7 @@ def test_what_rests_in_memory_is_read_once():
 def test_streams_hold_what_they_are_given(place, dtype, tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(rows, 3, 4, generator=generator).to(dtype) for rows in (2, 2, 1)]
-    stream = StreamStore(CPU, place, tmp_path).filled(iter(batches))
+    stream = ActivationStore(CPU, place, tmp_path).filled(iter(batches))
     assert len(stream) == 3
     for number, batch in enumerate(stream):
         assert torch.equal(batch, batches[number])
@@ -263,28 +263,28 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_batches_go_in_halves_when_the_memory_runs_out(most, error):
-    pieces, batch = Pieces(), torch.arange(22.0).reshape(11, 2)
+    pieces, batch = MicroBatches(), torch.arange(22.0).reshape(11, 2)
     for _ in range(2):
         found = list(pieces.run(limited(most, error), batch))
         assert [rows.start for rows, _ in found] == [0, *(rows.stop for rows, _ in found)][:-1]
-        assert torch.equal(together([result for _, result in found]), batch * 2)
+        assert torch.equal(concat([result for _, result in found]), batch * 2)
         assert max(len(result) for _, result in found) <= most
         assert 0 < pieces.most <= most
 
 
 def test_a_batch_that_fits_is_not_divided():
-    pieces, batch = Pieces(), torch.ones(5, 1)
+    pieces, batch = MicroBatches(), torch.ones(5, 1)
     ((rows, result),) = pieces.run(lambda piece: piece, batch)
     assert result.data_ptr() == batch.data_ptr()
-    assert together([result]) is result
+    assert concat([result]) is result
     assert (rows.start, rows.stop, pieces.most) == (0, 5, None)
 
 
 def test_what_no_smaller_batch_helps_against_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
-        list(Pieces().run(limited(0, OUT_OF_MEMORY[0]), torch.ones(4, 1)))
+        list(MicroBatches().run(limited(0, OUT_OF_MEMORY[0]), torch.ones(4, 1)))
     with pytest.raises(RuntimeError, match="something else"):
-        list(Pieces().run(limited(0, RuntimeError("something else")), torch.ones(4, 1)))
+        list(MicroBatches().run(limited(0, RuntimeError("something else")), torch.ones(4, 1)))
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
-from slicecli.plan import Width, parse_bytes, parse_count
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.slice_plan import Width
+from slicecli.runtime.inputs import parse_bytes, parse_count
 
 LLAMA_3_8B = {
     "model_type": "llama",

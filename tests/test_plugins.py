@@ -11,7 +11,7 @@ import pytest
 
 from slicecli.adapters import select_adapter
 from slicecli.errors import NoAdapterError, RequestError, UnsupportedModelError
-from slicecli.plugins import load_plugins
+from slicecli.family.plugins import load_plugins
 
 SOUND = """
 import slicecli

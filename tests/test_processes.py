@@ -17,9 +17,9 @@ from process_server import CASES
 from safetensors.torch import load_file
 from test_tasks import write_questions
 
-from slicecli.errors import RequestError
-from slicecli.json_files import read_json
-from slicecli.processes import ALONE, VARIABLES, Processes, started_alone
+from slicecli.errors import ProcessError, RequestError
+from slicecli.runtime.distributed import ALONE, VARIABLES, Processes, started_alone
+from slicecli.runtime.json import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,10 +54,7 @@ class Server:
         """
         self._number += 1
         files = self.folder / f"run{self._number}"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        wish = {"count": count, "words": [str(word) for word in words], "port": port, "fails": fails, **more}
+        wish = {"count": count, "words": [str(word) for word in words], "port": free_port(), "fails": fails, **more}
         wish |= {"files": str(files), "folder": str(self.folder)}
         self._server.stdin.write(json.dumps(wish) + "\n")
         self._server.stdin.flush()
@@ -160,7 +157,7 @@ def test_equal_neighbours_are_dealt_to_one_process():
 @pytest.fixture
 def launched(monkeypatch):
     """Return a function that sets the environment of a launcher."""
-    monkeypatch.setattr("slicecli.processes._here.found", None)
+    monkeypatch.setattr("slicecli.runtime.distributed._here.found", None)
     for variable in (*sum(VARIABLES.values(), ()), "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -207,8 +204,52 @@ def test_one_process_where_accelerate_was_asked_for_several_is_noticed(launched)
     assert not started_alone()
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(("rank", "absent"), [(0, "process 1, process 2"), (1, "the main process")])
+@pytest.mark.parametrize("address", ["127.0.0.1", "nowhere.invalid"])
+def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, monkeypatch, rank, absent, address):
+    monkeypatch.setattr("slicecli.runtime.distributed.NOTICE", 0.1)
+    monkeypatch.setattr("slicecli.runtime.distributed.MEETING", 0.6)
+    monkeypatch.setattr("slicecli.runtime.distributed._here.store", None)
+    launched(MASTER_ADDR=address, MASTER_PORT=str(free_port()), RANK=str(rank), WORLD_SIZE="3")
+    said = []
+    with pytest.raises(ProcessError) as stopped:
+        Processes.find().join(said.append)
+    assert len(said) == 1
+    for text in (said[0], stopped.value.cause):
+        assert f"process {rank} of 3, by RANK and WORLD_SIZE" in text
+        assert absent in text
+    assert "unset RANK and WORLD_SIZE" in stopped.value.remedy
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_command_with_left_over_variables_is_not_silent(tmp_path, rank):
+    code = (
+        "from slicecli import processes; processes.NOTICE, processes.MEETING = 0.1, 0.6\n"
+        "from slicecli.cli import main; main()"
+    )
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "slice", "./model", "--dim", "36"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    notice, error = done.stderr.splitlines()
+    assert notice.startswith(f"This is process {rank} of 2")
+    assert error.startswith(f"Error: This is process {rank} of 2")
+
+
 def test_many_processes_do_not_share_one_device(launched):
-    from slicecli.placement import pick_device
+    from slicecli.runtime.placement import pick_device
 
     launched(**MEETING, RANK="0", WORLD_SIZE="2")
     with pytest.raises(RequestError, match="Many processes"):
@@ -217,7 +258,9 @@ def test_many_processes_do_not_share_one_device(launched):
 
 
 def test_a_process_alone_imports_nothing():
-    code = "import sys; from slicecli.processes import Processes as P; P.find(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from slicecli.runtime.distributed import Processes as P; P.find(); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -377,13 +420,13 @@ def test_what_is_not_shared_is_done_by_the_main_process(start, checkpoints):
 
 def test_the_commands_on_the_page_run_as_written(tmp_path):
     """By the launchers themselves, in a folder that looks like a clone after the demo."""
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
-    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
     page = (ROOT / "docs" / "processes.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines() if "slicecli/demo/model" in line]
+    commands = [line for block in blocks for line in block.splitlines() if "slicecli/data/demo/model" in line]
     assert [shlex.split(command)[0] for command in commands] == ["accelerate", "torchrun"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "SLICECLI_CACHE": str(tmp_path / "cache")}

@@ -14,15 +14,15 @@ from test_families import CASES
 from test_slicing import dimensions_of, logits, random_rows
 
 from slicecli.adapters import Adapter
-from slicecli.checkpoint import file_digest
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.folder import file_digest
 from slicecli.errors import PluginError
-from slicecli.plugins import plugins
-from slicecli.proof import prove_shortcuts, published_in_memory, relative_error
-from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule
-from slicecli.slicing.basis import principal_basis, random_rotation
-from slicecli.slicing.exact import Float64Throughout
-from slicecli.tiny import random_model
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule
+from slicecli.linalg.basis import principal_basis, random_rotation
+from slicecli.proof.declaration import prove_shortcuts, published_in_memory, relative_error
+from slicecli.proof.float64 import Float64Throughout
+from slicecli.proof.tiny import random_model
 
 
 def in_float64(family, **changes):

@@ -40,7 +40,7 @@ def measured_slice(output, *words):
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.demo import MODEL_FOLDER
+    from slicecli.data.demo import MODEL_FOLDER
 
     sizes = ["--calibration", "demo", "--samples", "16", "--seq-len", "128"]
     for command in (
@@ -82,7 +82,7 @@ def test_an_unrelated_project_pays_nothing(pytester):
             heavy = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "numpy", "click", "huggingface_hub"}
             assert not heavy & set(sys.modules)
             ours = {name for name in sys.modules if name.startswith("slicecli")}
-            assert ours == {"slicecli", "slicecli.hookspecs", "slicecli.modeling", "slicecli.pytest_plugin"}
+            assert ours == {"slicecli", "slicecli.family.hookspecs", "slicecli.modeling", "slicecli.testing.plugin"}
         """
     )
     result = pytester.runpytest_subprocess()
@@ -127,7 +127,7 @@ def test_an_adapter_that_does_not_exist_is_wrong_usage(runpytest, pytester):
 def test_the_suite_runs_on_a_real_checkpoint(runpytest, pytester, embedded_model):
     words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model]
     result = runpytest(*words)
-    result.assert_outcomes(passed=32, deselected=6)
+    result.assert_outcomes(passed=33, deselected=6)
     result.stdout.fnmatch_lines([f"slicecli: model {embedded_model} *"])
 
 

@@ -10,19 +10,14 @@ from itertools import pairwise
 
 import pytest
 
-from slicecli import hookspecs
 from slicecli.errors import PluginError, RequestError
 from slicecli.estimation.curves import ONE_POINT_RELATION, curve_from_json, fit_curve, leave_one_out
 from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
-from slicecli.estimation.predictions import (
-    DEFAULT_RELATION,
-    predict_fitted,
-    predict_new,
-    spread_of,
-)
+from slicecli.estimation.predictions import DEFAULT_RELATION, predict_fitted, predict_new, spread_of
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
 from slicecli.estimation.spread import learn_spread
 from slicecli.estimation.validation import check_relations, summary
+from slicecli.family import hookspecs
 
 SPARSITIES = (0.06, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 PERPLEXITY = Dense(math.log(6.24), spectrum=lambda sparsity: 0.8 * sparsity**1.6)
@@ -334,7 +329,7 @@ def test_a_relation_that_cannot_be_fitted_is_refused_with_the_reason():
 @pytest.fixture
 def plugin(monkeypatch):
     """Let one module take part as a plugin."""
-    from slicecli import plugins as module
+    from slicecli.family import plugins as module
 
     def install(relations):
         class Holder:
@@ -345,7 +340,7 @@ def plugin(monkeypatch):
 
         loaded = module.load_plugins([])
         loaded.manager.register(Holder())
-        monkeypatch.setattr(module, "plugins", lambda: loaded)
+        monkeypatch.setattr("slicecli.estimation.relations.plugins", lambda: loaded)
         spread_of.cache_clear()
 
     yield install

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import tiny_model
 
-from slicecli.checkpoint import file_digest
+from slicecli.checkpoint.folder import file_digest
 
 SLICES, SWEEPS = 6, 4  # of each method, killed twice; killed once
 
@@ -80,14 +80,6 @@ def model(tmp_path_factory):
     """A tiny model of many blocks; everything that a run imports is imported here, before the forks."""
     import accelerate  # noqa: F401
 
-    import slicecli.cli.slice_command
-    import slicecli.cli.sweep_command
-    import slicecli.completion
-    import slicecli.evaluation.tasks
-    import slicecli.hub.secrets
-    import slicecli.journal
-    import slicecli.slicing.published
-    import slicecli.sweep  # noqa: F401
     from slicecli.testing.checkpoints import save_checkpoint
 
     return save_checkpoint(tiny_model("llama", num_hidden_layers=10), tmp_path_factory.mktemp("many") / "model")

@@ -8,11 +8,11 @@ import json
 import pytest
 
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
-from slicecli.plan import Width
-from slicecli.plugins import plugins
-from slicecli.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
+from slicecli.family.slice_plan import Width
 
 
 def llama(hidden_size, blocks, heads, key_value_heads, intermediate_size, vocabulary, **others):

@@ -8,16 +8,17 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_config, tiny_model
 
-from slicecli import proof
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.configs import stock_config
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.errors import WeightsError
-from slicecli.layouts import stock_config
-from slicecli.plugins import plugins
-from slicecli.proof import ModelWeights, relative_error
-from slicecli.shells import empty_model
-from slicecli.slicing.pipeline import collect_basis, refit
-from slicecli.slicing.state import Batches, DenseModel, Silent, Target
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.progress import Silent
+from slicecli.proof import declaration as proof
+from slicecli.proof.declaration import ModelWeights, relative_error
+from slicecli.slicing.context import Batches, DenseModel, Target
+from slicecli.slicing.refit import collect_basis, refit
 
 
 def random_rows(rows=40, length=24, seed=1):
@@ -96,13 +97,13 @@ def test_a_wider_slice_is_closer_to_the_dense_model(family):
 
 def test_the_refit_beats_the_plain_projection(monkeypatch):
     """Random tokens repeat in calibration and check only in distribution, so this is no memorising."""
-    from slicecli.slicing import ridge
-    from slicecli.slicing.ridge import solve_ridge
+    from slicecli.linalg import ridge
+    from slicecli.linalg.ridge import solve_ridge
 
     model = tiny_model("llama")
     rows = random_rows(rows=400)
     (fitted,), _ = slice_in_memory(model, 36, rows=rows)
-    monkeypatch.setattr(ridge, "solve_ridge", lambda moments, **_: solve_ridge(moments, ridges=()))
+    monkeypatch.setattr(ridge, "solve_ridge", lambda equations, **_: solve_ridge(equations, ridges=()))
     (projected,), _ = slice_in_memory(model, 36, rows=rows)
     assert relative_error(logits(fitted), logits(model)) < 0.9 * relative_error(logits(projected), logits(model))
 
@@ -123,11 +124,16 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
     model = tiny_model("llama").to(torch.bfloat16).float()
     config = model.config
     dimensions = dimensions_of(config)
-    dense = DenseModel(empty_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32)
+    dense = DenseModel(
+        build_runnable_meta_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32
+    )
     batches = Batches(random_rows(), 8)
     found = {}
     target = Target(
-        40, empty_model(stock_config(config, dimensions, 40, "bfloat16")), torch.bfloat16, found.__setitem__
+        40,
+        build_runnable_meta_model(stock_config(config, dimensions, 40, "bfloat16")),
+        torch.bfloat16,
+        found.__setitem__,
     )
     refit(dense, collect_basis(dense, batches, Silent()), [target], batches, Silent())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -146,7 +152,9 @@ def test_every_parameter_is_written_once_and_contiguous(family):
     model = tiny_model(family)
     config = model.config
     dimensions = dimensions_of(config)
-    dense = DenseModel(empty_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32)
+    dense = DenseModel(
+        build_runnable_meta_model(config), ModelWeights(model), dimensions, torch.device("cpu"), torch.float32
+    )
     batches = Batches(random_rows(rows=10), 4)
     names = []
 
@@ -154,10 +162,12 @@ def test_every_parameter_is_written_once_and_contiguous(family):
         assert tensor.is_contiguous(), name
         names.append(name)
 
-    shell = empty_model(stock_config(config, dimensions, 36, "float32"))
-    refit(dense, collect_basis(dense, batches, Silent()), [Target(36, shell, torch.float32, sink)], batches, Silent())
-    assert sorted(names) == sorted(name for name, _ in shell.named_parameters())
-    assert sum(parameter.numel() for parameter in shell.parameters()) == dimensions.parameters(36)
+    meta_model = build_runnable_meta_model(stock_config(config, dimensions, 36, "float32"))
+    refit(
+        dense, collect_basis(dense, batches, Silent()), [Target(36, meta_model, torch.float32, sink)], batches, Silent()
+    )
+    assert sorted(names) == sorted(name for name, _ in meta_model.named_parameters())
+    assert sum(parameter.numel() for parameter in meta_model.parameters()) == dimensions.parameters(36)
 
 
 def test_counts_equal_the_instantiated_models(family):

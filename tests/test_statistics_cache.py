@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
-from slicecli.checkpoint import file_digest
-from slicecli.slicing.basis import reader_basis
-from slicecli.statistics_cache import SIZE_VARIABLE, StatisticsCache
+from slicecli.checkpoint.folder import file_digest
+from slicecli.linalg.basis import reader_basis
+from slicecli.slicing.statistics_cache import SIZE_VARIABLE, StatisticsCache
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_the_commands_on_the_page_of_long_runs_run_as_written(tmp_path, monkeypa
     from slicecli.cli import group
 
     page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
-    (tmp_path / "slicecli" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "demo" / "model").symlink_to(embedded_model)
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(embedded_model)
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in re.findall(r"```\n(.*?)```", page, flags=re.DOTALL) if "slicecli" in block]
     printed = []

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 
-from slicecli import engine, placement, sweep
 from slicecli.evaluation import measure
 from slicecli.evaluation.measure import EvaluationOptions
-from slicecli.planning import SliceOptions
-from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
+from slicecli.jobs import run as engine
+from slicecli.jobs import sweep
+from slicecli.jobs.plan import SliceOptions
+from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
+from slicecli.runtime import placement
 
 DIMS = "44,36,24"
 
@@ -26,7 +28,7 @@ def counted(monkeypatch, tmp_path_factory):
     """Count what a sweep does, with no statistics kept from before."""
     monkeypatch.setenv("SLICECLI_CACHE", str(tmp_path_factory.mktemp("empty")))
     counts = {"statistics": 0, "refits": 0, "measured": []}
-    from slicecli.slicing import pipeline
+    from slicecli.slicing import refit as pipeline
 
     collect, refit, evaluate = pipeline.collect_basis, pipeline.refit, measure.evaluate
 
@@ -215,7 +217,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
         evaluation = EvaluationOptions(texts=(str(text_file),), limit=6, sequence_length=32)
         return run_sweep(str(checkpoints()), (44, 36, 24), folder, options, evaluation)
 
-    together = sweep_into(tmp_path / "together")
+    together = sweep_into(tmp_path / "concat")
     assert counted["refits"] == 1
     tokens, size = 24 * 32, 4
     # the dense stream at three places, and one sliced stream of up to 60

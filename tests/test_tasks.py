@@ -11,13 +11,13 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from slicecli.demo import MODEL_FOLDER
-from slicecli.demo.questions import questions as demo_questions
+from slicecli.checkpoint.source import Source
+from slicecli.data.demo import MODEL_FOLDER
+from slicecli.data.demo.questions import questions as demo_questions
+from slicecli.data.questions import Question, read_questions
 from slicecli.errors import RequestError, SourceError, TextError, WeightsError
 from slicecli.evaluation.chance import chance_level
-from slicecli.evaluation.questions import Question, read_questions
 from slicecli.evaluation.tasks import load_tasks, measure_tasks
-from slicecli.source import Source
 from slicecli.testing.checkpoints import WORDS, byte_tokenizer
 
 YAML = """

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 import torch
 from conftest import tiny_model
 
-from slicecli.calibration import calibration_rows, evaluation_rows
+from slicecli.data.packing import calibration_rows, evaluation_rows, monotony
+from slicecli.data.text import Text, read_text
 from slicecli.errors import TextError, WeightsError
 from slicecli.evaluation.perplexity import measure_perplexity
 from slicecli.testing import byte_tokenizer
-from slicecli.text import Text, read_text
 
 DOCUMENTS = Text("t", tuple(f"document {number} says é and {'x' * number}" for number in range(60)))
 
@@ -58,6 +59,40 @@ def test_no_row_is_drawn_twice():
 def test_a_text_shorter_than_a_row_is_refused_with_its_length():
     with pytest.raises(TextError, match="4 tokens, fewer than one row of 16"):
         calibration_rows(Text("t", ("abc",)), byte_tokenizer(), 5, 16, 0)
+
+
+PARAGRAPH = "It was the best of times, it was the worst of times, it was the age of wisdom. "
+
+
+@pytest.mark.parametrize(
+    ("documents", "length", "reason"),
+    [
+        (["a" * 3000], 32, "it has 1 different tokens in 768"),
+        (["ab" * 3000], 32, "it has 2 different tokens in 768"),
+        ([PARAGRAPH[:31]] * 100, 32, "1 of its 24 rows are different"),
+        (["a" * 60 + letter for letter in "bcdefghijklmnopqrstuvwxyz"] * 9, 32, "one token makes up"),
+        ([PARAGRAPH * 60], 64, "70 of its 1,176 stretches"),
+        # shorter rows than the stretches that are compared
+        ([PARAGRAPH * 60], 4, "of its"),
+        ([PARAGRAPH], 4, ""),
+        (["".join(random.Random(0).choices("abcdefghijklm ", k=3000))], 32, ""),
+    ],
+)
+def test_a_monotonous_text_is_noticed(documents, length, reason):
+    tokenizer = byte_tokenizer(adds_bos=len(documents) == 100)
+    rows = calibration_rows(Text("x", tuple(documents)), tokenizer, 24 if length > 4 else 300, length, seed=0)
+    found = monotony(rows)
+    assert reason in found if reason else found == ""
+
+
+def test_a_monotonous_text_is_warned_of(run, checkpoints, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 2000)
+    words = [checkpoints(), "--calibration", text, "--samples", "24", "--seq-len", "32"]
+    for command in (["slice", "--dim", "36", "-o", tmp_path / "out"], ["spectrum", "-o", tmp_path / "spectrum.json"]):
+        done = run("-q", command[0], *words, *command[1:])
+        assert done.exit_code == 0, done.output
+        assert "Warning: The calibration text is monotonous: it has 1 different tokens in 768." in done.stderr
 
 
 def test_files_are_read_as_one_text_or_as_documents(tmp_path):

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slicecli import __version__
-from slicecli.checkpoint import file_digest
-from slicecli.hub.contents import folder_contents
-from slicecli.hub.secrets import find_secrets, find_tokens
+from slicecli.checkpoint.folder import file_digest
+from slicecli.hub.inspection import inspect_folder
 from slicecli.hub.verify import CHECKS, verify_contents, verify_folder
-from slicecli.schema import record_schema, schema_errors
+from slicecli.record.schema import record_schema, schema_errors
+from slicecli.runtime.secrets import find_secrets, find_tokens
+from slicecli.runtime.versions import __version__
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "PlantedInATest" + "0" * 20
@@ -41,8 +41,8 @@ def slices(checkpoints, text_file, tmp_path_factory):
     from click.testing import CliRunner
 
     from slicecli.cli import group
+    from slicecli.proof.tiny import random_model, tiny_config
     from slicecli.testing.checkpoints import save_checkpoint
-    from slicecli.tiny import random_model, tiny_config
 
     folder = tmp_path_factory.mktemp("verified")
 
@@ -605,7 +605,7 @@ def test_whatever_a_record_says_the_checks_go_through(data, record, stock):
         place[path[-1]] = data.draw(near | JSON)
     text = json.dumps(changed)
     (stock / "slicecli.json").write_text(text)
-    findings = verify_contents(folder_contents(stock))
+    findings = verify_contents(inspect_folder(stock))
     assert all(one.check in CHECKS and one.text.isprintable() for one in findings)
     if not any(one.is_error for one in findings):
         assert schema_errors(json.loads(text)) == []

@@ -1,4 +1,4 @@
-"""Train the small Llama that slicecli ships for its demo and tests, and write it to ``slicecli/demo/model``.
+"""Train the small Llama that slicecli ships for its demo and tests, and write it to ``slicecli/data/demo/model``.
 
 Gather documentation prose from installed packages, train a byte-level BPE tokenizer, train the network in
 float32 on the processor with a warm-up, constant, linear decay schedule, then measure, describe and save it
@@ -36,7 +36,7 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from slicecli.demo import text as demo_text  # noqa: E402
+from slicecli.data.demo import text as demo_text  # noqa: E402
 
 LAYERS = 8
 HIDDEN = 96
@@ -583,7 +583,7 @@ docstrings and documentation files of Python's standard library and of packages,
 
 ## Measures
 
-The held-out text is `slicecli.demo.documents("heldout")` of Python {facts["python"]}:
+The held-out text is `slicecli.data.demo.documents("heldout")` of Python {facts["python"]}:
 {facts["held_out_bytes"]:,} bytes, {facts["held_out_tokens"]:,} tokens, from modules and topics chosen by the
 hash of their names. No paragraph of it, nor any run of {NEAR_DUPLICATE_WORDS} words, is in the training
 corpus. Every document is cut into rows of {SHORT_ROW} tokens, each behind `<s>`; the weights are the stored

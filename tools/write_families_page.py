@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from slicecli.adapters import Adapter
-from slicecli.dimensions import Dimensions
-from slicecli.plugins import plugins
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
 from slicecli.testing.adapter_tests import tiny_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"

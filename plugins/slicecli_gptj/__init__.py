@@ -32,7 +32,14 @@ ADAPTER = Adapter(
     final_norm="transformer.ln_f",
     head=Linear("lm_head", "vocab_size", bias=True),
     norm=Norm("layer", epsilon="layer_norm_epsilon", has_bias=True),
-    names=MappingProxyType({"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}),
+    names=MappingProxyType(
+        {
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        }
+    ),
     derived=MappingProxyType(
         {"intermediate_size": lambda config: config.get("n_inner") or 4 * (config.get("n_embd") or 4096)}
     ),

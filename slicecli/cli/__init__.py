@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
-from slicecli import __version__
-from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError
-from slicecli.processes import Processes, started_alone
+from slicecli.cli.standard_output import guard_standard_output
+from slicecli.errors import NotInferredError, OutputError, SlicecliError, SlicecliWarning, UnsupportedModelError
+from slicecli.runtime.distributed import Processes, started_alone
+from slicecli.runtime.versions import __version__
 
 __all__ = ["group", "main", "say_error"]
 
@@ -63,9 +67,10 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error of ours becomes a sentence and an exit code."""
+        """Run a command; an error or a warning of ours becomes a sentence, and an error an exit code."""
         try:
-            return super().invoke(ctx)
+            with _warnings_as_sentences():
+                return super().invoke(ctx)
         except SlicecliError as error:
             # of many processes one is chosen to say it
             if ctx.params.get("verbose") or Processes.find().count > 1:
@@ -75,12 +80,34 @@ class LazyGroup(click.Group):
 
     def _with_plugins(self) -> dict[str, click.Command]:
         """Let plugins add their commands, once; return all that were added."""
-        from slicecli.plugins import plugins
+        from slicecli.family.plugins import plugins
 
         if not getattr(self, "_asked_plugins", False):
             self._asked_plugins = True
             plugins().manager.hook.slicecli_register_commands(group=self)
         return dict(self.commands)
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Print each warning of ours once, as other messages; of many processes only the first says them."""
+    from slicecli.cli.output import warn
+
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+        said: set[str] = set()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, SlicecliWarning):
+                if str(message) not in said:
+                    warn(str(message))
+                said.add(str(message))
+            else:
+                show_others(message, category, *place, **more)
+
+        warnings.simplefilter("always" if Processes.find().is_main else "ignore", SlicecliWarning)
+        warnings.showwarning = show
+        yield
 
 
 def say_error(error: SlicecliError) -> None:
@@ -119,22 +146,34 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _stop)
+    guard_standard_output()
     try:
         processes = Processes.find()
     except SlicecliError as error:
         say_error(error)
         sys.exit(error.exit_code)
+    words = sys.argv[1:]
     if processes.count > 1:
-        from slicecli.cli.launched import run_together
+        from slicecli.cli.launched import is_done_together, run_together
 
-        sys.exit(run_together(group, processes, sys.argv[1:]))
+        if is_done_together(words):
+            sys.exit(run_together(group, processes, words))
+        if not processes.is_main:
+            sys.exit(0)
+        processes.stay_alone()
     if started_alone():
         click.echo(
             "Warning: accelerate launch has started one process. Without GPUs it starts several with --multi_gpu, and "
             "so does torchrun --nproc_per_node N.",
             err=True,
         )
-    group(prog_name="slicecli")
+    try:
+        group(prog_name="slicecli")
+    except OutputError as error:  # of what is printed before there is a command: help, version, completion
+        if {"-v", "--verbose"} & set(words):
+            raise
+        say_error(error)
+        sys.exit(error.exit_code)
 
 
 def _stop(signal_number: int, _frame: Any) -> NoReturn:

@@ -44,7 +44,7 @@ def command(
     if model is not None:
         _scaffold(model, output, revision, token, trust_remote_code, output_format)
         return
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     found = plugins()
     origin = {name: plugin.distribution for plugin in found.loaded for name in plugin.adapters}
@@ -91,10 +91,10 @@ def _scaffold(
     output_format: str,
 ) -> None:
     """Write a plugin package for a model's family."""
-    from slicecli.auto.scaffold import write_package
-    from slicecli.libraries import quiet_libraries
-    from slicecli.plugins import plugins
-    from slicecli.source import Source
+    from slicecli.checkpoint.source import Source
+    from slicecli.family.plugins import plugins
+    from slicecli.infer.scaffold import write_package
+    from slicecli.runtime.libraries import quiet_libraries
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()

@@ -33,7 +33,7 @@ def command() -> None:
 @shared.format_option
 def ls(cache_dir: Path | None, output_format: str) -> None:
     """List what is in the cache, the last used first."""
-    from slicecli.statistics_cache import StatisticsCache
+    from slicecli.slicing.statistics_cache import StatisticsCache
 
     entries = StatisticsCache(cache_dir).entries()
     if output_format == "json":
@@ -67,7 +67,7 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
 @click.pass_obj
 def clear(context: dict[str, Any], /, cache_dir: Path | None) -> None:
     """Remove everything from the cache."""
-    from slicecli.statistics_cache import StatisticsCache
+    from slicecli.slicing.statistics_cache import StatisticsCache
 
     freed = StatisticsCache(cache_dir).clear()
     if not context["quiet"]:

@@ -32,11 +32,13 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
       slicecli card ./my-slice
       slicecli card ./my-slice --curve my-model-sweep/results.json
     """
-    from slicecli.description import enter_curves, write_card
+    from slicecli.checkpoint.source import check_may_change
     from slicecli.errors import RequestError
     from slicecli.hub.card import CARD_FILE
-    from slicecli.json_files import read_json
+    from slicecli.hub.writing import enter_curves, write_card
+    from slicecli.runtime.json import read_json
 
+    check_may_change(folder)
     if curve is None:
         write_card(folder)
     else:

@@ -35,14 +35,14 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     Python installation that runs the program. Nothing is downloaded.
     """
     from slicecli.api import generate_text
-    from slicecli.demo import MODEL_FOLDER
-    from slicecli.engine import run_slices
+    from slicecli.checkpoint.loading import load_model
+    from slicecli.checkpoint.source import Source
+    from slicecli.data.demo import MODEL_FOLDER
     from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
-    from slicecli.libraries import quiet_libraries
-    from slicecli.loading import load_model
-    from slicecli.plan import Width
-    from slicecli.planning import SliceOptions, plan_slices
-    from slicecli.source import Source
+    from slicecli.family.slice_plan import Width
+    from slicecli.jobs.plan import SliceOptions, plan_slices
+    from slicecli.jobs.run import run_slices
+    from slicecli.runtime.libraries import quiet_libraries
 
     settings = SliceOptions(calibration="demo", samples=256, sequence_length=256, overwrite=True)
     folders = [output / f"dim{dim}" for dim in dims]

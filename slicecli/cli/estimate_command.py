@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     help="Predict from what `slicecli spectrum` wrote, by the relation fisher.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at a time.")
-@click.option("--length", type=int, default=2048, show_default=True, metavar="N", help="Tokens of each.")
+@click.option("--length", type=int, metavar="N", help="Tokens of each.  [default: 2048, or the model's longest]")
 @click.option(
     "--device",
     type=shared.TEXT,
@@ -134,7 +134,7 @@ def command(
     curve: str | None,
     spectrum: Path | None,
     batch: int,
-    length: int,
+    length: int | None,
     device: str | None,
     bandwidth: str | None,
     tflops: float | None,
@@ -158,11 +158,10 @@ def command(
       slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
     """
     from slicecli.errors import RequestError
-    from slicecli.estimation.cost import Workload
     from slicecli.estimation.devices import custom_device, device_named
     from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
-    from slicecli.estimation.forecasts import Knowledge, find_forecasts
-    from slicecli.plan import DTYPE_BYTES, Width
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
+    from slicecli.family.slice_plan import DTYPE_BYTES, Width
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -182,7 +181,7 @@ def command(
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
     subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code)
-    knowledge = Knowledge(
+    knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
         dense_perplexity=dense_perplexity,
@@ -202,7 +201,7 @@ def command(
             dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
         else:
             dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
-    result = estimate(subject, dims, Workload(batch, length), accelerator, forecasts)
+    result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)
     document = result.to_json()

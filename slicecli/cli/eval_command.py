@@ -51,19 +51,24 @@ def command(
       slicecli eval ./my-slice --perplexity wikitext2 --tasks piqa,arc_easy
       slicecli eval ./my-slice --tasks questions.jsonl --baseline ./my-model
     """
-    from slicecli.errors import OutputError, RequestError
+    from slicecli.checkpoint.folder import check_results_file
+    from slicecli.checkpoint.source import check_may_change
+    from slicecli.errors import RequestError
     from slicecli.evaluation.measure import evaluate, evaluate_both
-    from slicecli.processes import Processes
-    from slicecli.record import read_sound_record
+    from slicecli.record.record import read_sound_record
+    from slicecli.runtime.distributed import Processes
 
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(
             f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
         )
+    if is_recorded:
+        check_may_change(Path(model))
     is_main = Processes.find().is_main
-    if is_main and output is not None and not output.parent.is_dir():
+    if is_main and output is not None:
         # said now, not after the measuring
-        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+        models = [Path(name).expanduser() for name in (model, baseline) if name is not None]
+        check_results_file(output, models, [Path(name).expanduser() for name in (*chosen["texts"], *chosen["tasks"])])
     options = shared.evaluation_options(chosen, seed=chosen["seed"], revision=chosen["revision"])
     other = None
     with show.progress(context["quiet"]) as watcher:
@@ -74,22 +79,24 @@ def command(
     if not is_main:
         return
     document = found.to_json() if other is None else found.compared_to_json(other)
-    if output is not None:
-        show.write_json(output, document)
-    if is_recorded:
-        _enter(Path(model), document)
-    if output_format == "json":
-        show.print_json(document)
-    elif other is None:
-        _print_one(found)
-    else:
-        _print_both(found, other, document["comparison"])
+    try:
+        if output is not None:
+            show.write_json(output, document)
+        if is_recorded:
+            _enter(Path(model), document)
+    finally:  # whichever of the places cannot be written, the others have the result
+        if output_format == "json":
+            show.print_json(document)
+        elif other is None:
+            _print_one(found)
+        else:
+            _print_both(found, other, document["comparison"])
 
 
 def _enter(folder: Path, document: dict[str, Any]) -> None:
     """Enter results into a slice's record; those of the model it was made from too, and what both say together."""
-    from slicecli.description import enter_results
     from slicecli.estimation.results import fit_results, series_of
+    from slicecli.hub.writing import enter_results
 
     dense = document.get("baseline")
     if dense is not None and not _is_dense_model_of(document, dense):
@@ -97,12 +104,14 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
         dense = None
     curves = [] if dense is None else [one.to_json() for one in fit_results(series_of([dense, document]))]
     measured = (document["perplexity"], document["tasks"])
-    enter_results(folder, *measured, dense and {name: dense[name] for name in ("perplexity", "tasks")}, curves)
+    dense = dense and {name: dense[name] for name in ("perplexity", "tasks")}
+    for remark in enter_results(folder, *measured, dense, curves):
+        show.warn(remark)
 
 
 def _is_dense_model_of(document: dict[str, Any], other: dict[str, Any]) -> bool:
-    names = ("model", "commit")
-    return other["method"] is None and all(document["source"][name] == other["source"][name] for name in names)
+    """Say whether a measured model is the one that a slice was made from: its content, whatever its name."""
+    return other["method"] is None and document["source"]["content"] == other["source"]["content"]
 
 
 def _print_one(found: Evaluation) -> None:

@@ -47,11 +47,14 @@ def command(
     Example:
       slicecli fit dense.json dim3584.json dim3072.json -o curve.json --plot curve.png
     """
+    from slicecli.checkpoint.folder import check_results_file
     from slicecli.estimation.plot import check_plot_file, draw_quality, picture_of_curve
     from slicecli.estimation.results import curves_document, fit_results, fit_shared, read_documents, series_of
 
     if plot is not None:
         check_plot_file(plot)
+    if output is not None:
+        check_results_file(output, inputs=results)
     documents = read_documents(results)
     groups = series_of(documents)
     curves = fit_results(groups, relation)

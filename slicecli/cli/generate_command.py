@@ -11,7 +11,7 @@ from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 if TYPE_CHECKING:
-    from slicecli.placement import DeviceMap, MaxMemory
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
 
 
 @click.command("generate")
@@ -52,14 +52,14 @@ def command(
     output_format: str,
 ) -> None:
     """Continue PROMPT with MODEL, dense or sliced."""
-    from slicecli.inputs import check_sampling
+    from slicecli.runtime.inputs import check_sampling
 
     check_sampling(max_new_tokens, temperature, seed)
 
     from slicecli.api import generate_text
-    from slicecli.libraries import quiet_libraries, running
-    from slicecli.loading import load_model
-    from slicecli.source import Source
+    from slicecli.checkpoint.loading import load_model
+    from slicecli.checkpoint.source import Source
+    from slicecli.runtime.libraries import quiet_libraries, running
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()
@@ -81,4 +81,4 @@ def command(
             }
         )
         return
-    click.echo(prompt + text)
+    show.result(prompt + text)

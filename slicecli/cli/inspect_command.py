@@ -33,11 +33,11 @@ def command(
     For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
     with the check that failed.
     """
-    from slicecli.dimensions import Dimensions
+    from slicecli.checkpoint.load_report import some_of
+    from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
-    from slicecli.planning import find_adapter
-    from slicecli.record import read_sound_record
-    from slicecli.source import Source
+    from slicecli.jobs.plan import find_adapter
+    from slicecli.record.record import read_sound_record
 
     source = Source.find(model, revision, token, trust_remote_code)
     source.check_is_decoder()
@@ -50,7 +50,7 @@ def command(
             show.print_json({"model": source.name, "model_type": kind, "adapter": None, "not_inferred": found})
         raise
     chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
-    dimensions = Dimensions(chosen, fields)
+    dimensions, comparison = source.dimensions(chosen, fields)
     legal = dimensions.legal_dims()
     record = read_sound_record(source.folder)
     document: dict[str, Any] = {
@@ -75,6 +75,8 @@ def command(
             "smallest": legal[0] if legal else None,
             "largest": legal[-1] if legal else None,
         },
+        "unused_tensors": list(comparison.unused),
+        "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
         "declaration": dimensions.declaration(),
     }
@@ -104,6 +106,16 @@ def command(
         show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
     if document["shortcut_obstacle"]:
         show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
+    if comparison.unused:
+        show.note(
+            f"The weight files hold {len(comparison.unused):,} tensors that a model of this config does not use: "
+            f"{some_of(comparison.unused)}."
+        )
+    if comparison.lacking:
+        show.note(
+            f"The weight files lack {len(comparison.lacking):,} parameters of a model of this config: "
+            f"{some_of(comparison.lacking)}."
+        )
     if inference is not None:
         show.note(
             "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "

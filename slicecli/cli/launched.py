@@ -19,13 +19,18 @@ import click
 from slicecli.errors import ProcessError, SlicecliError
 
 if TYPE_CHECKING:
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
-__all__ = ["TOGETHER", "run_together"]
+__all__ = ["TOGETHER", "is_done_together", "run_together"]
 
 TOGETHER = ("slice", "spectrum", "eval", "sweep", "demo")
 # seconds until a process ends even if a library still waits for another that has gone
 LONGEST_END = 20
+
+
+def is_done_together(words: Sequence[str]) -> bool:
+    """Say whether a command is worth sharing; what is not is done by the main process alone."""
+    return next((word for word in words if not word.startswith("-")), "") in TOGETHER
 
 
 def run_together(group: click.Group, processes: Processes, words: Sequence[str]) -> int:
@@ -36,12 +41,6 @@ def run_together(group: click.Group, processes: Processes, words: Sequence[str])
         processes: All of them.
         words: What follows the name of the program.
     """
-    name = next((word for word in words if not word.startswith("-")), "")
-    if name not in TOGETHER:
-        if not processes.is_main:
-            return 0
-        processes.stay_alone()
-        group.main(list(words), prog_name="slicecli")
     # that a connection broke off is said below, in a sentence
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.ExitStack() as stack:
@@ -64,7 +63,7 @@ def _run(
 ) -> tuple[int, SlicecliError | click.ClickException | click.Abort | None]:
     """Run a command; return its exit code, and the error that is to be said."""
     try:
-        processes.join()
+        _join(processes)
         return int(group.main(list(words), prog_name="slicecli", standalone_mode=False) or 0), None
     except (SlicecliError, click.ClickException) as error:
         return error.exit_code, error
@@ -74,6 +73,18 @@ def _run(
     except BaseException as error:
         processes.tell(error)
         raise
+
+
+def _join(processes: Processes) -> None:
+    try:
+        processes.join(_notify)
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def _notify(text: str) -> None:
+    """Say something of any process, also where what it prints is kept silent."""
+    click.echo(text, file=sys.__stderr__)
 
 
 def _say(error: SlicecliError | click.ClickException | click.Abort, is_verbose: bool) -> None:

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slicecli.errors import RequestError
-from slicecli.inputs import local_path, parse_prompt, parse_repository, parse_text, parse_token
-from slicecli.plan import parse_bytes, parse_count
+from slicecli.runtime.inputs import (
+    local_path,
+    parse_bytes,
+    parse_count,
+    parse_prompt,
+    parse_repository,
+    parse_text,
+    parse_token,
+)
 
 if TYPE_CHECKING:
     from slicecli.evaluation.measure import EvaluationOptions
     from slicecli.hub.push import PushOptions
-    from slicecli.placement import DeviceMap, MaxMemory
-    from slicecli.planning import SliceOptions
+    from slicecli.jobs.plan import SliceOptions
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
 
 __all__ = [
     "BYTES",
@@ -222,13 +229,13 @@ def _parse_model(text: str) -> str:
 
 
 def _parse_device_map(text: str) -> DeviceMap:
-    from slicecli.placement import read_device_map
+    from slicecli.runtime.placement import read_device_map
 
     return read_device_map(parse_text(text))
 
 
 def _parse_max_memory(text: str) -> MaxMemory:
-    from slicecli.placement import parse_max_memory
+    from slicecli.runtime.placement import parse_max_memory
 
     return parse_max_memory(text)
 
@@ -475,7 +482,7 @@ def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
         chosen: Values by the names that click gives them.
         **more: Fields of a command's own.
     """
-    from slicecli.planning import SliceOptions
+    from slicecli.jobs.plan import SliceOptions
 
     return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
 

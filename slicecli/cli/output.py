@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slicecli.checkpoint import write_whole_file
+from slicecli.checkpoint.folder import write_whole_file
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = [
     "count",
@@ -79,7 +79,7 @@ def warn(text: str) -> None:
 
 def warn_of_broken_plugins() -> None:
     """Name the plugins that were skipped, and why."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     for plugin in plugins().broken:
         warn(f"plugin {plugin.name} of {plugin.distribution} was skipped: {plugin.error}")
@@ -108,7 +108,7 @@ def size(count: int) -> str:
 def progress(is_quiet: bool) -> Iterator[Progress]:
     """Show progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
     if is_quiet:
-        from slicecli.slicing.state import Silent
+        from slicecli.progress import Silent
 
         yield Silent()
     elif sys.stderr.isatty():

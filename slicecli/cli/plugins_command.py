@@ -14,7 +14,7 @@ from slicecli.cli import output as show
 @shared.format_option
 def command(output_format: str) -> None:
     """List the installed plugins. SLICECLI_PLUGINS chooses: empty loads none, a,b loads those."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     loaded = plugins().loaded
     if output_format == "json":

@@ -85,19 +85,19 @@ def command(
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
-    from slicecli.checkpoint import unfinished_folder
+    from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError
-    from slicecli.plan import Width
+    from slicecli.family.slice_plan import Width
 
     if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
         raise RequestError("--private, --create-pr and --commit-message are of publishing.", "Add --push REPO.")
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
 
-    from slicecli.engine import run_slices
-    from slicecli.libraries import quiet_libraries
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.planning import plan_slices
-    from slicecli.processes import Processes
+    from slicecli.jobs.plan import plan_slices
+    from slicecli.jobs.run import run_slices
+    from slicecli.runtime.distributed import Processes
+    from slicecli.runtime.libraries import quiet_libraries
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     publication = shared.publication_options(chosen)
@@ -120,10 +120,16 @@ def command(
                 f"No plugin knows the type {plan.model_type}: the adapter was inferred, and proved on a small model "
                 f"(logits change by {job.inference.error:.0e} under a rotation)."
             )
+        for one in job.source.companions.left_out:
+            show.note(f"Not taken over: {one.describe()}")
     if dry_run:
+        from slicecli.jobs.preparation import rehearse
+
+        if is_main:
+            rehearse(job)
         if not context["quiet"]:
             show.note(job.describe_places())
-        fields = {**_fields(plan, folder, job.source.commit), "placement": job.places_to_json(), "dry_run": True}
+        fields = {**_fields(plan, folder, job.source), "placement": job.places_to_json(), "dry_run": True}
         _report(fields, output_format)
         return
     try:
@@ -138,7 +144,7 @@ def command(
     for text in report.warnings:
         show.warn(text)
     fields = {
-        **_fields(plan, folder, report.revision),
+        **_fields(plan, folder, job.source),
         "energy_kept": report.energy_kept,
         "statistics": "cache" if report.is_from_cache else "collected",
         "seconds": round(report.seconds, 3),
@@ -169,11 +175,11 @@ def command(
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 
-def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
+def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
     return {
         "output": str(folder),
         "model": plan.model,
-        "revision": revision,
+        "revision": source.commit,
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
@@ -184,6 +190,7 @@ def _fields(plan: Any, folder: Path, revision: str | None) -> dict[str, Any]:
         "sparsity": plan.sparsity,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
+        "left_out": [one.to_json() for one in source.companions.left_out],
     }
 
 

@@ -49,37 +49,35 @@ def command(
     Example:
       slicecli spectrum meta-llama/Meta-Llama-3-8B-Instruct -o spectrum.json
     """
-    from slicecli.errors import OutputError, RequestError
+    from slicecli.checkpoint.folder import check_results_file
+    from slicecli.errors import RequestError
 
     if output is None and output_format != "json":
         raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
-    from slicecli.processes import Processes
+    from slicecli.runtime.distributed import Processes
 
     is_main = Processes.find().is_main
-    if is_main and output is not None and not output.parent.is_dir():
+    if is_main and output is not None:
         # said now, not after the measuring
-        raise OutputError(f"{str(output)!r} cannot be written: there is no such folder.", "Make it first.")
+        check_results_file(output, [Path(model).expanduser()], [Path(chosen["calibration"]).expanduser()])
 
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.spectrum import run_spectrum
+    from slicecli.jobs.spectrum import run_spectrum
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings = shared.slice_options(chosen)
     bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
-        document = run_spectrum(model, settings, watcher)
+        document = run_spectrum(model, settings, watcher, show.warn)
     if not is_main:
         return
-    found = document["calibration"]
-    if found["samples"] < settings.samples:
-        show.warn(
-            f"The text fills {found['samples']} rows of {found['sequence_length']} tokens, not {settings.samples}."
-        )
-    if output is not None:
-        show.write_json(output, document)
-    if output_format == "json":
-        show.print_json(document)
-    else:
-        _print(document)
+    try:
+        if output is not None:
+            show.write_json(output, document)
+    finally:  # if one of the places cannot be written, the other has the result
+        if output_format == "json":
+            show.print_json(document)
+        else:
+            _print(document)
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -64,16 +64,17 @@ def command(
       slicecli sweep ./my-model --dims 3584,3328,3072,2816,2560 --perplexity wikitext2 --tasks piqa
       slicecli estimate ./my-model --curve my-model-sweep/results.json --dim 3200
     """
+    from slicecli.checkpoint.source import name_of_folder
     from slicecli.cli.fit_command import print_curves
     from slicecli.estimation.estimate import USUAL_SPARSITIES
-    from slicecli.memory import bound_memory_that_is_kept
-    from slicecli.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
+    from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
     settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
     bound_memory_that_is_kept()
     path = Path(model)
-    name = path.resolve().name if path.is_dir() else model.rpartition("/")[2]
-    folder = output or Path(f"{name}-sweep")
+    name = name_of_folder(path) if path.is_dir() else model
+    folder = output or Path(f"{name.rpartition('/')[2]}-sweep")
     with show.progress(context["quiet"]) as watcher:
         result = run_sweep(
             model,

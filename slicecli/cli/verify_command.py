@@ -13,7 +13,7 @@ from slicecli.cli import options as shared
 from slicecli.cli import output as show
 
 if TYPE_CHECKING:
-    from slicecli.hub.contents import Contents
+    from slicecli.hub.inspection import Inspection
 
 
 @click.command("verify")
@@ -64,7 +64,7 @@ def command(
     ctx.exit(1 if differences else 0)
 
 
-def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Contents:
+def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Inspection:
     """Look at what is in a folder or a repository.
 
     Raises:
@@ -72,9 +72,9 @@ def _look_at(subject: str, download: bool, revision: str | None, token: str | No
         SourceError: There is no such folder or repository, or it cannot be read.
     """
     from slicecli.errors import RequestError
-    from slicecli.hub.contents import folder_contents
+    from slicecli.hub.inspection import inspect_folder
     from slicecli.hub.verify import examine_repository
-    from slicecli.inputs import describe_shadow, find_folder
+    from slicecli.runtime.inputs import describe_shadow, find_folder
 
     folder = find_folder(subject)
     if folder is not None and (download or revision is not None):
@@ -83,5 +83,5 @@ def _look_at(subject: str, download: bool, revision: str | None, token: str | No
         )
     with nullcontext() if is_quiet else show.progress(False) as watcher:
         if folder is not None:
-            return folder_contents(folder, watcher)
+            return inspect_folder(folder, watcher)
         return examine_repository(subject, revision, token, download, watcher)

@@ -1,7 +1,7 @@
 """What a dense model and its slices cost, from `config.json` alone.
 
-Parameters are counted by the declaration of the family (`slicecli.dimensions`, `slicecli.schedule`); everything else
-follows from them, from the matrices that are declared, and from the config's heads, windows and experts.
+Parameters are counted by the declaration of the family (`slicecli.family`); everything else follows from them, from the
+matrices that are declared, and from the config's heads, windows and experts.
 
 Operations (FLOPs): 2 for each multiply-add. A token meets every matrix once: those that read and write the stream,
 the head, the shortcut matrices of the published method, routers, and of a mixture's experts those it is sent to;
@@ -17,7 +17,7 @@ exactly and the head counted.
 Times are the larger of two bounds (roofline: Williams, Waterman, Patterson, Communications of the ACM 52, 2009):
 bytes read / bandwidth, and operations / peak.
 
-Legend: d hidden size, k dim kept, h query heads, a width of a head, V vocabulary, E experts of which a token meets e.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slicecli.dimensions import Dimensions
 from slicecli.errors import RequestError, UnsupportedModelError
 from slicecli.estimation.devices import Device
-from slicecli.inputs import check_count
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes
-from slicecli.schedule import PublishedSizes, slices_head
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.schedule import PublishedSizes, slices_head
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes
+from slicecli.runtime.inputs import check_count
 
 __all__ = ["Bound", "Cost", "CostModel", "SpeedUp", "Times", "Workload", "speed_up", "times"]
 
@@ -200,7 +200,7 @@ class CostModel:
         self._dimensions = dimensions
         self._published = PublishedSizes(dimensions, slice_head) if method == "slicegpt" else None
         self._slices_head = method == "refit" or slices_head(dimensions, slice_head)
-        self._steps = sum(len(block.steps) for block in dimensions.declared_blocks)
+        self._steps = sum(len(block.sublayers) for block in dimensions.declared_blocks)
         self._windows = Counter(dimensions.window(block) for block in range(dimensions.blocks))
         self._list_matrices()
 
@@ -319,7 +319,7 @@ class CostModel:
         """Return how many values live at once for each token that passes, at most."""
         dimensions, most = self._dimensions, 0
         for block in dict.fromkeys(dimensions.declared_blocks):
-            for step in block.steps:
+            for step in block.sublayers:
                 inner = [0]
                 for branch in step:
                     values = sum(dimensions.width(linear.width) for linear in branch.linears)

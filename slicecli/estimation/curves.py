@@ -4,7 +4,7 @@ A curve says what was fitted to what: relation, parameters with covariance, the 
 were evaluated on and calibrated with, and how well the relation predicts each point from the others. Predictions from
 it carry intervals, see `slicecli.estimation.predictions`.
 
-Legend: s fraction of the hidden size removed.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from slicecli.dimensions import MOST_WIDTH
 from slicecli.errors import RequestError, reason_of, shown
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
-from slicecli.estimation.reading import fields_of, list_of, name_of, real_number, whole_number
+from slicecli.estimation.reading import digest_in, fields_of, list_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import (
     LARGEST_LOGARITHM,
     QUANTITIES,
@@ -33,6 +32,7 @@ from slicecli.estimation.relations import (
     relation_named,
     relations_of,
 )
+from slicecli.family.dimensions import MOST_WIDTH
 
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
 
@@ -149,6 +149,7 @@ class Curve:
             "method": series.method,
             "calibration": series.calibration,
             "evaluation": series.evaluation,
+            "evaluation_sha256": series.digest,
             "settings": dict(self.settings),
             "dense": quoted(series.dense.value),
             "chance": series.dense.chance,
@@ -260,7 +261,7 @@ def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Cu
         model, model_type, method, calibration = names
         series = Series(
             model, model_type, method, calibration, quantity, name_of(fields.get("evaluation"), "evaluation"), dense,
-            tuple(sorted(points, key=lambda one: one.sparsity)),
+            tuple(sorted(points, key=lambda one: one.sparsity)), digest=digest_in(fields, "evaluation_sha256"),
         )  # fmt: skip
         settings = fields_of(fields.get("settings"), "settings")
         for setting, number in settings.items():

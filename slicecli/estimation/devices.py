@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass
 
 from slicecli.errors import RequestError
-from slicecli.plan import parse_bytes
+from slicecli.runtime.inputs import parse_bytes
 
 __all__ = ["DEVICES", "Device", "custom_device", "device_named"]
 

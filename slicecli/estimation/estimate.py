@@ -3,7 +3,7 @@
 Costs are exact (`slicecli.estimation.cost`); quality is predicted, by a relation and with an interval. Nothing is
 loaded and nothing measured, and torch is not imported.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from slicecli.adapters import select_adapter
-from slicecli.dimensions import Dimensions, nearest_in
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
+from slicecli.estimation.origin import Origin, origin_of
 from slicecli.estimation.predictions import FARTHEST
-from slicecli.origin import Origin, origin_of
-from slicecli.plan import DTYPE_BYTES, Method, SliceSizes, Width, preferred_dims, slice_sizes
-from slicecli.planning import SliceOptions, check_method
-from slicecli.plugins import plugins
-from slicecli.source import DESCRIPTION_FILES, Source
+from slicecli.family.context_length import default_length
+from slicecli.family.dimensions import Dimensions, nearest_in
+from slicecli.family.plugins import plugins
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
 
 __all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 
@@ -85,8 +85,8 @@ class Subject:
         Raises:
             SlicecliError: It cannot be read or sliced.
         """
-        check_method(SliceOptions(method=method, slice_head=slice_head), ())
-        source = Source.find(model, revision, token, trust_remote_code, DESCRIPTION_FILES)
+        check_method(method, slice_head)
+        source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
         origin = origin_of(source, found.adapters, found.refusals, adapter)
@@ -94,7 +94,10 @@ class Subject:
         if origin is not None:
             source = origin.source
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
-        dimensions = Dimensions(family, source.fields)
+        if origin is None:
+            dimensions, _ = source.dimensions(family, source.fields)
+        else:
+            dimensions = Dimensions(family, source.fields)  # the weights at hand are the slice's
         sizes = slice_sizes(dimensions, method, slice_head)
         return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
 
@@ -107,6 +110,15 @@ class Subject:
     def layout(self) -> str:
         """How slices would be written."""
         return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
+
+    def workload(self, batch: int = 1, length: int | None = None) -> Workload:
+        """Return what is served: sequences of a length, by default 2048 or the model's longest.
+
+        Raises:
+            RequestError: A number is not positive.
+            SourceError: The config says nonsense of the model's longest.
+        """
+        return Workload(batch, default_length(self.dimensions.context_length) if length is None else length)
 
 
 @dataclass(frozen=True)
@@ -278,9 +290,17 @@ def estimate(
         parameters=lambda dim: costs.sliced(dim, dtype, workload).parameters,
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
+            *_length_note(subject, workload),
             *_notes(slices, forecasts),
         ),
     )
+
+
+def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
+    longest = subject.dimensions.context_length
+    if longest is None or workload.length <= longest:
+        return ()
+    return (f"Sequences of {workload.length:,} tokens are longer than {subject.source.name} can do ({longest:,}).",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.estimation.measurements import Figure, published_figure, published_rows
-from slicecli.front_matter import read_front_matter
-from slicecli.record import read_record
+from slicecli.record.record import read_record
+from slicecli.runtime.front_matter import read_front_matter
 
 __all__ = ["accuracies", "dense_perplexity"]
 

@@ -1,10 +1,10 @@
 """What can be predicted of a model's slices: dense figures, relations and measurements put together.
 
-`Knowledge` is what a user says; whatever is not said is looked for, see `slicecli.estimation.figures`. Each text or
-task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
+`ForecastInputs` is what a user says; whatever is not said is looked for, see `slicecli.estimation.figures`. Each text
+or task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
 else by a relation and the intervals of published measurements.
 
-Legend: k dim kept, s = 1 - k/d, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicecli.dimensions import Dimensions
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
 from slicecli.estimation.figures import accuracies, dense_perplexity
@@ -24,22 +24,22 @@ from slicecli.estimation.predictions import (
     DEFAULT_RELATION,
     FARTHEST,
     Prediction,
+    domain_shift_of,
     known_range,
     predict_new,
-    shift_of,
     spread_of,
 )
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
-from slicecli.inputs import local_path
-from slicecli.json_files import read_json
-from slicecli.plan import Method
-from slicecli.record import read_record
-from slicecli.source import DESCRIPTION_FILES, Source
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.slice_plan import Method
+from slicecli.record.record import read_record
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import read_json
 
-__all__ = ["Forecast", "Knowledge", "find_forecasts", "forecast_by_curve", "forecast_new"]
+__all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
 SPECTRUM_RELATION = "fisher"
 
@@ -109,7 +109,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class ForecastInputs:
     """What a user knows of a model and its slices.
 
     Attributes:
@@ -169,7 +169,7 @@ def _names(quantity: Quantity) -> list[str]:
     return [one.name for one in relations_of(quantity)]
 
 
-def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowledge: Knowledge) -> list[Forecast]:
+def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowledge: ForecastInputs) -> list[Forecast]:
     """Return what can be predicted of a model's slices, perplexity first.
 
     Args:
@@ -205,7 +205,7 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
 
 
 def _forecast_perplexity(
-    source: Source, dimensions: Dimensions, family: str, method: Method, knowledge: Knowledge
+    source: Source, dimensions: Dimensions, family: str, method: Method, knowledge: ForecastInputs
 ) -> Forecast | None:
     """Return the forecast of the perplexity where nobody has a curve of it; `None` without a dense figure."""
     text, hidden_size = knowledge.text, dimensions.hidden_size
@@ -287,7 +287,7 @@ def forecast_new(
         )
     spread = spread_of(chosen.name, quantity, method)
     size = None if parameters is None else math.log(parameters)
-    shift = shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
+    shift = domain_shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,
@@ -402,7 +402,7 @@ def _log_ratio(forecast: Forecast) -> Callable[[float], float]:
     return lambda sparsity: max(0.0, forecast.predict(sparsity).value - level)
 
 
-def _known_curves(source: Source, method: str, knowledge: Knowledge) -> tuple[list[Curve], str] | None:
+def _known_curves(source: Source, method: str, knowledge: ForecastInputs) -> tuple[list[Curve], str] | None:
     """Return the curves to predict by and where they are from: those asked for, else those of a slice that was."""
     if knowledge.curve is not None:
         return _read_curve(knowledge.curve, source)
@@ -423,7 +423,7 @@ def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
         return read_curves(content), path.name
     if path.suffix.lower() == ".json":
         raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
-    holder = Source.find(name, token=source.token, files=DESCRIPTION_FILES)
+    holder = Source.find(name, token=source.token, with_companions=False)
     curve = (read_record(holder.folder) or {}).get("curve")
     if curve is None:
         raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")

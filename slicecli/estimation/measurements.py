@@ -76,6 +76,7 @@ class Series:
         dense: The dense figure.
         points: The slices, by ascending s.
         parameters: Parameters of the dense model, roughly, where sizes are to be told apart.
+        digest: What identifies a text or questions from a file; `None` where the name does.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Series:
     dense: Dense
     points: tuple[Point, ...]
     parameters: float | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)

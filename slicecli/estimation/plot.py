@@ -2,7 +2,7 @@
 
 matplotlib draws without a display; files are written whole or not at all.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slicecli.checkpoint import write_whole_file
+from slicecli.checkpoint.folder import write_whole_file
 from slicecli.errors import RequestError
 from slicecli.estimation.predictions import FARTHEST, Prediction
 from slicecli.estimation.relations import Quantity, quoted_by, quoted_error, relation_named

@@ -3,7 +3,7 @@
 Two states of knowledge, one function each: no measured slice of the model (`predict_new`), or some (`predict_fitted`).
 Every prediction carries its interval, and whether it lies outside what was measured.
 
-Legend: s fraction of the hidden size removed, D = ln(PPL/PPL0).
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, publishe
 from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
 from slicecli.estimation.spectra import study_series
 from slicecli.estimation.spread import (
-    Shift,
+    DomainShift,
     Spread,
     coordinate,
     deviation,
     interval,
-    learn_shift,
+    learn_domain_shift,
     learn_spread,
 )
 
@@ -30,10 +30,10 @@ __all__ = [
     "DEFAULT_RELATION",
     "FARTHEST",
     "Prediction",
+    "domain_shift_of",
     "known_range",
     "predict_fitted",
     "predict_new",
-    "shift_of",
     "spread_of",
 ]
 
@@ -77,10 +77,10 @@ def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
 
 
 @functools.cache
-def shift_of(name: str) -> Shift:
+def domain_shift_of(name: str) -> DomainShift:
     """Return how much more slices lose on another text than they were calibrated on, over published series."""
     own, other = published_series("perplexity"), published_series("perplexity", OTHER_TEXT)
-    return learn_shift(spread_of(name, "perplexity", "slicegpt"), own, other)
+    return learn_domain_shift(spread_of(name, "perplexity", "slicegpt"), own, other)
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def predict_new(
     size: float | None,
     method: str,
     sparsity: float,
-    shift: Shift | None = None,
+    shift: DomainShift | None = None,
 ) -> Prediction:
     """Predict for a model of which no slice is measured.
 

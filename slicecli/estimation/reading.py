@@ -5,14 +5,16 @@ All functions raise `ValueError` with a clause that says what is wrong with what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from slicecli.errors import shown
 
-__all__ = ["fields_of", "list_of", "name_of", "real_number", "whole_number"]
+__all__ = ["digest_in", "fields_of", "list_of", "name_of", "real_number", "whole_number"]
 
 LONGEST_NAME = 255
+_DIGEST = re.compile("[0-9a-f]{64}")
 MOST = 1e306  # the largest perplexity that is written is exp(700)
 
 
@@ -38,6 +40,14 @@ def name_of(value: Any, what: str) -> str:
     """Return a name that can be shown on one line."""
     if not isinstance(value, str) or not value or len(value) > LONGEST_NAME or not value.isprintable():
         raise ValueError(f"{what} is {shown(value)}, not a name")
+    return value
+
+
+def digest_in(fields: Mapping[str, Any], what: str) -> str | None:
+    """Return the SHA-256 in a field, `None` where there is none."""
+    value = fields.get(what)
+    if value is not None and (not isinstance(value, str) or not _DIGEST.fullmatch(value)):
+        raise ValueError(f"{what} is {shown(value)}, not a SHA-256 in hexadecimal")
     return value
 
 

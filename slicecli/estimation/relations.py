@@ -4,20 +4,24 @@ A relation is plain data with two functions, predict and fit. Those on perplexit
 the accuracy itself, between 0 and 1; that is also the scale on which fits are least squares. How far a relation can be
 trusted is not its own business but that of `slicecli.estimation.spread`.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, PPL0 and acc0 the dense figures, D = ln(PPL/PPL0), h the chance level
-of a task; F(k) the Fisher weight of what a width k discards; c, p, b, r are fitted.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from slicecli.errors import RequestError
+from slicecli.errors import PluginError, RequestError, reason_of
+from slicecli.family.plugins import plugins
+
+if TYPE_CHECKING:
+    import pluggy
 
 __all__ = [
     "BUILT_IN",
@@ -315,9 +319,30 @@ def quoted_error(value: float, stderr: float | None, quantity: Quantity) -> floa
 
 def relations_of(quantity: Quantity) -> list[Relation]:
     """Return the relations of a quantity, the built-in ones first, then those of plugins."""
-    from slicecli.plugins import plugins
+    return [one for one in (*BUILT_IN, *_relations_of_plugins(plugins().manager)) if one.quantity == quantity]
 
-    return [one for one in (*BUILT_IN, *plugins().relations) if one.quantity == quantity]
+
+@functools.cache
+def _relations_of_plugins(manager: pluggy.PluginManager) -> tuple[Relation, ...]:
+    """Return the relations that plugins add.
+
+    Raises:
+        PluginError: A plugin fails, or its relation has a name that is taken.
+    """
+    relations: list[Relation] = []
+
+    def register(relation: Relation) -> None:
+        if any((one.name, one.quantity) == (relation.name, relation.quantity) for one in (*BUILT_IN, *relations)):
+            raise ValueError(f"a relation {relation.name!r} for {relation.quantity} is registered already")
+        relations.append(relation)
+
+    try:
+        manager.hook.slicecli_register_relations(register=register)
+    except Exception as error:  # a plugin may raise anything
+        raise PluginError(
+            f"A plugin's relation cannot be registered: {reason_of(error)}.", "Mend it, or leave the plugin out."
+        ) from error
+    return tuple(relations)
 
 
 def relation_named(name: str, quantity: Quantity) -> Relation:

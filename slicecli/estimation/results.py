@@ -2,7 +2,8 @@
 
 An eval document is one measured model; a sweep's holds one of the dense model and one of each slice. Whatever the
 files, documents are grouped by dense model, method, calibration, text or task, and the settings of the measurement:
-what differs in any of these is not one series.
+what differs in any of these is not one series. Texts and tasks are the same where the digests of what was measured are;
+their names are decided anew among all files.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slicecli.dimensions import MOST, MOST_WIDTH
+from slicecli.data.names import Named, distinct_names, most_telling
 from slicecli.errors import RequestError, reason_of, shown
 from slicecli.estimation.curves import MOST_POINTS, Curve, curve_from_json, fit_curve
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.reading import fields_of, name_of, real_number, whole_number
+from slicecli.estimation.reading import digest_in, fields_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, Relation, relation_named, relations_of
 from slicecli.estimation.spread import shared_fit
-from slicecli.json_files import read_json
+from slicecli.family.dimensions import MOST, MOST_WIDTH
+from slicecli.runtime.json import read_json
 
 __all__ = [
     "Group",
@@ -106,12 +108,36 @@ class _Figure:
         stderr: Its standard error.
         chance: What a guess has.
         hidden_size: Of the dense model.
+        measured: Digest of the rows or requests; `None` where it is not known.
+        digest: What identifies a text or questions from a file; `None` where the name does.
     """
 
     value: float
     stderr: float | None
     chance: float | None
     hidden_size: int
+    measured: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What a slice was calibrated on.
+
+    Attributes:
+        text: Name of the text.
+        digest: What identifies a text from a file; `None` where the name does.
+        rows: Their number and length, in words.
+    """
+
+    text: str
+    digest: str | None
+    rows: str
+
+    @property
+    def named(self) -> tuple[str, str | None]:
+        """Name and digest of the text."""
+        return self.text, self.digest
 
 
 @dataclass(frozen=True)
@@ -120,9 +146,10 @@ class _Measured:
 
     Attributes:
         model: The dense model.
+        content: Digest of its content; its name where there is none.
         model_type: Its family.
         method: How a slice was made; empty for the dense model.
-        calibration: On what, in words.
+        calibration: On what; `None` for the dense model.
         dim: Its own width.
         hidden_size: The dense model's.
         settings: How it was measured.
@@ -130,9 +157,10 @@ class _Measured:
     """
 
     model: str
+    content: str
     model_type: str
     method: str
-    calibration: str
+    calibration: _Calibration | None
     dim: int
     hidden_size: int
     settings: Mapping[str, Any]
@@ -156,18 +184,20 @@ class _Measured:
         figures: dict[tuple[Quantity, str], _Figure] = {}
         for text, fields in fields_of(document.get("perplexity"), "perplexity").items():
             figures["perplexity", name_of(text, "a text")] = _figure(
-                fields, f"perplexity on {shown(text)}", hidden_size, 1
+                fields, f"perplexity on {shown(text)}", hidden_size, 1, ("rows_sha256", "text_sha256")
             )
         for task, fields in fields_of(document.get("tasks"), "tasks").items():
             if fields_of(fields, shown(task)).get("value") is not None:
                 figures["accuracy", name_of(task, "a task")] = _figure(
-                    fields, f"figure on {shown(task)}", hidden_size, 0
+                    fields, f"figure on {shown(task)}", hidden_size, 0, ("requests_sha256", "questions_sha256")
                 )
+        model = name_of(source.get("model") or document.get("model"), "model")
         return cls(
-            model=name_of(source.get("model") or document.get("model"), "model"),
+            model=model,
+            content=name_of(source.get("content") or model, "source.content"),
             model_type=name_of(document.get("model_type") or "?", "model_type"),
             method=name_of(document.get("method"), "method") if is_slice else "",
-            calibration=_calibration(fields_of(document.get("calibration"), "calibration")) if is_slice else "",
+            calibration=_calibration(fields_of(document.get("calibration"), "calibration")) if is_slice else None,
             dim=dim,
             hidden_size=hidden_size,
             settings=settings,
@@ -175,7 +205,7 @@ class _Measured:
         )
 
 
-def _figure(value: Any, what: str, hidden_size: int, least: float) -> _Figure:
+def _figure(value: Any, what: str, hidden_size: int, least: float, digests: tuple[str, str]) -> _Figure:
     fields = fields_of(value, what)
     stderr, chance = fields.get("stderr"), fields.get("chance")
     return _Figure(
@@ -183,15 +213,31 @@ def _figure(value: Any, what: str, hidden_size: int, least: float) -> _Figure:
         stderr=None if stderr is None else real_number(stderr, f"stderr of the {what}", 0),
         chance=None if chance is None else real_number(chance, f"chance of the {what}", 0, 1),
         hidden_size=hidden_size,
+        measured=digest_in(fields, digests[0]),
+        digest=digest_in(fields, digests[1]),
     )
 
 
-def _calibration(fields: Mapping[str, Any]) -> str:
-    """Return what a slice was calibrated on, in words."""
+def _calibration(fields: Mapping[str, Any]) -> _Calibration:
     text = name_of(fields.get("text", "unknown"), "calibration.text")
     counts = (fields.get(name) for name in ("samples", "sequence_length"))
     samples, length = ("?" if one is None else whole_number(one, "calibration", 0, MOST) for one in counts)
-    return f"{text}, {samples} x {length} tokens"
+    return _Calibration(text, digest_in(fields, "text_sha256"), f"{samples} x {length} tokens")
+
+
+def _names(read: Sequence[_Measured], quantity: Quantity) -> dict[tuple[str, str | None], str]:
+    """Decide what the texts, or tasks, of documents are called, by the names and digests that they have there."""
+    used = {(name, figure.digest) for one in read for (kind, name), figure in one.figures.items() if kind == quantity}
+    by_digest: dict[str | None, list[str]] = defaultdict(list)
+    for name, digest in used:
+        by_digest[digest].append(name)
+    # the same file may have got a longer name in one document than in another
+    own = {(name, digest): name if digest is None else most_telling(by_digest[digest]) for name, digest in used}
+    if quantity == "perplexity":
+        own |= {one.calibration.named: one.calibration.text for one in read if one.calibration is not None} | own
+    different = sorted({(name, digest) for (_, digest), name in own.items()}, key=str)
+    chosen = dict(zip(different, distinct_names([Named(*one) for one in different]), strict=True))
+    return {key: chosen[name, key[1]] for key, name in own.items()}
 
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -206,36 +252,73 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         raise RequestError(
             f"A results file is not complete: {reason_of(error)}.", "Measure again with this version."
         ) from None
-    dense: dict[tuple[str, ...], _Figure] = {}
-    slices: dict[tuple[str, ...], dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
-    about: dict[tuple[str, ...], _Measured] = {}
+    names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
+    dense: dict[_Key, _Figure] = {}
+    slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
+    about: dict[_Key, _Measured] = {}
     for one in read:
-        for (quantity, evaluation), figure in one.figures.items():
-            settings = tuple(str(one.settings.get(name)) for name in SETTINGS)
-            key = (one.model, quantity, evaluation, *settings)
-            if one.dim == one.hidden_size:
+        for (quantity, name), figure in one.figures.items():
+            settings = tuple(str(one.settings.get(setting)) for setting in SETTINGS)
+            named = names[quantity][name, figure.digest]
+            key = _Key(one.content, quantity, named, figure.measured, settings, model=one.model)
+            if one.calibration is None:
                 dense[key] = figure
             else:
-                own = (*key, one.method, one.calibration)
+                text = names["perplexity"][one.calibration.named]
+                own = dataclasses.replace(key, method=one.method, calibration=f"{text}, {one.calibration.rows}")
                 slices[own][one.dim].append(figure)
                 about[own] = one
     groups = []
     for own, figures in slices.items():
-        key = own[:-2]
+        key = own.of_dense()
         if key not in dense:
-            raise RequestError(
-                f"The results have slices of {key[0]} measured on {key[2]}, and not the dense model.",
-                "Measure it with the same settings (slicecli eval, -o) and give that file too.",
-            )
+            raise RequestError(*_without_dense(own, dense))
         if len(figures) > MOST_POINTS:
-            raise RequestError(f"There are {len(figures)} slices of {key[0]}.", f"Give {MOST_POINTS} at most.")
+            raise RequestError(f"There are {len(figures)} slices of {own.model}.", f"Give {MOST_POINTS} at most.")
         groups.append(_group(own, dense[key], figures, about[own]))
     return sorted(groups, key=lambda group: group.series.quantity != "perplexity")
 
 
-def _group(own: tuple[str, ...], dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: _Measured) -> Group:
-    model, kind, evaluation, *_, method, calibration = own
-    quantity: Quantity = "perplexity" if kind == "perplexity" else "accuracy"
+@dataclass(frozen=True)
+class _Key:
+    """What the figures of one series have in common.
+
+    Attributes:
+        content: Digest of the dense model's content, or its name.
+        quantity: What was measured.
+        evaluation: On which text or task.
+        measured: Digest of the rows or requests.
+        settings: How it was measured.
+        method: How the slices were made; empty for the dense model.
+        calibration: On what, in words; likewise.
+        model: Name of the dense model, which may have several.
+    """
+
+    content: str
+    quantity: Quantity
+    evaluation: str
+    measured: str | None
+    settings: tuple[str, ...]
+    method: str = ""
+    calibration: str = ""
+    model: str = dataclasses.field(default="", compare=False)
+
+    def of_dense(self) -> _Key:
+        """Return that of the dense model."""
+        return dataclasses.replace(self, method="", calibration="")
+
+
+def _without_dense(own: _Key, dense: Iterable[_Key]) -> tuple[str, str]:
+    """Say why slices have no dense figure."""
+    remedy = "Measure it with the same settings (slicecli eval, -o) and give that file too."
+    if any(key == dataclasses.replace(own.of_dense(), measured=key.measured) for key in dense):
+        what = "rows" if own.quantity == "perplexity" else "questions"
+        return f"The dense model {own.model} was measured on other {what} of {own.evaluation} than its slices.", remedy
+    return f"The results have slices of {own.model} measured on {own.evaluation}, and not the dense model.", remedy
+
+
+def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: _Measured) -> Group:
+    quantity = own.quantity
     points = []
     for dim, runs in figures.items():
         found = [pair for run in runs if (pair := _value_and_error(run, quantity)) is not None]
@@ -246,10 +329,15 @@ def _group(own: tuple[str, ...], dense: _Figure, figures: Mapping[int, Sequence[
             stderr = math.hypot(*errors) / len(errors) if errors else None
             points.append(Point(1 - dim / runs[0].hidden_size, value, stderr, dim))
     if quantity == "perplexity" and dense.value <= 1:
-        raise RequestError(f"The dense perplexity of {model} on {evaluation} is {dense.value:g}.", "Measure it again.")
+        raise RequestError(
+            f"The dense perplexity of {own.model} on {own.evaluation} is {dense.value:g}.", "Measure it again."
+        )
     context = Dense(math.log(dense.value)) if quantity == "perplexity" else Dense(dense.value, dense.chance)
     ordered = tuple(sorted(points, key=lambda point: point.sparsity))
-    series = Series(model, about.model_type, method, calibration, quantity, evaluation, context, ordered)
+    series = Series(
+        own.model, about.model_type, own.method, own.calibration, quantity, own.evaluation, context, ordered,
+        digest=dense.digest,
+    )  # fmt: skip
     return Group(series, about.settings)
 
 

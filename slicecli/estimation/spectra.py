@@ -3,7 +3,7 @@
 A spectrum comes from `slicecli spectrum`: one calibration pass and one backward pass over the dense model. How the loss
 of slices compares to it was measured on small models (docs/energy.md); these measurements are bundled (`study.csv`).
 
-Legend: d hidden size, k dim kept, s = 1 - k/d, F(k) the Fisher weight of what width k discards, in nats per token.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from slicecli.dimensions import MOST_WIDTH
 from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
-from slicecli.inputs import local_path
-from slicecli.json_files import load_json
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import load_json
 
 __all__ = ["read_spectrum", "study_models", "study_series"]
 

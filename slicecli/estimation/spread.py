@@ -15,8 +15,7 @@ the published series show, so that an interval widens with the distance from the
 
 Quantiles are those of Student's t, with the degrees of freedom of the variances that matter most.
 
-Legend: D = ln(PPL/PPL0), a hat marks what the relation predicts, s fraction of the hidden size removed, acc0 dense
-accuracy, h chance level.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ __all__ = [
     "CONFIDENCE",
     "FLOOR",
     "Deviation",
-    "Level",
-    "Shift",
+    "DomainShift",
     "Spread",
+    "VarianceComponent",
     "coordinate",
     "deviation",
     "interval",
-    "learn_shift",
+    "learn_domain_shift",
     "learn_spread",
     "shared_fit",
 ]
@@ -88,7 +87,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupEffect:
     """One coefficient of one model.
 
     Attributes:
@@ -103,7 +102,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Level:
+class VarianceComponent:
     """Means and variances of one coefficient over models and families, and its trend with the size of a model.
 
     Attributes:
@@ -122,10 +121,10 @@ class Level:
     model_variance: float
     degrees: int
     middle: float
-    members: tuple[Member, ...]
+    members: tuple[GroupEffect, ...]
 
     @classmethod
-    def learn(cls, members: Sequence[Member], usual_variance: float | None = None) -> Level:
+    def learn(cls, members: Sequence[GroupEffect], usual_variance: float | None = None) -> VarianceComponent:
         """Learn it from the coefficients of several models.
 
         Args:
@@ -217,7 +216,7 @@ def _trend_variance(trends: Sequence[float], sizes: Sequence[float], usual_varia
 
 
 @dataclass(frozen=True)
-class Shift:
+class DomainShift:
     """How much more a slice loses on a text of another kind than it was calibrated on, as an addition to z.
 
     Attributes:
@@ -247,18 +246,20 @@ class Spread:
 
     relation: Relation
     parameters: tuple[float, ...]
-    intercept: Level
-    slope: Level
+    intercept: VarianceComponent
+    slope: VarianceComponent
     calibration_variance: float
     noise_variance: float
-    parameter_levels: tuple[Level, ...]
+    parameter_levels: tuple[VarianceComponent, ...]
 
     def prior(self, family: str) -> Prior:
         """Return what the published series say of the parameters for a new model of a family."""
         found = [level.of_new_model(family) for level in self.parameter_levels]
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
-    def of_new_model(self, family: str, size: float | None, coordinate: float, shift: Shift | None = None) -> Deviation:
+    def of_new_model(
+        self, family: str, size: float | None, coordinate: float, shift: DomainShift | None = None
+    ) -> Deviation:
         """Return what to expect of a model without any measurement.
 
         Args:
@@ -275,7 +276,7 @@ class Spread:
         return Deviation(mean + slope * coordinate, math.sqrt(total), degrees)
 
     def typical_parameters(
-        self, dense: Dense, family: str, size: float | None, shift: Shift | None = None
+        self, dense: Dense, family: str, size: float | None, shift: DomainShift | None = None
     ) -> tuple[float, ...]:
         """Return the parameters of the relation for a model without any measurement: those of the expected loss.
 
@@ -404,18 +405,18 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
     return Spread(
         relation=relation,
         parameters=parameters,
-        intercept=Level.learn(
-            [Member(key[0], float(np.mean(some)), sizes[key]) for key, some in intercepts.items()],
+        intercept=VarianceComponent.learn(
+            [GroupEffect(key[0], float(np.mean(some)), sizes[key]) for key, some in intercepts.items()],
             USUAL_VARIANCE.get(relation.quantity),
         ),
-        slope=Level.learn([Member(key[0], float(np.mean(some))) for key, some in slopes.items()]),
+        slope=VarianceComponent.learn([GroupEffect(key[0], float(np.mean(some))) for key, some in slopes.items()]),
         calibration_variance=within / max(1, repeats),
         noise_variance=max(squares / max(1, degrees), 1e-4),
         parameter_levels=_parameter_levels(relation, usable),
     )
 
 
-def learn_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> Shift:
+def learn_domain_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> DomainShift:
     """Learn how much more is lost on other texts, from models that were measured on both.
 
     Args:
@@ -426,7 +427,7 @@ def learn_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence
     means = [_mean_deviation(spread, series) for series in (own_text, other_text)]
     shifts = [value - means[0][model] for model, value in means[1].items() if model in means[0]]
     variance = float(np.var(shifts, ddof=1)) * (1 + 1 / len(shifts))
-    return Shift(float(np.mean(shifts)), variance, max(float(len(shifts) - 1), FEWEST_DEGREES))
+    return DomainShift(float(np.mean(shifts)), variance, max(float(len(shifts) - 1), FEWEST_DEGREES))
 
 
 def _mean_deviation(spread: Spread, series: Sequence[Series]) -> dict[str, float]:
@@ -449,10 +450,10 @@ def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, st
     return {key: np.mean(np.array(fits), axis=0) for key, fits in by_model.items()}
 
 
-def _parameter_levels(relation: Relation, series: Sequence[Series]) -> tuple[Level, ...]:
+def _parameter_levels(relation: Relation, series: Sequence[Series]) -> tuple[VarianceComponent, ...]:
     fits = own_fits(relation, series) if relation.parameters else {}
     return tuple(
-        Level.learn([Member(family, float(values[index])) for (family, _), values in fits.items()])
+        VarianceComponent.learn([GroupEffect(family, float(values[index])) for (family, _), values in fits.items()])
         for index in range(len(relation.parameters))
     )
 

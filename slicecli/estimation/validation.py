@@ -21,10 +21,10 @@ from slicecli.estimation.predictions import Prediction, predict_fitted, predict_
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
 
-__all__ = ["ANCHOR", "KNOWLEDGE", "Check", "Knowledge", "Row", "check_relations", "summary"]
+__all__ = ["ANCHOR", "KNOWLEDGE", "Check", "ForecastInputs", "Row", "check_relations", "summary"]
 
-Knowledge = Literal["other models", "other families", "one slice"]
-KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
+ForecastInputs = Literal["other models", "other families", "one slice"]
+KNOWLEDGE: tuple[ForecastInputs, ...] = get_args(ForecastInputs)
 ANCHOR = 0.2  # s of the slice that is known
 ANCHOR_RANGE = 0.02
 
@@ -69,7 +69,7 @@ class Check:
     """
 
     relation: Relation
-    knows: Knowledge
+    knows: ForecastInputs
     rows: tuple[Row, ...]
 
 
@@ -97,7 +97,7 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
     return checks
 
 
-def _rows(relation: Relation, usable: Sequence[Series], knows: Knowledge) -> Iterator[Row]:
+def _rows(relation: Relation, usable: Sequence[Series], knows: ForecastInputs) -> Iterator[Row]:
     """Yield the predictions of all points."""
     for model in dict.fromkeys(one.model for one in usable):
         own = [one for one in usable if one.model == model]

@@ -28,13 +28,16 @@ _LEVELS = {
 # a task of many parts, which all have its level
 _PARTS = {"mmlu_": 1 / 4, "blimp_": 1 / 2, "belebele_": 1 / 4, "xcopa_": 1 / 2, "xwinograd_": 1 / 2, "xnli_": 1 / 3}
 _OTHERWISE = ("mmlu_pro", "mmlu_prox")
+# as slicecli.data.names writes it
+_QUESTION_FILE = re.compile(r"\.jsonl( \([0-9a-f]+\))?$", re.IGNORECASE)
 
 
 def chance_level(task: str, choices: Sequence[int] = ()) -> float | None:
     """Return the accuracy that guessing reaches.
 
     Args:
-        task: Name of the task: lm-eval's, or as publications spell it (`ARC-c`, `WinoGrande`).
+        task: Name of the task: lm-eval's, or as publications spell it (`ARC-c`, `WinoGrande`). A `.jsonl` file is no
+            known task, whatever its name.
         choices: For a task that is not known: the number of choices of each of its questions.
 
     Returns:
@@ -44,6 +47,8 @@ def chance_level(task: str, choices: Sequence[int] = ()) -> float | None:
         >>> chance_level("PIQA"), chance_level("mmlu_anatomy"), chance_level("mine", [2, 4])
         (0.5, 0.25, 0.375)
     """
+    if _QUESTION_FILE.search(task):
+        return fmean(1 / count for count in choices) if choices else None
     name = re.sub(r"[^a-z0-9]+", "_", task.lower())
     known = _LEVELS.get(name.replace("_", ""), 1 / 2 if name == "blimp" else None)
     if known is None and not name.startswith(_OTHERWISE):

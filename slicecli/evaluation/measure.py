@@ -15,24 +15,24 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
-from slicecli.engine import check_vocabulary
+from slicecli.checkpoint.loading import load_model
+from slicecli.checkpoint.source import Source
+from slicecli.data.packing import check_vocabulary
+from slicecli.data.text import Text, read_texts
 from slicecli.errors import RequestError
-from slicecli.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
-from slicecli.libraries import quiet_libraries, running
-from slicecli.loading import load_model
-from slicecli.placement import DeviceMap, MaxMemory, batch_rows, describe_map
-from slicecli.planning import pick_sequence_length
-from slicecli.processes import Processes
-from slicecli.record import package_versions, read_sound_record
-from slicecli.source import Source
-from slicecli.text import Text, read_text
+from slicecli.family.context_length import pick_sequence_length
+from slicecli.record.record import known_names, read_sound_record
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
+from slicecli.runtime.libraries import quiet_libraries, running
+from slicecli.runtime.placement import DeviceMap, MaxMemory, batch_rows, describe_map
+from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
-    from slicecli.calibration import Rows
+    from slicecli.data.packing import Rows
     from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.evaluation.tasks import LoadedTask, TaskResult
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["Evaluation", "EvaluationOptions", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
 
@@ -42,7 +42,7 @@ class EvaluationOptions:
     """What to measure, and how.
 
     Attributes:
-        texts: Texts for perplexity, see `slicecli.text.read_text`.
+        texts: Texts for perplexity, see `slicecli.data.text.read_text`; what is given twice is measured once.
         tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
         limit: Only the first so many rows of each text and questions of each task; `None` takes all.
         num_fewshot: Solved examples before each question; `None` leaves it to the task.
@@ -116,15 +116,21 @@ class EvaluationSet:
 
     @classmethod
     def prepare(
-        cls, options: EvaluationOptions, source: Source, tokenizer: Any, progress: Progress | None = None
+        cls,
+        options: EvaluationOptions,
+        source: Source,
+        tokenizer: Any,
+        progress: Progress | None = None,
+        calibration: str | None = None,
     ) -> EvaluationSet:
-        """Read what is to be measured on.
+        """Read what is to be measured on, and name it so that it is told apart, also from what a slice's record has.
 
         Args:
             options: What to measure.
             source: The model, whose longest row counts.
             tokenizer: Its tokenizer.
             progress: Hears of each task.
+            calibration: The text that slices of the model are calibrated on, see `slicecli.data.text.read_text`.
 
         Raises:
             RequestError: The options are not possible for this model, or there is no such task.
@@ -132,13 +138,18 @@ class EvaluationSet:
             SourceError: The tokenizer does not belong to the model.
         """
         options.check()
-        length = pick_sequence_length(source, options.sequence_length) if options.texts else None
-        texts = tuple(read_text(name, "evaluation", options.token) for name in options.texts)
+        length = None
+        if options.texts:
+            length = pick_sequence_length(source.name, source.config(), options.sequence_length)
+        record = read_sound_record(source.folder) or {}
+        taken = known_names(record, "perplexity")
+        texts = read_texts(options.texts, "evaluation", options.token, taken, calibration)
         tasks: tuple[LoadedTask, ...] = ()
         if options.tasks:
             from slicecli.evaluation.tasks import load_tasks
 
-            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress)
+            taken = known_names(record, "tasks")
+            tasks = load_tasks(options.tasks, options.include_path, options.num_fewshot, options.seed, progress, taken)
         return cls(texts, (), tasks, length).packed(options, source, tokenizer)
 
     def packed(self, options: EvaluationOptions, source: Source, tokenizer: Any) -> EvaluationSet:
@@ -150,7 +161,7 @@ class EvaluationSet:
         """
         if self.sequence_length is None:
             return self
-        from slicecli.calibration import evaluation_rows
+        from slicecli.data.packing import evaluation_rows
 
         rows = tuple(evaluation_rows(text, tokenizer, self.sequence_length, options.limit) for text in self.texts)
         for packed in rows:
@@ -174,10 +185,9 @@ class Evaluation:
         hidden_size: Width of the dense model's stream.
         dim: Width of its own: less in a slice.
         method: How a slice was made; `None` for a dense model.
-        source: Id and commit of the dense model that a slice was made from, or of the model itself.
+        source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
         calibration: What the record of a slice says of its calibration.
         settings: What else the numbers depend on.
-        digests: SHA-256 of the token ids of each text.
     """
 
     model: str
@@ -192,7 +202,6 @@ class Evaluation:
     source: Mapping[str, Any]
     calibration: Mapping[str, Any] | None
     settings: Mapping[str, Any]
-    digests: Mapping[str, str]
 
     @property
     def sparsity(self) -> float:
@@ -226,7 +235,7 @@ class Evaluation:
             "method": self.method,
             "source": dict(self.source),
             "calibration": None if self.calibration is None else dict(self.calibration),
-            "evaluation": {**self.settings, "rows": dict(self.digests)},
+            "evaluation": {**self.settings, "rows": {result.text: result.rows_digest for result in self.perplexity}},
         }
 
     def _versions(self) -> dict[str, str]:
@@ -283,11 +292,11 @@ def evaluate_both(
     """
     options.check()
     found = (_find(model, options), _find(baseline, replace(options, revision=None)))
-    if options.texts:
-        length = min(pick_sequence_length(source, options.sequence_length) for source in found)
-        options = replace(options, sequence_length=length)
     for source in found:
         source.check_is_decoder()
+    if options.texts:
+        length = min(pick_sequence_length(one.name, one.config(), options.sequence_length) for one in found)
+        options = replace(options, sequence_length=length)
     with quiet_libraries():
         first = EvaluationSet.prepare(options, found[0], found[0].tokenizer(), progress)
         second = first.packed(options, found[1], found[1].tokenizer())
@@ -340,7 +349,7 @@ def measure_loaded(
                 model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress, processes
             )
     record = read_sound_record(source.folder) or {}
-    origin = record.get("source") or {"model": source.name, "commit": source.commit}
+    origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
     width = int(model.config.hidden_size)
     return Evaluation(
         model=source.name,
@@ -352,7 +361,7 @@ def measure_loaded(
         hidden_size=int(record.get("hidden_size") or width),
         dim=int(record.get("dim") or width),
         method=record.get("method"),
-        source={name: origin.get(name) for name in ("model", "commit")},
+        source={name: origin.get(name) for name in ("model", "commit", "content")},
         calibration=record.get("calibration"),
         settings={
             "limit": options.limit,
@@ -361,7 +370,6 @@ def measure_loaded(
             "seed": options.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        digests={rows.name: rows.digest for rows in prepared.rows},
     )
 
 
@@ -382,7 +390,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
             result.text: {
                 "ratio": math.exp(result.nll - theirs[result.text].nll),
                 "ln_ratio": result.nll - theirs[result.text].nll,
-                "same_rows": evaluation.digests[result.text] == baseline.digests[result.text],
+                "same_rows": result.rows_digest == theirs[result.text].rows_digest,
             }
             for result in evaluation.perplexity
             if result.text in theirs

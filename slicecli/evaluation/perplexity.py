@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from slicecli.calibration import Rows
+from slicecli.data.packing import Rows
 from slicecli.errors import WeightsError
-from slicecli.processes import ALONE, Processes
-from slicecli.slicing.pieces import Pieces
+from slicecli.runtime.distributed import ALONE, Processes
+from slicecli.runtime.microbatch import MicroBatches
 
 __all__ = ["PerplexityResult", "measure_perplexity"]
 
@@ -39,6 +39,8 @@ class PerplexityResult:
         tokens: Predicted tokens.
         sequence_length: Tokens per row.
         bits_per_byte: `nll` in bits per UTF-8 byte of the text.
+        rows_digest: SHA-256 of the token ids, see `slicecli.data.packing.Rows`.
+        text_digest: SHA-256 of a text from a file, see `slicecli.data.text.Text`.
     """
 
     text: str
@@ -48,6 +50,8 @@ class PerplexityResult:
     tokens: int
     sequence_length: int
     bits_per_byte: float
+    rows_digest: str
+    text_digest: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `eval` reports them; a missing standard error is null."""
@@ -58,6 +62,8 @@ class PerplexityResult:
             "tokens": self.tokens,
             "seq_len": self.sequence_length,
             "bits_per_byte": self.bits_per_byte,
+            "rows_sha256": self.rows_digest,
+            "text_sha256": self.text_digest,
         }
 
 
@@ -69,7 +75,7 @@ def measure_perplexity(
 
     Args:
         model: A transformers causal language model in evaluation mode.
-        rows: What `slicecli.calibration.evaluation_rows` returns.
+        rows: What `slicecli.data.packing.evaluation_rows` returns.
         batch_size: Rows per forward pass.
         progress: Hears of each batch.
         processes: Those that measure together, each on its share of the rows.
@@ -89,9 +95,9 @@ def measure_perplexity(
         logits = model(input_ids=ids.to(device), use_cache=False).logits
         return _row_sums(logits, ids.to(logits.device)).cpu()
 
-    row_sums, pieces = [], Pieces()
+    row_sums, micro_batches = [], MicroBatches()
     for batch in batches:
-        row_sums += [sums for _, sums in pieces.run(measure, batch)]
+        row_sums += [sums for _, sums in micro_batches.run(measure, batch)]
         if progress is not None:
             progress.advance()
     predicted = rows.sequence_length - 1
@@ -109,6 +115,8 @@ def measure_perplexity(
         tokens=predicted * len(row_means),
         sequence_length=rows.sequence_length,
         bits_per_byte=nll / math.log(2) / rows.bytes_per_token,
+        rows_digest=rows.digest,
+        text_digest=rows.text_digest,
     )
 
 

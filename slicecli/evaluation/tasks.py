@@ -15,10 +15,12 @@ import copy
 import difflib
 import hashlib
 import io
+import json
 import logging
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,23 +34,26 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from slicecli.calibration import check_embedded
+from slicecli.data.names import ANOTHER, Named, distinct_names, without_repeats
+from slicecli.data.packing import check_embedded
+from slicecli.data.questions import Question, read_questions
 from slicecli.errors import RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
 from slicecli.evaluation.chance import chance_level
-from slicecli.evaluation.questions import Question, read_questions
-from slicecli.hub.errors import describe_hub_error, is_of_settings, remedy_of_hub_error
-from slicecli.inputs import local_path
-from slicecli.placement import batch_rows
-from slicecli.processes import ALONE, Processes
-from slicecli.slicing.pieces import Pieces, together
+from slicecli.family.context_length import context_length_of_config
+from slicecli.runtime.distributed import ALONE, Processes
+from slicecli.runtime.hub_errors import describe_hub_error, is_of_settings, remedy_of_hub_error
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.microbatch import MicroBatches, concat
+from slicecli.runtime.placement import batch_rows
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc_norm", "acc")
+_DEFINITION = re.compile(r"""^(task|group):[ \t]*["']?([^\s"'#\[]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
 # for the metrics, few, whose standard error has no formula
 BOOTSTRAP_SAMPLES = 1000
 
@@ -58,12 +63,14 @@ class LoadedTask:
     """What one name stands for.
 
     Attributes:
-        name: The name as it was given; of a file, its own.
+        name: The name as it was given; of a file, its own, with as many of its folders as tell it from other tasks.
         loaded: The tasks, and groups of tasks, as lm-eval's task manager returns them.
+        digest: SHA-256 of a file's questions; `None` of a task that its name identifies.
     """
 
     name: str
     loaded: Mapping[str, Any]
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class TaskResult:
         samples: Number of questions.
         num_fewshot: Number of solved examples before each question.
         metrics: Value and standard error of every metric.
+        requests_digest: SHA-256 of all that the model was asked, examples included, and of what is right.
+        questions_digest: SHA-256 of all questions of a file; `None` of a task that its name identifies.
         scores: The metric of each question, in the order of the task; empty for a group.
     """
 
@@ -91,6 +100,8 @@ class TaskResult:
     samples: int
     num_fewshot: int
     metrics: Mapping[str, tuple[float, float]]
+    requests_digest: str
+    questions_digest: str | None
     scores: tuple[float, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +117,8 @@ class TaskResult:
                 name: {"value": _finite(value), "stderr": _finite(stderr)}
                 for name, (value, stderr) in self.metrics.items()
             },
+            "requests_sha256": self.requests_digest,
+            "questions_sha256": self.questions_digest,
         }
 
 
@@ -115,8 +128,9 @@ def load_tasks(
     num_fewshot: int | None = None,
     seed: int = 1234,
     progress: Progress | None = None,
+    taken: Mapping[str, str | None] | None = None,
 ) -> tuple[LoadedTask, ...]:
-    """Find tasks and read their data.
+    """Find tasks and read their data, each once by however many paths a file is given.
 
     Args:
         names: Names of lm-eval, with `*` for several; of tasks in `include_path`; `.jsonl` files; `demo`.
@@ -125,32 +139,37 @@ def load_tasks(
             keeps none.
         seed: Seed of whatever a task draws.
         progress: Hears of each task.
+        taken: Names of other tasks beside which they will stand, with the digests of those from files.
 
     Raises:
-        RequestError: There is no such task.
+        RequestError: There is no such task, or two have the same name and nothing tells them apart.
         TextError: Its questions or its data set cannot be read.
     """
-    names = tuple(dict.fromkeys(names))
+    given = without_repeats(names, _is_file)
     if progress is not None:
-        progress.start("tasks", len(names))
-    found = []
+        progress.start("tasks", len(given))
+    own = {name: questions for name in given if (questions := _own_questions(name)) is not None}
+    found: dict[str, LoadedTask] = {}
     with _quiet():
         managers = _Managers(include_path)
-        for name in names:
-            _seed_everything(seed)
-            questions = _own_questions(name)
-            if questions is None:
-                specs, manager = managers.find(name)
-                loaded = _load(name, specs, manager)
-            else:
-                name = Path(name).name
-                loaded = _load(name, [_task_of(name, questions)], managers.local)
-            for task in loaded["tasks"].values():
-                _set_fewshot(task, num_fewshot)
-            found.append(LoadedTask(name, loaded))
+        for name in given:
+            if name not in own:
+                found[name] = _load(name, *managers.find(name), num_fewshot, seed)
+                if progress is not None:
+                    progress.advance(name)
+        taken = dict(taken or {})
+        for task in found.values():
+            members = [*task.loaded["tasks"], *task.loaded.get("groups", ())]
+            managers.check_are_defined_once(members)
+            taken |= dict.fromkeys(members, ANOTHER)
+        wanted = [_named(name, questions) for name, questions in own.items()]
+        for name, one, chosen in zip(own, wanted, distinct_names(wanted, taken), strict=True):
+            specs = [_task_of(chosen, own[name])]
+            found[name] = _load(chosen, specs, managers.local, num_fewshot, seed, one.digest)
             if progress is not None:
-                progress.advance(name)
-    return tuple(found)
+                progress.advance(chosen)
+    # two of one name have the same content
+    return tuple({found[name].name: found[name] for name in given}.values())
 
 
 @torch.no_grad()
@@ -209,7 +228,7 @@ def measure_tasks(
                 )
             harness.cut = 0
             for name in measured["results"]:
-                result = _result(name, members.get(name), measured)
+                result = _result(name, members.get(name), measured, task.digest)
                 if result is not None:
                     results[name] = result
     return tuple(results.values())
@@ -222,9 +241,15 @@ class _Harness(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes) -> None:
-        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size or 1)
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size or 1,
+            max_length=context_length_of_config(model.config),
+        )
         self._processes = processes
-        self._pieces = Pieces()
+        self._pieces = MicroBatches()
         self._chooses_batches = batch_size is None
         self.cut = 0  # requests that were too long, since somebody asked
         self._vocabulary = model.get_input_embeddings().num_embeddings
@@ -246,12 +271,12 @@ class _Harness(HFLM):  # type: ignore[misc]
         return self._answers(super().generate_until, requests)
 
     def _model_call(self, inps: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        """Return the logits of a batch, in pieces where the memory does not take it whole."""
+        """Return the logits of a batch, in micro_batches where the memory does not take it whole."""
         if arguments or named:
             logits: torch.Tensor = super()._model_call(inps, *arguments, **named)
             return logits
         call = super()._model_call
-        return together([some for _, some in self._pieces.run(call, inps)])
+        return concat([some for _, some in self._pieces.run(call, inps)])
 
     def _answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         """Answer this process's share of requests, and return the answers to all."""
@@ -323,6 +348,20 @@ class _Managers:
         self._folder = str(local_path(include_path)) if include_path is not None else None
         self.local = TaskManager(include_path=self._folder, include_defaults=False)
         self._all: TaskManager | None = None
+        self._files: dict[str, list[str]] | None = None
+
+    def check_are_defined_once(self, names: Sequence[str]) -> None:
+        """Refuse tasks that two of the user's files define: lm-eval would take the first.
+
+        Raises:
+            RequestError: There is one.
+        """
+        if self._folder is not None and self._files is None:
+            self._files = _defining_files(Path(self._folder))
+        for name in names:
+            files = (self._files or {}).get(name, [])
+            if len(files) > 1:
+                raise RequestError(f"Two files define the task {name!r}: {files[0]} and {files[1]}.", "Rename one.")
 
     def find(self, name: str) -> tuple[list[Any], TaskManager]:
         """Return the tasks that a name stands for and the manager that knows them.
@@ -344,14 +383,36 @@ class _Managers:
         return matches, self._all
 
 
+def _defining_files(folder: Path) -> dict[str, list[str]]:
+    """Return the YAML files below a folder that define a task or a group, by its name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        names = dict(_DEFINITION.findall(path.read_text(encoding="utf-8", errors="replace")))
+        name = names.get("group") or names.get("task")  # the tasks of a group are defined elsewhere
+        if name is not None:
+            found.setdefault(name, []).append(path.relative_to(folder).as_posix())
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix.lower() == ".jsonl"
+
+
 def _own_questions(name: str) -> tuple[Question, ...] | None:
     """Return the questions of a file or of the demo; `None` for any other name."""
     if name == "demo":
-        from slicecli.demo.questions import questions
+        from slicecli.data.demo.questions import questions
 
         return questions()
-    path = local_path(name)
-    return read_questions(path) if path.suffix.lower() == ".jsonl" else None
+    return read_questions(local_path(name)) if _is_file(name) else None
+
+
+def _named(given: str, questions: Sequence[Question]) -> Named:
+    """Return what the name of questions is decided by."""
+    if not _is_file(given):
+        return Named(given)
+    content = json.dumps([[question.query, question.choices, question.gold] for question in questions])
+    return Named.file(local_path(given), hashlib.sha256(content.encode()).hexdigest())
 
 
 def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
@@ -377,7 +438,15 @@ def _task_of(name: str, questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _load(name: str, specs: list[Any], manager: TaskManager) -> Mapping[str, Any]:
+def _load(
+    name: str,
+    specs: list[Any],
+    manager: TaskManager,
+    num_fewshot: int | None,
+    seed: int,
+    digest: str | None = None,
+) -> LoadedTask:
+    _seed_everything(seed)
     try:
         loaded: Mapping[str, Any] = manager.load(specs)
     except Exception as error:  # a task may run code of its own, and its data set may be anywhere
@@ -389,7 +458,9 @@ def _load(name: str, specs: list[Any], manager: TaskManager) -> Mapping[str, Any
         ) from error
     if not loaded["tasks"]:
         raise TextError(f"The task {name!r} is empty.", "Check its definition.")
-    return loaded
+    for task in loaded["tasks"].values():
+        _set_fewshot(task, num_fewshot)
+    return LoadedTask(name, loaded, digest)
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
@@ -401,7 +472,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=0)
 
 
-def _result(name: str, task: Any, measured: Mapping[str, Any]) -> TaskResult | None:
+def _result(name: str, task: Any, measured: Mapping[str, Any], digest: str | None) -> TaskResult | None:
     """Return what lm-eval found on a task, or on a group where `task` is none; `None` if the group has no value."""
     fields = measured["results"][name]
     metrics: dict[tuple[str, str], tuple[float, float]] = {}
@@ -425,8 +496,21 @@ def _result(name: str, task: Any, measured: Mapping[str, Any]) -> TaskResult | N
         samples=int(fields["sample_len"]),
         num_fewshot=int(measured["n-shot"].get(name) or 0),
         metrics={_metric_name(key): found for key, found in metrics.items()},
+        requests_digest=_requests_digest(name, measured),
+        questions_digest=digest,
         scores=scores,
     )
+
+
+def _requests_digest(name: str, measured: Mapping[str, Any]) -> str:
+    """Return the digest of what was asked in a task, or in all members of a group."""
+    samples = measured["samples"].get(name, ())
+    asked: list[Any]
+    if samples:
+        asked = [(one["arguments"], one["target_hash"]) for one in samples if one["filter"] == samples[0]["filter"]]
+    else:
+        asked = [_requests_digest(member, measured) for member in sorted(measured["group_subtasks"].get(name, ()))]
+    return hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _metric_name(key: tuple[str, str]) -> str:

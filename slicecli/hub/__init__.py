@@ -1,1 +1,1 @@
-"""What touches the Hugging Face Hub beyond a plain download: error texts, and the model card."""
+"""Publishing: what a slice says of itself, its card, checks against its record, and the Hub."""

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slicecli import __version__
 from slicecli.errors import OutputError
-from slicecli.hub.markdown import code, code_block, heading, prose
 from slicecli.hub.metadata import base_model_of, card_metadata
+from slicecli.runtime.markdown import code, code_block, heading, prose
+from slicecli.runtime.versions import __version__
 
 __all__ = ["CARD_FILE", "PLOT_FILE", "Card", "read_card", "render_body", "render_card"]
 
@@ -200,6 +200,8 @@ def _measured(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for text, figure in (results.get("perplexity") or {}).items():
         before = (dense.get("perplexity") or {}).get(text)
         what = f"perplexity, {figure['tokens']:,} tokens in rows of {figure['seq_len']}"
+        if figure["text_sha256"] is not None and figure["text_sha256"] == record["calibration"]["text_sha256"]:
+            what += ", of the text it was calibrated on"
         yield {"what": text, "metric": what, "dense": _cell(before, 3), "slice": _cell(figure, 3)}
     for task, figure in (results.get("tasks") or {}).items():
         before = (dense.get("tasks") or {}).get(task)

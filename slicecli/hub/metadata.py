@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.hub.markdown import visible
-from slicecli.inputs import is_repository_name
-from slicecli.text import NAMED_TEXTS
+from slicecli.data.text import NAMED_TEXTS
+from slicecli.runtime.inputs import is_repository_name
+from slicecli.runtime.markdown import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -106,10 +106,11 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
     for text, figure in (results.get("perplexity") or {}).items():
         if figure["value"] is not None:
             known = NAMED_TEXTS.get(text)
+            kind, config = (known.dataset, known.config) if known else _dataset(text, figure["text_sha256"])
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=known.dataset if known else visible(text),
-                dataset_config=known.config if known else None,
+                dataset_type=kind,
+                dataset_config=config,
                 dataset_name=visible(text),
                 metric_type="perplexity",
                 metric_value=figure["value"],
@@ -118,11 +119,19 @@ def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:
     for task, figure in (results.get("tasks") or {}).items():
         if figure["value"] is not None:
             how = f"{figure['num_fewshot']} examples, {figure['samples']} questions"
+            kind, config = _dataset(task, figure["questions_sha256"])
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=visible(task),
+                dataset_type=kind,
+                dataset_config=config,
                 dataset_name=visible(task),
                 metric_type=visible(figure["metric"]),
                 metric_value=figure["value"],
                 metric_name=f"{visible(figure['metric'])}, {how}",
             )
+
+
+def _dataset(name: str, digest: str | None) -> tuple[str, str | None]:
+    """Return type and configuration of a text or task: a file in a folder would pass for a dataset of somebody's."""
+    shown = visible(name)
+    return (shown, None) if digest is None or "/" not in shown else (shown.rpartition("/")[2], shown)

@@ -6,19 +6,20 @@ slice stays whole on this machine, and pushing again completes what is missing.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint import RECORD_FILE, file_digest
-from slicecli.description import enter_repository, own_files
+from slicecli.checkpoint.folder import RECORD_FILE, file_digest
 from slicecli.errors import OutputError, PublishError
 from slicecli.hub.card import CARD_FILE
-from slicecli.hub.client import patiently, quiet_client
-from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
-from slicecli.inputs import parse_repository
+from slicecli.hub.writing import enter_repository, own_files
+from slicecli.runtime.hub_client import patiently, quiet_client
+from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
+from slicecli.runtime.inputs import parse_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -155,7 +156,7 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
                     commit_message=options.commit_message or _message(folder),
                     revision=options.revision,
                     create_pr=options.create_pr,
-                    allow_patterns=list(files),
+                    allow_patterns=[glob.escape(file) for file in files],
                     delete_patterns=REPLACED,
                 )
 
@@ -184,7 +185,7 @@ def _client(options: PushOptions) -> HfApi:
 
 
 def _message(folder: Path) -> str:
-    from slicecli.record import read_record
+    from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
     return f"{record['source']['model']} sliced to hidden size {record['dim']}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slicecli.errors import SourceError
-from slicecli.hub.errors import describe_hub_error, remedy_of_hub_error
 from slicecli.hub.metadata import TAGS
-from slicecli.inputs import check_count, parse_repository
+from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
+from slicecli.runtime.inputs import check_count, parse_repository
 
 __all__ = ["PublishedSlice", "find_slices"]
 

@@ -3,7 +3,7 @@
 A record vouches for nothing by itself: whoever changes weights can change the record with them. What is found here is
 damage, and what was changed in one place and not in the others.
 
-Legend: d hidden size, k dim kept, s = 1 - k/d.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -16,26 +16,23 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from slicecli import __version__
-from slicecli.checkpoint import RECORD_FILE
+from slicecli.checkpoint.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
+from slicecli.checkpoint.folder import RECORD_FILE
+from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
+from slicecli.checkpoint.weight_files import INDEX_FILE, entry_file
+from slicecli.errors import WeightsError
+from slicecli.family.schedule import Schedule
+from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
-from slicecli.hub.contents import (
-    WEIGHT_SUFFIXES,
-    Contents,
-    download_repository,
-    folder_contents,
-    repository_contents,
-)
-from slicecli.hub.markdown import visible
+from slicecli.hub.inspection import Inspection, download_repository, inspect_folder, inspect_repository
 from slicecli.hub.metadata import card_metadata
-from slicecli.hub.secrets import find_paths, find_tokens
 from slicecli.modeling import AUTO_MAP, CONFIG_TYPE
-from slicecli.plan import DTYPE_BYTES, DTYPE_CODES
-from slicecli.schedule import Schedule
-from slicecli.source import COMPANION_FILES, INDEX_FILE, SINGLE_FILE
+from slicecli.runtime.markdown import visible
+from slicecli.runtime.secrets import find_paths, find_tokens
+from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
-    from slicecli.slicing.state import Progress
+    from slicecli.progress import Progress
 
 __all__ = [
     "CHECKS",
@@ -53,15 +50,12 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
-# what is run or unpickled by whoever loads a model, or by whoever opens it
-_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh"})
 # what loading reads besides; an adapter's config can make it load another model
-_LOADED_FILES = (*COMPANION_FILES, CONFIG_FILE, "adapter_config.json", "*.index.json", "*.jinja")
+_LOADED_FILES = (*KNOWN_FILES, CONFIG_FILE, "adapter_config.json", "*.index.json", "*.jinja")
 _LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # what becomes neither a parameter nor a bias is called otherwise, in every family of transformers
 _PARAMETER_NAMES = (".weight", ".bias")
 _WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
-_VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "added_tokens.json", "*.model")
 TOLERANCE = 1e-9
 MOST_CHARACTERS = 120
 
@@ -92,7 +86,7 @@ def verify_folder(folder: Path, tokens: Sequence[str] = (), progress: Progress |
     Raises:
         SourceError: A file cannot be read.
     """
-    return verify_contents(folder_contents(folder, progress), tokens)
+    return verify_contents(inspect_folder(folder, progress), tokens)
 
 
 def verify_repository(
@@ -118,52 +112,56 @@ def examine_repository(
     token: str | None = None,
     download: bool = False,
     progress: Progress | None = None,
-) -> Contents:
+) -> Inspection:
     """Look at what is in a repository, see `verify_repository`.
 
     Raises:
         SourceError: It does not exist or cannot be reached.
     """
     if download:
-        return folder_contents(download_repository(repository, revision, token), progress, repository)
-    return repository_contents(repository, revision, token, progress)
+        return inspect_folder(download_repository(repository, revision, token), progress, repository)
+    return inspect_repository(repository, revision, token, progress)
 
 
-def verify_contents(contents: Contents, tokens: Sequence[str] = ()) -> list[Finding]:
+def verify_contents(inspection: Inspection, tokens: Sequence[str] = ()) -> list[Finding]:
     """Make all checks that can be made; without a sound record most cannot.
 
     Args:
-        contents: What is there.
+        inspection: What is there.
         tokens: Tokens that must not be in a file, besides those that the program knows.
     """
-    checks: list[Callable[[Contents], Iterator[Finding]]] = [check_record]
-    if not contents.faults:
+    checks: list[Callable[[Inspection], Iterator[Finding]]] = [check_record]
+    if not inspection.faults:
         checks += [check_files, check_counts, check_config, check_card]
-    found = [finding for check in checks for finding in check(contents)]
-    return [*found, *check_secrets(contents, tokens)]
+    found = [finding for check in checks for finding in check(inspection)]
+    return [*found, *check_secrets(inspection, tokens)]
 
 
-def check_record(contents: Contents) -> Iterator[Finding]:
+def check_record(inspection: Inspection) -> Iterator[Finding]:
     """Check that there is a record and that it fits its schema."""
-    if RECORD_FILE not in contents.sizes:
+    if RECORD_FILE not in inspection.sizes:
         yield _error("record", f"there is no {RECORD_FILE}, so this is no slice")
-    elif contents.record is None:
+    elif inspection.record is None:
         yield _error("record", f"{RECORD_FILE} is no JSON")
     else:
-        yield from (_error("record", f"{RECORD_FILE}: {fault}") for fault in contents.faults)
-    if contents.is_published and not contents.faults and contents.record["repository"] not in (None, contents.name):
-        yield _note("record", f"it says that the slice is published as {contents.record['repository']}")
+        yield from (_error("record", f"{RECORD_FILE}: {fault}") for fault in inspection.faults)
+    if (
+        inspection.is_published
+        and not inspection.faults
+        and inspection.record["repository"] not in (None, inspection.name)
+    ):
+        yield _note("record", f"it says that the slice is published as {inspection.record['repository']}")
 
 
-def check_files(contents: Contents) -> Iterator[Finding]:
+def check_files(inspection: Inspection) -> Iterator[Finding]:
     """Check that the recorded files are there as they were, and that there is no other that loading would read."""
-    recorded = {**contents.record["weights"], **contents.record["files"]}
+    recorded = {**inspection.record["weights"], **inspection.record["files"]}
     for file, digest in recorded.items():
-        if file not in contents.sizes:
+        if file not in inspection.sizes:
             yield _error("files", f"{file} is missing")
-        elif contents.digests[file] != digest:
+        elif inspection.digests[file] != digest:
             yield _error("files", f"{file} is not the file that was recorded")
-    for file in contents.sizes:
+    for file in inspection.sizes:
         if file in recorded or file in (RECORD_FILE, CARD_FILE):
             continue
         if _is_loaded(file):
@@ -174,15 +172,15 @@ def check_files(contents: Contents) -> Iterator[Finding]:
 
 def _is_loaded(file: str) -> bool:
     path = PurePosixPath(file)
-    if path.suffix.lower() in WEIGHT_SUFFIXES | _CODE_SUFFIXES:
+    if path.suffix.lower() in WEIGHT_SUFFIXES | CODE_SUFFIXES:
         return True
     is_legal = any(fnmatch(path.name, pattern) for pattern in _LEGAL_FILES)
     return not is_legal and any(fnmatch(path.name, pattern) for pattern in _LOADED_FILES)
 
 
-def check_counts(contents: Contents) -> Iterator[Finding]:
+def check_counts(inspection: Inspection) -> Iterator[Finding]:
     """Check that the numbers of the record follow from one another, and from the heads of the weight files."""
-    record = contents.record
+    record = inspection.record
     sliced, count_of_bytes = record["parameters"]["sliced"], record["bytes"]["sliced"]
     sparsity = 1 - record["dim"] / record["hidden_size"]
     if abs(record["sparsity"] - sparsity) > TOLERANCE:
@@ -204,12 +202,12 @@ def check_counts(contents: Contents) -> Iterator[Finding]:
             "counts",
             f"{rows['samples']} rows of {rows['sequence_length']} tokens are not {rows['tokens']:,} calibration tokens",
         )
-    yield from _check_tensors(contents)
+    yield from _check_tensors(inspection)
 
 
-def _check_tensors(contents: Contents) -> Iterator[Finding]:
-    record = contents.record
-    for file, tensors in contents.tensors.items():
+def _check_tensors(inspection: Inspection) -> Iterator[Finding]:
+    record = inspection.record
+    for file, tensors in inspection.tensors.items():
         if tensors is None:
             yield _error("counts", f"{file} is no safetensors file, or a damaged one")
         else:
@@ -219,7 +217,7 @@ def _check_tensors(contents: Contents) -> Iterator[Finding]:
                 yield _error(
                     "counts", f"{file} has tensors of dtype {', '.join(sorted(other))}, the record says {code}"
                 )
-    known = {file: tensors for file, tensors in contents.tensors.items() if tensors is not None}
+    known = {file: tensors for file, tensors in inspection.tensors.items() if tensors is not None}
     if known.keys() != record["weights"].keys():
         return  # without all of them nothing can be counted
     elements = sum(one.elements for tensors in known.values() for one in tensors.values())
@@ -240,17 +238,24 @@ def _check_tensors(contents: Contents) -> Iterator[Finding]:
         yield _note(
             "counts", f"the weight files hold {surplus:,} numbers more than the parameters: buffers of the model"
         )
-    yield from _check_index(contents, {name: file for file, tensors in known.items() for name in tensors}, elements)
+    yield from _check_index(inspection, {name: file for file, tensors in known.items() for name in tensors}, elements)
 
 
-def _check_index(contents: Contents, file_of: Mapping[str, str], elements: int) -> Iterator[Finding]:
+def _check_index(inspection: Inspection, file_of: Mapping[str, str], elements: int) -> Iterator[Finding]:
     """Check that the index leads to each tensor."""
-    record = contents.record
-    if INDEX_FILE not in contents.texts:
-        if list(record["weights"]) != [SINGLE_FILE]:
-            yield _error("counts", f"{INDEX_FILE} is missing, without which the weight files are not found")
+    record = inspection.record
+    try:
+        entry = entry_file(inspection.sizes, _json_of(inspection, CONFIG_FILE))
+    except WeightsError as error:
+        yield _error("counts", error.cause)
         return
-    index = _json_of(contents, INDEX_FILE)
+    if entry != INDEX_FILE:
+        if entry is None:
+            yield _error("counts", f"{INDEX_FILE} is missing, without which the weight files are not found")
+        elif list(record["weights"]) != [entry]:
+            yield _error("counts", f"transformers reads {entry}, and not the weight files of the record")
+        return
+    index = _json_of(inspection, INDEX_FILE)
     if index.get("weight_map") != file_of:
         yield _error("counts", f"{INDEX_FILE} does not lead to the tensors that are in the weight files")
     total = elements * DTYPE_BYTES[record["dtype"]]
@@ -260,9 +265,9 @@ def _check_index(contents: Contents, file_of: Mapping[str, str], elements: int) 
         yield _error("counts", f"{INDEX_FILE} states {_short(stated)} bytes, the weight files hold {total:,}")
 
 
-def check_config(contents: Contents) -> Iterator[Finding]:
+def check_config(inspection: Inspection) -> Iterator[Finding]:
     """Check that the config is that of a slice as it is recorded."""
-    record, config = contents.record, _json_of(contents, CONFIG_FILE)
+    record, config = inspection.record, _json_of(inspection, CONFIG_FILE)
     if not config:
         yield _error("config", f"{CONFIG_FILE} is missing, or no JSON object")
         return
@@ -273,12 +278,12 @@ def check_config(contents: Contents) -> Iterator[Finding]:
             yield _error(
                 "config", f"{'.'.join(path)} is {_short(found)} in {CONFIG_FILE}, {_short(value)} by the record"
             )
-    yield from _check_code(contents, config.get("auto_map"))
+    yield from _check_code(inspection, config.get("auto_map"))
 
 
 def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """Return what the config of a stock slice has, by path."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     adapter = plugins().adapters.get(record["adapter"])
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
@@ -308,24 +313,31 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
     return fields
 
 
-def _check_code(contents: Contents, auto_map: Any) -> Iterator[Finding]:
-    """Check that the config asks for code where the record does, and for none from elsewhere."""
-    record = contents.record
-    if bool(auto_map) != record["needs_remote_code"]:
+def _check_code(inspection: Inspection, auto_map: Any) -> Iterator[Finding]:
+    """Check that the slice asks for code where the record does, and for none from elsewhere.
+
+    A tokenizer may name code and do without it: its class may have come to transformers since.
+    """
+    record = inspection.record
+    values = auto_map.values() if isinstance(auto_map, dict) else ()
+    of_model = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    of_tokenizer = tokenizer_references(_json_of(inspection, TOKENIZER_CONFIG)) if record["needs_remote_code"] else []
+    if bool(auto_map) != record["needs_remote_code"] and not of_tokenizer:
         says = "needs" if record["needs_remote_code"] else "does not need"
         names = "names code of its own" if auto_map else "names none"
         yield _error("config", f"{CONFIG_FILE} {names} (auto_map), and the record says that the slice {says} any")
-    for name in auto_map.values() if isinstance(auto_map, dict) else ():
+    references = [(CONFIG_FILE, name) for name in of_model] + [(TOKENIZER_CONFIG, name) for name in of_tokenizer]
+    for file, name in references:
         repository, _, reference = str(name).rpartition("--")
         if repository:
-            yield _error("config", f"{CONFIG_FILE} takes code from another repository: {_short(name)}")
+            yield _error("config", f"{file} takes code from another repository: {_short(name)}")
         elif f"{reference.partition('.')[0]}.py" not in record["files"]:
-            yield _error("config", f"{CONFIG_FILE} takes code from a file that is not in the record: {_short(name)}")
+            yield _error("config", f"{file} takes code from a file that is not in the record: {_short(name)}")
 
 
-def check_card(contents: Contents) -> Iterator[Finding]:
+def check_card(inspection: Inspection) -> Iterator[Finding]:
     """Check that the card says what the record does; what its owner added may stand there."""
-    content = contents.texts.get(CARD_FILE)
+    content = inspection.texts.get(CARD_FILE)
     if content is None:
         yield _error("card", f"{CARD_FILE} is missing")
         return
@@ -334,13 +346,13 @@ def check_card(contents: Contents) -> Iterator[Finding]:
     except Exception as error:  # YAML errors, and what the Hub's client raises for metadata that is none
         yield _error("card", f"{CARD_FILE} cannot be read as a card ({type(error).__name__})")
         return
-    yield from _check_metadata(card.metadata, card_metadata(contents.record))
+    yield from _check_metadata(card.metadata, card_metadata(inspection.record))
     if card.body is None:
         yield _error("card", f"{CARD_FILE} has nothing between the marks of slicecli")
     elif card.version != __version__:
         yield _note("card", f"slicecli {card.version} wrote the card, so that {__version__} does not compare its text")
     else:
-        expected = render_body(contents.record)
+        expected = render_body(inspection.record)
         pairs = enumerate(zip_longest(card.body.split("\n"), expected.split("\n"), fillvalue=""), start=1)
         number, (line, wanted) = next(((number, pair) for number, pair in pairs if pair[0] != pair[1]), (0, ("", "")))
         if number:
@@ -384,36 +396,36 @@ def _results(model_index: Any) -> dict[str, Any]:
     }
 
 
-def check_secrets(contents: Contents, tokens: Sequence[str] = ()) -> Iterator[Finding]:
+def check_secrets(inspection: Inspection, tokens: Sequence[str] = ()) -> Iterator[Finding]:
     """Check that no file holds a token, nor anything that tells of this machine and its user.
 
     Vocabularies are searched for tokens only: among a hundred thousand pieces of text there may be paths. What a slice
     took over from a model on the Hub was public before, so that a path in it is a note.
 
     Args:
-        contents: What is there.
+        inspection: What is there.
         tokens: Tokens that must not be in a file, besides those that the program knows.
     """
-    for file, content in contents.texts.items():
+    for file, content in inspection.texts.items():
         text = content.decode("utf-8", errors="replace")
         for kind in find_tokens(text, tokens):
             yield _error("secrets", f"{_short(file)} holds {kind}")
-        if any(fnmatch(PurePosixPath(file).name, pattern) for pattern in _VOCABULARIES):
+        if any(fnmatch(PurePosixPath(file).name, pattern) for pattern in VOCABULARIES):
             continue
         for kind in find_paths(text):
-            yield Finding("secrets", not _is_from_hub(contents, file), f"{_short(file)} holds {kind}")
+            yield Finding("secrets", not _is_from_hub(inspection, file), f"{_short(file)} holds {kind}")
 
 
-def _is_from_hub(contents: Contents, file: str) -> bool:
-    if contents.faults or contents.record["source"]["commit"] is None:
+def _is_from_hub(inspection: Inspection, file: str) -> bool:
+    if inspection.faults or inspection.record["source"]["commit"] is None:
         return False
-    return file in contents.record["files"] and file != CONFIG_FILE
+    return file in inspection.record["files"] and file != CONFIG_FILE
 
 
-def _json_of(contents: Contents, file: str) -> dict[str, Any]:
+def _json_of(inspection: Inspection, file: str) -> dict[str, Any]:
     """Return a JSON object; empty where the file is missing or holds none."""
     try:
-        found = json.loads(contents.texts.get(file, b"null"))
+        found = json.loads(inspection.texts.get(file, b"null"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

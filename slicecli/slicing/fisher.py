@@ -12,7 +12,7 @@ The model runs forwards block by block and keeps the stream before each, then ba
 stream that was kept. Only one block's weights are in memory at a time; what lives through both passes are the kept
 streams, (blocks + 1) · tokens · d numbers. They stay on the device if they fit there, else they wait in main memory.
 
-Legend: d hidden size, k dim kept, Q basis, n(x) the normalised stream, g gradient with respect to it.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from slicecli.memory import available_memory_bytes
-from slicecli.schedule import slices_head
-from slicecli.slicing import blocks as running
-from slicecli.slicing.basis import Basis, principal_basis
-from slicecli.slicing.blocks import Calls
+from slicecli.family.schedule import slices_head
+from slicecli.linalg.basis import Basis, principal_basis
+from slicecli.linalg.normal_equations import add_square, widen
+from slicecli.progress import Progress
+from slicecli.runtime.memory import available_memory_bytes
+from slicecli.runtime.microbatch import concat
+from slicecli.slicing import modules
+from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
-from slicecli.slicing.moments import add_square, widen
-from slicecli.slicing.pieces import together
-from slicecli.slicing.state import Batches, DenseModel, Progress
-from slicecli.slicing.walk import embedding_tables, enter, filled, read_blocks, require_finite
+from slicecli.slicing.layerwise import embedding_tables, enter, filled, read_blocks, require_finite
+from slicecli.slicing.modules import Calls
 
 __all__ = ["FisherSpectrum", "collect_fisher", "drawn_labels"]
 
@@ -81,7 +82,7 @@ def collect_fisher(dense: DenseModel, basis: Basis, batches: Batches, seed: int,
     Raises:
         WeightsError: The stream or a gradient becomes NaN or infinite; the message names the block.
     """
-    dense.shell.requires_grad_(False)  # of weights, no gradient is wanted
+    dense.meta_model.requires_grad_(False)  # of weights, no gradient is wanted
     return _Passes(dense, basis, batches, progress).run(seed)
 
 
@@ -205,7 +206,7 @@ class _Passes:
         """
         dense = self._dense
         self._progress.start("forward", len(dense.blocks))
-        streams, calls = enter(dense, dense.shell, embedding_tables(dense), self._batches)
+        streams, calls = enter(dense, dense.meta_model, embedding_tables(dense), self._batches)
         kept = [[stream.to(self._place) for stream in streams]]
         tuple_length = 0
         for index, weights in read_blocks(dense, range(len(dense.blocks))):
@@ -213,9 +214,9 @@ class _Passes:
             with filled(dense, block, weights):
                 run = functools.partial(_run, block, calls, index)
                 for number, stream in enumerate(streams):
-                    outputs = [output for _, output in dense.pieces.run(run, stream)]
+                    outputs = [output for _, output in dense.micro_batches.run(run, stream)]
                     tuple_length = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-                    streams[number] = together([running.first_tensor(output) for output in outputs])
+                    streams[number] = concat([modules.first_tensor(output) for output in outputs])
                     require_finite(streams[number], f"the activations after block {index}")
             kept.append([stream.to(self._place) for stream in streams])
             self._progress.advance()
@@ -237,7 +238,7 @@ class _Passes:
         draws = torch.rand(rows.shape, dtype=torch.float64, generator=generator)
         following = torch.full_like(rows, NO_LABEL)
         following[:, :-1] = rows[:, 1:]
-        final, head = (dense.shell.get_submodule(path) for path in (adapter.final_norm, adapter.head.path))
+        final, head = (dense.meta_model.get_submodule(path) for path in (adapter.final_norm, adapter.head.path))
         bias = ["bias"] * dense.dimensions.has_bias(adapter.head)
         principal = None
         if slices_head(dense.dimensions, None):
@@ -270,7 +271,7 @@ class _Passes:
                     norm_input = some[None].to(dense.device)
                     with torch.enable_grad():
                         norm_input = norm_input.detach().requires_grad_()
-                        norm_output, logits = running.run_head(dense.shell, adapter, norm_input, tuple_length)
+                        norm_output, logits = modules.run_head(dense.meta_model, adapter, norm_input, tuple_length)
                         logits = widen(logits)
                         drawn = drawn_labels(logits.detach(), numbers.to(dense.device))
                         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
@@ -306,24 +307,24 @@ class _Passes:
         dense = self._dense
         block, norms = dense.blocks[index], dense.dimensions.declared_blocks[index].norms
         with filled(dense, block, weights):
-            moments = {path: self._weights.empty_moment() for path in norms}
+            equations = {path: self._weights.empty_moment() for path in norms}
             watch = functools.partial(_watch, block, calls, index, norms)
             for stream in streams:
-                for _, (_, seen) in dense.pieces.run(watch, stream.to(dense.device)):
-                    for path, moment in moments.items():
+                for _, (_, seen) in dense.micro_batches.run(watch, stream.to(dense.device)):
+                    for path, moment in equations.items():
                         self._weights.add_tokens(moment, seen[path][0])
             # each taken out as it is solved: matrices of d x d are what this pass needs most memory for
-            principal = {path: self._weights.principal(moments.pop(path)) for path in norms}
+            principal = {path: self._weights.principal(equations.pop(path)) for path in norms}
             gains = {path: norm_weight_and_bias(dense.dimensions, path, weights)[0] for path in norms}
             for number, (stream, gradient) in enumerate(zip(streams, gradients, strict=True)):
                 go_back = functools.partial(_go_back, watch, norms, stream.to(dense.device), gradient.to(dense.device))
                 to_inputs = []
-                for _, (to_input, sights) in dense.pieces.run(go_back, torch.arange(len(stream))):
+                for _, (to_input, sights) in dense.micro_batches.run(go_back, torch.arange(len(stream))):
                     require_finite(to_input, f"the gradients before block {index}")
                     for path, (norm_input, to_output) in zip(norms, sights, strict=True):
                         self._weights.add(norm_input, to_output, gains[path], principal[path])
                     to_inputs.append(to_input)
-                gradients[number] = together(to_inputs).to(self._place)
+                gradients[number] = concat(to_inputs).to(self._place)
 
 
 def _run(block: nn.Module, calls: Calls, index: int, stream: torch.Tensor) -> Any:
@@ -374,7 +375,7 @@ def _watch(
 
     handles = [block.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in norms]
     try:
-        return running.first_tensor(_run(block, calls, index, stream)), seen
+        return modules.first_tensor(_run(block, calls, index, stream)), seen
     finally:
         for handle in handles:
             handle.remove()

@@ -4,8 +4,7 @@ These functions know the declaration and nothing of data: they take dense tensor
 name. The refit calls them with fitted matrices, `project` with the plain projection, so both treat norms, biases,
 transposed weights and experts alike.
 
-Legend: d hidden size, k dim kept, Q basis (d, k), g a norm's weight, β its bias, A what turns the sliced normalised
-stream into the dense one.
+Symbols: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -16,15 +15,9 @@ from typing import Protocol
 import torch
 
 from slicecli.adapters import Branch, Linear
-from slicecli.dimensions import Dimensions
-from slicecli.slicing.basis import Basis
-from slicecli.slicing.maps import (
-    fold_bias,
-    fold_reader,
-    projected_table,
-    projected_writer,
-    projection_for_readers,
-)
+from slicecli.family.dimensions import Dimensions
+from slicecli.linalg.basis import Basis
+from slicecli.linalg.maps import fold_bias, fold_reader, projected_table, projected_writer, projection_for_readers
 
 __all__ = [
     "WeightReader",

@@ -21,15 +21,18 @@ import transformers
 from safetensors.torch import load_file
 
 from slicecli.adapters import Adapter
-from slicecli.dimensions import Dimensions
-from slicecli.engine import run_slices
+from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes, with_plain_experts
+from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, Workload
-from slicecli.libraries import quiet_libraries
-from slicecli.plan import Method, SliceSizes, Width
-from slicecli.planning import SliceOptions, find_adapter, full_fields, plan_slices
-from slicecli.plugins import plugins
-from slicecli.proof import (
+from slicecli.family.context_length import context_length_of_config, own_names
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
+from slicecli.family.slice_plan import Method, SliceSizes, Width
+from slicecli.jobs.plan import SliceOptions, find_adapter, full_fields, plan_slices
+from slicecli.jobs.run import run_slices
+from slicecli.proof.declaration import (
     identity_basis,
     logits,
     projected_model,
@@ -42,12 +45,10 @@ from slicecli.proof import (
     relative_error,
     slice_in_memory,
 )
-from slicecli.schedule import PublishedSizes, Schedule, slices_head
-from slicecli.shells import empty_model, parameter_shapes, with_plain_experts
-from slicecli.slicing.published import Orientation
-from slicecli.source import Source
+from slicecli.proof.tiny import random_model, tiny_config
+from slicecli.runtime.libraries import quiet_libraries
+from slicecli.slicing.slicegpt import Orientation
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
-from slicecli.tiny import random_model, tiny_config
 
 __all__ = ["AdapterTests", "Subject", "make_subject", "tiny_of"]
 
@@ -206,7 +207,7 @@ class AdapterTests:
     Attributes:
         adapter: The declaration under test.
         tiny_config: The transformers config of a small model of the family, or a dict of fields to change in the
-            one that `slicecli.tiny` makes, which does for most.
+            one that `slicecli.proof.tiny` makes, which does for most.
 
     Example:
         >>> class TestMine(AdapterTests):
@@ -239,10 +240,16 @@ class AdapterTests:
     def test_exactly_what_touches_the_stream_grows_with_it(self, subject: Subject) -> None:
         """A parameter has an axis of hidden size if and only if it is declared to touch the stream."""
         shapes = {
-            size: parameter_shapes(empty_model(_resized(subject, size)))
+            size: parameter_shapes(build_runnable_meta_model(_resized(subject, size)))
             for size in (subject.dimensions.hidden_size, subject.dimensions.hidden_size * 2)
         }
         prove_accounting(shapes, subject.dimensions)
+
+    def test_the_context_length_is_that_of_the_config_class(self, subject: Subject) -> None:
+        """The longest row is found without the class under the name that the class has for it."""
+        expected, found = context_length_of_config(subject.model.config), subject.dimensions.context_length
+        own_name = own_names(subject.model.config).get("max_position_embeddings", "max_position_embeddings")
+        assert found == expected, f"names does not say that max_position_embeddings is {own_name}, here {expected}"
 
     # what it costs
 

@@ -21,12 +21,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 from urllib.parse import parse_qs, unquote
 
 from slicecli.testing.loopback_api import Answer, Call, HubApi
@@ -129,7 +130,7 @@ class LoopbackHub:
 
     Every user may write to their own repositories and to those of owners who are no users here; private repositories
     are seen by those who may write to them, and files of gated ones by their owner. Inside the block the client in
-    this process uploads without xet storage, which is not served.
+    this process uploads without xet storage, which is not served, and is online whatever `HF_HUB_OFFLINE` says.
 
     Attributes:
         token: A token of the user `me`.
@@ -150,10 +151,8 @@ class LoopbackHub:
         self._api.users[TOKEN] = "me"
 
     def __enter__(self) -> LoopbackHub:
-        from huggingface_hub import constants
-
-        self._xet_was_disabled = constants.HF_HUB_DISABLE_XET
-        constants.HF_HUB_DISABLE_XET = True
+        self._scope = ExitStack()
+        self._scope.enter_context(_online())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -161,9 +160,7 @@ class LoopbackHub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        from huggingface_hub import constants
-
-        constants.HF_HUB_DISABLE_XET = self._xet_was_disabled
+        self._scope.close()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -291,6 +288,24 @@ class LoopbackHub:
     def _answer(self, call: Call) -> Answer:
         with self._lock:
             return self._api.answer(call)
+
+
+@contextmanager
+def _online() -> Iterator[None]:
+    """Let the clients in this process ask, without xet storage; afterwards they are what they were."""
+    from huggingface_hub import constants
+
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    was_offline, had_datasets = constants.HF_HUB_OFFLINE, "datasets.config" in sys.modules
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(constants, "HF_HUB_DISABLE_XET", True))
+        stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", False))
+        for name in names if had_datasets else ():
+            stack.enter_context(patch.object(sys.modules["datasets.config"], name, False))
+        yield
+    if was_offline and not had_datasets and "datasets.config" in sys.modules:
+        for name in names:  # which have been read meanwhile
+            setattr(sys.modules["datasets.config"], name, True)
 
 
 class _Server(ThreadingHTTPServer):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from slicecli.checkpoint import RECORD_FILE
-from slicecli.record import read_record
-from slicecli.source import Source
+from slicecli.checkpoint.folder import RECORD_FILE
+from slicecli.checkpoint.source import Source
+from slicecli.family.context_length import context_length_of_config, default_length
+from slicecli.record.record import read_record
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
@@ -77,7 +78,8 @@ class SliceUnderTest:
             *checks: Names of `slicecli.hub.verify.CHECKS`.
         """
         source = self.source
-        found = _verify(self.folder, None if source.commit is None else source.name, source.commit, source.token)
+        is_folder = source.commit is None or source.cache is not None
+        found = _verify(self.folder, None if is_folder else source.name, source.commit, source.token)
         return [one.text for one in found if one.is_error and one.check in ("record", *checks)]
 
     @property
@@ -85,6 +87,10 @@ class SliceUnderTest:
         """The perplexities in the record, by text."""
         found = self.record.get("results", {}).get("perplexity", {})
         return found if isinstance(found, dict) else {}
+
+    def _recorded_of(self, digest: str) -> dict[str, Any] | None:
+        """Return the recorded perplexity on the text of a file, by its digest."""
+        return next((figure for figure in self.recorded.values() if figure.get("text_sha256") == digest), None)
 
     def _curve(self) -> Curve | None:
         """Return the fitted curve of the perplexity in the record, if it has one."""
@@ -100,9 +106,10 @@ class SliceUnderTest:
 
         That is the recorded one and the tolerance; without one, the upper end of what the record's curve predicts.
         """
+        from slicecli.data.text import read_text
         from slicecli.estimation.relations import quoted_by
         from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
-        from slicecli.libraries import quiet_libraries
+        from slicecli.runtime.libraries import quiet_libraries
 
         curve = self._curve()
         name = self.text
@@ -113,15 +120,17 @@ class SliceUnderTest:
                 "the record has no perplexity to compare with: enter one with `slicecli eval DIR --record`, or give a "
                 "text and max_perplexity to the marker"
             )
-        entry = self.recorded.get(name) or self.recorded.get(Path(name).name)
+        digest = read_text(name, "evaluation", self.source.token).digest
+        entry = self.recorded.get(name) if digest is None else self._recorded_of(digest)
         limit = self.max_perplexity
         if limit is None:
             if entry is not None:
                 limit = float(entry["value"]) * (1 + self.tolerance)
-            elif curve is not None and curve.series.evaluation == Path(name).name:
+            elif curve is not None and digest == curve.series.digest and (digest or name == curve.series.evaluation):
                 limit = quoted_by("perplexity")(curve.predict(float(self.record["sparsity"])).high)
             else:
-                pytest.fail(f"the record has no perplexity on {name}, only on {', '.join(self.recorded) or 'nothing'}")
+                known = ", ".join(self.recorded) or "nothing"
+                pytest.fail(f"the record has no perplexity on {name} as it is here, only on {known}")
         # the same rows as were recorded, be they the whole text or only its beginning
         length, samples = None, None
         if entry is not None:
@@ -139,7 +148,7 @@ class SliceUnderTest:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path, device: str) -> Any:
-    from slicecli.loading import load_model
+    from slicecli.checkpoint.loading import load_model
 
     return load_model(Source.find(str(folder)), device_map=device)
 
@@ -188,7 +197,9 @@ class SliceTests:
 
         model = slice_under_test.model
         ids = slice_under_test.tokenizer("The", return_tensors="pt")["input_ids"].to(model.device)
-        options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        room = default_length(context_length_of_config(model.config)) - ids.shape[1]
+        options = {"max_new_tokens": min(16, room), "do_sample": False, "pad_token_id": 0}
+        options["attention_mask"] = torch.ones_like(ids)
         with torch.no_grad():
             first, second = (model.generate(ids, **options) for _ in range(2))
             plain = model.generate(ids, use_cache=False, **options)

@@ -13,7 +13,7 @@ EVERY = "all"
 
 def _cases(config: pytest.Config) -> dict[str, Any]:
     """Return the adapters asked for, each with a tiny config of each of its model types, by type."""
-    from slicecli.plugins import plugins
+    from slicecli.family.plugins import plugins
 
     if config.getoption("slicecli_model"):
         return {"model": None}

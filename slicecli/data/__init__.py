@@ -1,0 +1,1 @@
+"""Texts and questions, and how they become rows of token ids."""

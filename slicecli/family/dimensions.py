@@ -1,0 +1,471 @@
+"""The sizes of one model: its config seen through its family's declaration, and the counts that follow.
+
+Everything here follows from the fields of `config.json`, without torch.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from slicecli.adapters import ask
+from slicecli.errors import PluginError, RequestError, UnsupportedModelError, shown
+from slicecli.family.context_length import context_length
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from slicecli.adapters import Adapter, Block, Linear
+
+__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+
+# more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
+MOST_BLOCKS = MOST_HEADS = 1024
+MOST_WIDTH = 2**20
+MOST = 2**31 - 1  # of all other sizes
+MOST_NAMED = 4  # in a message
+
+Shape: TypeAlias = "tuple[int | None, ...]"
+"""Shape of a parameter; `None` stands for the axis of hidden size."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter of a model.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its shape (of what is kept, its elements).
+        role: What it does for the stream.
+        place: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
+            or reads; of what writes, the number of the next one.
+    """
+
+    name: str
+    shape: Shape
+    role: Literal["embedding", "norm", "reader", "writer", "experts", "kept"]
+    place: int
+
+    def elements(self, width: int) -> int:
+        """Count its elements where the stream has a width."""
+        return math.prod(width if size is None else size for size in self.shape)
+
+
+def nearest_in(dims: range, dim: int) -> tuple[int, ...]:
+    """Return the members of some dims next to `dim`: one below and one above where they exist, or itself."""
+    below = [value for value in dims if value <= dim][-1:]
+    above = [value for value in dims if value >= dim][:1]
+    return tuple(dict.fromkeys(below + above))
+
+
+def _first_of(names: list[str]) -> str:
+    """Return some names for a message, and how many there are besides."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+class Dimensions:
+    """The sizes of one model.
+
+    Args:
+        adapter: The declaration of its family.
+        config: The fields of its config: the content of `config.json`.
+
+    Attributes:
+        hidden_size: d, the width of the residual stream.
+        blocks: L, the number of blocks.
+        vocabulary: V, the number of rows of the token embedding.
+        heads: Attention heads.
+        key_value_heads: Key/value heads.
+        head_dim: Width of one head.
+        is_tied: Whether the head shares the embedding table.
+        layout: How the refit writes a slice: `stock` or `custom-code`.
+        shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
+        dim_multiple: Every legal dim is a multiple of it.
+
+    Raises:
+        UnsupportedModelError: A needed field is missing or is not a positive integer.
+    """
+
+    def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
+        self.adapter = adapter
+        self._config = config
+        self.layout = adapter.layout(config)
+        self.shortcut_obstacle = adapter.why_no_shortcuts(config)
+        self.hidden_size = self.number("hidden_size")
+        self.blocks = self.number("num_hidden_layers")
+        self.vocabulary = self.number("vocab_size")
+        self.heads = self.number("num_attention_heads")
+        self.key_value_heads = self.number("num_key_value_heads", self.heads)
+        self.head_dim = self.number("head_dim", self.hidden_size // self.heads)
+        self.is_tied = bool(self.value("tie_word_embeddings", False))
+        # a slice with code of its own keeps the dense config, whose class then has nothing to refuse
+        divisors = adapter.dim_divisors if self.layout == "stock" else ()
+        self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
+
+    def value(self, name: str, otherwise: Any = None) -> Any:
+        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`.
+
+        A null is not a missing field: it stands for what follows from others, not for the class's default.
+        """
+        if name in self.adapter.derived:
+            value = ask(self.adapter.name, self.adapter.derived[name], self._config)
+            return otherwise if value is None else value
+        # transformers writes some configs under the usual names
+        given = [self._config[one] for one in (self.adapter.names.get(name, name), name) if one in self._config]
+        value = next((one for one in given if one is not None), None)
+        if not given:
+            value = self.adapter.defaults.get(name)
+        return otherwise if value is None else value
+
+    def number(self, name: str, otherwise: int | None = None) -> int:
+        """Return a config field that must be a positive integer."""
+        value = self.value(name, otherwise)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._misfit(name, value, "a positive integer")
+        most = {
+            "hidden_size": MOST_WIDTH,
+            "num_hidden_layers": MOST_BLOCKS,
+            "num_attention_heads": MOST_HEADS,
+            "num_key_value_heads": MOST_HEADS,
+        }.get(name, MOST)
+        if value > most:
+            raise self._misfit(name, value, f"a number of {most:,} at most")
+        return value
+
+    def _real_number(self, name: str) -> float:
+        """Return a config field that must be a finite number."""
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST:
+            raise self._misfit(name, value, "a number")
+        return float(value)
+
+    def _misfit(self, name: str, value: object, needed: str) -> UnsupportedModelError:
+        own_name = self.adapter.names.get(name, name)
+        return UnsupportedModelError(
+            f"config.json gives {own_name} = {shown(value)}, where {needed} is needed.",
+            f"Check the config, or whether the model really is of type {self.adapter.name}.",
+        )
+
+    def width(self, name: str) -> int:
+        """Return the size a declaration refers to by name.
+
+        Args:
+            name: `query` (heads x head_dim), `key_value`, `query_key_value`, `head_dim`, a plain number, or any
+                config field; `2*` in front of any of them multiplies.
+        """
+        factor, _, rest = name.rpartition("*")
+        if factor:
+            return int(factor) * self.width(rest)
+        query = self.heads * self.head_dim
+        key_value = self.key_value_heads * self.head_dim
+        known = {
+            "query": query,
+            "key_value": key_value,
+            "query_key_value": query + 2 * key_value,
+            "head_dim": self.head_dim,
+        }
+        if name in known:
+            return known[name]
+        return int(name) if name.isdecimal() else self.number(name)
+
+    def has_bias(self, linear: Linear) -> bool:
+        """Say whether a declared linear has a bias in this config."""
+        return bool(self.value(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
+
+    @property
+    def epsilon(self) -> float:
+        """The ε of the norms that read the stream."""
+        epsilon = self.adapter.norm.epsilon
+        return self._real_number(epsilon) if isinstance(epsilon, str) else epsilon
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that one row may have; `None` where the class sets no limit."""
+        default = self.adapter.defaults.get("max_position_embeddings")
+        return context_length(self._config, self.adapter.names, default)
+
+    @functools.cached_property
+    def declared_blocks(self) -> tuple[Block, ...]:
+        """The declaration of each block, in order."""
+        block = self.adapter.block
+        return tuple(
+            ask(self.adapter.name, block, self, index) if callable(block) else block for index in range(self.blocks)
+        )
+
+    def window(self, block: int) -> int | None:
+        """Return the sliding window of a block's attention: the tokens that one attends to, itself among them.
+
+        Args:
+            block: Index of the block.
+
+        Returns:
+            The window, or `None` where a token attends to all before it.
+
+        Raises:
+            UnsupportedModelError: The config lists another number of layers than it has.
+        """
+        if not self.value("sliding_window"):
+            return None
+        kinds = self.value("layer_types")
+        if kinds and not isinstance(kinds, list):
+            raise self._misfit("layer_types", kinds, "a list")
+        if kinds and len(kinds) != self.blocks:
+            raise UnsupportedModelError(
+                f"config.json lists {len(kinds)} layer_types for {self.blocks} blocks.", "Mend the config."
+            )
+        slides = (
+            kinds[block] == "sliding_attention"
+            if kinds
+            else ask(self.adapter.name, self.adapter.has_window, self, block)
+        )
+        return self.number("sliding_window") if slides else None
+
+    def multiplier(self, name: str) -> float:
+        """Return what multiplies a branch's output: the value of a config field, or 1 without a name."""
+        return self._real_number(name) if name else 1.0
+
+    def stream_parameters(self) -> dict[str, Shape]:
+        """Return the shape of every declared parameter with an axis of hidden size, by name; that axis is `None`."""
+        return {one.name: one.shape for one in self.declared_parameters() if None in one.shape}
+
+    def other_parameters(self) -> dict[str, Shape]:
+        """Return the shape of every declared parameter without such an axis (of what is kept, its elements)."""
+        return {one.name: one.shape for one in self.declared_parameters() if None not in one.shape}
+
+    def parameters(self, dim: int | None = None) -> int:
+        """Count the parameters: of the dense model as shipped, or of its slice at `dim`.
+
+        A slice has its head apart from the embedding table even where the dense model ties them, because the
+        head is refitted.
+        """
+        kept, per_width = self._counts
+        if dim is None:
+            shared = self.width(self.adapter.head.width) if self.is_tied else 0
+            return kept + (per_width - shared) * self.hidden_size
+        return kept + per_width * dim
+
+    @functools.cached_property
+    def _counts(self) -> tuple[int, int]:
+        """Elements without an axis of hidden size, and elements for each unit of hidden size; no shape has it twice."""
+        parameters = list(self.declared_parameters())
+        kept = sum(one.elements(0) for one in parameters)
+        return kept, sum(one.elements(1) for one in parameters) - kept
+
+    def largest_regression(self) -> int:
+        """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
+        sizes = [1]
+        for block in self.declared_blocks:
+            for step in block.sublayers:
+                sizes.append(sum(self.width(branch.writer.width) for branch in step if branch.writer is not None))
+                sizes += [self.width(branch.experts.writer_width) for branch in step if branch.experts is not None]
+        return max(sizes)
+
+    def declared_parameters(self) -> Iterator[Parameter]:
+        """Yield every declared parameter, a tied head too."""
+        return iter(self._declared)
+
+    @functools.cached_property
+    def _declared(self) -> tuple[Parameter, ...]:
+        return tuple(self._declare_parameters())
+
+    def _declare_parameters(self) -> Iterator[Parameter]:
+        adapter = self.adapter
+        for table in adapter.embeddings:
+            yield Parameter(f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None), "embedding", 0)
+        place = 0
+        for index, block in enumerate(self.declared_blocks):
+            prefix = f"{adapter.blocks}.{index}."
+            for kept in block.kept:
+                yield Parameter(prefix + kept.path, (self.width(kept.width),), "kept", place)
+            norms: set[str] = set()
+            for step in block.sublayers:
+                for branch in step:
+                    if branch.norm not in norms:
+                        yield from self._norm_parameters(prefix + branch.norm, place)
+                    norms.add(branch.norm)
+                    for linear in branch.readers:
+                        yield from self._linear_parameters(prefix, linear, "reader", place)
+                    if branch.writer is not None:
+                        yield from self._linear_parameters(prefix, branch.writer, "writer", place + 1)
+                    if branch.experts is not None:
+                        experts = branch.experts
+                        count = self.width(experts.count)
+                        reads = (count, self.width(experts.reader_width), None)
+                        writes = (count, None, self.width(experts.writer_width))
+                        yield Parameter(prefix + experts.reader_path, reads, "experts", place)
+                        yield Parameter(prefix + experts.writer_path, writes, "experts", place + 1)
+                place += 1
+        yield from self._norm_parameters(adapter.final_norm, place)
+        yield from self._linear_parameters("", adapter.head, "reader", place)
+
+    def _linear_parameters(
+        self, prefix: str, linear: Linear, role: Literal["reader", "writer"], place: int
+    ) -> Iterator[Parameter]:
+        """Yield weight and bias of a linear."""
+        width = self.width(linear.width)
+        shape: Shape = (width, None) if role == "reader" else (None, width)
+        weight = shape[::-1] if linear.is_transposed else shape
+        yield Parameter(f"{prefix}{linear.path}.weight", weight, role, place)
+        if self.has_bias(linear):
+            yield Parameter(f"{prefix}{linear.path}.bias", shape[:1], role, place)
+
+    def _norm_parameters(self, path: str, place: int) -> Iterator[Parameter]:
+        if self.adapter.norm.has_weight:
+            yield Parameter(f"{path}.weight", (None,), "norm", place)
+        if self.adapter.norm.has_bias:
+            yield Parameter(f"{path}.bias", (None,), "norm", place)
+
+    def declaration(self) -> dict[str, Any]:
+        """Return the declaration as it applies to this model, as plain data: names with their sizes.
+
+        Two adapters that say the same of a model return equal data, in whatever order they name readers.
+        """
+        adapter = self.adapter
+        kinds: list[dict[str, Any]] = []
+        for index, block in enumerate(self.declared_blocks):
+            kind = self._block_declaration(block)
+            known = next((other for other in kinds if other["declaration"] == kind), None)
+            if known is None:
+                kinds.append({"blocks": [index], "declaration": kind})
+            else:
+                known["blocks"].append(index)
+        return {
+            "embeddings": [
+                {"path": table.path, "rows": self.width(table.rows) + table.extra_rows} for table in adapter.embeddings
+            ],
+            "scales_embeddings_by_width": adapter.scales_embeddings_by_width,
+            "blocks": adapter.blocks,
+            "block_kinds": [{"blocks": kind["blocks"], **kind["declaration"]} for kind in kinds],
+            "norm": {**dataclasses.asdict(adapter.norm), "epsilon": self.epsilon},
+            "final_norm": adapter.final_norm,
+            "head": self._linear_declaration(adapter.head),
+            "dim_multiple": self.dim_multiple,
+        }
+
+    def _block_declaration(self, block: Block) -> dict[str, Any]:
+        return {
+            "is_parallel": block.is_parallel,
+            "branches": [
+                {
+                    "norm": branch.norm,
+                    "readers": sorted(
+                        (self._linear_declaration(reader) for reader in branch.readers), key=lambda one: one["path"]
+                    ),
+                    "writer": None if branch.writer is None else self._linear_declaration(branch.writer),
+                    "experts": None
+                    if branch.experts is None
+                    else {
+                        "reader": branch.experts.reader_path,
+                        "writer": branch.experts.writer_path,
+                        "count": self.width(branch.experts.count),
+                        "reader_width": self.width(branch.experts.reader_width),
+                        "writer_width": self.width(branch.experts.writer_width),
+                    },
+                    "module": branch.module,
+                    "activation": branch.activation,
+                    "multiplier": self.multiplier(branch.multiplier),
+                }
+                for branch in block.branches
+            ],
+            "kept": sorted(kept.path for kept in block.kept),
+        }
+
+    def _linear_declaration(self, linear: Linear) -> dict[str, Any]:
+        return {
+            "path": linear.path,
+            "width": self.width(linear.width),
+            "bias": self.has_bias(linear),
+            "is_transposed": linear.is_transposed,
+            "gate": linear.gate,
+        }
+
+    def sliced_fields(self, dim: int) -> dict[str, Any]:
+        """Return the config fields that a slice changes, with their values at `dim`.
+
+        The width of a head is stated, because the class would otherwise derive it from the new hidden size; the
+        head is refitted and no longer shares the embedding table.
+        """
+        return {
+            self.adapter.names.get("hidden_size", "hidden_size"): dim,
+            "head_dim": self.head_dim,
+            "tie_word_embeddings": False,
+        }
+
+    def legal_dims(self) -> range:
+        """Return the dims a slice of this model may have, in ascending order."""
+        smallest = self.dim_multiple
+        if self.adapter.norm.is_centred:
+            smallest = max(smallest, 2)  # one direction is taken by the mean
+        first = -(-smallest // self.dim_multiple) * self.dim_multiple
+        return range(first, self.hidden_size, self.dim_multiple)
+
+    def nearest_legal(self, dim: int) -> tuple[int, ...]:
+        """Return the legal dims next to `dim`: one below and one above where they exist."""
+        return nearest_in(self.legal_dims(), dim)
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse a dim that the family or its config class cannot have.
+
+        Raises:
+            RequestError: The dim is not positive, not below the hidden size, or not a legal multiple.
+        """
+        if dim in self.legal_dims():
+            return
+        if dim <= 0:
+            cause = f"A dim of {dim} is not a width: it must be positive and below {self.hidden_size}."
+        elif dim >= self.hidden_size:
+            cause = f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}."
+        elif self.dim_multiple == 1:
+            cause = (
+                f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract takes one direction."
+            )
+        else:
+            fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
+            cause = f"A dim of {dim} is not legal here: the {self.adapter.name} config demands a multiple of {fields}."
+        nearest = self.nearest_legal(dim)
+        names = " and ".join(str(value) for value in nearest)
+        raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
+
+    def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that the declaration and the parameters of a real model name the same things, of the same sizes.
+
+        Args:
+            shapes: Shape of each parameter of the real model by name.
+
+        Raises:
+            PluginError: They differ; the message names the parameters.
+        """
+        declared = {one.name: one.shape for one in self.declared_parameters()}
+        kept = {
+            f"{self.adapter.blocks}.{index}.{kept.path}"
+            for index, block in enumerate(self.declared_blocks)
+            for kept in block.kept
+        }
+        if self.is_tied:
+            # whether the shared table is listed under the head's name too depends on how the model was built
+            head = f"{self.adapter.head.path}.weight"
+            shapes = {name: shape for name, shape in shapes.items() if name != head}
+            declared.pop(head)
+        missing, extra = sorted(shapes.keys() - declared.keys()), sorted(declared.keys() - shapes.keys())
+        wrong = []
+        for name, shape in declared.items():
+            expected = tuple(self.hidden_size if size is None else size for size in shape)
+            found = shapes.get(name, expected)
+            # of what is kept only the number of elements is declared
+            if (math.prod(found) != math.prod(expected)) if name in kept else (found != expected):
+                wrong.append(f"{name} is {' x '.join(map(str, found))}, not {' x '.join(map(str, expected))}")
+        parts = [f"it does not cover {_first_of(missing)}"] if missing else []
+        parts += [f"the model has no {_first_of(extra)}"] if extra else []
+        parts += wrong[:MOST_NAMED]
+        if parts:
+            raise PluginError(
+                f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",
+                "Mend the adapter, or choose another with --adapter.",
+            )

@@ -1,0 +1,234 @@
+"""What will be done, decided before anything is done: from a wish in the user's units to one legal dim.
+
+A plan is plain data, made from a config alone and without torch, so that it can be printed by `--dry-run` and
+refused before a weight is downloaded.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from slicecli.errors import RequestError
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.schedule import PublishedSizes, Schedule
+
+__all__ = [
+    "DTYPE_BYTES",
+    "DTYPE_CODES",
+    "METHODS",
+    "Layout",
+    "Method",
+    "SlicePlan",
+    "SliceSizes",
+    "Width",
+    "check_method",
+    "preferred_dims",
+    "slice_sizes",
+]
+
+Method = Literal["refit", "slicegpt"]
+Layout = Literal["stock", "custom-code"]
+METHODS: tuple[Method, ...] = ("refit", "slicegpt")
+
+# dtypes by their names in safetensors files
+DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
+TILE = 64
+
+
+class SliceSizes(Protocol):
+    """What a slice of a model may be and weighs, for one method: `Dimensions` for the refit, or `PublishedSizes`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """The hidden size of the dense model."""
+        ...
+
+    @property
+    def dim_multiple(self) -> int:
+        """What every legal dim is a multiple of."""
+        ...
+
+    def legal_dims(self) -> range:
+        """Return the dims a slice may have, in ascending order."""
+        ...
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse a dim that is not legal."""
+        ...
+
+    def parameters(self, dim: int | None = None) -> int:
+        """Count the parameters: of the dense model as shipped, or of its slice at `dim`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide the slice shall be, in the user's units; exactly one field is given.
+
+    Attributes:
+        dim: The hidden size itself.
+        sparsity: Fraction of the hidden size to remove, between 0 and 1.
+        target_parameters: The most parameters the slice may have.
+        memory: The most bytes its weights may take.
+        schedule: A width for each block, as `slicecli.family.schedule.read_schedule` takes it.
+    """
+
+    dim: int | None = None
+    sparsity: float | None = None
+    target_parameters: int | None = None
+    memory: int | None = None
+    schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        wishes = (self.dim, self.sparsity, self.target_parameters, self.memory, self.schedule)
+        given = [value for value in wishes if value is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"{'No width is' if not given else 'More than one width is'} given.",
+                "Give exactly one of --dim, --sparsity, --target-params, --memory and a --schedule.",
+            )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise RequestError(
+                f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
+            )
+
+    def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
+        """Return the legal dim that meets the wish, of all but a schedule.
+
+        A dim is taken as it is or refused. A sparsity goes to the nearest legal dim, a target to the largest
+        that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
+
+        Args:
+            sizes: What a slice of the model may be.
+            bytes_per_parameter: Of the dtype that will be written.
+
+        Raises:
+            RequestError: No legal dim meets the wish.
+        """
+        if self.dim is not None:
+            sizes.check_dim(self.dim)
+            return self.dim
+        legal = preferred_dims(sizes)
+        if not legal:
+            raise RequestError("This model has no legal dim below its hidden size.")
+        if self.sparsity is not None:
+            wish = (1 - self.sparsity) * sizes.hidden_size
+            return min(legal, key=lambda dim: (abs(dim - wish), dim))
+        limit, what = self.target_parameters, "parameters"
+        if limit is None:
+            assert self.memory is not None
+            limit, what = self.memory // bytes_per_parameter, "parameters' worth of memory"
+        fitting = [dim for dim in legal if sizes.parameters(dim) <= limit]
+        if not fitting:
+            smallest = sizes.parameters(legal[0])
+            raise RequestError(
+                f"No slice of this model has only {limit:,} {what}.",
+                f"The smallest, of dim {legal[0]}, has {smallest:,} parameters.",
+            )
+        return fitting[-1]
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """One slice, decided.
+
+    Attributes:
+        model: Hub id or folder name.
+        model_type: Its `model_type`.
+        adapter: Name of the adapter.
+        method: How weights are made: by the `refit`, or as SliceGPT does.
+        layout: `stock`, a checkpoint that transformers loads without custom code, or `custom-code`.
+        hidden_size: d.
+        dim: k; of a schedule of several widths, their mean.
+        dtype: Dtype of the written weights.
+        dense_parameters: Parameters of the dense model as shipped.
+        sliced_parameters: Parameters of the slice.
+        dense_dtype: Dtype of the dense checkpoint.
+        schedule: The widths of the published method; `None` for the refit, which has one.
+        schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
+    """
+
+    model: str
+    model_type: str
+    adapter: str
+    hidden_size: int
+    dim: int
+    dtype: str
+    dense_parameters: int
+    sliced_parameters: int
+    dense_dtype: str
+    method: Method = "refit"
+    layout: Layout = "stock"
+    schedule: Schedule | None = None
+    schedule_name: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """s, the fraction of the hidden size removed."""
+        return 1 - self.dim / self.hidden_size
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weights."""
+        return self.dense_parameters * DTYPE_BYTES[self.dense_dtype]
+
+    @property
+    def sliced_bytes(self) -> int:
+        """Bytes of the sliced weights."""
+        return self.sliced_parameters * DTYPE_BYTES[self.dtype]
+
+
+def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> SliceSizes:
+    """Return what a slice of a model may be and weighs, by one method.
+
+    Args:
+        dimensions: Sizes of the model.
+        method: How it is sliced.
+        slice_head: Whether the published method slices the input of the head; `None` as it does by default.
+
+    Raises:
+        UnsupportedModelError: The method cannot slice this model.
+    """
+    return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
+
+
+def preferred_dims(sizes: SliceSizes) -> list[int]:
+    """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
+    tile = math.lcm(sizes.dim_multiple, TILE)
+    if tile * 32 > sizes.hidden_size:
+        return list(sizes.legal_dims())
+    return list(range(tile, sizes.hidden_size, tile))
+
+
+def check_method(
+    method: Method, slice_head: bool | None = None, has_schedule: bool = False, has_orientation: bool = False
+) -> None:
+    """Refuse options of the published method where it is not asked for.
+
+    Args:
+        method: The method.
+        slice_head: Whether the input of the head is sliced; `None` where it is not said.
+        has_schedule: Whether widths are given place by place.
+        has_orientation: Whether another orientation than the usual one is asked for.
+
+    Raises:
+        RequestError: One is given.
+    """
+    if method == "slicegpt":
+        return
+    given = {
+        "--schedule": has_schedule,
+        "--slice-head": slice_head is not None,
+        "--final-orientation": has_orientation,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise RequestError(
+                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
+            )

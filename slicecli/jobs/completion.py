@@ -1,0 +1,101 @@
+"""How a new slice is described: what its record, predictions and card say, drafted before its weights are computed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slicecli.adapters import AUTO_ADAPTER
+from slicecli.errors import SlicecliError
+from slicecli.estimation.estimate import USUAL_SPARSITIES, nearest_dims
+from slicecli.family.slice_plan import SlicePlan, slice_sizes
+from slicecli.hub.metadata import inherited_metadata
+from slicecli.hub.writing import Description
+from slicecli.record.record import build_record
+
+if TYPE_CHECKING:
+    from slicecli.checkpoint.source import Source
+    from slicecli.data.packing import Rows
+    from slicecli.estimation.forecasts import Forecast
+    from slicecli.jobs.plan import Job
+
+__all__ = ["draft_description", "licence_warning", "reproduce_command"]
+
+
+def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
+    """Return what is known of a slice before its weights are, found fit to be written.
+
+    Args:
+        job: The job.
+        plan: Of the slice.
+        rows: The calibration rows.
+
+    Raises:
+        OutputError: It is not.
+    """
+    sizes = slice_sizes(job.dimensions, plan.method, job.options.slice_head)
+    record = build_record(
+        plan,
+        job.source,
+        rows,
+        job.options.seed,
+        command=reproduce_command(job, plan),
+        inherited=inherited_metadata(job.source.folder),
+        other_dims={dim: sizes.parameters(dim) for dim in nearest_dims(sizes, USUAL_SPARSITIES)},
+    )
+    # what is published is of dense models: it says nothing of a slice that is sliced again
+    return Description.draft(record, [] if record["ancestry"] else _forecasts(job, plan, rows.name))
+
+
+def _forecasts(job: Job, plan: SlicePlan, text: str) -> list[Forecast]:
+    """Return what can be predicted of slices of a model from what is published and what its card says."""
+    from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
+
+    for name in dict.fromkeys((text, "wikitext2")):
+        try:
+            found = find_forecasts(job.source, job.dimensions, plan.method, ForecastInputs(text=name, calibration=text))
+        except SlicecliError:  # a card with figures that cannot be: nothing is predicted then
+            return []
+        if any(one.quantity == "perplexity" for one in found):
+            return found
+    return found
+
+
+def licence_warning(source: Source) -> tuple[str, ...]:
+    """Say that a slice's card has no licence, where the dense model's states none."""
+    if "license" in inherited_metadata(source.folder):
+        return ()
+    return (
+        f"The card of {source.name} states no licence, so that of the slice says `other`: find out which it is before "
+        "you publish.",
+    )
+
+
+def reproduce_command(job: Job, plan: SlicePlan) -> str:
+    """Return the command line that makes a slice again; a text file appears by its name only."""
+    options = job.options
+    words = ["slicecli", "slice", plan.model, *_width_words(plan, options.slice_head)]
+    if plan.method != "refit":
+        words += ["--method", plan.method, "--final-orientation", options.orientation]
+    if job.source.commit:
+        words += ["--revision", job.source.commit]
+    words += [
+        "--calibration",
+        Path(options.calibration).name if Path(options.calibration).exists() else options.calibration,
+    ]
+    words += ["--samples", str(options.samples), "--seq-len", str(job.sequence_length), "--seed", str(options.seed)]
+    words += ["--dtype", plan.dtype]
+    if plan.adapter == AUTO_ADAPTER:
+        words += ["--adapter", AUTO_ADAPTER]
+    if job.source.needs_remote_code:
+        words += ["--trust-remote-code"]
+    return shlex.join(words)
+
+
+def _width_words(plan: SlicePlan, slice_head: bool | None) -> list[str]:
+    """Return the options that say how wide a slice is."""
+    if plan.schedule is None:
+        return ["--dim", str(plan.dim)]
+    words = ["--schedule", plan.schedule_name] if plan.schedule_name else ["--dim", str(plan.dim)]
+    return [*words, *([] if slice_head is None else ["--slice-head" if slice_head else "--no-slice-head"])]

@@ -1,0 +1,496 @@
+"""The main job from a model's name to finished folders: refuse early, prepare, pass over the blocks, write.
+
+The command line and the Python API both call this module; it prints nothing and asks nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.checkpoint.folder import ShardWriter, clear_folder, unfinished_folder, whole_folder
+from slicecli.checkpoint.meta_model import build_runnable_meta_model
+from slicecli.checkpoint.reader import DenseWeights, OffloadedWeights, checkpoint_tensors
+from slicecli.data.packing import check_vocabulary
+from slicecli.errors import OutputError
+from slicecli.family.slice_plan import SlicePlan
+from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_activations
+from slicecli.record.record import Energy
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.libraries import running
+from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
+from slicecli.runtime.placement import MEMORY_SHARE, batch_rows, compute_dtype
+from slicecli.runtime.versions import __version__, package_versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from slicecli.checkpoint.companions import LeftOut
+    from slicecli.data.packing import Rows
+    from slicecli.linalg.basis import Basis
+    from slicecli.progress import Progress
+    from slicecli.slicing.activation_cache import ActivationCache
+    from slicecli.slicing.context import Batches, DenseModel, Journal, Target
+
+__all__ = ["SliceReport", "open_dense", "read_rows", "run_slices", "share_work", "with_weights"]
+
+# enough tokens per unknown for the refit to be at its best; fewer still work, the ridge sees to that
+TOKENS_PER_UNKNOWN = 16
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """What came out of one slice.
+
+    Attributes:
+        plan: What was decided.
+        output: The folder.
+        revision: Commit hash of the source, where it has one.
+        energy_kept: Share of the stream's energy in the basis (of the normalised stream, by the refit).
+        seconds: Wall-clock time, all slices of the job together.
+        peak_memory_bytes: Peak resident memory of the process.
+        warnings: What the user should know.
+        is_from_cache: The statistics were in the cache.
+        phases: Wall-clock time by phase, in seconds.
+        peak_device_memory_bytes: Peak memory on the GPU that computes, if one does.
+        left_out: Files of the model that do not go along.
+    """
+
+    plan: SlicePlan
+    output: Path
+    revision: str | None
+    energy_kept: float
+    seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
+    is_from_cache: bool = False
+    phases: Mapping[str, float] = field(default_factory=dict)
+    peak_device_memory_bytes: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
+    """Do a job, and write a whole folder for each of its slices.
+
+    The refit makes one pass for statistics and one for all the slices whose streams fit the memory together; the
+    published method a pass for each.
+
+    Args:
+        job: The job.
+        progress: Hears how far the work has come.
+        resumes_if_possible: Go on where an interrupted run of the same job has left something, and start anew where
+            another has; `SliceOptions.resume` refuses then.
+
+    Raises:
+        SlicecliError: Something failed; no output folder is left behind.
+    """
+    from slicecli.hub.writing import describe_slice
+    from slicecli.jobs.completion import draft_description, licence_warning
+    from slicecli.jobs.preparation import prepare_folders
+    from slicecli.progress import Clock, Silent
+    from slicecli.slicing.refit import refit
+    from slicecli.slicing.resume import FileJournal, has_state, seconds_between_snapshots
+    from slicecli.slicing.slicegpt import slice_published
+
+    started = time.perf_counter()
+    processes = Processes.find()
+    clock = Clock(progress if progress is not None and processes.is_main else Silent())
+    clock.note(job.describe_places())
+    options = job.options
+    reports: list[SliceReport] = []
+    seconds_apart = seconds_between_snapshots()
+    journal: FileJournal | None = None
+    resumes = (options.resume or resumes_if_possible) and processes.count == 1
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        if journal is None:  # failed before it could go on with what another run has left: that stays
+            return resumes and has_state(unfinished_folder(job.slices[0][2]))
+        return journal.has_something and isinstance(error, (KeyboardInterrupt, SystemExit))
+
+    with ExitStack() as stack:
+        folders = [
+            stack.enter_context(whole_folder(folder, options.overwrite, resumes, is_worth_keeping))
+            for _, _, folder in job.slices
+            if processes.is_main
+        ]
+        # what can fail without weights fails before anything large is read
+        with running(job.source.name):
+            meta_models = prepare_folders(job, folders) if folders else []
+        rows, warnings = read_rows(job)
+        job = with_weights(job)
+        with running(job.source.name):
+            drafts = [draft_description(job, plan, rows) for plan, _, _ in job.slices] if folders else []
+        dense, batches = share_work(job, rows)
+        warnings += _idle_warning(processes.count, batches)
+        fingerprint = _fingerprint(job, rows, batches, dense)
+        stack.enter_context(running(job.source.name))
+        if folders:
+            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
+        state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
+        targets, writers = [], []
+        for number, (plan, config, _) in enumerate(job.slices):
+            missing = None if state is None else state["missing"][number]
+            folder = folders[number] if processes.is_main else None
+            meta_model = (
+                meta_models[number]
+                if processes.is_main
+                else build_runnable_meta_model(config, options.trust_remote_code)
+            )
+            target, writer = _open_target(plan, meta_model, folder, options, missing)
+            targets.append(target)
+            if writer is not None:
+                stack.callback(writer.close)
+                writers.append(writer)
+        if processes.count == 1:
+            journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
+        energies: list[Energy]
+        is_from_cache = False
+        if options.method == "refit":
+            activations = _states(dense, batches)
+            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, activations)
+            for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
+                refit(dense, basis, [targets[index] for index in group], batches, clock, journal, activations)
+            energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
+        else:
+            energies = []
+            for (plan, _, _), target in zip(job.slices, targets, strict=True):
+                assert plan.schedule is not None
+                spectrum = slice_published(
+                    dense, target, plan.schedule, options.orientation, options.seed, batches, clock, journal
+                )
+                energies.append(Energy.of_spectrum(spectrum, plan))
+        if not processes.is_main:
+            return processes.from_main(lambda: reports)
+        if journal is not None:
+            journal.remove()
+        for folder, draft, writer, energy in zip(folders, drafts, writers, energies, strict=True):
+            describe_slice(folder, draft, energy.fields, writer.finish())
+        clock.stop()
+        seconds = time.perf_counter() - started
+        for (plan, _, output), energy in zip(job.slices, energies, strict=True):
+            reports.append(
+                SliceReport(
+                    plan=plan,
+                    output=output,
+                    revision=job.source.commit,
+                    energy_kept=energy.kept,
+                    seconds=seconds,
+                    peak_memory_bytes=peak_memory_bytes(),
+                    warnings=warnings
+                    + _memory_warning(dense, batches)
+                    + _growth_warning(plan)
+                    + licence_warning(job.source),
+                    is_from_cache=is_from_cache,
+                    phases=clock.seconds,
+                    peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
+                    left_out=job.source.companions.left_out,
+                )
+            )
+    return processes.from_main(lambda: reports)
+
+
+def _find_basis(
+    job: Job,
+    rows: Rows,
+    dense: DenseModel,
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None,
+    activations: ActivationCache | None,
+) -> tuple[Basis, bool]:
+    """Return the basis, from the cache if it is there; say whether it was."""
+    from slicecli.slicing.reductions import give_basis
+    from slicecli.slicing.refit import STATISTICS, collect_basis
+    from slicecli.slicing.statistics_cache import StatisticsCache
+
+    if not job.options.cache:
+        return collect_basis(dense, batches, progress, journal, activations), False
+    cache = StatisticsCache(job.options.cache_folder)
+    key = {
+        **_identity(job, batches, dense),
+        "calibration": rows.digest,
+        "declaration": job.dimensions.declaration(),
+    }
+    found = cache.load(key, dense.device) if dense.processes.is_main else None
+    if dense.processes.from_main(lambda: found is not None):
+        progress.start(STATISTICS, 1)
+        progress.advance("from the cache")
+        return give_basis(dense, found), True
+    basis = collect_basis(dense, batches, progress, journal, activations)
+    if dense.processes.is_main:
+        cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
+    return basis, False
+
+
+def _states(dense: DenseModel, batches: Batches) -> ActivationCache | None:
+    """Return what keeps the dense stream of all steps between the passes, where that saves time.
+
+    On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
+    """
+    from slicecli.slicing.activation_cache import ActivationCache
+
+    if dense.device.type != "cpu":
+        return None
+    places = 1 + sum(len(block.sublayers) for block in dense.dimensions.declared_blocks)
+    size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
+    return ActivationCache(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
+
+
+def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
+    """Return what numbers depend on, apart from the calibration rows and the slices, as plain data."""
+    return {
+        "model": job.source.identity(),
+        "config": dict(job.source.fields),
+        "versions": {**package_versions(), "slicecli": __version__},
+        "computing": [str(dense.dtype), dense.device.type, batches.size],
+    }
+
+
+def _fingerprint(job: Job, rows: Rows, batches: Batches, dense: DenseModel) -> dict[str, Any]:
+    """Return what identifies a job to its journal, as JSON gives it back."""
+    options = job.options
+    content = {
+        **_identity(job, batches, dense),
+        "calibration": rows.digest,
+        "slices": [dataclasses.asdict(plan) for plan, _, _ in job.slices],
+        "options": [options.orientation, options.slice_head, options.seed, options.max_shard_size],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return found
+
+
+def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:
+    """Return the journal's state that an interrupted run has left, or clear the folders and return `None`.
+
+    Raises:
+        OutputError: The journal is of another run, and that is not to be overlooked.
+    """
+    from slicecli.slicing.resume import is_progress, read_state
+
+    try:
+        state = read_state(folders[0], fingerprint)
+    except OutputError:
+        if not is_lenient:
+            raise
+        state = None
+    if state is None or not all(any(folder.glob("*.safetensors")) for folder in folders):
+        for folder in folders:
+            clear_folder(folder, lambda path: not is_progress(path))
+        return None
+    return state
+
+
+def with_weights(job: Job) -> Job:
+    """Fetch the weights of a job's model, and return the job with the counts of what is loaded from them.
+
+    Before they are at hand, a config is believed.
+
+    Args:
+        job: The job.
+
+    Raises:
+        SlicecliError: The weights cannot be had, or are not those of the config.
+    """
+    with Processes.find().main_of_machine_first():
+        job.source.fetch_weights()
+    job.source.check_describes_weights()
+    fields = full_fields(job.source, job.config)
+    dimensions, _ = job.source.dimensions(job.adapter, fields)
+    slices = tuple(
+        (dataclasses.replace(plan, dense_parameters=dimensions.parameters()), config, folder)
+        for plan, config, folder in job.slices
+    )
+    return dataclasses.replace(job, dimensions=dimensions, slices=slices)
+
+
+def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
+    """Make ready to read the weights of a job's model.
+
+    Args:
+        job: The job; its weights must be at hand (`with_weights`).
+        dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
+
+    Raises:
+        SlicecliError: The weights cannot be read.
+    """
+    import torch
+
+    from slicecli.slicing.activations import ActivationStore
+    from slicecli.slicing.context import DenseModel
+
+    device = job.placement.device
+    weights = DenseWeights(job.source)
+    meta_model = build_runnable_meta_model(job.config, job.options.trust_remote_code)
+    stored = weights.dtype if dtype is None else getattr(torch, dtype)
+    resting = weights if job.placement.is_plain else OffloadedWeights(weights, job.placement.rest_of)
+    spare_bytes = job.streams.spare_bytes
+    if device.type == "cpu":
+        spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
+    store = ActivationStore(device, job.streams.place, spare_bytes=spare_bytes)
+    return DenseModel(meta_model, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
+
+
+def _scratch_folder(job: Job) -> Path:
+    """Return a folder that exists, on the disk that streams would be kept on."""
+    if not job.slices:
+        return Path(tempfile.gettempdir())
+    return next(folder for folder in job.slices[0][2].absolute().parents if folder.is_dir())
+
+
+def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches]:
+    """Open a job's model, and divide the rows in batches, and among the processes where there are several.
+
+    Args:
+        job: The job.
+        rows: The rows.
+        dtype: As of `open_dense`.
+
+    Raises:
+        SlicecliError: The weights cannot be had, or are not the same everywhere.
+    """
+    from slicecli.slicing.reductions import share_rows
+
+    dense = open_dense(job, dtype)
+    Processes.find().require_same(
+        {
+            "config": dict(job.source.fields),
+            "checkpoint": job.source.content,
+            "set of rows": rows.digest,
+            "set of versions": {**package_versions(), "slicecli": __version__},
+            "kind of device": [dense.device.type, str(dense.dtype)],
+        }
+    )
+    return share_rows(dense, rows.ids, job.options.batch_size or batch_rows(dense.device, rows.sequence_length))
+
+
+def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
+    """Divide the slices of a job into groups whose streams fit where they are kept, in order.
+
+    A group shares the dense half of the refit; a slice that is alone too large for it is a group of its own.
+
+    Args:
+        job: The job.
+        dense: The dense model.
+        tokens: Calibration tokens that run here.
+    """
+    import torch
+
+    if job.streams.place == "disk":
+        return [list(range(len(job.slices)))]
+    per_number = tokens * dense.dtype.itemsize
+    device = dense.device if job.streams.place == "device" else torch.device("cpu")
+    room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(device)))
+    room -= per_number * width_of_dense_activations(dense.dimensions)
+    groups: list[list[int]] = []
+    taken = 0.0
+    for index, (plan, _, _) in enumerate(job.slices):
+        needed = float(per_number * plan.dim)
+        if not groups or taken + needed > room:
+            groups.append([])
+            taken = 0.0
+        groups[-1].append(index)
+        taken += needed
+    return groups
+
+
+def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
+    """Draw the calibration rows; say where they are fewer than asked or than the refit would like, or monotonous.
+
+    Raises:
+        TextError: The text cannot be read or is too short.
+        SourceError: There is no tokenizer, or it does not belong to the model.
+    """
+    from slicecli.data.packing import calibration_rows, monotony
+    from slicecli.data.text import read_text
+
+    options = job.options
+    tokenizer = job.source.tokenizer()
+    text = read_text(options.calibration, "calibration", options.token)
+    rows = calibration_rows(text, tokenizer, options.samples, job.sequence_length, options.seed)
+    check_vocabulary(rows, job.source.name, job.dimensions.vocabulary)
+    warnings = []
+    if len(rows.ids) < options.samples:
+        warnings.append(
+            f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
+        )
+    if reason := monotony(rows):
+        warnings.append(
+            f"The calibration text is monotonous: {reason}. What is fitted to it need not hold for other text "
+            "(--calibration)."
+        )
+    unknowns = job.dimensions.largest_regression()
+    if job.slices and options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
+        warnings.append(
+            f"The refit has {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; it gains up to "
+            f"{TOKENS_PER_UNKNOWN * unknowns:,} and more (--samples, --seq-len)."
+        )
+    return rows, tuple(warnings)
+
+
+def _open_target(
+    plan: SlicePlan, meta_model: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
+) -> tuple[Target, ShardWriter | None]:
+    """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
+
+    Without a folder nothing is written.
+    """
+    import torch
+
+    from slicecli.slicing.context import Target
+
+    dtype = getattr(torch, plan.dtype)
+    if folder is None:
+        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None), None
+    shapes = {
+        stored: tuple(tensor.shape)
+        for name, value in meta_model.state_dict().items()
+        for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
+    }
+    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
+
+    def sink(name: str, tensor: torch.Tensor) -> None:
+        for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
+            writer.write(stored, part)
+
+    return Target(plan.dim, meta_model, dtype, sink), writer
+
+
+def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
+    rows, size = len(batches.rows), batches.size
+    busy = -(-rows // size)
+    if busy >= processes:
+        return ()
+    more = f"--batch-size {max(1, rows // processes)}" if size > 1 else "--samples"
+    return (f"{rows} rows in batches of {size} occupy {busy} of {processes} processes; {more} would occupy more.",)
+
+
+def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
+    most = dense.micro_batches.most
+    if most is None:
+        return ()
+    return (
+        f"The memory ran out with {batches.size} rows at once; the run went on with {most}. "
+        f"--batch-size {most} spares the attempts.",
+    )
+
+
+def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:
+    if plan.sliced_parameters < plan.dense_parameters:
+        return ()
+    return (
+        f"This slice has more parameters than the dense model ({plan.sliced_parameters:,} against "
+        f"{plan.dense_parameters:,}): "
+        + (
+            "its head is refitted, so it no longer shares the embedding table."
+            if plan.method == "refit"
+            else "its shortcut matrices, and a head of its own, weigh more than the slicing saves."
+        ),
+    )

@@ -1,0 +1,88 @@
+"""The spectrum of a model: what slices of any width would lose, measured on the dense model without slicing it.
+
+One document holds for many widths how much of the stream's energy they keep and their Fisher weight with each method
+(`slicecli.slicing.fisher`), so that whoever has it can predict slices without the weights. It holds no token and no
+local path, and the same model, text and seed give the same document.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.run import read_rows, share_work, with_weights
+from slicecli.record.record import calibration_fields
+from slicecli.runtime.libraries import quiet_libraries, running
+from slicecli.runtime.versions import __version__, package_versions
+
+if TYPE_CHECKING:
+    from slicecli.progress import Progress
+
+__all__ = ["SPECTRUM_POINTS", "run_spectrum"]
+
+SPECTRUM_POINTS = 256
+
+
+def run_spectrum(
+    model: str,
+    options: SliceOptions,
+    progress: Progress | None = None,
+    warn: Callable[[str], object] = warnings.warn,
+) -> dict[str, Any]:
+    """Measure what slices of a model would lose.
+
+    Args:
+        model: Hub id or folder.
+        options: Text, rows, device and the like, as for a slice; `dtype` is the one to compute in, and what says how
+            or where a slice is written is of no effect.
+        progress: Hears how far the work has come.
+        warn: Takes a sentence that the user should know.
+
+    Returns:
+        The document. `spectrum` has an entry for every dim up to the hidden size, of wide models for about every 256th
+        part of it: `kept` and `importance_kept` as in the record of a refit, and `fisher`, in nats per token, with the
+        basis of the refit and with the bases of the published method.
+
+    Raises:
+        SlicecliError: The model cannot be sliced, or the text or the weights cannot be read.
+    """
+    from slicecli.progress import Silent
+    from slicecli.slicing.fisher import collect_fisher
+    from slicecli.slicing.refit import collect_basis
+
+    progress = progress or Silent()
+    job = plan_slices(model, (), (), options)
+    with quiet_libraries():
+        rows, found = read_rows(job)
+        for text in found:
+            warn(text)
+        job = with_weights(job)
+        dense, batches = share_work(job, rows, options.dtype)
+        with running(job.source.name):
+            basis = collect_basis(dense, batches, progress)
+            fisher = collect_fisher(dense, basis, batches, options.seed, progress)
+    size = job.dimensions.hidden_size
+    step = max(1, size // SPECTRUM_POINTS)
+    return {
+        "slicecli_version": __version__,
+        "model": job.source.name,
+        "revision": job.source.commit,
+        "model_type": str(job.source.fields.get("model_type")),
+        "hidden_size": size,
+        "calibration": calibration_fields(rows, options.seed),
+        "seed": options.seed,
+        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dense": {"nll": fisher.nll},
+        "spectrum": [
+            {
+                "dim": dim,
+                "kept": basis.energy_kept(dim),
+                "importance_kept": basis.importance_kept(dim),
+                "fisher": {"refit": float(fisher.shared[dim]), "slicegpt": float(fisher.layer[dim])},
+            }
+            for dim in sorted({*range(step, size + 1, step), size})
+        ],
+        "versions": package_versions(),
+    }

@@ -1,0 +1,311 @@
+"""A sweep: one model sliced to many dims, each measured, and a curve fitted to the measurements.
+
+The statistics are collected once and, where memory allows, the dense model runs once for all dims. Every measurement is
+written down as soon as it is there, so that a sweep that was stopped goes on where it stopped; slices are removed when
+they are measured, unless they are to be kept. What is already in the folder is taken over only if it belongs to the
+same model, options and measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.checkpoint.folder import check_apart, file_digest, write_whole_file
+from slicecli.checkpoint.source import Source
+from slicecli.errors import OutputError
+from slicecli.estimation.estimate import nearest_dims
+from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
+from slicecli.evaluation import measure as measuring
+from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.slice_plan import Width, slice_sizes
+from slicecli.hub.writing import enter_curves, enter_results
+from slicecli.jobs.plan import Job, SliceOptions, find_adapter, plan_slices
+from slicecli.jobs.run import run_slices, with_weights
+from slicecli.record.record import read_record
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.inputs import local_path
+from slicecli.runtime.json import read_json
+from slicecli.runtime.libraries import quiet_libraries
+from slicecli.runtime.versions import __version__, package_versions
+
+if TYPE_CHECKING:
+    from slicecli.estimation.curves import Curve
+    from slicecli.progress import Progress
+
+__all__ = ["PLOT_FILE", "RESULTS_FILE", "Sweep", "run_sweep", "usual_dims"]
+
+RESULTS_FILE = "results.json"
+PLOT_FILE = "curve.png"
+SLICES_FOLDER = "slices"
+MARK_FILE = ".sweep"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What came out of a sweep.
+
+    Attributes:
+        folder: Where it is written.
+        document: What `results.json` holds.
+        curves: The fitted curves, that of the first text first.
+        warnings: What the user should know.
+    """
+
+    folder: Path
+    document: Mapping[str, Any]
+    curves: tuple[Curve, ...]
+    warnings: tuple[str, ...]
+
+
+def run_sweep(
+    model: str,
+    dims: Sequence[int],
+    folder: Path,
+    options: SliceOptions,
+    evaluation: EvaluationOptions,
+    *,
+    relation: str | None = None,
+    keeps_slices: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Slice a model to many dims, measure the dense model and each slice, and fit curves.
+
+    Args:
+        model: Hub id or folder.
+        dims: The dims.
+        folder: Where results, curves and plot go, and the slices meanwhile.
+        options: How it is sliced.
+        evaluation: How it is measured.
+        relation: Name of the relation to fit; `None` chooses the best.
+        keeps_slices: Leave the slices there, with results and curves in their records.
+        overwrite: Begin anew if the folder has the results of another sweep.
+        progress: Hears how far the work has come.
+
+    Raises:
+        SlicecliError: Something failed; what was measured until then is in the folder.
+    """
+    wanted = list(dict.fromkeys(sorted(dims, reverse=True)))
+    places = {dim: folder / SLICES_FOLDER / f"dim{dim}" for dim in wanted}
+    # a slice of an interrupted run may lie there: what becomes of it is decided below
+    settings = dataclasses.replace(options, overwrite=True)
+    job = plan_slices(model, [Width(dim) for dim in wanted], [places[dim] for dim in wanted], settings)
+    if relation is not None:
+        check_relation(relation)
+    measure = _Measure(job, evaluation, progress)
+    job = with_weights(job)
+    fingerprint = _fingerprint(job, evaluation, measure.prepared)
+    processes = Processes.find()
+    if processes.is_main:
+        check_apart(folder / SLICES_FOLDER, job.source.folder)
+    document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
+    warnings: list[str] = []
+    done = {point["dim"] for point in document["points"]}
+    left = [dim for dim in wanted if dim not in done]
+
+    if document["dense"] is None:
+        document["dense"] = measure.dense()
+        _write(folder, document)
+    unsliced = processes.from_main(lambda: [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)])
+    if unsliced:
+        some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one[0].dim in unsliced))
+        with quiet_libraries():
+            reports = run_slices(some, progress, resumes_if_possible=True)
+        for report in reports:
+            if processes.is_main:
+                _mark(report.output, fingerprint)
+            warnings += [text for text in report.warnings if text not in warnings]
+    for dim in left:
+        document["points"].append(measure.slice(places[dim]))
+        document["points"].sort(key=lambda point: -point["dim"])
+        _write(folder, document)
+        processes.barrier()  # none reads the slice any more
+        if not keeps_slices and processes.is_main:
+            shutil.rmtree(places[dim])
+    if not keeps_slices and processes.is_main:
+        shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
+
+    curves = _fit(document, relation)
+    document.update(curves_json(curves))
+    if not processes.is_main:
+        return Sweep(folder, document, tuple(curves), tuple(warnings))
+    _write(folder, document)
+    for point in document["points"]:
+        if point["dim"] in places and read_record(places[point["dim"]]) is not None:
+            _complete_slice(places[point["dim"]], point, document)
+    _draw(folder / PLOT_FILE, curves, job)
+    return Sweep(folder, document, tuple(curves), tuple(warnings))
+
+
+def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -> tuple[int, ...]:
+    """Return the legal dims of a model that are nearest to fractions removed.
+
+    Raises:
+        SlicecliError: The model cannot be read or sliced.
+    """
+    source = Source.find(model, options.revision, options.token, options.trust_remote_code)
+    source.check_is_decoder()
+    chosen = find_adapter(source, options.adapter)
+    dimensions = Dimensions(chosen.adapter, chosen.fields)
+    return tuple(nearest_dims(slice_sizes(dimensions, options.method, options.slice_head), sparsities))
+
+
+def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSet) -> str:
+    """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
+    options = dataclasses.asdict(job.options)
+    for name in (
+        "token",
+        "overwrite",
+        "max_shard_size",
+        "batch_size",
+        "device_map",
+        "max_memory",
+        "streams",
+        "resume",
+        "cache",
+        "cache_folder",
+    ):
+        options.pop(name)
+    measured = dataclasses.asdict(evaluation)
+    for name in ("token", "batch_size", "device_map", "max_memory"):
+        measured.pop(name, None)
+    # of files what is in them counts, not by which path they are given
+    measured["texts"] = [(rows.name, rows.digest, rows.text_digest) for rows in prepared.rows]
+    measured["tasks"] = [(task.name, task.digest) for task in prepared.tasks]
+    text = local_path(options["calibration"])
+    if text.is_file():
+        options["calibration"] = text.name, file_digest(text)
+    content = {
+        "version": __version__,
+        "model": job.source.identity(),
+        "config": dict(job.source.fields),
+        "sequence_length": job.sequence_length,
+        "options": options,
+        "evaluation": measured,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:
+    """Return the results to go on with: those in the folder if they are of this sweep, else empty ones.
+
+    Raises:
+        OutputError: The folder has something else in it.
+    """
+    path = folder / RESULTS_FILE
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not path.is_file())):
+        raise OutputError(
+            f"The output {folder.name!r} exists and is not a sweep, so it is left alone.", "Give another with --output."
+        )
+    if path.is_file():
+        found = read_json(path)
+        if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
+            return {**found, "points": list(found["points"])}
+        if not overwrite:
+            raise OutputError(
+                f"The output {folder.name!r} has the results of another sweep: of another model, other options or "
+                "other texts.",
+                "Give another with --output, or --overwrite it.",
+            )
+        shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The output {folder.name!r} cannot be made: {error.strerror}.") from None
+    plan = job.slices[0][0]
+    document: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "model": plan.model,
+        "revision": job.source.commit,
+        "model_type": plan.model_type,
+        "method": plan.method,
+        "hidden_size": plan.hidden_size,
+        "slicecli_version": __version__,
+        "versions": package_versions(),
+        "dense": None,
+        "points": [],
+    }
+    _write(folder, document)
+    return document
+
+
+class _Measure:
+    """Measures the dense model and its slices on the same rows.
+
+    Attributes:
+        prepared: The rows and tasks.
+
+    Raises:
+        SlicecliError: What is to be measured on cannot be had.
+    """
+
+    def __init__(self, job: Job, evaluation: EvaluationOptions, progress: Progress | None) -> None:
+        self._job = job
+        self._options = evaluation
+        self._progress = progress
+        with quiet_libraries():
+            self.prepared = EvaluationSet.prepare(
+                evaluation, job.source, job.source.tokenizer(), progress, job.options.calibration
+            )
+
+    def dense(self) -> dict[str, Any]:
+        """Return the eval document of the dense model."""
+        return self._document(self._job.source)
+
+    def slice(self, folder: Path) -> dict[str, Any]:
+        """Return the eval document of a slice, with its bytes and how much of the stream's energy it kept."""
+        source = Source.find(str(folder), trust_remote_code=self._options.trust_remote_code)
+        record = read_record(folder) or {}
+        about = {"bytes": record["bytes"]["sliced"], "energy_kept": record["energy"]["kept"]}
+        return {**self._document(source), **about}
+
+    def _document(self, source: Source) -> dict[str, Any]:
+        measured = measuring.evaluate(source, self._options, self._progress, self.prepared).to_json()
+        measured.pop("versions", None)
+        return measured
+
+
+def _complete_slice(folder: Path, point: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """Enter into a slice that is kept what the sweep found."""
+    dense = {name: document["dense"][name] for name in ("perplexity", "tasks")}
+    enter_results(folder, point["perplexity"], point["tasks"], dense)
+    enter_curves(folder, document["curves"])
+    (folder / MARK_FILE).unlink(missing_ok=True)
+
+
+def _mark(folder: Path, fingerprint: str) -> None:
+    """Leave a note in a slice that it is whole and of this sweep."""
+    write_whole_file(folder / MARK_FILE, fingerprint)
+
+
+def _is_of_this_sweep(folder: Path, fingerprint: str) -> bool:
+    try:
+        return (folder / MARK_FILE).read_text(encoding="utf-8") == fingerprint
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _write(folder: Path, document: Mapping[str, Any]) -> None:
+    if Processes.find().is_main:
+        write_whole_file(folder / RESULTS_FILE, json.dumps(document, indent=2) + "\n")
+
+
+def _fit(document: Mapping[str, Any], relation: str | None) -> list[Curve]:
+    return fit_results(series_of([document["dense"], *document["points"]]), relation)
+
+
+def _draw(path: Path, curves: Sequence[Curve], job: Job) -> None:
+    from slicecli.estimation.plot import draw_quality, picture_of_curve
+
+    if not curves:
+        return
+    sizes = slice_sizes(job.dimensions, job.options.method, job.options.slice_head)
+    draw_quality([picture_of_curve(curve, sizes.parameters) for curve in curves], path)

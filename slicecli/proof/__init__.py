@@ -1,0 +1,1 @@
+"""Proving a declaration on small random models."""

@@ -1,0 +1,1 @@
+"""What surrounds the computation: devices, memory, processes, other libraries, input that anybody may have written."""

@@ -1,0 +1,584 @@
+"""Many processes, on one machine or several, that do one job together.
+
+`accelerate launch` and `torchrun` start the same command several times and tell each by environment variables which of
+them it is. Every process runs the whole model on its share of the rows, and what they find is summed; the first of
+them, the main process, solves, writes and speaks. This module is the only one that talks to other processes; where
+there are none it imports nothing.
+
+Processes wait for each other in Python, looking up between naps: so a signal is heard, and so is the failure of another
+process, for which the rest would else wait for ever. Failures go through the store in which the processes have met.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import pickle
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from slicecli.errors import ProcessError, RequestError, SlicecliError, reason_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ALONE", "Processes", "Share", "started_alone"]
+
+# as torchrun and accelerate set them, and as the MPI implementations do that accelerate can start processes with
+VARIABLES = {
+    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "count": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "local_count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+}
+NOTICE = 5.0  # seconds after which a process says that it waits for the others to start
+MEETING = 120.0  # seconds after which it gives up
+MEETING_NAP, REACH = 0.05, 2.0  # seconds
+MOST_NAMED = 4
+ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
+WORK = timedelta(days=7)  # to wait for another process's work; it is heard of earlier if it fails
+PATIENCE = 8.0  # seconds that a process that failed leaves the word to the main process
+NAP, LONGEST_NAP = 1e-4, 5e-3  # seconds
+EARS = 0.25  # seconds between two looks at the store
+CHUNK = 2**23  # numbers that are summed at a time
+FAILED, SPOKEN, REPORTS = "slicecli/failed", "slicecli/spoken", "slicecli/reports"
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of some rows.
+
+    Attributes:
+        rows: Its rows, which lie together.
+        processes: The processes, this one marked as idle where it has no rows.
+    """
+
+    rows: slice
+    processes: Processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job, as one of them sees them.
+
+    All methods that exchange something must be called by all processes, in the same order.
+
+    Attributes:
+        rank: Which of them this is.
+        count: How many there are.
+        local_rank: Which of those on this machine.
+        local_count: How many there are on this machine.
+        is_idle: This one has no rows: it runs along with the others, and adds nothing to sums.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    is_idle: bool = False
+
+    @classmethod
+    def find(cls) -> Processes:
+        """Return the processes that a launcher has started, or one alone.
+
+        Raises:
+            RequestError: The launcher's variables make no sense.
+        """
+        if _here.found is None:
+            _here.found = _from_environment()
+        return _here.found
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that solves, writes and speaks."""
+        return self.rank == 0
+
+    def stay_alone(self) -> None:
+        """Let this process do its job as if there were no other."""
+        _here.found = ALONE
+
+    def share(self, rows: int, batch: int) -> Share:
+        """Divide rows among the processes, in their order.
+
+        Batches stay whole, because how a batch is rounded depends on its size: so the batches, and with them the
+        result, are those of one process.
+
+        Args:
+            rows: How many there are.
+            batch: Rows of a batch.
+        """
+        least, more = divmod(-(-rows // batch), self.count)
+        first = self.rank * least + min(self.rank, more)
+        start = min(first * batch, rows)
+        stop = min((first + least + (self.rank < more)) * batch, rows)
+        return Share(slice(start, stop), replace(self, is_idle=start == stop))
+
+    def deal(self, groups: Sequence[Any]) -> list[int]:
+        """Return the indices that are this process's, where what follows each other with an equal value stays together.
+
+        Args:
+            groups: A value for each index.
+
+        Example:
+            >>> Processes(rank=1, count=2).deal("aabbcd")
+            [2, 3, 5]
+        """
+        found, number = [], -1
+        for index, value in enumerate(groups):
+            number += index == 0 or value != groups[index - 1]
+            if number % self.count == self.rank:
+                found.append(index)
+        return found
+
+    def device(self) -> torch.device:
+        """Return this process's own device: the GPU of its number on this machine, or the CPU.
+
+        Raises:
+            RequestError: There are fewer GPUs than processes.
+        """
+        import torch
+
+        # as accelerate launch --cpu says it
+        if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+            return torch.device("cpu")
+        gpus = torch.cuda.device_count()
+        if self.local_rank >= gpus:
+            raise RequestError(
+                f"There are {self.local_count} processes on this machine, and it has {gpus} GPUs.",
+                "Start as many processes as there are GPUs, or give --device-map cpu.",
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def join(self, notify: Callable[[str], object] = warnings.warn) -> None:
+        """Meet the other processes; nothing where that has been done, or there are none.
+
+        Args:
+            notify: Takes a sentence that says what is waited for, if that takes some seconds.
+
+        Raises:
+            ProcessError: They do not come, or one of them has failed.
+        """
+        if self.count == 1 or _here.store is not None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        try:
+            met = self._meet(notify)
+            # numbers on a GPU go from GPU to GPU, all else through main memory
+            has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+            backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+            if dist.is_initialized():
+                _here.group = dist.new_group(backend=backend, timeout=WORK)
+            else:
+                store = dist.PrefixStore("slicecli/group", met)  # type: ignore[attr-defined]
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=WORK)
+                atexit.register(_leave)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ProcessError(
+                f"The {self.count} processes cannot meet at {_meeting_place()}: {reason_of(error)}.", _remedy()
+            ) from error
+
+    def _meet(self, notify: Callable[[str], object]) -> Any:
+        """Open the store, which the main process keeps or its launcher, and return it when all processes are there.
+
+        Raises:
+            ProcessError: Some do not come, or one has failed.
+        """
+        import torch.distributed as dist
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        is_keeper = self.is_main and not is_kept_by_launcher
+        keeper = "the launcher" if is_kept_by_launcher else "the main process"
+        patience = _Patience(self, notify)
+        if not is_keeper:
+            # the client of the store would say much on its own while it tries
+            patience.wait(lambda: _can_be_reached(host, port), lambda: [keeper])
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "localhost" if is_keeper else host,
+            port,
+            self.count,
+            is_keeper,
+            timeout=ANSWER,
+            wait_for_workers=False,
+            multi_tenant=is_keeper,
+            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )
+        _here.store = store
+        store.set(f"slicecli/present/{self.rank}", "")
+        keys = [f"slicecli/present/{rank}" for rank in range(self.count)]
+        patience.wait(
+            lambda: bool(store.check(keys)),
+            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not store.check([key])],
+        )
+        return store
+
+    def sum_everywhere(self, *tensors: torch.Tensor) -> None:
+        """Add up contiguous tensors of the same shapes over all processes, in place, in all of them."""
+        self._sum(tensors, is_everywhere=True)
+
+    def sum_to_main(self, *tensors: torch.Tensor) -> None:
+        """Add up contiguous tensors of the same shapes over all processes, in place.
+
+        The sum is in the main process; what is in the others is of no use afterwards.
+        """
+        self._sum(tensors, is_everywhere=False)
+
+    def sum_square_to_main(self, *tensors: torch.Tensor) -> None:
+        """Do the same with symmetric matrices, of which only one half is sent."""
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            width = len(tensor)
+            rows = max(1, CHUNK // width)
+            for first in range(0, width, rows):
+                end = min(first + rows, width)
+                band = tensor[first:end, first:].contiguous()
+                self.sum_to_main(band)
+                tensor[first:end, first:] = band
+                tensor[end:, first:end] = band[:, end - first :].T
+
+    def tensors_from_main(
+        self, make: Callable[[], Sequence[torch.Tensor]], shapes: Sequence[Sequence[int]], device: torch.device
+    ) -> list[torch.Tensor]:
+        """Let the main process make tensors, and give them to all, so that all go on with the same bits.
+
+        Args:
+            make: Returns them; called in the main process only.
+            shapes: Their shapes. All are float64.
+            device: Where they are.
+        """
+        import torch
+
+        if self.count == 1:
+            return list(make())
+        if self.is_main:
+            tensors = [tensor.to(device, torch.float64).contiguous() for tensor in make()]
+        else:
+            tensors = [torch.empty(*shape, dtype=torch.float64, device=device) for shape in shapes]
+        for tensor in tensors:
+            self._broadcast(tensor)
+        return tensors
+
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """Let the main process do something, and give what it returns to all.
+
+        Args:
+            make: Returns plain data; called in the main process only.
+        """
+        import torch
+
+        if self.count == 1:
+            return make()
+        content = _packed(make()) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        self._broadcast(size)
+        if not self.is_main:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        self._broadcast(content)
+        value: Value = _unpacked(content)
+        return value
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return what each process gives, plain data, in the order of the processes."""
+        import torch
+
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        self.join()
+        content = _packed(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        self._finish(dist.all_gather(sizes, torch.tensor([len(content)]), group=_here.group, async_op=True))
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(content)] = content
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.count)]
+        self._finish(dist.all_gather(parts, padded, group=_here.group, async_op=True))
+        return [_unpacked(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait until all processes have come this far."""
+        self.gather(None)
+
+    @contextmanager
+    def main_of_machine_first(self) -> Iterator[None]:
+        """Let one process of each machine do something before the others do it, as with a download they share."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Refuse to work together with processes that have other files, or other versions.
+
+        Args:
+            values: What must be the same in all, as plain data, by what it is called in a sentence.
+
+        Raises:
+            RequestError: Something is not.
+        """
+        everyone = self.gather(dict(values))
+        for name in values:
+            differing = [rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]]
+            if differing:
+                raise RequestError(
+                    f"Process {differing[0]} has another {name} than the main process.",
+                    "Give all machines the same files and the same versions.",
+                )
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends with an error; the first to fail is heard."""
+        if self.count == 1 or isinstance(error, ProcessError) or _here.store is None:
+            return
+        if isinstance(error, SlicecliError):
+            words = {"cause": error.cause, "remedy": error.remedy, "code": error.exit_code}
+        elif isinstance(error, Exception):
+            cause = f"Process {self.rank} of {self.count} failed: {type(error).__name__}: {reason_of(error)}."
+            words = {"cause": cause, "remedy": "What it printed says where.", "code": 1}
+        else:  # a signal: who sent it knows
+            words = {"cause": "", "remedy": "", "code": 1}
+        with suppress(RuntimeError):
+            _here.store.compare_set(FAILED, "", json.dumps(words))
+
+    def is_to_report(self, error: BaseException) -> bool:
+        """Tell the others of an error that ends this process, and say whether it is this one that shows it to the user.
+
+        The main process shows its own errors, and those of others that it hears of. A process whose error it does not
+        hear of in some seconds shows it itself. All wait until somebody has, since a launcher ends the rest once one
+        has ended.
+        """
+        if self.count == 1:
+            return True
+        if _here.store is None:  # there was no meeting, so that nobody else hears of it
+            return True
+        self.tell(error)
+        try:
+            if not self.is_main:
+                ends = time.monotonic() + PATIENCE * (2 if isinstance(error, ProcessError) else 1)
+                while time.monotonic() < ends:
+                    if _here.store.check([SPOKEN]):
+                        return False
+                    time.sleep(LONGEST_NAP)
+                if isinstance(error, ProcessError):
+                    return False
+            is_first: bool = _here.store.add(REPORTS, 1) == 1
+            _here.store.set(SPOKEN, "")
+        except RuntimeError:  # the store has gone, and with it whoever kept it
+            return self.is_main
+        return is_first
+
+    def _sum(self, tensors: Sequence[torch.Tensor], is_everywhere: bool) -> None:
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        self.join()
+        for tensor in tensors:
+            if self.is_idle:
+                tensor.zero_()
+            for part in tensor.view(-1).split(CHUNK):
+                if is_everywhere:
+                    self._finish(dist.all_reduce(part, group=_here.group, async_op=True))
+                else:
+                    self._finish(dist.reduce(part, 0, group=_here.group, async_op=True))
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        import torch.distributed as dist
+
+        self.join()
+        self._finish(dist.broadcast(tensor, 0, group=_here.group, async_op=True))
+
+    def _finish(self, work: Any) -> None:
+        """Wait for an exchange.
+
+        Raises:
+            ProcessError: Another process has failed, or is gone.
+        """
+        self._wait(work.is_completed)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._listen()
+            raise ProcessError(
+                "Another process of the job has ended without a word.",
+                "Look at what its machine says: it may have had too little memory.",
+            ) from error
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        """Nap until something is done.
+
+        Raises:
+            ProcessError: Another process has failed.
+        """
+        nap, listened = NAP, time.monotonic()
+        while not is_done():
+            time.sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP)
+            if time.monotonic() - listened > EARS:
+                self._listen()
+                listened = time.monotonic()
+
+    def _listen(self) -> None:
+        """Hear whether another process has failed.
+
+        Raises:
+            ProcessError: One has.
+        """
+        try:
+            if not _here.store.check([FAILED]):
+                return
+            words = json.loads(_here.store.get(FAILED))
+        except RuntimeError as error:
+            raise ProcessError(
+                "The machine of the main process does not answer any more.", "Look at what it says."
+            ) from error
+        raise ProcessError(words["cause"], words["remedy"], words["code"])
+
+
+class _Patience:
+    """How long a process waits for the others to come: after some seconds it says so, after some more it gives up."""
+
+    def __init__(self, processes: Processes, notify: Callable[[str], object]) -> None:
+        self._processes = processes
+        self._notify = notify
+        self._started = time.monotonic()
+        self._has_notified = False
+
+    def wait(self, is_done: Callable[[], bool], absent: Callable[[], list[str]]) -> None:
+        """Nap until something is done.
+
+        Args:
+            is_done: Says whether it is.
+            absent: Returns the names of the processes that have not come.
+
+        Raises:
+            ProcessError: They do not come, or one has failed.
+        """
+        who = f"This is process {self._processes.rank} of {self._processes.count}"
+        while not is_done():
+            waited = time.monotonic() - self._started
+            if waited > MEETING:
+                raise ProcessError(
+                    f"{who}, by {_variables()} in the environment, and {_first_of(absent())} did not come to "
+                    f"{_meeting_place()} within {MEETING:.0f} seconds.",
+                    _remedy(),
+                )
+            if waited > NOTICE and not self._has_notified:
+                self._has_notified = True
+                self._notify(
+                    f"{who}, by {_variables()} in the environment: it waits up to {MEETING:.0f} seconds for "
+                    f"{_first_of(absent())} at {_meeting_place()}."
+                )
+            if _here.store is not None:
+                self._processes._listen()
+            time.sleep(MEETING_NAP)
+
+
+class _Here:
+    """What this process knows of the others: found once, met once."""
+
+    found: Processes | None = None
+    store: Any = None
+    group: Any = None
+
+
+_here = _Here()
+ALONE = Processes()
+
+
+def started_alone() -> bool:
+    """Say whether `accelerate launch` was to start several processes and has started one.
+
+    Without GPUs it does so, unless it is told `--multi_gpu` or to use MPI.
+    """
+    is_by_accelerate = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return is_by_accelerate and _number("count") is None
+
+
+def _from_environment() -> Processes:
+    numbers = {name: _number(name) for name in VARIABLES}
+    rank, count = numbers["rank"], numbers["count"]
+    if rank is None or count is None or count == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return ALONE
+    local_rank = rank if numbers["local_rank"] is None else numbers["local_rank"]
+    found = Processes(rank, count, local_rank, numbers["local_count"] or count)
+    if not 0 <= rank < count:
+        raise RequestError(
+            f"Process {rank} of {count} cannot be.", "Unset RANK and WORLD_SIZE, or start with torchrun."
+        )
+    return found
+
+
+def _number(name: str) -> int | None:
+    for variable in VARIABLES[name]:
+        if variable in os.environ:
+            try:
+                return int(os.environ[variable])
+            except ValueError:
+                raise RequestError(
+                    f"{variable} is {os.environ[variable]!r}, which is no number.", "Unset it."
+                ) from None
+    return None
+
+
+def _variables() -> str:
+    """Name the variables that say which process this is, and of how many."""
+    return " and ".join(next(name for name in VARIABLES[what] if name in os.environ) for what in ("rank", "count"))
+
+
+def _remedy() -> str:
+    return (
+        f"If no launcher started it, unset {_variables()}; else check that all were started, by accelerate launch or "
+        "torchrun, and that this machine reaches that one."
+    )
+
+
+def _meeting_place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+
+
+def _can_be_reached(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=REACH).close()
+    except OSError:
+        return False
+    return True
+
+
+def _first_of(names: list[str]) -> str:
+    """Return some names for a message, and how many there are besides."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _packed(value: Any) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpacked(content: torch.Tensor) -> Any:
+    return pickle.loads(content.numpy().tobytes())
+
+
+def _leave() -> None:
+    """Take leave of the others at the end of the program, unless one of them has failed."""
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        if dist.is_initialized() and not _here.store.check([FAILED]):
+            dist.destroy_process_group()

@@ -1,0 +1,65 @@
+"""Reading JSON that anybody may have written: no file that is none, is endless, or is nested to exhaust the stack."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slicecli.runtime.text_files import BYTE_ORDER_MARK, decode
+
+__all__ = ["MOST_JSON_BYTES", "load_json", "read_json"]
+
+MOST_JSON_BYTES = 16_000_000
+MOST_LEVELS = 100
+
+
+def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES, allows_mark: bool = True) -> Any:
+    """Return the content of a JSON file that anybody may have written.
+
+    Args:
+        path: The file.
+        most_bytes: A larger one is refused: parsed it takes some twenty times the memory.
+        allows_mark: Read on behind a byte order mark; transformers does not.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+        ValueError: It is something else than a file, too large, no text, no JSON, or nested too deeply.
+    """
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    if size > most_bytes:
+        raise ValueError(f"it has {size:,} bytes, more than such a file needs")
+    content = path.read_bytes()
+    if content.startswith(BYTE_ORDER_MARK) and not allows_mark:
+        raise ValueError("it begins with a byte order mark (BOM), which transformers does not read; save it without")
+    try:
+        content = json.loads(decode(content))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_depth(content)
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    """Refuse what is nested so deeply that whoever goes through it, or writes it again, comes to an end of the stack.
+
+    Raises:
+        ValueError: It is.
+    """
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return
+        level = [value for one in containers for value in (one.values() if isinstance(one, dict) else one)]
+    raise ValueError("it is nested too deeply")
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Return the content of a JSON file, or `None` where it cannot be read as such, see `load_json`."""
+    try:
+        return load_json(path, most_bytes)
+    except (OSError, ValueError):
+        return None

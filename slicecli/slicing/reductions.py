@@ -1,0 +1,97 @@
+"""What the passes do where several processes share the calibration rows: divide them, add up, solve once.
+
+The main process solves and gives the solution to all, so that all fold the same bits into their blocks, whatever
+machines they run on. Of what is summed only what a solution needs is sent, in float64.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from slicecli.linalg.basis import Basis, reader_basis
+from slicecli.linalg.normal_equations import NormalEquations
+from slicecli.linalg.ridge import Correction
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.memory import make_room
+from slicecli.slicing.context import Batches, DenseModel
+
+__all__ = ["give_basis", "share_rows", "solve_basis", "solve_normal_equations"]
+
+
+def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
+    """Return the dense model and the batches as this process has them, with its share of the rows.
+
+    Args:
+        dense: The dense model.
+        rows: The rows of all processes, int64 of shape (rows, sequence length).
+        batch: Rows of a batch.
+    """
+    share = Processes.find().share(len(rows), batch)
+    return dataclasses.replace(dense, processes=share.processes), Batches(rows, batch, share.rows)
+
+
+def solve_normal_equations(
+    processes: Processes, equations: NormalEquations, solve: Callable[[NormalEquations], Correction]
+) -> Correction:
+    """Add up normal equations over processes and solve them once.
+
+    Args:
+        processes: The processes.
+        equations: Of this process; of no use afterwards.
+        solve: Solves the sum.
+    """
+    make_room(equations.gram.nbytes)
+    if processes.count == 1:
+        return solve(equations)
+    gram, cross = equations.sum_held_out()
+    processes.sum_square_to_main(equations.gram, gram)
+    processes.sum_to_main(equations.cross, cross, *equations.residual_energy)
+    inputs, outputs = equations.cross.shape
+    del gram, cross
+
+    def solution() -> tuple[torch.Tensor, torch.Tensor]:
+        found = solve(equations)
+        return found.matrix, torch.tensor([found.ridge, found.error], dtype=torch.float64)
+
+    matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], equations.cross.device)
+    ridge, error = numbers.tolist()
+    return Correction(matrix, ridge, error)
+
+
+def solve_basis(dense: DenseModel, second_moment: torch.Tensor, metric: torch.Tensor) -> Basis:
+    """Add up the second moments of processes and solve for the basis once.
+
+    Args:
+        dense: The dense model.
+        second_moment: C of this process's tokens, float64 of shape (d, d); of no use afterwards.
+        metric: M of all tokens, float64 of shape (d, d).
+    """
+    dense.processes.sum_square_to_main(second_moment)
+    basis = reader_basis(second_moment, metric, dense.is_centred) if dense.processes.is_main else None
+    return give_basis(dense, basis)
+
+
+def give_basis(dense: DenseModel, basis: Basis | None) -> Basis:
+    """Give the main process's basis to all processes.
+
+    Args:
+        dense: The dense model.
+        basis: The basis; `None` in all processes but the main one.
+    """
+    if dense.processes.count == 1 and basis is not None:
+        return basis
+    width = dense.dimensions.hidden_size
+    directions = width - dense.is_centred
+
+    def tensors() -> list[torch.Tensor]:
+        assert basis is not None
+        return [basis.vectors, basis.energies, basis.importances]
+
+    shapes = [(width, directions), (directions,), (directions,)]
+    vectors, energies, importances = dense.processes.tensors_from_main(tensors, shapes, dense.device)
+    return Basis(vectors, energies, importances, dense.is_centred)

@@ -1,0 +1,338 @@
+"""The two passes over the blocks: statistics of the dense model, then the refit of its slices.
+
+Blocks are filled with weights one at a time and freed again, so the whole model is never in memory; what lives
+through a pass are the streams, (tokens, width) numbers each. Several slices of one model share the dense half of
+the refit pass.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from slicecli.adapters import Block
+from slicecli.linalg.basis import Basis
+from slicecli.linalg.normal_equations import add_square, widen
+from slicecli.linalg.ridge import RidgeSearch
+from slicecli.progress import Progress
+from slicecli.runtime.microbatch import concat
+from slicecli.slicing import modules
+from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
+from slicecli.slicing.activations import Stream
+from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, activations_in
+from slicecli.slicing.folding import (
+    final_norm_weight_and_bias,
+    fold_head,
+    matrix_of,
+    neutral_norm,
+    norm_weight_and_bias,
+    project_embeddings,
+)
+from slicecli.slicing.layerwise import (
+    blocks_left,
+    embedding_tables,
+    enter,
+    fill_kept,
+    filled,
+    hand_over_block,
+    hand_over_buffers,
+    read_blocks,
+    require_finite,
+)
+from slicecli.slicing.modules import Calls
+from slicecli.slicing.reductions import solve_basis
+from slicecli.slicing.sublayer import Sublayer, fit_reading
+
+__all__ = ["collect_basis", "refit"]
+
+READER_ROWS = 8192
+STATISTICS = "statistics"
+
+
+@torch.no_grad()
+def collect_basis(
+    dense: DenseModel,
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None = None,
+    activations: ActivationCache | None = None,
+) -> Basis:
+    """Run the dense model over the calibration rows and solve for the shared basis.
+
+    Args:
+        dense: The dense model.
+        batches: The calibration rows.
+        progress: Hears of each block.
+        journal: Where an interrupted pass goes on, and leaves word for the next.
+        activations: Keeps what the refit would otherwise compute again.
+
+    Raises:
+        WeightsError: The stream becomes NaN or infinite; the message names the block.
+    """
+    adapter = dense.adapter
+    journal = journal or NoJournal()
+    statistics = _Statistics(dense)
+    progress.start(STATISTICS, len(dense.blocks) + 1)
+    stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
+    snapshot = journal.resume(STATISTICS)
+    if snapshot is not None:
+        stream = activations_in("dense", snapshot, dense.streams)
+        statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
+        statistics.metric = snapshot.tensors["metric"].to(dense.device)
+        activations = None  # those of the first blocks are gone
+    for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
+        block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
+        run_block = functools.partial(_run_block, block, calls, index, declared)
+        if activations is not None:
+            activations.begin(len(declared.sublayers))
+        with filled(dense, block, weights):
+            equations = {path: statistics.empty() for path in declared.norms}
+            for number, batch in enumerate(stream):
+                runs = []
+                for rows, run in dense.micro_batches.run(run_block, batch):
+                    require_finite(run.output, f"the activations after block {index}")
+                    for path, moment in equations.items():
+                        statistics.add_tokens(moment, run.norm_inputs[path])
+                    runs.append((rows, run))
+                if activations is not None:
+                    activations.add(batch, [step[0].norm for step in declared.sublayers], runs)
+                stream[number] = concat([run.output for _, run in runs])
+            for path, moment in equations.items():
+                readers = _reader_matrices(declared, path, weights)
+                statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
+        sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}
+        journal.offer(STATISTICS, index + 1, Content({"dense": stream}, sums))
+        progress.advance()
+    final = statistics.empty()
+    for batch in stream:
+        statistics.add_tokens(final, batch)
+    weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
+    statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
+    basis = solve_basis(dense, statistics.second_moment, statistics.metric)
+    progress.advance()
+    return basis
+
+
+@torch.no_grad()
+def refit(
+    dense: DenseModel,
+    basis: Basis,
+    targets: Sequence[Target],
+    batches: Batches,
+    progress: Progress,
+    journal: Journal | None = None,
+    activations: ActivationCache | None = None,
+) -> None:
+    """Refit every map that reads or writes the stream, for one or more slices at once.
+
+    Each target's tensors go to its sink in the order embeddings, blocks, final norm, head; after an interruption
+    some of them a second time.
+
+    Args:
+        dense: The dense model.
+        basis: The basis.
+        targets: The slices in the making.
+        batches: The calibration rows.
+        progress: Hears of each block.
+        journal: Where an interrupted pass goes on, and leaves word for the next.
+        activations: What `collect_basis` has kept.
+
+    Raises:
+        WeightsError: A stream becomes NaN or infinite; the message names the block.
+    """
+    journal = journal or NoJournal()
+    phase = f"refit to {', '.join(str(target.dim) for target in targets)}"
+    if journal.result(phase) is not None:
+        return
+    held_out = [mask.to(dense.device) for mask in batches.held_out()]
+    progress.start("refit", len(dense.blocks) + 1)
+    stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
+    bases = {target.dim: basis.leading(target.dim) for target in targets}
+    for target in targets:
+        _slice_embeddings(dense, target, bases[target.dim], batches)
+    snapshot = journal.resume(phase)
+    search = RidgeSearch(None if snapshot is None else snapshot.about["ridges"])
+    if snapshot is not None:
+        stream = activations_in("dense", snapshot, dense.streams)
+        for target in targets:
+            target.stream = activations_in(f"slice{target.dim}", snapshot, dense.streams)
+
+    for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
+        block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
+        steps = declared.sublayers
+        seen = None if activations is None else activations.of(index)
+        if seen is None:
+            seen = CachedBlock([dense.streams.new() for _ in steps], stream)
+            run_block = functools.partial(_run_block, block, calls, index, declared)
+            with filled(dense, block, weights):
+                for number, batch in enumerate(stream):
+                    runs = [run for _, run in dense.micro_batches.run(run_block, batch)]
+                    output = concat([run.output for run in runs])
+                    require_finite(output, f"the activations after block {index}")
+                    for inputs, step in zip(seen.inputs, steps, strict=True):
+                        inputs.append(concat([run.norm_inputs[step[0].norm] for run in runs]))
+                    stream[number] = output
+                    seen.tuple_lengths = runs[0].tuple_lengths
+        stream, lengths = seen.output, seen.tuple_lengths
+        errors = []
+        sliced_blocks = [target.meta_model.get_submodule(name) for target in targets]
+        for target, sliced_block in zip(targets, sliced_blocks, strict=True):
+            fill_kept(dense, target, declared, sliced_block, weights)
+            norms: dict[str, torch.Tensor] = {}
+            for path in declared.norms:
+                norms |= neutral_norm(dense.dimensions, path, target.dim)
+            modules.fill(sliced_block, norms, dense.device, dense.dtype)
+        for position, branches in enumerate(steps):
+            is_last = position + 1 == len(steps)
+            after = stream if is_last else seen.inputs[position + 1]
+            others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
+            silent = {module: lengths[module] for module in others if module}
+            for target, sliced_block in zip(targets, sliced_blocks, strict=True):
+                call_of = functools.partial(calls.of, index)
+                fitting = Sublayer(
+                    dense,
+                    target,
+                    sliced_block,
+                    branches,
+                    weights,
+                    call_of,
+                    lengths,
+                    silent,
+                    position,
+                    is_last,
+                    held_out,
+                    search,
+                )
+                errors.append(fitting.fit_readers(seen.inputs[position], bases[target.dim]))
+                projected = fitting.project_writers(bases[target.dim])
+                if is_last and target is targets[-1]:
+                    _keep_buffers(weights, sliced_block)
+                what = f"the sliced activations of block {index} ({branches[-1].norm})"
+                fitting.fit_writers(projected, after, bases[target.dim], what)
+            if activations is None:
+                seen.inputs[position].clear()
+        for target in targets:
+            hand_over_block(target, name, weights)
+        journal.offer(phase, index + 1, _content(stream, targets, search))
+        progress.advance(f"energy kept {1 - max(errors):.4f}")
+
+    for target in targets:
+        _fit_head(dense, target, stream, bases[target.dim], held_out, search)
+        hand_over_buffers(dense, target)
+        target.stream.clear()
+    journal.finish(phase, Content())
+    progress.advance()
+
+
+def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> modules.BlockRun:
+    return modules.run_block(block, calls.of(index, batch), batch, declared.branches)
+
+
+def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:
+    """Free a dense block's parameters once all is folded: the last fit of a block is what needs most memory."""
+    for name in weights.keys() - set(modules.persistent_buffers(block)):
+        del weights[name]
+
+
+def _content(stream: Stream, targets: Sequence[Target], search: RidgeSearch) -> Content:
+    """Return what the next block needs, for a journal."""
+    streams = {"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}}
+    return Content(streams, about={"ridges": dict(search.found)})
+
+
+class _Statistics:
+    """Sums up C and M of `slicecli.linalg.basis`, one norm input at a time.
+
+    Attributes:
+        second_moment: C so far, float64 of shape (d, d).
+        metric: M so far, float64 of shape (d, d).
+    """
+
+    def __init__(self, dense: DenseModel) -> None:
+        self._dense = dense
+        self.second_moment = self.empty()
+        self.metric = self.empty()
+
+    def empty(self) -> torch.Tensor:
+        """Return a zero matrix of shape (d, d)."""
+        width = self._dense.dimensions.hidden_size
+        return torch.zeros(width, width, dtype=torch.float64, device=self._dense.device)
+
+    def add_tokens(self, moment: torch.Tensor, norm_input: torch.Tensor) -> None:
+        """Add tokens to the second moment Cⱼ of one norm input."""
+        flat = self._dense.normalise(norm_input).flatten(0, -2)
+        add_square(moment, flat)
+
+    def add_norm_input(
+        self, moment: torch.Tensor, weight: torch.Tensor | None, readers: Sequence[torch.Tensor]
+    ) -> None:
+        """Add a finished norm input: its Cⱼ to C, its Mⱼ, scaled to a total of one, to M.
+
+        Args:
+            moment: Cⱼ.
+            weight: The norm's weight; `None` stands for ones.
+            readers: The weights of its readers, shape (..., d) each.
+        """
+        metric = self.empty()
+        for reader in readers:
+            for rows in reader.reshape(-1, reader.shape[-1]).split(READER_ROWS):
+                scaled = widen(rows)
+                if weight is not None:
+                    scaled = scaled * weight.to(scaled)
+                add_square(metric, scaled)
+        self.second_moment += moment
+        seen = (metric * moment).sum()
+        self._dense.processes.sum_everywhere(seen)
+        if bool(seen > 0):
+            self.metric += metric / seen
+
+
+def _fit_head(
+    dense: DenseModel,
+    target: Target,
+    stream: Stream,
+    basis: torch.Tensor,
+    held_out: Sequence[torch.Tensor],
+    search: RidgeSearch,
+) -> None:
+    """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
+    path = dense.adapter.final_norm
+    norm = target.meta_model.get_submodule(path)
+    modules.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
+    matrix, _ = fit_reading(
+        dense, norm, stream, target.stream, basis, held_out, functools.partial(search.solve, f"{target.dim}.head")
+    )
+    modules.clear(norm)
+    if not dense.processes.is_main:
+        return  # the head is only written
+    for name, tensor in fold_head(dense.dimensions, dense.weights, matrix, target.dtype).items():
+        target.sink(name, tensor.to("cpu", target.dtype))
+
+
+def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
+    """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
+    tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
+    target.stream, _ = enter(dense, target.meta_model, tables, batches)
+    for name, table in tables.items():
+        target.sink(name, table.to("cpu", target.dtype))
+
+
+def _reader_matrices(declared: Block, norm: str, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the weights of everything that reads behind a norm, shape (..., outputs, d) each."""
+    matrices = []
+    for branch in declared.branches:
+        if branch.norm == norm:
+            matrices += [matrix_of(reader, weights) for reader in branch.readers]
+            if branch.experts is not None:
+                matrices.append(weights[branch.experts.reader_path])
+    return matrices
+
+
+def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by their names inside a module."""
+    return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}

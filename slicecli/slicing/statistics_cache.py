@@ -1,0 +1,197 @@
+"""The statistics of models that were sliced, on disk, so that another dim of one need not collect them again.
+
+An entry is the basis of one model and calibration: some d² numbers. Entries that were not used for longest go when the
+cache becomes larger than its bound.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slicecli.errors import OutputError, RequestError
+from slicecli.runtime.inputs import local_path, parse_bytes
+
+if TYPE_CHECKING:
+    from slicecli.linalg.basis import Basis
+
+__all__ = ["CACHE_VARIABLE", "Entry", "StatisticsCache", "default_folder", "most_bytes"]
+
+CACHE_VARIABLE = "SLICECLI_CACHE"
+SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
+USUAL_BYTES = 10_000_000_000
+FORMAT = 1  # raised when what is cached, or how it is computed, changes
+TENSORS = ("vectors", "energies", "importances")
+
+
+def default_folder() -> Path:
+    """Return where the cache lies: `SLICECLI_CACHE`, or `slicecli` in the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return local_path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "slicecli"
+
+
+def most_bytes() -> int:
+    """Return the bound of the cache: `SLICECLI_CACHE_SIZE`, or 10 GB.
+
+    Raises:
+        RequestError: The variable is no size.
+    """
+    given = os.environ.get(SIZE_VARIABLE)
+    try:
+        return parse_bytes(given) if given else USUAL_BYTES
+    except RequestError as error:
+        raise RequestError(f"{SIZE_VARIABLE}: {error.cause}", "Set it to such a size, or unset it.") from None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model's statistics.
+
+    Attributes:
+        path: The file.
+        model: Hub id or folder name.
+        hidden_size: d.
+        calibration: Of what it was collected, in words.
+        size: Bytes.
+        used: When it was last used, seconds since 1970.
+    """
+
+    path: Path
+    model: str
+    hidden_size: int
+    calibration: str
+    size: int
+    used: float
+
+
+class StatisticsCache:
+    """A folder of statistics.
+
+    Args:
+        folder: Where it lies; `None` takes the usual place.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = (default_folder() if folder is None else local_path(folder)) / "statistics"
+
+    def load(self, key: Mapping[str, Any], device: Any) -> Basis | None:
+        """Return the basis of a key, and count it as used; `None` where there is none that can be read.
+
+        Args:
+            key: What it depends on, as plain data.
+            device: Where its tensors go.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from slicecli.linalg.basis import Basis
+
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            tensors = load_file(path, device=str(device))
+            os.utime(path)
+            vectors, energies, importances = (tensors[name] for name in TENSORS)
+            return Basis(vectors, energies, importances, bool(tensors["is_centred"].item()))
+        except (SafetensorError, OSError, KeyError):  # damaged: as if it were not there
+            path.unlink(missing_ok=True)
+            return None
+
+    def store(self, key: Mapping[str, Any], basis: Basis, model: str, calibration: str) -> None:
+        """Store a basis, and remove old entries beyond the bound; one that does not fit is not stored.
+
+        Args:
+            key: What it depends on, as plain data.
+            basis: The basis.
+            model: Hub id or folder name.
+            calibration: Of what it was collected, in words.
+
+        Raises:
+            RequestError: The bound is no size.
+        """
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        bound = most_bytes()
+        tensors = {name: getattr(basis, name).contiguous().cpu() for name in TENSORS}
+        tensors["is_centred"] = torch.tensor(basis.is_centred)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > bound:
+            return
+        path = self._path(key)
+        about = {"model": model, "calibration": calibration, "hidden_size": str(len(basis.vectors))}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._shrink(bound - size)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                save_file(tensors, partial, metadata=about)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except (OSError, SafetensorError):  # its writer reports a full disk as its own error
+            # a cache that cannot be written costs time, not the slice
+            return
+
+    def entries(self) -> list[Entry]:
+        """Return all entries, the one used last first."""
+        from safetensors import SafetensorError, safe_open
+
+        found = []
+        for path in self._folder.glob("*.safetensors"):
+            try:
+                state = path.stat()
+                with safe_open(path, framework="numpy") as file:
+                    about = file.metadata() or {}
+            except (OSError, SafetensorError):
+                continue
+            found.append(
+                Entry(
+                    path=path,
+                    model=about.get("model", "?"),
+                    hidden_size=int(about.get("hidden_size", 0)),
+                    calibration=about.get("calibration", "?"),
+                    size=state.st_size,
+                    used=state.st_mtime,
+                )
+            )
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def clear(self) -> int:
+        """Remove all entries; return their bytes.
+
+        Raises:
+            OutputError: One cannot be removed.
+        """
+        freed = 0
+        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial")]:
+            try:
+                freed += path.stat().st_size
+                path.unlink()
+            except OSError as error:
+                raise OutputError(f"The cache cannot be cleared: {error.strerror}.", "Remove its folder.") from None
+        return freed
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        content = json.dumps({"format": FORMAT, **key}, sort_keys=True, default=str)
+        return self._folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+
+    def _shrink(self, bound: int) -> None:
+        """Remove what was not used for longest until the rest fits."""
+        kept = 0
+        for entry in self.entries():
+            kept += entry.size
+            if kept > bound:
+                entry.path.unlink(missing_ok=True)
