@@ -93,6 +93,7 @@ def test_a_width_that_cannot_be_met(refused, checkpoints, words, message):
         (("--max-shard-size", "big"), "12GiB"),
         (("--device-map", "cuda:99"), "no device 'cuda:99'"),
         (("--device-map", "moon"), "no device 'moon'"),
+        (("--device-map", "meta"), "no device 'meta'"),
         (("--adapter", "lama"), "Did you mean 'llama'"),
     ],
 )

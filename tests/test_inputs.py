@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +11,13 @@ from pathlib import Path
 import click
 import pytest
 
+import slicecli
+from slicecli.api import generate_text
 from slicecli.cli import COMMANDS, group
 from slicecli.cli.options import LocalPath
 from slicecli.errors import RequestError, SourceError
+from slicecli.hub.push import PushOptions, push_slice
+from slicecli.jobs.plan import SliceOptions
 from slicecli.runtime.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
 
 
@@ -301,3 +306,31 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(run, token, says):
         done = run(*words[:1], "--token", token, *words[1:])
         assert done.exit_code == 2
         assert "hf_a" not in done.stderr
+
+
+# the Python interface
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: slicecli.slice_model(model, 36, seed=10**30), "seed"),
+        (lambda model: slicecli.slice_model(model, 36, samples=0), "--samples 1"),
+        (lambda model: slicecli.slice_model(model, 36, max_shard_size="lots"), "not a size"),
+        (lambda model: slicecli.slice_model(model, 36, output=""), "path is empty"),
+        (lambda model: slicecli.slice_model(model, sparsity=math.nan), "sparsity of nan"),
+        (lambda model: slicecli.evaluate(model, texts=["demo"], seed=-1), "seed"),
+        (lambda model: slicecli.evaluate(model, texts=["demo"], limit=10**30), "limit"),
+        (lambda model: slicecli.load(model, revision=""), "revision is empty"),
+        (lambda _: slicecli.load(""), "path is empty"),
+        (lambda _: generate_text(None, None, "a", temperature=math.nan), "temperature of nan"),
+        (lambda _: push_slice(Path(), "me/a--b", PushOptions()), "not a valid Hub id"),
+    ],
+)
+def test_the_python_interface_refuses_the_same_before_any_work(no_weights, call, says):
+    with pytest.raises(RequestError, match=says):
+        call(str(no_weights))
+
+
+def test_the_python_interface_takes_a_shard_size_as_text_or_number():
+    assert SliceOptions(max_shard_size="30kB").max_shard_size == SliceOptions(max_shard_size=30_000).max_shard_size

@@ -98,6 +98,7 @@ def test_a_dry_run_says_where_everything_would_be(run, checkpoints):
         ('{"": true}', "no device map"),
         ('{"": "moon"}', "no device 'moon'"),
         ('{"": 99}', "no device 'cuda:99'"),
+        ('{"": "meta"}', "no device 'meta'"),
         ('{"": "disk", "model.layers.0.mlp": "cpu"}', "divides a block"),
         ('{"": "disk", "model.layers.7": "cpu"}', "does not have"),
         ('{"model": "cpu"}', "leaves out lm_head.weight"),

@@ -66,6 +66,10 @@ def pick_device(name: str) -> torch.device:
         raise RequestError(f"Many processes cannot all be on {name}.", "Give --device-map auto: each has its own.")
     try:
         device = torch.device(name)
+        if device.type == "cpu":
+            return torch.device("cpu")  # without a number, which some libraries do not take
+        if device.type == "meta":
+            raise RuntimeError("nothing is computed on it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(
