@@ -241,7 +241,8 @@ def test_tensors_that_are_not_used_are_said_where_a_model_is_measured_and_inspec
     done = run("eval", with_extras, "--perplexity", text_file, "--seq-len", "32", "--limit", "1")
     assert done.exit_code == 0, done.stderr
     assert "Warning: The checkpoint of copy holds 30 unused tensors" in done.stderr
-    assert "30 tensors that a model of this config does not use" in run("inspect", with_extras).stderr
+    for words in (("inspect", with_extras), ("estimate", with_extras, "--dim", "36")):
+        assert "hold 30 tensors that a model of its config does not use" in run(*words).stderr
 
 
 def test_tensors_that_the_class_leaves_aside_are_a_warning(run, checkpoint_copy, text_file, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.adapters import Adapter
+from slicecli.checkpoint.load_report import some_of
 from slicecli.checkpoint.weight_files import StoredTensor, have_same_values
 from slicecli.errors import WeightsError
 from slicecli.family.dimensions import Dimensions
@@ -32,6 +33,22 @@ class Comparison:
 
     unused: tuple[str, ...]
     lacking: tuple[str, ...]
+
+    def remarks(self, name: str) -> list[str]:
+        """Say what differs, in sentences.
+
+        Args:
+            name: Name of the model.
+        """
+        kinds = (
+            (self.unused, "hold", "tensors that a model of its config does not use"),
+            (self.lacking, "lack", "parameters of a model of its config"),
+        )
+        return [
+            f"The weight files of {name} {verb} {len(names):,} {what}: {some_of(names)}."
+            for names, verb, what in kinds
+            if names
+        ]
 
 
 def find_stored(tensors: Mapping[str, StoredTensor], parameter: str) -> str | None:

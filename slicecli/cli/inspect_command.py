@@ -33,7 +33,6 @@ def command(
     For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
     with the check that failed.
     """
-    from slicecli.checkpoint.load_report import some_of
     from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
     from slicecli.jobs.plan import find_adapter
@@ -106,16 +105,8 @@ def command(
         show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
     if document["shortcut_obstacle"]:
         show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
-    if comparison.unused:
-        show.note(
-            f"The weight files hold {len(comparison.unused):,} tensors that a model of this config does not use: "
-            f"{some_of(comparison.unused)}."
-        )
-    if comparison.lacking:
-        show.note(
-            f"The weight files lack {len(comparison.lacking):,} parameters of a model of this config: "
-            f"{some_of(comparison.lacking)}."
-        )
+    for text in comparison.remarks(source.name):
+        show.note(text)
     if inference is not None:
         show.note(
             "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "

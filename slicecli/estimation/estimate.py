@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slicecli.adapters import select_adapter
 from slicecli.checkpoint.source import Source
-from slicecli.errors import RequestError
+from slicecli.errors import RequestError, SlicecliWarning
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
@@ -95,7 +96,9 @@ class Subject:
             source = origin.source
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
         if origin is None:
-            dimensions, _ = source.dimensions(family, source.fields)
+            dimensions, comparison = source.dimensions(family, source.fields)
+            for text in comparison.remarks(source.name):
+                warnings.warn(text, SlicecliWarning, stacklevel=2)
         else:
             dimensions = Dimensions(family, source.fields)  # the weights at hand are the slice's
         sizes = slice_sizes(dimensions, method, slice_head)
