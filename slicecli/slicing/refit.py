@@ -46,7 +46,7 @@ from slicecli.slicing.layerwise import (
 )
 from slicecli.slicing.modules import Calls
 from slicecli.slicing.reductions import solve_basis
-from slicecli.slicing.sublayer import Sublayer, fit_reading
+from slicecli.slicing.sublayer import BlockPass, Sublayer, fit_reading
 
 __all__ = ["collect_basis", "refit"]
 
@@ -163,63 +163,23 @@ def refit(
             target.stream = activations_in(f"slice{target.dim}", snapshot, dense.streams)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
-        block, declared, name = dense.blocks[index], dense.dimensions.declared_blocks[index], dense.block_name(index)
-        steps = declared.sublayers
         seen = None if activations is None else activations.of(index)
         if seen is None:
-            seen = CachedBlock([dense.streams.new() for _ in steps], stream)
-            run_block = functools.partial(_run_block, block, calls, index, declared)
-            with filled(dense, block, weights):
-                for number, batch in enumerate(stream):
-                    runs = [run for _, run in dense.micro_batches.run(run_block, batch)]
-                    output = concat([run.output for run in runs])
-                    require_finite(output, f"the activations after block {index}")
-                    for inputs, step in zip(seen.inputs, steps, strict=True):
-                        inputs.append(concat([run.norm_inputs[step[0].norm] for run in runs]))
-                    stream[number] = output
-                    seen.tuple_lengths = runs[0].tuple_lengths
-        stream, lengths = seen.output, seen.tuple_lengths
-        errors = []
-        sliced_blocks = [target.meta_model.get_submodule(name) for target in targets]
-        for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-            fill_kept(dense, target, declared, sliced_block, weights)
-            norms: dict[str, torch.Tensor] = {}
-            for path in declared.norms:
-                norms |= neutral_norm(dense.dimensions, path, target.dim)
-            modules.fill(sliced_block, norms, dense.device, dense.dtype)
-        for position, branches in enumerate(steps):
-            is_last = position + 1 == len(steps)
-            after = stream if is_last else seen.inputs[position + 1]
-            others = [branch.module for step in steps[:position] + steps[position + 1 :] for branch in step]
-            silent = {module: lengths[module] for module in others if module}
-            for target, sliced_block in zip(targets, sliced_blocks, strict=True):
-                call_of = functools.partial(calls.of, index)
-                fitting = Sublayer(
-                    dense,
-                    target,
-                    sliced_block,
-                    branches,
-                    weights,
-                    call_of,
-                    lengths,
-                    silent,
-                    position,
-                    is_last,
-                    held_out,
-                    search,
-                )
-                errors.append(fitting.fit_readers(seen.inputs[position], bases[target.dim]))
-                projected = fitting.project_writers(bases[target.dim])
-                if is_last and target is targets[-1]:
-                    _keep_buffers(weights, sliced_block)
-                what = f"the sliced activations of block {index} ({branches[-1].norm})"
-                fitting.fit_writers(projected, after, bases[target.dim], what)
+            seen = _run_dense_block(dense, index, weights, calls, stream)
+        at = BlockPass(dense, index, weights, calls, seen, held_out, search)
+        blocks = [_prepare_block(at, target) for target in targets]
+        lost = 0.0
+        for position in range(len(at.sublayers)):
+            for target, block in zip(targets, blocks, strict=True):
+                sublayer, is_last_use = Sublayer(at, target, block, position), target is targets[-1]
+                lost = max(lost, _fit_sublayer(sublayer, bases[target.dim], is_last_use))
             if activations is None:
                 seen.inputs[position].clear()
         for target in targets:
-            hand_over_block(target, name, weights)
+            hand_over_block(target, dense.block_name(index), weights)
+        stream = seen.output
         journal.offer(phase, index + 1, _content(stream, targets, search))
-        progress.advance(f"energy kept {1 - max(errors):.4f}")
+        progress.advance(f"energy kept {1 - lost:.4f}")
 
     for target in targets:
         _fit_head(dense, target, stream, bases[target.dim], held_out, search)
@@ -227,6 +187,53 @@ def refit(
         target.stream.clear()
     journal.finish(phase, Content())
     progress.advance()
+
+
+def _run_dense_block(
+    dense: DenseModel, index: int, weights: dict[str, torch.Tensor], calls: Calls, stream: Stream
+) -> CachedBlock:
+    """Run a dense block: move the dense stream on, and keep it as each sublayer reads it."""
+    block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
+    seen = CachedBlock([dense.streams.new() for _ in declared.sublayers], stream)
+    run_block = functools.partial(_run_block, block, calls, index, declared)
+    with filled(dense, block, weights):
+        for number, batch in enumerate(stream):
+            runs = [run for _, run in dense.micro_batches.run(run_block, batch)]
+            output = concat([run.output for run in runs])
+            require_finite(output, f"the activations after block {index}")
+            for inputs, branches in zip(seen.inputs, declared.sublayers, strict=True):
+                inputs.append(concat([run.norm_inputs[branches[0].norm] for run in runs]))
+            stream[number] = output
+            seen.tuple_lengths = runs[0].tuple_lengths
+    return seen
+
+
+def _prepare_block(at: BlockPass, target: Target) -> nn.Module:
+    """Return the block of a slice in the making, with what passes through unchanged and norms of weight one."""
+    dense, declared = at.dense, at.dense.dimensions.declared_blocks[at.index]
+    block: nn.Module = target.meta_model.get_submodule(dense.block_name(at.index))
+    fill_kept(dense, target, declared, block, at.weights)
+    norms: dict[str, torch.Tensor] = {}
+    for path in declared.norms:
+        norms |= neutral_norm(dense.dimensions, path, target.dim)
+    modules.fill(block, norms, dense.device, dense.dtype)
+    return block
+
+
+def _fit_sublayer(sublayer: Sublayer, basis: torch.Tensor, is_last_use: bool) -> float:
+    """Refit the readers, then the writers of a sublayer; return the share of energy that the readers do not get.
+
+    Args:
+        sublayer: The sublayer.
+        basis: Q.
+        is_last_use: Whether no other slice needs its dense weights after this one.
+    """
+    lost = sublayer.fit_readers(basis)
+    projected = sublayer.project_writers(basis)
+    if sublayer.is_last and is_last_use:
+        _keep_buffers(sublayer.at.weights, sublayer.block)
+    sublayer.fit_writers(projected, basis)
+    return lost
 
 
 def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> modules.BlockRun:

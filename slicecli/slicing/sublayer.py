@@ -22,14 +22,15 @@ from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, wid
 from slicecli.linalg.ridge import Correction, RidgeSearch
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
+from slicecli.slicing.activation_cache import CachedBlock
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
 from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
 from slicecli.slicing.layerwise import require_finite
-from slicecli.slicing.modules import Call, Routing
+from slicecli.slicing.modules import Call, Calls, Routing
 from slicecli.slicing.reductions import solve_normal_equations
 
-__all__ = ["Sublayer", "fit_reading"]
+__all__ = ["BlockPass", "Sublayer", "fit_reading"]
 
 
 @dataclass(frozen=True)
@@ -97,47 +98,102 @@ class Goals:
 
 
 @dataclass(frozen=True)
-class Sublayer:
-    """One step of one block of one target: fits its readers, then its writers, then moves the stream on.
+class BlockPass:
+    """One block while the refit is at it: what its sublayers, and the slices in the making, have in common.
 
     Attributes:
         dense: The dense model.
-        target: The slice in the making.
-        block: Its block.
-        branches: The branches of the step.
+        index: Index of the block.
         weights: Dense parameters by name inside the block.
-        call_of: Says how the model calls the block with a piece of the stream.
-        lengths: What each branch's module returns, see `slicecli.slicing.modules.BlockRun`.
-        silent: Modules of the block's other branches, likewise.
-        position: Which step of the block it is.
-        is_last: Whether the block ends with this step.
+        calls: How the model calls its blocks.
+        seen: The dense activations at each sublayer and behind the block.
         held_out: Which tokens of each batch are held out.
         search: Solves the regressions.
     """
 
     dense: DenseModel
-    target: Target
-    block: nn.Module
-    branches: tuple[Branch, ...]
+    index: int
     weights: dict[str, torch.Tensor]
-    call_of: Callable[[torch.Tensor], Call]
-    lengths: dict[str, int]
-    silent: dict[str, int]
-    position: int
-    is_last: bool
+    calls: Calls
+    seen: CachedBlock
     held_out: Sequence[torch.Tensor]
     search: RidgeSearch
 
-    def fit_readers(self, dense_inputs: Stream, basis: torch.Tensor) -> float:
+    @property
+    def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
+        """The branches of each sublayer, in order."""
+        return self.dense.dimensions.declared_blocks[self.index].sublayers
+
+    def is_last(self, position: int) -> bool:
+        """Say whether the block ends with a sublayer."""
+        return position + 1 == len(self.sublayers)
+
+    def before(self, position: int) -> Stream:
+        """Return the dense stream as a sublayer reads it."""
+        return self.seen.inputs[position]
+
+    def after(self, position: int) -> Stream:
+        """Return the dense stream after a sublayer."""
+        return self.seen.output if self.is_last(position) else self.seen.inputs[position + 1]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sublayer of one block of one target: fits its readers, then its writers, then moves the stream on.
+
+    Attributes:
+        at: The block, and what belongs to it.
+        target: The slice in the making.
+        block: Its block.
+        position: Which sublayer of the block it is.
+    """
+
+    at: BlockPass
+    target: Target
+    block: nn.Module
+    position: int
+
+    @property
+    def dense(self) -> DenseModel:
+        """The dense model."""
+        return self.at.dense
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of the sublayer."""
+        return self.at.sublayers[self.position]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the block ends with this sublayer."""
+        return self.at.is_last(self.position)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """What each branch's module returns, see `slicecli.slicing.modules.BlockRun`."""
+        return self.at.seen.tuple_lengths
+
+    @functools.cached_property
+    def silent(self) -> dict[str, int]:
+        """Modules of the block's other sublayers, likewise."""
+        others = [*self.at.sublayers[: self.position], *self.at.sublayers[self.position + 1 :]]
+        modules = (branch.module for branches in others for branch in branches)
+        return {module: self.lengths[module] for module in modules if module}
+
+    def call_of(self, batch: torch.Tensor) -> Call:
+        """Say how the model calls the block with a piece of the stream."""
+        return self.at.calls.of(self.at.index, batch)
+
+    def fit_readers(self, basis: torch.Tensor) -> float:
         """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
 
         Returns:
             The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
         """
         norm = self.block.get_submodule(self.branches[0].norm)
-        solve = self._solver("readers")
-        matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.held_out, solve)
-        self._set(fold_readers(self.dense.dimensions, self.branches, self.weights, matrix, self.target.dtype))
+        dense_inputs, solve = self.at.before(self.position), self._solver("readers")
+        matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.at.held_out, solve)
+        self._set(fold_readers(self.dense.dimensions, self.branches, self.at.weights, matrix, self.target.dtype))
         return lost
 
     def project_writers(self, basis: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -145,25 +201,21 @@ class Sublayer:
 
         They are in the dtype of products: the residuals are taken from what they give in it, and it is half as large.
         """
-        projected = project_writers(self.dense.dimensions, self.branches, self.weights, basis)
+        projected = project_writers(self.dense.dimensions, self.branches, self.at.weights, basis)
         return {name: value.to(self._wide) for name, value in projected.items()}
 
-    def fit_writers(
-        self, projected: Mapping[str, torch.Tensor], dense_after: Stream, basis: torch.Tensor, what: str
-    ) -> None:
-        """Fit the writers to what the dense stream is after this step, and add the step to the sliced stream.
+    def fit_writers(self, projected: Mapping[str, torch.Tensor], basis: torch.Tensor) -> None:
+        """Fit the writers to what the dense stream is after this sublayer, and add it to the sliced stream.
 
         Args:
             projected: Their projections.
-            dense_after: The dense stream after this step.
             basis: Q.
-            what: What the sliced stream is called where it is damaged.
 
         Raises:
             WeightsError: It becomes NaN or infinite.
         """
         self._set_writers(projected)
-        goals = Goals(self.dense, basis)
+        goals, dense_after = Goals(self.dense, basis), self.at.after(self.position)
         entries = list(self._entries())
         with_experts = [branch for branch in self.branches if branch.experts is not None]
         kept = {entry.writer.path: stream for entry in entries if (stream := self._room_for(entry)) is not None}
@@ -171,10 +223,11 @@ class Sublayer:
             self._fit_linear(entries, projected, dense_after, goals, kept)
         for branch in with_experts:
             self._fit_experts(branch, projected, dense_after, goals)
+        what = f"the sliced activations of block {self.at.index} ({self.branches[-1].norm})"
         self._move_on(entries, kept, what)
 
     def _solver(self, kind: str) -> Callable[[NormalEquations], Correction]:
-        return functools.partial(self.search.solve, f"{self.target.dim}.{self.position}.{kind}")
+        return functools.partial(self.at.search.solve, f"{self.target.dim}.{self.position}.{kind}")
 
     @property
     def _wide(self) -> torch.dtype:
@@ -203,7 +256,7 @@ class Sublayer:
             return None
         if is_narrow or not self.is_last:
             return streams.new()
-        return streams.aside(sum(len(mask) for mask in self.held_out) * entry.width * self.dense.dtype.itemsize)
+        return streams.aside(sum(len(mask) for mask in self.at.held_out) * entry.width * self.dense.dtype.itemsize)
 
     def _seen(self, batch: torch.Tensor) -> modules.WriterInputs:
         return modules.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
@@ -253,7 +306,7 @@ class Sublayer:
             kept: Where a writer's input is kept, by its path.
         """
         equations = NormalEquations(start.shape[1], self.target.dim, self.dense.device)
-        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
+        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.at.held_out, strict=True):
             held: dict[str, list[torch.Tensor]] = {path: [] for path in kept}
             for rows, seen in self.dense.micro_batches.run(self._seen, batch):
                 for path, parts in held.items():
@@ -280,7 +333,7 @@ class Sublayer:
         residuals: list[torch.Tensor] = []
         roots: list[torch.Tensor] = []
         held_out: list[torch.Tensor] = []
-        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.held_out, strict=True):
+        for batch, after, is_held_out in zip(self.target.stream, dense_after, self.at.held_out, strict=True):
             for rows, seen in self.dense.micro_batches.run(self._seen, batch):
                 routings.append(seen.routings[declared.module])
                 residual = goals.residual(after[rows], batch[rows]) - self._experts_add(seen)
