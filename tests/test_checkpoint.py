@@ -322,3 +322,13 @@ def test_results_may_lie_beside_a_model_and_replace_older_ones(sliced_model):
     check_results_file(sliced_model.parent / "config.json", [sliced_model])
     with pytest.raises(OutputError, match="is read to make"):
         check_results_file(path, [sliced_model], [path])
+
+
+def test_an_output_that_is_a_link_in_a_circle_is_one_sentence(sliced_model, tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    (sliced_model / "circle").symlink_to(circle)
+    check_apart(circle, sliced_model)
+    with pytest.raises(OutputError, match="cannot be written"), whole_folder(circle):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["circle", "parent"]

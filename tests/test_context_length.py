@@ -120,6 +120,30 @@ def test_of_a_config_with_both_names_the_usual_one_counts_as_in_the_class():
     assert context_length(fields, {"max_position_embeddings": "n_positions"}) == context_length_of_config(config) == 32
 
 
+class Mine(transformers.PreTrainedConfig):
+    """A class of somebody's own: with a name for the longest row that it does not map."""
+
+    def __init__(self, seq_length=512, text_config=None, **kwargs):
+        self.seq_length, self.text_config = seq_length, text_config
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 512),
+        ({"seq_length": 64}, 64),
+        ({"seq_length": 64, "max_position_embeddings": 32}, 32),
+        ({"text_config": {"max_position_embeddings": 7}}, 512),
+        ({"text_config": tiny_config("gpt2", has_head_dim=False)}, LONGEST),
+        # what a class does not know of does not bind it
+        ({"n_ctx": 64}, 512),
+    ],
+)
+def test_a_class_of_somebodys_own_is_asked_too(fields, expected):
+    assert context_length_of_config(Mine(**fields)) == expected
+
+
 def test_the_end_that_a_tokenizer_appends_is_no_part_of_a_prompt(run, checkpoints, checkpoint_copy):
     from tokenizers import processors
 

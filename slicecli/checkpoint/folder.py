@@ -80,7 +80,7 @@ def whole_folder(
     """
     from filelock import FileLock, Timeout
 
-    output = output.resolve()  # of a link to a folder, that folder is replaced
+    output = _real(output)  # of a link to a folder, that folder is replaced
     check_output(output, overwrite)
     partial = unfinished_folder(output)
     lock = FileLock(partial / LOCK_FILE)
@@ -115,8 +115,13 @@ def whole_folder(
 
 def unfinished_folder(output: Path) -> Path:
     """Return the folder that an output is until it is whole."""
-    real = output.resolve()
+    real = _real(output)
     return real.with_name(f".{real.name}.incomplete")
+
+
+def _real(path: Path) -> Path:
+    """Return the path without links; of a link in a circle, which `Path.resolve` refuses, whatever is left."""
+    return Path(os.path.realpath(path))
 
 
 def _replaced_folder(output: Path) -> Path:
@@ -215,7 +220,7 @@ def check_apart(output: Path, model: Path, inputs: Iterable[Path] = ()) -> None:
 
 def _is_within(path: Path, folder: Path) -> bool:
     """Say whether a path, by whatever name, is a folder that exists or lies inside it."""
-    real = path.resolve()
+    real = _real(path)
     return folder.exists() and any(one.exists() and one.samefile(folder) for one in (real, *real.parents))
 
 

@@ -65,6 +65,8 @@ def context_length_of_config(config: Any) -> int | None:
         SourceError: As `context_length`.
     """
     text = config.get_text_config(decoder=True)
+    if not hasattr(text, "to_dict"):  # some classes keep plain data there
+        text = config
     return context_length(vars(text), own_names(text))
 
 

@@ -15,7 +15,6 @@ import atexit
 import json
 import os
 import pickle
-import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -552,6 +551,8 @@ def _meeting_place() -> str:
 
 
 def _can_be_reached(host: str, port: int) -> bool:
+    import socket
+
     try:
         socket.create_connection((host, port), timeout=REACH).close()
     except OSError:
