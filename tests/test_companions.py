@@ -418,7 +418,7 @@ def hub_model(loopback_hub, checkpoint_copy):
 def slicecli(loopback_hub, isolated_hub_cache, forks, tmp_path):
     def call(*words, **more):
         code = (
-            "import sys; from slicecli import companions; companions.MOST_FILE_BYTES = 1000\n"
+            "import sys; from slicecli.checkpoint import companions; companions.MOST_FILE_BYTES = 1000\n"
             "from slicecli.cli import main; main()"
         )
         environment = {**loopback_hub.environment(isolated_hub_cache), **more}
