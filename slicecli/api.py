@@ -55,7 +55,7 @@ def slice_model(
         memory: Instead: the most bytes its weights may take.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
-        progress: Hears how far the work has come.
+        progress: Progress callback.
         **options: Fields of `slicecli.jobs.plan.SliceOptions`.
 
     Returns:
@@ -141,7 +141,7 @@ def perplexities(
         model: Hub id or folder, dense or sliced.
         texts: Names of the texts, see `slicecli.data.text.read_text`.
         samples: Measure only the first so many rows; `None` measures the whole text.
-        progress: Hears of each batch.
+        progress: Progress callback.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
 
     Raises:
@@ -164,7 +164,7 @@ def evaluate(
         model: Hub id or folder, dense or sliced.
         texts: Names of texts to measure perplexity on, see `slicecli.data.text.read_text`.
         tasks: Tasks of lm-eval, `.jsonl` files of questions, or `demo`.
-        progress: Hears of each batch.
+        progress: Progress callback.
         **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
 
     Raises:

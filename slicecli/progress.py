@@ -9,7 +9,7 @@ __all__ = ["Clock", "Progress", "Silent"]
 
 
 class Progress(Protocol):
-    """Hears how far a pass has come."""
+    """Progress callback of a pass."""
 
     def start(self, phase: str, total: int) -> None:
         """A phase of `total` steps begins."""

@@ -68,7 +68,7 @@ def build_runnable_meta_model(config: Any, trust_remote_code: bool = False) -> A
 
 
 def with_plain_experts(model: Any) -> Any:
-    """Let a model's experts, if it has any, run in the plain loop, whose parts can be looked at; return the model."""
+    """Let a model's experts, if it has any, run eagerly, so that hooks see each one; return the model."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model

@@ -90,7 +90,7 @@ def command(
     from slicecli.family.slice_plan import Width
 
     if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
-        raise RequestError("--private, --create-pr and --commit-message are of publishing.", "Add --push REPO.")
+        raise RequestError("--private, --create-pr and --commit-message require --push.", "Add --push REPO.")
     width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
 
     from slicecli.jobs.plan import plan_slices

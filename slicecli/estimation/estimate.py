@@ -344,9 +344,7 @@ def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: 
     if not 1 <= most < math.inf:
         raise RequestError(f"A perplexity of {most:g} is no limit.", "Give a number of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":
-        raise RequestError(
-            "A limit of the perplexity needs the dense perplexity, which nobody says.", "Give --dense-perplexity."
-        )
+        raise RequestError("--max-perplexity needs the dense perplexity, which is unknown.", "Give --dense-perplexity.")
     forecast = forecasts[0]
     legal = preferred_dims(sizes)
     limit = math.log(most)

@@ -323,7 +323,7 @@ def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], 
     for dim, runs in figures.items():
         found = [pair for run in runs if (pair := _value_and_error(run, quantity)) is not None]
         if found:
-            # several runs of one slice are one point: its twin would tell a left-out point
+            # average reruns: as separate points they would leak into leave-one-out
             value = sum(value for value, _ in found) / len(found)
             errors = [error for _, error in found if error is not None]
             stderr = math.hypot(*errors) / len(errors) if errors else None

@@ -51,7 +51,7 @@ REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is p
 # what repeated measurements of one slice differ by: printed perplexities of reruns agree to half a percent, published
 # accuracies have standard errors of about a point
 FLOOR: dict[Quantity, float] = {"perplexity": LEAST_DAMAGE, "accuracy": 0.01}
-# models of one family differ by about a factor of 1.6 in what they lose, as if two models had said so
+# models of one family differ by about a factor of 1.6 in what they lose: a prior variance worth two pseudo-observations
 USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.25}
 USUAL_DEGREES = 2
 DECADE = math.log(10)

@@ -129,7 +129,7 @@ class EvaluationSet:
             options: What to measure.
             source: The model, whose longest row counts.
             tokenizer: Its tokenizer.
-            progress: Hears of each task.
+            progress: Progress callback.
             calibration: The text that slices of the model are calibrated on, see `slicecli.data.text.read_text`.
 
         Raises:
@@ -254,7 +254,7 @@ def evaluate(
     Args:
         model: Hub id or folder, dense or sliced; or what `Source.find` made of it.
         options: What to measure.
-        progress: Hears of each batch.
+        progress: Progress callback.
         prepared: What to measure on, where it has been prepared for the model's tokenizer already.
 
     Raises:
@@ -282,7 +282,7 @@ def evaluate_both(
         model: Hub id or folder.
         baseline: The same; `options.revision` is not its.
         options: What to measure.
-        progress: Hears of each batch.
+        progress: Progress callback.
 
     Returns:
         What was found on the model, and on the baseline.
@@ -319,7 +319,7 @@ def measure_loaded(
         source: Where it comes from.
         prepared: What to measure on.
         options: How; the texts and tasks in it are not read.
-        progress: Hears of each batch.
+        progress: Progress callback.
 
     Raises:
         RequestError: The memory does not suffice.

@@ -77,7 +77,7 @@ def measure_perplexity(
         model: A transformers causal language model in evaluation mode.
         rows: What `slicecli.data.packing.evaluation_rows` returns.
         batch_size: Rows per forward pass.
-        progress: Hears of each batch.
+        progress: Progress callback.
         processes: Those that measure together, each on its share of the rows.
 
     Raises:

@@ -138,7 +138,7 @@ def load_tasks(
         num_fewshot: Solved examples before each question; `None` leaves it to the task. A task that insists on none
             keeps none.
         seed: Seed of whatever a task draws.
-        progress: Hears of each task.
+        progress: Progress callback.
         taken: Names of other tasks beside which they will stand, with the digests of those from files.
 
     Raises:
@@ -192,7 +192,7 @@ def measure_tasks(
         limit: Only the first so many questions of each task.
         batch_size: Requests per forward pass; `None` chooses by tokens.
         seed: Seed of the choice of examples.
-        progress: Hears of each request.
+        progress: Progress callback.
         processes: Those that measure together: each answers its share of the requests, and all have the result.
 
     Raises:

@@ -86,7 +86,7 @@ def inspect_folder(folder: Path, progress: Progress | None = None, name: str = "
 
     Args:
         folder: The folder.
-        progress: Hears of each weight file.
+        progress: Progress callback.
         name: What to call it, where it is the copy of a repository.
 
     Raises:
@@ -128,7 +128,7 @@ def inspect_repository(
         repository: Hub id.
         revision: Branch, tag or commit.
         token: Hub token; `None` takes the stored one.
-        progress: Hears of each weight file.
+        progress: Progress callback.
 
     Raises:
         SourceError: It does not exist or cannot be reached.

@@ -81,7 +81,7 @@ def verify_folder(folder: Path, tokens: Sequence[str] = (), progress: Progress |
     Args:
         folder: The folder.
         tokens: Tokens that must not be in a file, besides those that the program knows.
-        progress: Hears of each weight file.
+        progress: Progress callback.
 
     Raises:
         SourceError: A file cannot be read.

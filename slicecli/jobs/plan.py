@@ -174,7 +174,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     most_bytes()
     processes = Processes.find()
     if options.resume and processes.count > 1:
-        raise RequestError("Many processes leave nothing to go on with.", "Leave out --resume, or start one process.")
+        raise RequestError("--resume requires a single process.", "Leave out --resume, or start one process.")
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     source.check_companions()

@@ -85,7 +85,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
 
     Args:
         job: The job.
-        progress: Hears how far the work has come.
+        progress: Progress callback.
         resumes_if_possible: Go on where an interrupted run of the same job has left something, and start anew where
             another has; `SliceOptions.resume` refuses then.
 

@@ -37,7 +37,7 @@ def run_spectrum(
         model: Hub id or folder.
         options: Text, rows, device and the like, as for a slice; `dtype` is the one to compute in, and what says how
             or where a slice is written is of no effect.
-        progress: Hears how far the work has come.
+        progress: Progress callback.
         warn: Takes a sentence that the user should know.
 
     Returns:

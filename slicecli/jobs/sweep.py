@@ -88,7 +88,7 @@ def run_sweep(
         relation: Name of the relation to fit; `None` chooses the best.
         keeps_slices: Leave the slices there, with results and curves in their records.
         overwrite: Begin anew if the folder has the results of another sweep.
-        progress: Hears how far the work has come.
+        progress: Progress callback.
 
     Raises:
         SlicecliError: Something failed; what was measured until then is in the folder.

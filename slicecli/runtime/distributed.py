@@ -43,7 +43,7 @@ MEETING_NAP, REACH = 0.05, 2.0  # seconds
 MOST_NAMED = 4
 ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
 WORK = timedelta(days=7)  # to wait for another process's work; it is heard of earlier if it fails
-PATIENCE = 8.0  # seconds that a process that failed leaves the word to the main process
+PATIENCE = 8.0  # seconds that a failed worker waits for rank 0 to report
 NAP, LONGEST_NAP = 1e-4, 5e-3  # seconds
 EARS = 0.25  # seconds between two looks at the store
 CHUNK = 2**23  # numbers that are summed at a time

@@ -1,4 +1,4 @@
-"""Reading JSON that anybody may have written: no file that is none, is endless, or is nested to exhaust the stack."""
+"""Reads untrusted JSON with limits on size and depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of others in Markdown: whatever it holds, it is shown and does nothing.
+"""Escapes untrusted text in Markdown.
 
 Names of models, texts and tasks come from configs, file names and records that anybody may have written. Each goes into
 a card as code, in which nothing is markup, a link or a script, and out of which nothing leads; or, inside sentences,

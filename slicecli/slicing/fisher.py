@@ -77,7 +77,7 @@ def collect_fisher(dense: DenseModel, basis: Basis, batches: Batches, seed: int,
         basis: The refit's basis, of the same model.
         batches: The rows. How many make a batch changes nothing but rounding.
         seed: Seed of the labels.
-        progress: Hears of each block.
+        progress: Progress callback.
 
     Raises:
         WeightsError: The stream or a gradient becomes NaN or infinite; the message names the block.

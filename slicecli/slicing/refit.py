@@ -67,8 +67,8 @@ def collect_basis(
     Args:
         dense: The dense model.
         batches: The calibration rows.
-        progress: Hears of each block.
-        journal: Where an interrupted pass goes on, and leaves word for the next.
+        progress: Progress callback.
+        journal: Stores snapshots for resuming.
         activations: Keeps what the refit would otherwise compute again.
 
     Raises:
@@ -84,7 +84,7 @@ def collect_basis(
         stream = activations_in("dense", snapshot, dense.streams)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
-        activations = None  # those of the first blocks are gone
+        activations = None  # blocks before the resume point were not cached
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
         run_block = functools.partial(_run_block, block, calls, index, declared)
@@ -138,8 +138,8 @@ def refit(
         basis: The basis.
         targets: The slices in the making.
         batches: The calibration rows.
-        progress: Hears of each block.
-        journal: Where an interrupted pass goes on, and leaves word for the next.
+        progress: Progress callback.
+        journal: Stores snapshots for resuming.
         activations: What `collect_basis` has kept.
 
     Raises:

@@ -142,8 +142,8 @@ def slice_published(
         orientation: How the kept directions are turned.
         seed: Seed of random orientations.
         batches: The calibration rows.
-        progress: Hears of each block.
-        journal: Where an interrupted pass goes on, and leaves word for the next.
+        progress: Progress callback.
+        journal: Stores snapshots for resuming.
 
     Raises:
         WeightsError: The stream becomes NaN or infinite; the message names the block.
