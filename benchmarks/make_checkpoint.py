@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from slicecli.checkpoint.folder import ShardWriter
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
+from slicecli.checkpoint.shards import ShardWriter
 from slicecli.data.demo import MODEL_FOLDER
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint.folder import ShardWriter, clear_folder, unfinished_folder, whole_folder
+from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.reader import DenseWeights, OffloadedWeights, checkpoint_tensors
+from slicecli.checkpoint.shards import ShardWriter
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
