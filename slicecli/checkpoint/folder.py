@@ -1,4 +1,5 @@
 """An output folder that is either whole or not there, and files that are."""
+
 from __future__ import annotations
 
 import errno

@@ -97,9 +97,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.jobs.completion import draft_description, licence_warning
     from slicecli.jobs.preparation import prepare_folders
     from slicecli.progress import Clock, Silent
-    from slicecli.slicing.refit import refit
     from slicecli.slicing.resume import FileJournal, has_state, seconds_between_snapshots
-    from slicecli.slicing.slicegpt import slice_published
 
     started = time.perf_counter()
     processes = Processes.find()
@@ -136,38 +134,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         if folders:
             dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
         state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
-        targets, writers = [], []
-        for number, (plan, config, _) in enumerate(job.slices):
-            missing = None if state is None else state["missing"][number]
-            folder = folders[number] if processes.is_main else None
-            meta_model = (
-                meta_models[number]
-                if processes.is_main
-                else build_runnable_meta_model(config, options.trust_remote_code)
-            )
-            target, writer = _open_target(plan, meta_model, folder, options, missing)
-            targets.append(target)
-            if writer is not None:
-                stack.callback(writer.close)
-                writers.append(writer)
+        targets, writers = _open_targets(job, folders, meta_models, state, stack)
         if processes.count == 1:
             journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
-        energies: list[Energy]
-        is_from_cache = False
-        if options.method == "refit":
-            activations = _states(dense, batches)
-            basis, is_from_cache = _find_basis(job, rows, dense, batches, clock, journal, activations)
-            for group in _groups_in_memory(job, dense, max(processes.gather(batches.tokens))):
-                refit(dense, basis, [targets[index] for index in group], batches, clock, journal, activations)
-            energies = [Energy.of_basis(basis, plan) for plan, _, _ in job.slices]
-        else:
-            energies = []
-            for (plan, _, _), target in zip(job.slices, targets, strict=True):
-                assert plan.schedule is not None
-                spectrum = slice_published(
-                    dense, target, plan.schedule, options.orientation, options.seed, batches, clock, journal
-                )
-                energies.append(Energy.of_spectrum(spectrum, plan))
+        energies, is_from_cache = _slice_weights(job, rows, dense, batches, targets, clock, journal)
         if not processes.is_main:
             return processes.from_main(lambda: reports)
         if journal is not None:
@@ -175,6 +145,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         for folder, draft, writer, energy in zip(folders, drafts, writers, energies, strict=True):
             describe_slice(folder, draft, energy.fields, writer.finish())
         clock.stop()
+        warnings += _memory_warning(dense, batches) + licence_warning(job.source)
         seconds = time.perf_counter() - started
         for (plan, _, output), energy in zip(job.slices, energies, strict=True):
             reports.append(
@@ -185,10 +156,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
-                    warnings=warnings
-                    + _memory_warning(dense, batches)
-                    + _growth_warning(plan)
-                    + licence_warning(job.source),
+                    warnings=warnings + _growth_warning(plan),
                     is_from_cache=is_from_cache,
                     phases=clock.seconds,
                     peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
@@ -196,6 +164,71 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                 )
             )
     return processes.from_main(lambda: reports)
+
+
+def _open_targets(
+    job: Job,
+    folders: Sequence[Path],
+    meta_models: Sequence[Any],
+    state: Mapping[str, Any] | None,
+    stack: ExitStack,
+) -> tuple[list[Target], list[ShardWriter]]:
+    """Return the slices in the making, and in the main process the writers of their shards, which the stack closes.
+
+    Args:
+        job: The job.
+        folders: Their unfinished folders; none in other processes than the main one.
+        meta_models: Their meta models; likewise.
+        state: What an interrupted run has left; `None` begins anew.
+        stack: Closes the writers.
+    """
+    targets, writers = [], []
+    for number, (plan, config, _) in enumerate(job.slices):
+        missing = None if state is None else state["missing"][number]
+        if folders:
+            folder, meta_model = folders[number], meta_models[number]
+        else:
+            folder, meta_model = None, build_runnable_meta_model(config, job.options.trust_remote_code)
+        target, writer = _open_target(plan, meta_model, folder, job.options, missing)
+        targets.append(target)
+        if writer is not None:
+            stack.callback(writer.close)
+            writers.append(writer)
+    return targets, writers
+
+
+def _slice_weights(
+    job: Job,
+    rows: Rows,
+    dense: DenseModel,
+    batches: Batches,
+    targets: Sequence[Target],
+    progress: Progress,
+    journal: Journal | None,
+) -> tuple[list[Energy], bool]:
+    """Compute the tensors of every slice, by the job's method.
+
+    Returns:
+        What each slice keeps of the stream's energy, and whether the statistics were in the cache.
+    """
+    from slicecli.slicing.refit import refit
+    from slicecli.slicing.slicegpt import slice_published
+
+    options = job.options
+    if options.method == "refit":
+        activations = _activation_cache(dense, batches)
+        basis, is_from_cache = _find_basis(job, rows, dense, batches, progress, journal, activations)
+        for group in _groups_in_memory(job, dense, max(dense.processes.gather(batches.tokens))):
+            refit(dense, basis, [targets[index] for index in group], batches, progress, journal, activations)
+        return [Energy.of_basis(basis, plan) for plan, _, _ in job.slices], is_from_cache
+    energies = []
+    for (plan, _, _), target in zip(job.slices, targets, strict=True):
+        assert plan.schedule is not None
+        spectrum = slice_published(
+            dense, target, plan.schedule, options.orientation, options.seed, batches, progress, journal
+        )
+        energies.append(Energy.of_spectrum(spectrum, plan))
+    return energies, False
 
 
 def _find_basis(
@@ -231,7 +264,7 @@ def _find_basis(
     return basis, False
 
 
-def _states(dense: DenseModel, batches: Batches) -> ActivationCache | None:
+def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
     """Return what keeps the dense stream of all steps between the passes, where that saves time.
 
     On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
