@@ -7,7 +7,7 @@ A plugin is a module named by an entry point in the group `slicecli`. It marks i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import click
 
     from slicecli.adapters import Adapter, Refusal
-    from slicecli.estimation.relations import Relation
 
 __all__ = ["ENTRY_POINT_GROUP", "hookimpl", "hookspec"]
 
@@ -30,8 +29,8 @@ def slicecli_register_adapters(register: Callable[[Adapter | Refusal], None]) ->
 
 
 @hookspec
-def slicecli_register_relations(register: Callable[[Relation], None]) -> None:
-    """Declare relations between width and quality: call `register(...)` with a `Relation` for each."""
+def slicecli_register_relations(register: Callable[[Any], None]) -> None:
+    """Declare relations of width and quality: call `register(...)` with an `estimation.relations.Relation` for each."""
 
 
 @hookspec
