@@ -144,7 +144,7 @@ class NormInput:
 
 def norm_inputs(model: Any, dimensions: Dimensions) -> list[NormInput]:
     """Return the norms that read a model's stream, in order, the final one last."""
-    from slicecli.slicing.folding import norm_weight_and_bias
+    from slicecli.slicing.sliced_tensors import norm_weight_and_bias
 
     adapter = dimensions.adapter
     paths = [

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from slicecli.errors import RequestError
-from slicecli.estimation.figures import accuracies, dense_perplexity
+from slicecli.estimation.dense_figures import accuracies, dense_perplexity
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes

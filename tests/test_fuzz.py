@@ -1176,7 +1176,7 @@ def interrupted(room, models, little_text):
     from click.testing import CliRunner
 
     from slicecli.cli import group
-    from slicecli.slicing.resume import FileJournal
+    from slicecli.slicing.journal import FileJournal
 
     output = room / "interrupted" / "out"
     words = [str(word) for word in work("slice", models("llama"), little_text, output)] + ["--no-cache", "--resume"]

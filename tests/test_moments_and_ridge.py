@@ -16,7 +16,7 @@ from slicecli.linalg.normal_equations import (
     add_square,
     normalise,
 )
-from slicecli.linalg.ridge import RIDGES, RidgeSearch, solve_ridge
+from slicecli.linalg.ridge import RIDGES, RidgeMemory, solve_ridge
 
 
 def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
@@ -100,7 +100,7 @@ def test_wherever_the_search_begins_it_ends_at_the_best_ridge(start):
     errors = {ridge: solve_ridge(moments_of(z, residual), (ridge,)).error for ridge in RIDGES}
     found = solve_ridge(moments_of(z, residual), start=start)
     assert found.ridge == min(errors, key=errors.__getitem__)
-    search = RidgeSearch({} if start is None else {"writers": start})
+    search = RidgeMemory({} if start is None else {"writers": start})
     assert search.solve("writers", moments_of(z, residual)).ridge == found.ridge
     assert search.found == {"writers": found.ridge}
     search.solve("readers", moments_of(z, torch.zeros_like(residual)))

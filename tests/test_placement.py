@@ -20,10 +20,10 @@ from slicecli.runtime import placement
 from slicecli.runtime.microbatch import MicroBatches, concat
 from slicecli.runtime.placement import (
     Placement,
+    decide_placement,
     describe_map,
     parse_max_memory,
     place_activations,
-    place_weights,
     read_device_map,
 )
 from slicecli.slicing.activations import ActivationStore
@@ -155,7 +155,7 @@ def test_a_map_in_a_line():
 def test_the_first_gpu_of_a_map_computes(meta_model, monkeypatch):
     monkeypatch.setattr(placement, "pick_device", torch.device)
     places = {"model.embed_tokens": "cpu", "model.layers": 1, "model.norm": 0, "lm_head": "disk", "model.rotary_emb": 1}
-    found = place_weights(places, None, meta_model, "model.layers", torch.float32)
+    found = decide_placement(places, None, meta_model, "model.layers", torch.float32)
     assert found.device == torch.device("cuda:1")
     assert found.rest_of("model.layers.0.mlp.up_proj.weight") == "cuda:1"
     assert found.rest_of("model.norm.weight") == "cuda:0"

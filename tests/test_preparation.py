@@ -170,7 +170,7 @@ def test_a_name_that_no_record_can_hold_is_refused_before_any_pass(run, dense, t
 @pytest.fixture
 def interrupted(run, dense, slice_words, tmp_path, monkeypatch):
     """A model, the words that go on with its interrupted slice, and the unfinished folder."""
-    from slicecli.slicing.resume import FileJournal
+    from slicecli.slicing.journal import FileJournal
 
     saved = FileJournal.offer
 

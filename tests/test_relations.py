@@ -12,8 +12,8 @@ import pytest
 
 from slicecli.errors import PluginError, RequestError
 from slicecli.estimation.curves import ONE_POINT_RELATION, curve_from_json, fit_curve, leave_one_out
+from slicecli.estimation.intervals import DEFAULT_RELATION, predict_fitted, predict_new, spread_of
 from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
-from slicecli.estimation.predictions import DEFAULT_RELATION, predict_fitted, predict_new, spread_of
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
 from slicecli.estimation.spread import learn_spread
 from slicecli.estimation.validation import check_relations, summary

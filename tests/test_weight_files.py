@@ -11,7 +11,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from slicecli.checkpoint.source import Source
-from slicecli.checkpoint.weight_files import weight_files
+from slicecli.checkpoint.weight_files import weight_file_names
 from slicecli.testing import save_checkpoint
 
 SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ def test_the_files_are_those_that_transformers_reads(checkpoint_copy):
             str(checkpoint_copy), None, None, True, None, False, named
         )
         names = [file.rpartition("/")[2] for file in ([read] if isinstance(read, str) else read)]
-        assert weight_files(checkpoint_copy, fields) == names
+        assert weight_file_names(checkpoint_copy, fields) == names
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/model.safetensors", "weights.bin", 3, ""])

@@ -42,7 +42,7 @@ from slicecli.checkpoint.weight_files import (
     content_digest,
     entry_file,
     stored_tensors,
-    weight_files,
+    weight_file_names,
 )
 from slicecli.errors import (
     OutputError,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DESCRIPTION_FILES",
-    "Snapshot",
+    "HubSnapshot",
     "Source",
     "check_may_change",
     "load_tokenizer",
@@ -93,7 +93,7 @@ MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class HubSnapshot:
     """A revision of a model in a cache of the Hub's client.
 
     Attributes:
@@ -107,7 +107,7 @@ class Snapshot:
     cache: Path
 
     @classmethod
-    def of(cls, folder: Path) -> Snapshot | None:
+    def of(cls, folder: Path) -> HubSnapshot | None:
         """Return what a folder is if it lies where the client puts a revision, in whichever cache; else `None`."""
         real = folder.resolve()
         repository = real.parent.parent
@@ -119,7 +119,7 @@ class Snapshot:
 
 def name_of_folder(folder: Path) -> str:
     """Return what records and cards call the model in a folder: its Hub id in a cache, else the folder's own name."""
-    snapshot = Snapshot.of(folder)
+    snapshot = HubSnapshot.of(folder)
     return folder.resolve().name if snapshot is None else snapshot.name
 
 
@@ -129,7 +129,7 @@ def check_may_change(folder: Path) -> None:
     Raises:
         OutputError: It lies there.
     """
-    if (snapshot := Snapshot.of(folder)) is not None:
+    if (snapshot := HubSnapshot.of(folder)) is not None:
         raise OutputError(
             f"{snapshot.name} lies in the cache of the Hub, which keeps what was published.",
             "Copy the folder to another place first.",
@@ -194,7 +194,7 @@ class Source:
             raise RequestError(
                 f"{shown(model)} is a folder, which has no revisions.", f"Leave out --revision. {shadow}"
             )
-        snapshot = None if local is None else Snapshot.of(local)
+        snapshot = None if local is None else HubSnapshot.of(local)
         cache = None if snapshot is None else snapshot.cache
         if local is not None:
             folder, name = local, name_of_folder(local)
@@ -452,7 +452,7 @@ class Source:
         Raises:
             WeightsError: There are none, only pickled ones, or what names them is damaged or points elsewhere.
         """
-        files = weight_files(self.folder, self.fields)
+        files = weight_file_names(self.folder, self.fields)
         if files:
             return files
         names = _all_files(self.folder, self.name, self.commit, self.token, self.cache)
@@ -472,7 +472,7 @@ class Source:
         Raises:
             WeightsError: What names the files is damaged or points elsewhere, or a header is damaged.
         """
-        files = weight_files(self.folder, self.fields)
+        files = weight_file_names(self.folder, self.fields)
         if not files or not all((self.folder / file).is_file() for file in files):
             return None
         return stored_tensors(self.folder, files)

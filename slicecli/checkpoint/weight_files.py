@@ -27,7 +27,7 @@ __all__ = [
     "have_same_values",
     "is_file_name",
     "stored_tensors",
-    "weight_files",
+    "weight_file_names",
 ]
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -97,7 +97,7 @@ def entry_file(names: Collection[str], fields: Mapping[str, Any]) -> str | None:
     return next((name for name in (SINGLE_FILE, INDEX_FILE) if name in names), None)
 
 
-def weight_files(folder: Path, fields: Mapping[str, Any]) -> list[str]:
+def weight_file_names(folder: Path, fields: Mapping[str, Any]) -> list[str]:
     """Return the names of the files that transformers reads a model's weights from, in the order in which it does.
 
     Args:
@@ -124,7 +124,7 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, StoredTensor
 
     Args:
         folder: Folder of the model.
-        files: What `weight_files` returned.
+        files: What `weight_file_names` returned.
 
     Returns:
         The tensors by name; one that several files hold is that of the last, which is the one that is loaded.

@@ -69,7 +69,7 @@ def command(
         # said now, not after the measuring
         models = [Path(name).expanduser() for name in (model, baseline) if name is not None]
         check_results_file(output, models, [Path(name).expanduser() for name in (*chosen["texts"], *chosen["tasks"])])
-    options = shared.evaluation_options(chosen, seed=chosen["seed"], revision=chosen["revision"])
+    options = shared.evaluation_request(chosen, seed=chosen["seed"], revision=chosen["revision"])
     other = None
     with show.progress(context["quiet"]) as watcher:
         if baseline is None:

@@ -46,7 +46,7 @@ __all__ = [
     "cache_options",
     "calibration_options",
     "device_options",
-    "evaluation_options",
+    "evaluation_request",
     "format_option",
     "measure_options",
     "method_options",
@@ -54,7 +54,7 @@ __all__ = [
     "publication_options",
     "push_options",
     "run_options",
-    "slice_options",
+    "slice_request",
     "streams_option",
     "token_option",
 ]
@@ -475,7 +475,7 @@ def auto_as_none(_context: click.Context, _option: click.Parameter, value: str) 
     return None if value == "auto" else value
 
 
-def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
+def slice_request(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
     """Return the engine's options, from those of the options above that a command has.
 
     Args:
@@ -487,7 +487,7 @@ def slice_options(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
     return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
 
 
-def evaluation_options(chosen: Mapping[str, Any], **more: Any) -> EvaluationOptions:
+def evaluation_request(chosen: Mapping[str, Any], **more: Any) -> EvaluationOptions:
     """Return what is to be measured, from the options above: the usual text where nothing is asked for.
 
     Args:

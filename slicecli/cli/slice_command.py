@@ -99,7 +99,7 @@ def command(
     from slicecli.runtime.libraries import quiet_libraries
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings = shared.slice_options(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
+    settings = shared.slice_request(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
     publication = shared.publication_options(chosen)
     is_main = Processes.find().is_main
     if repository is not None and not dry_run and is_main:

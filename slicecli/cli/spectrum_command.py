@@ -64,7 +64,7 @@ def command(
     from slicecli.jobs.spectrum import run_spectrum
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings = shared.slice_options(chosen)
+    settings = shared.slice_request(chosen)
     bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
         document = run_spectrum(model, settings, watcher, show.warn)

@@ -70,7 +70,7 @@ def command(
     from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings, evaluation = shared.slice_options(chosen), shared.evaluation_options(chosen)
+    settings, evaluation = shared.slice_request(chosen), shared.evaluation_request(chosen)
     bound_memory_that_is_kept()
     path = Path(model)
     name = name_of_folder(path) if path.is_dir() else model

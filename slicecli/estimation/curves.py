@@ -2,7 +2,7 @@
 
 A curve says what was fitted to what: relation, parameters with covariance, the points, the range they reach, what they
 were evaluated on and calibrated with, and how well the relation predicts each point from the others. Predictions from
-it carry intervals, see `slicecli.estimation.predictions`.
+it carry intervals, see `slicecli.estimation.intervals`.
 
 Symbols: docs/notation.md.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from slicecli.errors import RequestError, reason_of, shown
+from slicecli.estimation.intervals import Prediction, predict_fitted, spread_of
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.predictions import Prediction, predict_fitted, spread_of
 from slicecli.estimation.reading import digest_in, fields_of, list_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import (
     LARGEST_LOGARITHM,

@@ -22,8 +22,8 @@ from slicecli.errors import RequestError, SlicecliWarning
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
+from slicecli.estimation.intervals import FARTHEST
 from slicecli.estimation.origin import Origin, origin_of
-from slicecli.estimation.predictions import FARTHEST
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.plugins import plugins

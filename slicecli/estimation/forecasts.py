@@ -1,6 +1,6 @@
 """What can be predicted of a model's slices: dense figures, relations and measurements put together.
 
-`ForecastInputs` is what a user says; whatever is not said is looked for, see `slicecli.estimation.figures`. Each text
+`ForecastInputs` is what a user says; whatever is not said is looked for, see `slicecli.estimation.dense_figures`. Each text
 or task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
 else by a relation and the intervals of published measurements.
 
@@ -18,9 +18,8 @@ from typing import Any
 from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.curves import Curve, fit_curve
-from slicecli.estimation.figures import accuracies, dense_perplexity
-from slicecli.estimation.measurements import Figure, Point, Series, published_series
-from slicecli.estimation.predictions import (
+from slicecli.estimation.dense_figures import accuracies, dense_perplexity
+from slicecli.estimation.intervals import (
     DEFAULT_RELATION,
     FARTHEST,
     Prediction,
@@ -29,6 +28,7 @@ from slicecli.estimation.predictions import (
     predict_new,
     spread_of,
 )
+from slicecli.estimation.measurements import Figure, Point, Series, published_series
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models

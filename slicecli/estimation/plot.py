@@ -19,7 +19,7 @@ import numpy as np
 
 from slicecli.checkpoint.folder import write_whole_file
 from slicecli.errors import RequestError
-from slicecli.estimation.predictions import FARTHEST, Prediction
+from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.relations import Quantity, quoted_by, quoted_error, relation_named
 
 if TYPE_CHECKING:

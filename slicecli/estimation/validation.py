@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from slicecli.errors import RequestError
+from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new
 from slicecli.estimation.measurements import Series, published_series
-from slicecli.estimation.predictions import Prediction, predict_fitted, predict_new
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
 

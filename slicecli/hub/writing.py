@@ -9,19 +9,17 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import RECORD_FILE, file_digest, write_whole_files
 from slicecli.data.names import Named, are_of_one_file, distinct_names, most_telling
 from slicecli.errors import OutputError, RequestError, reason_of
-from slicecli.hub.card import CARD_FILE, PLOT_FILE, read_card, render_card
+from slicecli.hub.card import CARD_FILE, read_card, render_card
+from slicecli.hub.prediction_table import with_predictions
 from slicecli.record.record import ResultKind, digest_of, known_names, read_record, record_text
 from slicecli.record.schema import schema_errors
 from slicecli.runtime.front_matter import MOST_CARD_BYTES
@@ -46,7 +44,6 @@ MEASURED: dict[ResultKind, tuple[str, str]] = {
     "perplexity": ("rows_sha256", "rows"),
     "tasks": ("requests_sha256", "questions"),
 }
-HALF = 0.5  # of a unit of hidden size: closer than that is the same dim
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Description:
         Raises:
             OutputError: They cannot.
         """
-        drafted = cls(*_with_predictions(record, forecasts))
+        drafted = cls(*with_predictions(record, forecasts))
         errors = schema_errors(json.loads(json.dumps(drafted.record)))
         if errors:
             raise OutputError(
@@ -335,80 +332,4 @@ def _with_curves(record: dict[str, Any], curves: list[Mapping[str, Any]]) -> tup
     record = {**record, "curve": {"curves": curves}}
     # read back, so that what is entered is what a reader will find
     forecasts = [forecast_by_curve(one, "of this model", "measured") for one in read_curves(record["curve"])]
-    return _with_predictions(record, forecasts)
-
-
-def _with_predictions(
-    record: dict[str, Any], forecasts: Sequence[Forecast]
-) -> tuple[dict[str, Any], Mapping[str, bytes]]:
-    """Return a record with forecasts in it, as tables for the usual dims, and their plots by file name."""
-    if not forecasts:
-        return record, {}
-    known = {one["dim"]: one["parameters"] for one in record["other_dims"]}
-    known[record["dim"]] = record["parameters"]["sliced"]
-    measured = {round((1 - s) * record["hidden_size"]) for forecast in forecasts for s, _, _ in forecast.points}
-    rows = {dim: known.get(dim) or _parameters_at(dim, known) for dim in known.keys() | measured}
-    predictions = [
-        {
-            **forecast.about_json(),
-            "estimates": [
-                _estimate(forecast, dim, count, record["hidden_size"])
-                for dim, count in sorted(rows.items(), reverse=True)
-            ],
-        }
-        for forecast in forecasts
-    ]
-    record = {**record, "predictions": predictions}
-    plot = _drawn(record, forecasts)
-    files = {**record["files"], PLOT_FILE: hashlib.sha256(plot).hexdigest()}
-    return {**record, "files": files}, {PLOT_FILE: plot}
-
-
-def _parameters_at(dim: int, known: Mapping[int, int]) -> int | None:
-    """Return the parameters of a slice from those of others, whose number is a polynomial in k of degree two at most.
-
-    Args:
-        dim: k.
-        known: Parameters by dim.
-
-    Returns:
-        The number, or `None` where too few others are known or theirs is no such polynomial.
-    """
-    if len(known) < 3:
-        return None
-    places = sorted(known)[:: max(1, (len(known) - 1) // 2)][:3]
-    total = Fraction(0)
-    for place in places:
-        others = [other for other in places if other != place]
-        total += known[place] * Fraction(
-            math.prod(dim - other for other in others), math.prod(place - other for other in others)
-        )
-    return int(total) if total.denominator == 1 else None
-
-
-def _estimate(forecast: Forecast, dim: int, parameters: int | None, hidden_size: int) -> dict[str, Any]:
-    sparsity = 1 - dim / hidden_size
-    found = forecast.to_json(sparsity)
-    measured = (figure for s, figure, _ in forecast.points if abs(s - sparsity) * hidden_size < HALF)
-    return {
-        "dim": dim,
-        "sparsity": sparsity,
-        "parameters": parameters,
-        **{name: found[name] for name in ("value", "low", "high", "is_outside", "paper")},
-        "measured": next(measured, None),
-    }
-
-
-def _drawn(record: Mapping[str, Any], forecasts: Sequence[Forecast]) -> bytes:
-    """Return the plot of the perplexity, and of every task that was measured."""
-    from slicecli.estimation.plot import picture_of_forecast, quality_picture
-
-    shown = [one for one in forecasts if one.quantity == "perplexity" or one.points] or list(forecasts)
-    title = f"{record['source']['model']}, sliced by {record['method']}"
-    widest = max(1 - one["dim"] / record["hidden_size"] for one in record["predictions"][0]["estimates"])
-    return quality_picture(
-        [
-            picture_of_forecast(title, forecast, record["hidden_size"], [record["sparsity"]], widest)
-            for forecast in shown
-        ]
-    )
+    return with_predictions(record, forecasts)

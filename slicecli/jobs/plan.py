@@ -33,8 +33,8 @@ from slicecli.runtime.placement import (
     MaxMemory,
     Placement,
     compute_dtype,
+    decide_placement,
     place_activations,
-    place_weights,
 )
 from slicecli.slicing.statistics_cache import most_bytes
 
@@ -68,7 +68,7 @@ class SliceOptions:
         batch_size: Rows per forward pass; `None` chooses by tokens.
         seed: Seed of the draw of rows.
         dtype: Dtype of the written weights; `None` keeps the checkpoint's.
-        device_map: What computes and where the dense weights rest, see `slicecli.runtime.placement.place_weights`.
+        device_map: What computes and where the dense weights rest, see `slicecli.runtime.placement.decide_placement`.
         max_memory: The most bytes of weights that rest on a device, by its number or `cpu`.
         streams: Where the streams are kept: `auto`, `device`, `host` or `disk`.
         max_shard_size: Most bytes of one weight file; a text such as `5GB` becomes a number.
@@ -167,7 +167,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """
     import torch
 
-    from slicecli.slicing.resume import seconds_between_snapshots
+    from slicecli.slicing.journal import seconds_between_snapshots
 
     # variables of the environment that are read only hours later
     seconds_between_snapshots()
@@ -204,12 +204,12 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     meta_model = build_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, dense_dtype)
-    placement = place_weights(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
+    placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
     if source.has_own_model_code and inference is None:
-        from slicecli.proof.declaration import prove_declaration
+        from slicecli.proof.declaration import prove_own_class
 
         with quiet_libraries(), running(source.name):
-            prove_declaration(adapter, config, source.trust_remote_code)
+            prove_own_class(adapter, config, source.trust_remote_code)
     output_length = 0
     if options.method == "slicegpt":
         from slicecli.proof.declaration import prove_shortcuts

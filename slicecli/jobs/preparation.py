@@ -24,7 +24,7 @@ from slicecli.errors import OutputError, PluginError, SourceError, reason_of, sh
 from slicecli.modeling import CODE_FILES
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries, running
-from slicecli.slicing.resume import is_progress
+from slicecli.slicing.journal import is_progress
 
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source

@@ -94,10 +94,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         SlicecliError: Something failed; no output folder is left behind.
     """
     from slicecli.hub.writing import describe_slice
-    from slicecli.jobs.completion import draft_description, licence_warning
+    from slicecli.jobs.description import draft_description, licence_warning
     from slicecli.jobs.preparation import prepare_folders
     from slicecli.progress import Clock, Silent
-    from slicecli.slicing.resume import FileJournal, has_state, seconds_between_snapshots
+    from slicecli.slicing.journal import FileJournal, has_state, seconds_between_snapshots
 
     started = time.perf_counter()
     processes = Processes.find()
@@ -307,7 +307,7 @@ def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_l
     Raises:
         OutputError: The journal is of another run, and that is not to be overlooked.
     """
-    from slicecli.slicing.resume import is_progress, read_state
+    from slicecli.slicing.journal import is_progress, read_state
 
     try:
         state = read_state(folders[0], fingerprint)

@@ -16,7 +16,7 @@ import torch
 from slicecli.linalg.cholesky import factorise, restore, substitute
 from slicecli.linalg.normal_equations import NormalEquations
 
-__all__ = ["RIDGES", "Correction", "RidgeSearch", "solve_ridge"]
+__all__ = ["RIDGES", "Correction", "RidgeMemory", "solve_ridge"]
 
 COLUMNS = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -37,7 +37,7 @@ class Correction:
     error: float
 
 
-class RidgeSearch:
+class RidgeMemory:
     """Solves one regression after the other, each looking for its ridge where the last of its kind has found one.
 
     Blocks differ little from each other, so that two or three trials are enough.

@@ -25,14 +25,14 @@ from slicecli.errors import PluginError, reason_of
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.schedule import Schedule
 from slicecli.linalg.basis import Basis, centred_frame, random_rotation
-from slicecli.linalg.maps import projection_of_stream
+from slicecli.linalg.sliced_maps import projection_of_stream
 from slicecli.progress import Silent
 from slicecli.proof.float64 import Float64Throughout
 from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.slicing.context import Batches, DenseModel, Target
-from slicecli.slicing.folding import project
 from slicecli.slicing.modules import first_tensor, persistent_buffers
 from slicecli.slicing.refit import collect_basis, refit
+from slicecli.slicing.sliced_tensors import project
 from slicecli.slicing.slicegpt import Orientation, slice_published
 
 __all__ = [
@@ -58,7 +58,7 @@ FACTOR_TOLERANCE = 1e-4
 
 
 class ModelWeights:
-    """Serves the parameters of a model that is in memory (a `slicecli.slicing.folding.WeightReader`)."""
+    """Serves the parameters of a model that is in memory (a `slicecli.slicing.sliced_tensors.WeightReader`)."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -268,7 +268,7 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
     return error
 
 
-def prove_declaration(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
+def prove_own_class(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
     """Check on a small model of a config's class, which is not transformers' own, that an adapter describes it.
 
     Args:

@@ -33,11 +33,11 @@ __all__ = [
     "check_sizes",
     "compute_dtype",
     "computing_device",
+    "decide_placement",
     "describe_map",
     "parse_max_memory",
     "pick_device",
     "place_activations",
-    "place_weights",
     "read_device_map",
     "spread_map",
 ]
@@ -202,7 +202,7 @@ def check_sizes(wanted: DeviceMap, max_memory: MaxMemory | None) -> None:
         )
 
 
-def place_weights(
+def decide_placement(
     wanted: DeviceMap, max_memory: MaxMemory | None, model: Any, blocks: str, dtype: torch.dtype
 ) -> Placement:
     """Decide where the weights of a model that is sliced rest.

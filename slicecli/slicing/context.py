@@ -20,7 +20,7 @@ from slicecli.linalg.normal_equations import normalise
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import MicroBatches
 from slicecli.slicing.activations import ActivationStore, Stream
-from slicecli.slicing.folding import WeightReader
+from slicecli.slicing.sliced_tensors import WeightReader
 
 __all__ = [
     "Batches",

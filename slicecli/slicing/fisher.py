@@ -33,9 +33,9 @@ from slicecli.runtime.memory import available_memory_bytes
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.context import Batches, DenseModel
-from slicecli.slicing.folding import final_norm_weight_and_bias, norm_weight_and_bias
 from slicecli.slicing.layerwise import embedding_tables, enter, filled, read_blocks, require_finite
 from slicecli.slicing.modules import Calls
+from slicecli.slicing.sliced_tensors import final_norm_weight_and_bias, norm_weight_and_bias
 
 __all__ = ["FisherSpectrum", "collect_fisher", "drawn_labels"]
 

@@ -18,21 +18,13 @@ from torch import nn
 from slicecli.adapters import Block
 from slicecli.linalg.basis import Basis
 from slicecli.linalg.normal_equations import add_square, widen
-from slicecli.linalg.ridge import RidgeSearch
+from slicecli.linalg.ridge import RidgeMemory
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, activations_in
-from slicecli.slicing.folding import (
-    final_norm_weight_and_bias,
-    fold_head,
-    matrix_of,
-    neutral_norm,
-    norm_weight_and_bias,
-    project_embeddings,
-)
 from slicecli.slicing.layerwise import (
     blocks_left,
     embedding_tables,
@@ -46,6 +38,14 @@ from slicecli.slicing.layerwise import (
 )
 from slicecli.slicing.modules import Calls
 from slicecli.slicing.reductions import solve_basis
+from slicecli.slicing.sliced_tensors import (
+    final_norm_weight_and_bias,
+    fold_head,
+    matrix_of,
+    neutral_norm,
+    norm_weight_and_bias,
+    project_embeddings,
+)
 from slicecli.slicing.sublayer import BlockPass, Sublayer, fit_reading
 
 __all__ = ["collect_basis", "refit"]
@@ -156,7 +156,7 @@ def refit(
     for target in targets:
         _slice_embeddings(dense, target, bases[target.dim], batches)
     snapshot = journal.resume(phase)
-    search = RidgeSearch(None if snapshot is None else snapshot.about["ridges"])
+    search = RidgeMemory(None if snapshot is None else snapshot.about["ridges"])
     if snapshot is not None:
         stream = activations_in("dense", snapshot, dense.streams)
         for target in targets:
@@ -246,7 +246,7 @@ def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:
         del weights[name]
 
 
-def _content(stream: Stream, targets: Sequence[Target], search: RidgeSearch) -> Content:
+def _content(stream: Stream, targets: Sequence[Target], search: RidgeMemory) -> Content:
     """Return what the next block needs, for a journal."""
     streams = {"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}}
     return Content(streams, about={"ridges": dict(search.found)})
@@ -305,7 +305,7 @@ def _fit_head(
     stream: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
-    search: RidgeSearch,
+    search: RidgeMemory,
 ) -> None:
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm

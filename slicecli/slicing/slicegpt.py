@@ -25,19 +25,12 @@ from torch import nn
 from slicecli.adapters import Block, Branch
 from slicecli.family.schedule import Schedule
 from slicecli.linalg.basis import principal_basis, random_rotation
-from slicecli.linalg.maps import fold_reader, rows_times
 from slicecli.linalg.normal_equations import add_square, widen
+from slicecli.linalg.sliced_maps import fold_reader, rows_times
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, Target, activations_in
-from slicecli.slicing.folding import (
-    final_norm_weight_and_bias,
-    matrix_of,
-    norm_weight_and_bias,
-    published_reader,
-    stored_form,
-)
 from slicecli.slicing.layerwise import (
     blocks_left,
     embedding_tables,
@@ -47,6 +40,13 @@ from slicecli.slicing.layerwise import (
     hand_over_buffers,
     read_blocks,
     require_finite,
+)
+from slicecli.slicing.sliced_tensors import (
+    final_norm_weight_and_bias,
+    matrix_of,
+    norm_weight_and_bias,
+    published_reader,
+    stored_form,
 )
 
 __all__ = ["Orientation", "Spectrum", "slice_published"]

@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Branch, Linear
-from slicecli.linalg.maps import projection_for_readers, projection_of_stream
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
-from slicecli.linalg.ridge import Correction, RidgeSearch
+from slicecli.linalg.ridge import Correction, RidgeMemory
+from slicecli.linalg.sliced_maps import projection_for_readers, projection_of_stream
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.activation_cache import CachedBlock
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
-from slicecli.slicing.folding import fold_readers, project_writers, stored_writers
 from slicecli.slicing.layerwise import require_finite
 from slicecli.slicing.modules import Call, Calls, Routing
 from slicecli.slicing.reductions import solve_normal_equations
+from slicecli.slicing.sliced_tensors import project_writers, sliced_readers, stored_writers
 
 __all__ = ["BlockPass", "Sublayer", "fit_reading"]
 
@@ -117,7 +117,7 @@ class BlockPass:
     calls: Calls
     seen: CachedBlock
     held_out: Sequence[torch.Tensor]
-    search: RidgeSearch
+    search: RidgeMemory
 
     @property
     def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
@@ -193,7 +193,7 @@ class Sublayer:
         norm = self.block.get_submodule(self.branches[0].norm)
         dense_inputs, solve = self.at.before(self.position), self._solver("readers")
         matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.at.held_out, solve)
-        self._set(fold_readers(self.dense.dimensions, self.branches, self.at.weights, matrix, self.target.dtype))
+        self._set(sliced_readers(self.dense.dimensions, self.branches, self.at.weights, matrix, self.target.dtype))
         return lost
 
     def project_writers(self, basis: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -416,7 +416,7 @@ def fit_reading(
 
     Args:
         dense: The dense model.
-        norm: The sliced norm, without effect of its own (`slicecli.slicing.folding.neutral_norm`).
+        norm: The sliced norm, without effect of its own (`slicecli.slicing.sliced_tensors.neutral_norm`).
         dense_inputs: x, batch by batch.
         sliced_inputs: y, likewise.
         basis: Q.

@@ -17,13 +17,18 @@ import torch
 from slicecli.adapters import Branch, Linear
 from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.basis import Basis
-from slicecli.linalg.maps import fold_bias, fold_reader, projected_table, projected_writer, projection_for_readers
+from slicecli.linalg.sliced_maps import (
+    fold_bias,
+    fold_reader,
+    projected_table,
+    projected_writer,
+    projection_for_readers,
+)
 
 __all__ = [
     "WeightReader",
     "final_norm_weight_and_bias",
     "fold_head",
-    "fold_readers",
     "matrix_of",
     "neutral_norm",
     "norm_weight_and_bias",
@@ -31,6 +36,7 @@ __all__ = [
     "project_embeddings",
     "project_writers",
     "published_reader",
+    "sliced_readers",
     "stored_form",
     "stored_writers",
 ]
@@ -82,7 +88,7 @@ def neutral_norm(dimensions: Dimensions, path: str, dim: int, bias: float = 0.0)
     return tensors
 
 
-def fold_readers(
+def sliced_readers(
     dimensions: Dimensions,
     branches: Sequence[Branch],
     weights: Mapping[str, torch.Tensor],
@@ -249,7 +255,7 @@ def project(
     for index, block in enumerate(dimensions.declared_blocks):
         path = f"{adapter.blocks}.{index}"
         dense = weights.module(path)
-        tensors = fold_readers(dimensions, block.branches, dense, matrix, dtype)
+        tensors = sliced_readers(dimensions, block.branches, dense, matrix, dtype)
         tensors |= stored_writers(block.branches, project_writers(dimensions, block.branches, dense, leading))
         tensors |= {kept.path: dense[kept.path] for kept in block.kept}
         for name, tensor in tensors.items():
