@@ -1,6 +1,6 @@
 """What can be predicted of a model's slices: dense figures, relations and measurements put together.
 
-`ForecastInputs` is what a user says; whatever is not said is looked for, see `slicecli.estimation.dense_figures`. Each text
+`ForecastInputs` is what a user says; the rest is looked for, see `slicecli.estimation.dense_figures`. Each text
 or task of which a dense figure is known becomes a `Forecast`: by a curve fitted to measured slices where there is one,
 else by a relation and the intervals of published measurements.
 
