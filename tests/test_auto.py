@@ -22,6 +22,8 @@ from slicecli.infer.scaffold import package_files, structural_switches, write_pa
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # config classes whose own defaults cannot be built, and what is needed
 COMPLETE = {
     "hunyuan_v1_dense": {"head_dim": 128},

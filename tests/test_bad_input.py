@@ -19,6 +19,8 @@ from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import byte_tokenizer
 from slicecli.testing.checkpoints import save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

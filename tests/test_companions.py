@@ -14,6 +14,8 @@ from slicecli.errors import SourceError
 from slicecli.hub.card import CARD_FILE, PLOT_FILE
 from slicecli.modeling import CODE_FILES
 
+pytestmark = pytest.mark.slow
+
 NAME = "somebody/model"
 TEMPLATE = "additional_chat_templates/tool_use.jinja"
 # a tokenizer of a class and a vocabulary of its own, which joins the words of the vocabulary

@@ -21,6 +21,8 @@ from slicecli.linalg.basis import centred_frame
 from slicecli.linalg.ridge import solve_ridge
 from slicecli.proof.declaration import published_in_memory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

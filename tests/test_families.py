@@ -11,6 +11,8 @@ from slicecli.family.plugins import plugins
 from slicecli.testing import AdapterTests
 from slicecli.testing.adapter_tests import tiny_of
 
+pytestmark = pytest.mark.slow
+
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

@@ -23,6 +23,8 @@ from slicecli.slicing.context import Batches, DenseModel
 from slicecli.slicing.fisher import collect_fisher, drawn_labels
 from slicecli.testing.adapter_tests import tiny_of
 
+pytestmark = pytest.mark.slow
+
 SEED = 7
 # model types and config fields, by what each stands for
 CASES = {

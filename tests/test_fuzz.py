@@ -28,7 +28,10 @@ from hypothesis import strategies as st
 from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's"),
+]
 
 FACTOR = int(os.environ.get("SLICECLI_FUZZ", "1"))
 SECONDS = 30  # for one command; the slowest takes less than one

@@ -18,6 +18,8 @@ from hub_faults import INSPECT, PUSH, SHARD, SHARDS, SLICE, SLICE_AND_PUSH, Scen
 from slicecli.runtime.hub_client import PAUSES
 from slicecli.testing.loopback_hub import Fault, LoopbackHub
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
 # requests for one weight file and for any, for a revision's files, for a commit
 FETCH = rf"^/{{name}}/resolve/.*/{SHARD}$"

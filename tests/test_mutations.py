@@ -21,6 +21,8 @@ import pytest
 from slicecli.adapters import Adapter, Block, Embedding, Norm
 from slicecli.family.plugins import plugins
 
+pytestmark = pytest.mark.slow
+
 SUITE = """
 import pytest
 from slicecli.testing import AdapterTests

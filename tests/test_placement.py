@@ -29,6 +29,8 @@ from slicecli.runtime.placement import (
 from slicecli.slicing.activations import ActivationStore
 from slicecli.slicing.layerwise import read_blocks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MAP = {"": "disk", "model.embed_tokens": "cpu", "model.layers.1": "cpu"}
 

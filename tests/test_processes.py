@@ -21,6 +21,8 @@ from slicecli.errors import ProcessError, RequestError
 from slicecli.runtime.distributed import ALONE, VARIABLES, Processes, started_alone
 from slicecli.runtime.json import read_json
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

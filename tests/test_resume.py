@@ -13,6 +13,8 @@ from conftest import tiny_model
 
 from slicecli.checkpoint.folder import file_digest
 
+pytestmark = pytest.mark.slow
+
 SLICES, SWEEPS = 6, 4  # of each method, killed twice; killed once
 
 

@@ -23,6 +23,8 @@ from slicecli.record.schema import record_schema, schema_errors
 from slicecli.runtime.secrets import find_secrets, find_tokens
 from slicecli.runtime.versions import __version__
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "PlantedInATest" + "0" * 20
 KINDS = {
