@@ -353,7 +353,7 @@ def test_nothing_heavy_is_imported():
 import sys
 from slicecli.family.dimensions import Dimensions
 from slicecli.estimation.cost import CostModel
-from slicecli.plugins import plugins
+from slicecli.family.plugins import plugins
 CostModel(Dimensions(plugins().adapters["llama"], {LLAMA_3_8B}), "slicegpt").sliced(3072, "bfloat16")
 heavy = {{"torch", "numpy", "transformers", "scipy"}} & sys.modules.keys()
 assert not heavy, heavy

@@ -232,7 +232,7 @@ def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_command_with_left_over_variables_is_not_silent(tmp_path, rank):
     code = (
-        "from slicecli import processes; processes.NOTICE, processes.MEETING = 0.1, 0.6\n"
+        "from slicecli.runtime import distributed; distributed.NOTICE, distributed.MEETING = 0.1, 0.6\n"
         "from slicecli.cli import main; main()"
     )
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
