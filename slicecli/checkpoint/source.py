@@ -189,10 +189,10 @@ class Source:
         if revision is not None and not revision.strip():
             raise RequestError("The revision is empty.", "Give a branch, a tag or a commit, or leave --revision out.")
         local = find_folder(model)
-        shadow = "" if local is None else describe_shadow(model)
         if local is not None and revision is not None:
             raise RequestError(
-                f"{shown(model)} is a folder, which has no revisions.", f"Leave out --revision. {shadow}"
+                f"{shown(model)} is a folder, which has no revisions.",
+                f"Leave out --revision. {describe_shadow(model)}",
             )
         snapshot = None if local is None else HubSnapshot.of(local)
         cache = None if snapshot is None else snapshot.cache
@@ -214,6 +214,7 @@ class Source:
                 "Rename the folder.",
             )
         if not (folder / CONFIG_FILE).exists():
+            shadow = "" if local is None else describe_shadow(model)
             refuse_without_config(name, folder, _all_files(folder, model, commit, token, cache), shadow)
         return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code, cache)
 
