@@ -341,6 +341,8 @@ class Adapter:
         derived: Fields that follow from others, by the usual name: functions of the config's fields.
         has_window: Whether a block's attention keeps to the `sliding_window` of a config that has one but does not list
             its `layer_types`: a function of the model's sizes and the block's index. Only costs follow from it.
+        unused_tensors: Patterns (regular expressions, searched for) of the names of tensors that old checkpoints of the
+            family hold and its class does not use; they are left out with a warning, others stop a slice.
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
         stock_obstacle: Why the family's own class cannot describe a slice, which then needs code of its own: a
             sentence, or a function of the config's fields that returns one; empty where it can.
@@ -363,6 +365,7 @@ class Adapter:
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=lambda: MappingProxyType({}))
     has_window: Callable[[Sizes, int], bool] = lambda _sizes, _index: True
+    unused_tensors: tuple[str, ...] = ()
     dim_divisors: tuple[str, ...] = ()
     stock_obstacle: str | Callable[[Fields], str] = ""
     shortcut_obstacle: str | Callable[[Fields], str] = ""

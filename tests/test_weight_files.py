@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from slicecli.checkpoint.source import Source
 from slicecli.checkpoint.weight_files import weight_file_names
+from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import save_checkpoint
 
 SINGLE = "model.safetensors"
@@ -147,7 +148,7 @@ def test_a_baseline_of_the_same_folder_name_is_not_the_dense_model(run, text_fil
 
     dense, message = recorded_dense(tmp_path / "run2" / "model")
     assert dense is None
-    assert "not the model that the slice was made from" in message
+    assert "not the model that the slice was made from (config or weights differ)" in message
     moved = shutil.copytree(tmp_path / "run1" / "model", tmp_path / "renamed")
     assert recorded_dense(moved)[0] is not None
 
@@ -252,12 +253,70 @@ def test_tensors_that_the_class_leaves_aside_are_a_warning(run, checkpoint_copy,
     assert "1 unused tensor (model.layers.0.self_attn.rotary_emb.inv_freq)" in done.stderr
 
 
+def test_masks_that_old_checkpoints_of_a_family_hold_are_a_warning(run, text_file, tmp_path):
+    config = tiny_config("gpt2", has_head_dim=False)
+    folder = save_checkpoint(random_model(config), tmp_path / "gpt2")
+    change_weights(folder, transformer__h__0__attn__masked_bias=torch.tensor(-1e4))
+    done = run("slice", folder, "--dim", "48", "-o", tmp_path / "o", "--calibration", text_file, *SIZES)
+    assert done.exit_code == 0, done.stderr
+    assert "1 unused tensor (transformer.h.0.attn.masked_bias)" in done.stderr
+
+
+def test_a_table_stored_as_the_head_alone_serves_as_both(run, tied, text_file, tmp_path):
+    words = ("slice", tied, "--dim", "36", "--calibration", text_file, *SIZES, "--no-cache", "-o")
+    assert run(*words, tmp_path / "before").exit_code == 0
+    table = load_file(tied / SINGLE)["model.embed_tokens.weight"]
+    change_weights(tied, model__embed_tokens__weight=None, lm_head__weight=table)
+    done = run(*words, tmp_path / "after")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "after" / SINGLE).read_bytes() == (tmp_path / "before" / SINGLE).read_bytes()
+    assert "lack" not in run("estimate", tied, "--dim", "36").stderr
+
+
+def test_a_slice_of_a_slice_has_no_dense_model_to_record(run, checkpoints, text_file, tmp_path):
+    words = ("--calibration", text_file, *SIZES)
+    assert run("slice", checkpoints(), "--dim", "40", "-o", tmp_path / "one", *words).exit_code == 0
+    assert run("slice", tmp_path / "one", "--dim", "36", "-o", tmp_path / "two", *words).exit_code == 0
+    texts = ("--perplexity", text_file, "--seq-len", "32", "--limit", "4")
+    done = run("eval", tmp_path / "two", "--baseline", tmp_path / "one", *texts, "--record")
+    assert done.exit_code == 0, done.stderr
+    assert "one is a slice itself" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"up_proj.SCB": torch.ones(80), "up_proj.weight": torch.ones(80, 48, dtype=torch.int8)}, "bitsandbytes"),
+        ({"up_proj.weight.absmax": torch.ones(60), "up_proj.weight": torch.ones(1920, 1, dtype=torch.uint8)}, "bits"),
+        ({"up_proj.weight_scale_inv": torch.ones(1, 1)}, "FP8"),
+        ({"up_proj.weight": torch.ones(80, 48).to(torch.float8_e4m3fn)}, "stored as F8_E4M3"),
+        ({"up_proj.weight": torch.ones(80, 48, dtype=torch.int8)}, "stored as I8"),
+        ({"up_proj.scales": torch.ones(80, 1), "up_proj.weight": torch.ones(80, 12, dtype=torch.uint32)}, "MLX"),
+    ],
+)
+@pytest.mark.parametrize("command", ["slice", "eval", "inspect"])
+def test_quantised_weights_are_told_by_names_and_types(
+    run, checkpoint_copy, text_file, tmp_path, command, changes, method
+):
+    change_weights(checkpoint_copy, **{f"model.layers.0.mlp.{name}": value for name, value in changes.items()})
+    words = {
+        "slice": ("--dim", "36", "-o", tmp_path / "o", "--calibration", text_file, *SIZES),
+        "eval": ("--perplexity", text_file, "--seq-len", "32", "--limit", "1"),
+        "inspect": (),
+    }
+    done = run(command, checkpoint_copy, *words[command])
+    assert done.exit_code == 1
+    assert "is quantised" in done.stderr
+    assert method in done.stderr
+
+
 @pytest.mark.parametrize(
     ("rename", "cause"),
     [
         (lambda name: f"_orig_mod.{name}", "torch.compile"),
         (lambda name: f"module.{name}", "DataParallel"),
         (lambda name: f"base_model.model.{name}", "PEFT"),
+        (lambda name: f"language_model.{name}", "'language_model.'"),
         (lambda name: name.replace("_proj.weight", "_proj.qweight"), "quantised (GPTQ or AWQ"),
         (lambda name: name.replace("_proj.weight", "_proj.scales"), "quantised (MLX"),
         (lambda name: name.replace("up_proj.weight", "up_proj.lora_A.weight"), "LoRA"),

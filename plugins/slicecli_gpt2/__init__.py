@@ -55,6 +55,7 @@ ADAPTER = Adapter(
     derived=MappingProxyType(
         {"intermediate_size": lambda config: config.get("n_inner") or 4 * (config.get("n_embd") or 768)}
     ),
+    unused_tensors=(r"attn\.masked_bias$",),  # masks that old transformers stored
     stock_obstacle="GPT2Attention takes the width of a head from n_embd / n_head.",
     obstacle=obstacle,
 )

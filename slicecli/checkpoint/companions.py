@@ -93,7 +93,8 @@ _OWN_FILES = frozenset(
         "configuration_slicecli.py", "modeling_slicecli.py",
     }
 )  # fmt: skip
-_OWN_WEIGHTS = "model*.safetensors"
+# what transformers reads, and what it would read of another set of shards
+_OWN_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 _WEIGHTS = ("*.index.json", "*.onnx.data", "*.onnx_data*")
 _DENSE_SIZES = ("params.json", "*quant*_config.json")
 _TRAINING = (
@@ -243,7 +244,7 @@ def _is_hidden(file: str) -> bool:
 
 def _is_own(file: str) -> bool:
     # some file systems do not tell README.md from readme.md
-    return file.lower() in _OWN_FILES or ("/" not in file and fnmatchcase(file, _OWN_WEIGHTS))
+    return file.lower() in _OWN_FILES or ("/" not in file and _fits(file, _OWN_WEIGHTS))
 
 
 def _is_known(path: PurePosixPath) -> bool:

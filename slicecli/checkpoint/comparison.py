@@ -42,7 +42,7 @@ class Comparison:
         """
         kinds = (
             (self.unused, "hold", "tensors that a model of its config does not use"),
-            (self.lacking, "lack", "parameters of a model of its config"),
+            (self.lacking, "lack", "of the parameters of a model of its config"),
         )
         return [
             f"The weight files of {name} {verb} {len(names):,} {what}: {some_of(names)}."
@@ -101,10 +101,14 @@ def compare(dimensions: Dimensions, tensors: Mapping[str, StoredTensor], name: s
     """
     found: set[str] = set()
     lacking = []
+    # one of the two is enough
+    tied = {f"{path}.weight" for path in (dimensions.adapter.head.path, dimensions.adapter.embeddings[0].path)}
+    if not any(find_stored(tensors, one) for one in tied):
+        tied = set()
     for parameter in dimensions.declared_parameters():
         stored = find_stored(tensors, parameter.name)
         if stored is None:
-            if not (dimensions.is_tied and parameter.name == f"{dimensions.adapter.head.path}.weight"):
+            if not (dimensions.is_tied and parameter.name in tied):
                 lacking.append(parameter.name)
             continue
         found.add(stored)

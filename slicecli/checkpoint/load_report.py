@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from slicecli.checkpoint.weight_files import StoredTensor
 from slicecli.errors import UnsupportedModelError, WeightsError
 
-__all__ = ["check_report", "some_of"]
+__all__ = ["check_report", "check_stored", "some_of"]
 
 MOST_NAMED = 3
 # endings of the tensors that a method of quantising writes beside or in place of a weight
@@ -16,11 +17,16 @@ QUANTISED = {
     ".qweight": "GPTQ or AWQ",
     ".SCB": "bitsandbytes",
     ".quant_map": "bitsandbytes",
+    ".absmax": "bitsandbytes",
     ".weight_scale": "FP8",
     ".weight_scale_inv": "FP8",
     ".weight_packed": "compressed-tensors",
     ".scales": "MLX",
 }
+# what the format calls types whose numbers are no weights without a scale
+SCALED_TYPES = frozenset(
+    {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+)
 # what programs put in front of every name when they save a model that they have wrapped
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -33,7 +39,12 @@ OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 def check_report(
-    name: str, report: Mapping[str, Any], stored: Collection[str], model: Any, is_strict: bool
+    name: str,
+    report: Mapping[str, Any],
+    stored: Collection[str],
+    model: Any,
+    is_strict: bool,
+    unused: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Refuse a checkpoint that is not what the model's class loads.
 
@@ -44,21 +55,26 @@ def check_report(
         model: The model that was loaded.
         is_strict: Refuse tensors that the class does not use, where it does not declare that it ignores them; otherwise
             they are warned of.
+        unused: Patterns of the names of tensors that old checkpoints of the family hold for nothing.
 
     Returns:
         What the user should know of tensors that are not used.
 
     Raises:
-        UnsupportedModelError: The weights are quantised, or changes to another model.
         WeightsError: A tensor is missing, or not used.
     """
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unexpected:
-        _check_names(name, missing, stored)
+    ignored = _ignored(stored, model, unused)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"] - {*ignored})
     if missing:
+        _check_wrapper(name, missing, stored)
+        head = (
+            ""
+            if set(missing) - set(model._tied_weights_keys or ())
+            else (" If the head is the embedding table, set tie_word_embeddings to true in config.json.")
+        )
         raise WeightsError(
             f"The checkpoint of {name} lacks {_tensors(missing)}.",
-            "Download it again, or check that config.json belongs to it.",
+            f"Download it again, or check that config.json belongs to it.{head}",
         )
     found = f"The checkpoint of {name} holds {_tensors(unexpected, 'unused ')}: a model of its config has none such"
     if unexpected and is_strict:
@@ -67,7 +83,7 @@ def check_report(
             "Check that config.json belongs to these weights (number of layers, biases), or remove what is not needed.",
         )
     warnings = [f"{found}."] if unexpected else []
-    if ignored := _ignored(stored, model):
+    if ignored:
         warnings.append(f"The checkpoint of {name} holds {_tensors(ignored, 'unused ')}: its class leaves them aside.")
     return tuple(warnings)
 
@@ -82,37 +98,57 @@ def _tensors(names: Sequence[str], kind: str = "") -> str:
     return f"{len(names):,} {kind}tensor{'s' if len(names) > 1 else ''} ({some_of(names)})"
 
 
-def _check_names(name: str, missing: Sequence[str], stored: Collection[str]) -> None:
-    """Say why a checkpoint does not fit its class, where the names of its tensors tell.
+def check_stored(name: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse weight files that do not hold the weights themselves, by what their headers say.
+
+    Args:
+        name: Name of the model.
+        tensors: The headers.
 
     Raises:
         UnsupportedModelError: The weights are quantised, or changes to another model.
-        WeightsError: A program has put something in front of the names.
     """
-    if any(".lora_A." in one or ".lora_B." in one for one in stored):
+    if any(part in one for one in tensors for part in (".lora_A.", ".lora_B.", ".base_layer.")):
         raise UnsupportedModelError(
-            f"{name} holds LoRA matrices: changes to another model.", "Merge them into that model first."
+            f"{name} holds LoRA matrices: changes to another model.",
+            "Merge them into that model first, with merge_and_unload() of peft.",
         )
-    if not missing:
-        return
+    remedy = "Slice the original weights, then quantise the slice."
     for ending, method in QUANTISED.items():
-        if example := next((one for one in sorted(stored) if one.endswith(ending)), None):
-            raise UnsupportedModelError(
-                f"{name} is quantised ({method}, by the names of its tensors, such as {example}).",
-                "Slice the original weights, then quantise the slice.",
-            )
-    for wrapper, program in WRAPPERS.items():
+        if example := next((one for one in sorted(tensors) if one.endswith(ending)), None):
+            raise UnsupportedModelError(f"{name} is quantised ({method}: it holds {example}).", remedy)
+    for one, tensor in tensors.items():
+        if tensor.dtype in SCALED_TYPES and len(tensor.shape) >= 2 and one.endswith(".weight"):
+            raise UnsupportedModelError(f"{name} is quantised ({one} is stored as {tensor.dtype}).", remedy)
+
+
+def _check_wrapper(name: str, missing: Sequence[str], stored: Collection[str]) -> None:
+    """Say which program has put something in front of the names of tensors.
+
+    Raises:
+        WeightsError: One has.
+    """
+    wrappers = {**WRAPPERS, **dict.fromkeys(_common_prefix(missing, stored), "")}
+    for wrapper, program in wrappers.items():
         if wrapped := sorted(one for one in stored if f".{wrapper}" in f".{one}"):
+            by = f", as {program} writes them," if program else ""
             raise WeightsError(
-                f"The names of {_tensors(wrapped)} of {name} have {wrapper!r} in them, as {program} writes them, and "
-                "the model's class does not find them.",
+                f"The names of {_tensors(wrapped)} of {name} have {wrapper!r} in them{by} and the model's class does not "
+                "find them.",
                 f"Save the inner model, or take {wrapper!r} out of the names.",
             )
 
 
-def _ignored(stored: Collection[str], model: Any) -> list[str]:
-    """Return the tensors in the files that the class of a model declares it ignores."""
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *OLD_BUFFERS]
+def _common_prefix(missing: Sequence[str], stored: Collection[str]) -> list[str]:
+    """Return what stands in front of the names of all missing tensors in the files, if that is so."""
+    first = next((one for one in stored if one.endswith(f".{missing[0]}")), None)
+    prefix = None if first is None else first.removesuffix(missing[0])
+    return [prefix] if prefix and all(f"{prefix}{one}" in stored for one in missing) else []
+
+
+def _ignored(stored: Collection[str], model: Any, unused: Sequence[str]) -> list[str]:
+    """Return the tensors in the files that the class of a model, or its family, declares it ignores."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *OLD_BUFFERS, *unused]
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     own = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slicecli.checkpoint.comparison import find_stored
 from slicecli.checkpoint.load_report import check_report
 from slicecli.checkpoint.source import Source
 from slicecli.errors import SlicecliWarning, WeightsError, reason_of
@@ -29,6 +30,7 @@ class DenseWeights:
 
     Args:
         source: The model; its weight files must be at hand (`Source.fetch_weights`).
+        unused: Patterns of the names of tensors that old checkpoints of the family hold for nothing.
 
     Attributes:
         dtype: Dtype of the checkpoint.
@@ -40,7 +42,7 @@ class DenseWeights:
         WeightsError: A tensor is missing, is not used, has another shape than the config says, or cannot be read.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, unused: Sequence[str] = ()) -> None:
         import transformers
 
         # accelerate would tell the user that weights are on disk, which is the point
@@ -60,11 +62,17 @@ class DenseWeights:
             )
         except Exception as error:
             raise source.loading_error(error) from error
-        for text in check_report(source.name, report, source.stored_tensors() or (), self._model, is_strict=True):
+        stored = source.stored_tensors() or {}
+        for text in check_report(source.name, report, stored, self._model, is_strict=True, unused=unused):
             warnings.warn(text, SlicecliWarning, stacklevel=2)
         own = dict(self._model.named_parameters())
         shared = {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - own.keys()
         self._names = [name for name in self._model.state_dict() if name not in shared]
+        # of two tied tensors the checkpoint may hold the second alone
+        ties: dict[str, str] = getattr(self._model, "all_tied_weights_keys", {})
+        self._stand_ins = {
+            one: other for other, one in ties.items() if not find_stored(stored, one) and find_stored(stored, other)
+        }
         self.dtype: torch.dtype = self._model.dtype
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -78,7 +86,7 @@ class DenseWeights:
 
         from slicecli.linalg.normal_equations import is_finite
 
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = self._stand_ins.get(name, name).rpartition(".")
         module = self._model.get_submodule(path)
         try:
             with align_module_device(module, torch.device("cpu")):

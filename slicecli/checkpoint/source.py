@@ -32,6 +32,7 @@ from slicecli.checkpoint.comparison import Comparison, compare, find_stored, loa
 from slicecli.checkpoint.config_files import CONFIG_FILE, read_config
 from slicecli.checkpoint.folder import file_digest
 from slicecli.checkpoint.foreign import FOREIGN_FILES, check_is_whole, check_not_quantised, refuse_without_config
+from slicecli.checkpoint.load_report import check_stored
 from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
 from slicecli.checkpoint.weight_files import (
@@ -513,6 +514,7 @@ class Source:
             WeightsError: The weight files are damaged, or those of another config.
         """
         tensors = self.stored_tensors()
+        check_stored(self.name, tensors or {})
         dimensions = Dimensions(adapter, self.loaded_fields(adapter, fields))
         return dimensions, Comparison((), ()) if tensors is None else compare(dimensions, tensors, self.name)
 
@@ -594,18 +596,21 @@ class Source:
             )
 
     def check_describes_weights(self) -> None:
-        """Refuse a config that describes a far larger model than the weight files hold.
+        """Refuse weight files without the weights themselves, or with far fewer than the config describes.
 
         Whatever is not in them would be made up, and of any size; where less is missing, it is named later.
 
         Raises:
             SourceError: transformers cannot build the model.
+            UnsupportedModelError: The weights are quantised, or changes to another model.
             WeightsError: There are not half as many numbers in the files as the model has.
         """
+        tensors = stored_tensors(self.folder, self.weight_files())
+        check_stored(self.name, tensors)
         parameters = sum(
             value.numel() for value in build_meta_model(self.config(), self.trust_remote_code).parameters()
         )
-        held = sum(one.elements for one in stored_tensors(self.folder, self.weight_files()).values())
+        held = sum(one.elements for one in tensors.values())
         if 2 * held < parameters:
             raise WeightsError(
                 f"The weight files of {self.name} hold {held:,} numbers, and a model of its config has {parameters:,}.",

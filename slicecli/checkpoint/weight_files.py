@@ -44,7 +44,7 @@ MOST_SAMPLES = 16
 ALL_SAMPLES = 8192
 CHUNK_BYTES = 1 << 20
 # they change when a config is written again, and nothing with them
-FREE_FIELDS = frozenset({"transformers_version", "_name_or_path"})
+FREE_FIELDS = frozenset({"transformers_version", "_name_or_path", NAMED_ENTRY})
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
     from slicecli.hub.writing import enter_results
 
     dense = document.get("baseline")
-    if dense is not None and not _is_dense_model_of(document, dense):
-        show.warn(f"{dense['model']} is not the model that the slice was made from: its figures are not recorded.")
+    if dense is not None and (reason := _why_not_its_dense_model(document, dense)):
+        show.warn(f"{reason}: its figures are not recorded.")
         dense = None
     curves = [] if dense is None else [one.to_json() for one in fit_results(series_of([dense, document]))]
     measured = (document["perplexity"], document["tasks"])
@@ -109,9 +109,13 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
         show.warn(remark)
 
 
-def _is_dense_model_of(document: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Say whether a measured model is the one that a slice was made from: its content, whatever its name."""
-    return other["method"] is None and document["source"]["content"] == other["source"]["content"]
+def _why_not_its_dense_model(document: dict[str, Any], other: dict[str, Any]) -> str:
+    """Say why a measured model is not the dense one that a slice was made from; its content tells, whatever its name."""
+    if other["method"] is not None:
+        return f"{other['model']} is a slice itself, and no dense model"
+    if document["source"]["content"] != other["source"]["content"]:
+        return f"{other['model']} is not the model that the slice was made from (config or weights differ)"
+    return ""
 
 
 def _print_one(found: Evaluation) -> None:

@@ -361,7 +361,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     from slicecli.slicing.context import DenseModel
 
     device = job.placement.device
-    weights = DenseWeights(job.source)
+    weights = DenseWeights(job.source, job.adapter.unused_tensors)
     meta_model = build_runnable_meta_model(job.config, job.options.trust_remote_code)
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else OffloadedWeights(weights, job.placement.rest_of)
