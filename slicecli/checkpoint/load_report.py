@@ -128,13 +128,13 @@ def _check_wrapper(name: str, missing: Sequence[str], stored: Collection[str]) -
     Raises:
         WeightsError: One has.
     """
-    wrappers = {**WRAPPERS, **dict.fromkeys(_common_prefix(missing, stored), "")}
+    wrappers = {**dict.fromkeys(_common_prefix(missing, stored), ""), **WRAPPERS}
     for wrapper, program in wrappers.items():
         if wrapped := sorted(one for one in stored if f".{wrapper}" in f".{one}"):
             by = f", as {program} writes them," if program else ""
             raise WeightsError(
-                f"The names of {_tensors(wrapped)} of {name} have {wrapper!r} in them{by} and the model's class does not "
-                "find them.",
+                f"The names of {_tensors(wrapped)} of {name} have {wrapper!r} in them{by} and the model's class does "
+                "not find them.",
                 f"Save the inner model, or take {wrapper!r} out of the names.",
             )
 

@@ -110,7 +110,7 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
 
 
 def _why_not_its_dense_model(document: dict[str, Any], other: dict[str, Any]) -> str:
-    """Say why a measured model is not the dense one that a slice was made from; its content tells, whatever its name."""
+    """Say why a measured model is not the dense one that a slice was made from: its content tells, not its name."""
     if other["method"] is not None:
         return f"{other['model']} is a slice itself, and no dense model"
     if document["source"]["content"] != other["source"]["content"]:
