@@ -134,7 +134,7 @@ def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
     ("words", "message"),
     [
         (("--dim", "3072", "--memory", "12GiB"), "More than one width"),
-        (("--max-perplexity", "9"), "nobody says"),
+        (("--max-perplexity", "9"), "which is unknown"),
         (("--max-perplexity", "7", "--dense-perplexity", "8"), "No slice is predicted"),
         (("--target-params", "1M"), "No slice of this model has only"),
         (("--dense-perplexity", "0.5"), "not above 1"),
