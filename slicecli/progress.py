@@ -40,9 +40,6 @@ class Silent:
 class Clock:
     """A progress that takes the time of each phase and passes everything on.
 
-    Args:
-        progress: Who else watches.
-
     Attributes:
         seconds: Wall-clock time by phase, as far as they are over; phases of the same name together.
     """

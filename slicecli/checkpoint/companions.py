@@ -118,7 +118,6 @@ class LeftOut:
     """Files of a model that do not go along with its slice.
 
     Attributes:
-        reason: What they are.
         files: Their names; a name that ends in `/` stands for all files in that folder.
     """
 
@@ -142,7 +141,6 @@ class Companions:
 
     Attributes:
         files: Those that go along with a slice, by their paths in the model's folder, with slashes.
-        left_out: The others.
     """
 
     files: tuple[str, ...]
@@ -168,16 +166,7 @@ class Companions:
 
 
 def choose_companions(sizes: Mapping[str, int], name: str, trusts_code: bool) -> Companions:
-    """Decide which files of a model go along with a slice. Hidden files never do, and are not spoken of.
-
-    Args:
-        sizes: Bytes of each file by its path in the model's folder, with slashes.
-        name: The model, for the message.
-        trusts_code: Whether code from the model's repository may run.
-
-    Raises:
-        SourceError: A file that has to go along is larger than any of its kind.
-    """
+    """Decide which files of a model go along with a slice. Hidden files never do, and are not spoken of."""
     paths = {file: PurePosixPath(file) for file in sizes if not _is_hidden(file) and not _is_own(file)}
     other_models = {
         path.parts[0]
@@ -288,9 +277,6 @@ def list_folder(folder: Path) -> tuple[dict[str, int], list[str]]:
     """Return the bytes of each file below a folder by its path with slashes, and the links to folders among them.
 
     Links to folders are not followed; hidden folders are not entered.
-
-    Raises:
-        SourceError: A folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:

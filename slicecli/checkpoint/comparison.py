@@ -35,11 +35,7 @@ class Comparison:
     lacking: tuple[str, ...]
 
     def remarks(self, name: str) -> list[str]:
-        """Say what differs, in sentences.
-
-        Args:
-            name: Name of the model.
-        """
+        """Say what differs, in sentences."""
         kinds = (
             (self.unused, "hold", "tensors that a model of its config does not use"),
             (self.lacking, "lack", "of the parameters of a model of its config"),
@@ -67,15 +63,6 @@ def loaded_fields(
 
     A head that the checkpoint holds beside the embeddings, with other values, is loaded as a head of its own whatever
     `tie_word_embeddings` says.
-
-    Args:
-        adapter: The declaration of the model's family.
-        fields: The fields of its config.
-        folder: Folder of the model.
-        tensors: The headers of its weight files; `None` where they are not at hand, and the config is all there is.
-
-    Raises:
-        WeightsError: A file cannot be read.
     """
     if tensors is None or not Dimensions(adapter, fields).is_tied:
         return fields
@@ -86,19 +73,7 @@ def loaded_fields(
 
 
 def compare(dimensions: Dimensions, tensors: Mapping[str, StoredTensor], name: str) -> Comparison:
-    """Compare what a config describes with what the weight files hold, as far as their headers tell.
-
-    Args:
-        dimensions: Sizes of the model by its config.
-        tensors: The headers of its weight files.
-        name: Name of the model.
-
-    Returns:
-        What differs; nothing where the family stores parameters under other names.
-
-    Raises:
-        WeightsError: A tensor has another size than the config says, so that the model cannot be loaded.
-    """
+    """Compare what a config describes with what the weight files hold, as far as their headers tell."""
     found: set[str] = set()
     lacking = []
     # one of the two is enough

@@ -28,15 +28,7 @@ MOST_LISTED = 10_000_000
 
 
 def read_config(folder: Path, name: str) -> Mapping[str, Any]:
-    """Return the content of a model's `config.json`.
-
-    Args:
-        folder: Folder of the model.
-        name: Its name, for messages.
-
-    Raises:
-        SourceError: There is none, it is damaged, or a number in it is more than any model has.
-    """
+    """Return the content of a model's `config.json`."""
     try:
         fields = load_json(folder / CONFIG_FILE, allows_mark=False)
     except (OSError, ValueError) as error:
@@ -48,17 +40,7 @@ def read_config(folder: Path, name: str) -> Mapping[str, Any]:
 
 
 def _check_counts(content: Any, name: str, field: str = "", is_listed: bool = False) -> None:
-    """Refuse a config that would have its class make lists or modules without end.
-
-    Args:
-        content: The fields, or a value among them.
-        name: Name of the model.
-        field: The field that has the value.
-        is_listed: The value is in a list.
-
-    Raises:
-        SourceError: A number in it is more than any model has.
-    """
+    """Refuse a config that would have its class make lists or modules without end."""
     if isinstance(content, dict):
         for inner, value in content.items():
             _check_counts(value, name, inner)

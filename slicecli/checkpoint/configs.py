@@ -24,14 +24,7 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_
     """Return the config of a stock slice.
 
     Args:
-        config: The dense model's transformers config.
-        dimensions: Its sizes.
-        dim: k.
         dtype: Dtype of the weights.
-        has_code: Whether the dense model's own code goes along, to which its config may point.
-
-    Raises:
-        RequestError: The family's config class refuses the dim.
     """
     fields = _own_fields(config) | dimensions.sliced_fields(dim) | {"dtype": dtype}
     if not has_code:
@@ -52,11 +45,6 @@ def custom_code_config(
     """Return the config of a slice with code of its own.
 
     Args:
-        config: The dense model's transformers config.
-        dimensions: Its sizes.
-        schedule: The widths.
-        has_shortcuts: Whether shortcut matrices lead from each width to the next.
-        block_output_length: Length of the tuple that a block of the family returns; 0 for a tensor.
         dtype: Dtype of the weights.
     """
     from slicecli.modeling.configuration_slicecli import SlicedConfig

@@ -52,16 +52,6 @@ def whole_folder(
     Whatever ends the body otherwise removes the unfinished folder. With `overwrite` an older slice of the output's name
     is replaced in the last step, not before. What a killed run left is removed at the beginning, unless it is to be
     gone on with.
-
-    Args:
-        output: The folder to make.
-        overwrite: Replace an existing slice.
-        resumes: Leave what a killed run left.
-        keeps: Says whether the unfinished folder is worth keeping after an error or a signal.
-
-    Raises:
-        OutputError: The output exists and may not be replaced, is being written by another process, or cannot be
-            written.
     """
     from filelock import FileLock, Timeout
 
@@ -115,12 +105,7 @@ def _replaced_folder(output: Path) -> Path:
 
 
 def clear_folder(folder: Path, keeps: Callable[[Path], bool] = lambda _path: False) -> None:
-    """Remove everything in an unfinished folder but its lock.
-
-    Args:
-        folder: The folder.
-        keeps: Says of something in it whether it stays.
-    """
+    """Remove everything in an unfinished folder but its lock."""
     for path in folder.iterdir():
         if path.name == LOCK_FILE or keeps(path):
             continue
@@ -131,20 +116,12 @@ def clear_folder(folder: Path, keeps: Callable[[Path], bool] = lambda _path: Fal
 
 
 def write_whole_file(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all; text is encoded as UTF-8.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
+    """Write a file, whole or not at all; text is encoded as UTF-8."""
     write_whole_files({path: content})
 
 
 def write_whole_files(contents: Mapping[Path, str | bytes]) -> None:
-    """Write some files that belong together, all of them whole or none; text is encoded as UTF-8.
-
-    Raises:
-        OutputError: One cannot be written.
-    """
+    """Write some files that belong together, all of them whole or none; text is encoded as UTF-8."""
     partials = {path.with_name(f".{path.name}.incomplete"): path for path in contents}
     path = next(iter(contents))
     try:
@@ -162,11 +139,7 @@ def write_whole_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that is taken.
-
-    Raises:
-        OutputError: It exists, and `overwrite` is off or it is something else than a slice.
-    """
+    """Refuse an output that is taken."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -179,16 +152,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def check_apart(output: Path, model: Path, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output whose making would change or remove what it is made from.
-
-    Args:
-        output: The folder to be made.
-        model: The folder of the model.
-        inputs: Other files that are read.
-
-    Raises:
-        OutputError: It is the model's folder by whatever name, holds it or a file that is read, or lies inside it.
-    """
+    """Refuse an output whose making would change or remove what it is made from."""
     files = (model, *(path for path in model.iterdir() if path.is_symlink()), *inputs)
     for place in (output, unfinished_folder(output), _replaced_folder(output)):
         found = next((file for file in files if _is_within(file, place)), None)
@@ -210,16 +174,7 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def check_results_file(path: Path, models: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> None:
-    """Refuse a file for results that cannot be made, or in place of something that they come from.
-
-    Args:
-        path: The file to be made.
-        models: Folders of models, in which results may lie beside the model's own files.
-        inputs: Files that are read.
-
-    Raises:
-        OutputError: There is no such folder, or it is a model's file or one of those read.
-    """
+    """Refuse a file for results that cannot be made, or in place of something that they come from."""
     if not path.parent.is_dir():
         raise OutputError(f"{str(path)!r} cannot be written: there is no such folder.", "Make it first.")
     for file in inputs:
@@ -242,15 +197,7 @@ def _is_of_results(path: Path) -> bool:
 
 
 def require_disk_space(output: Path, needed: int) -> None:
-    """Refuse to start what will not fit.
-
-    Args:
-        output: The folder to be made.
-        needed: Bytes that will be written.
-
-    Raises:
-        OutputError: The file system has less.
-    """
+    """Refuse to start what will not fit."""
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -33,15 +33,7 @@ MOST_SHOWN = 3
 
 
 def check_is_whole(name: str, folder: Path) -> None:
-    """Refuse an adapter such as LoRA, which holds changes to another model.
-
-    Args:
-        name: Name of the model, for messages.
-        folder: Its folder.
-
-    Raises:
-        UnsupportedModelError: It is one: transformers would load the model that is named in it.
-    """
+    """Refuse an adapter such as LoRA, which holds changes to another model."""
     path = folder / ADAPTER_FILE
     if not path.exists():
         return
@@ -57,16 +49,7 @@ def check_is_whole(name: str, folder: Path) -> None:
 
 
 def check_not_quantised(name: str, folder: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse quantised weights, by what the config or a file beside it says.
-
-    Args:
-        name: Name of the model, for messages.
-        folder: Its folder.
-        fields: Its config.
-
-    Raises:
-        UnsupportedModelError: It is quantised.
-    """
+    """Refuse quantised weights, by what the config or a file beside it says."""
     remedy = "Slice the original weights, then quantise the slice."
     for field, program in QUANTISATION_FIELDS.items():
         if isinstance(fields.get(field), dict) and fields[field]:
@@ -84,17 +67,7 @@ def check_not_quantised(name: str, folder: Path, fields: Mapping[str, Any]) -> N
 
 
 def refuse_without_config(name: str, folder: Path, files: Collection[str], remedy: str = "") -> None:
-    """Refuse a folder or repository without config.json, saying what it is instead.
-
-    Args:
-        name: Its name, for messages.
-        folder: The folder.
-        files: Names of all files; of a repository also of those that were not fetched.
-        remedy: What else to do, as a sentence.
-
-    Raises:
-        SourceError: Always.
-    """
+    """Refuse a folder or repository without config.json, saying what it is instead."""
     check_is_whole(name, folder)
     for pattern, what in OTHER_FORMATS.items():
         for file in fnmatch.filter(sorted(files), pattern):

@@ -49,19 +49,8 @@ def check_report(
     """Refuse a checkpoint that is not what the model's class loads.
 
     Args:
-        name: Name of the model.
-        report: The loading info of `from_pretrained`.
-        stored: Names of the tensors in the weight files.
-        model: The model that was loaded.
         is_strict: Refuse tensors that the class does not use, where it does not declare that it ignores them; otherwise
             they are warned of.
-        unused: Patterns of the names of tensors that old checkpoints of the family hold for nothing.
-
-    Returns:
-        What the user should know of tensors that are not used.
-
-    Raises:
-        WeightsError: A tensor is missing, or not used.
     """
     ignored = _ignored(stored, model, unused)
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"] - {*ignored})
@@ -99,15 +88,7 @@ def _tensors(names: Sequence[str], kind: str = "") -> str:
 
 
 def check_stored(name: str, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse weight files that do not hold the weights themselves, by what their headers say.
-
-    Args:
-        name: Name of the model.
-        tensors: The headers.
-
-    Raises:
-        UnsupportedModelError: The weights are quantised, or changes to another model.
-    """
+    """Refuse weight files that do not hold the weights themselves, by what their headers say."""
     if any(part in one for one in tensors for part in (".lora_A.", ".lora_B.", ".base_layer.")):
         raise UnsupportedModelError(
             f"{name} holds LoRA matrices: changes to another model.",
@@ -123,11 +104,7 @@ def check_stored(name: str, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _check_wrapper(name: str, missing: Sequence[str], stored: Collection[str]) -> None:
-    """Say which program has put something in front of the names of tensors.
-
-    Raises:
-        WeightsError: One has.
-    """
+    """Say which program has put something in front of the names of tensors."""
     wrappers = {**dict.fromkeys(_common_prefix(missing, stored), ""), **WRAPPERS}
     for wrapper, program in wrappers.items():
         if wrapped := sorted(one for one in stored if f".{wrapper}" in f".{one}"):

@@ -34,7 +34,6 @@ def load_model(
     """Load a model to run it.
 
     Args:
-        source: The model.
         dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
         device_map: As in transformers; a device name is one too. Parts on `cpu` or `disk` are brought to the first
             GPU of the map when they run, if it has one.
@@ -42,11 +41,6 @@ def load_model(
 
     Warns:
         SlicecliWarning: The checkpoint holds tensors that are not used.
-
-    Raises:
-        RequestError: A device does not exist, or the map is not possible.
-        SourceError: transformers cannot load it, or its weights are not those of its config.
-        WeightsError: A tensor is missing or damaged.
     """
     import torch
     import transformers

@@ -13,16 +13,7 @@ MOST_TABLE_BYTES = 1_000_000_000
 
 
 def build_meta_model(config: Any, trust_remote_code: bool = False, most_bytes: int | None = None) -> Any:
-    """Build a model of a config without any memory: parameters and buffers are on `meta`, so that it cannot be run.
-
-    Args:
-        config: The config.
-        trust_remote_code: Whether code from the model's repository may run.
-        most_bytes: The most that parameters and buffers may take together if they were there.
-
-    Raises:
-        SourceError: transformers cannot build it, or it is too large.
-    """
+    """Build a model of a config without any memory: parameters and buffers are on `meta`, so that it cannot be run."""
     import torch
     import transformers
     from transformers.initialization import no_init_weights
@@ -41,11 +32,7 @@ def build_meta_model(config: Any, trust_remote_code: bool = False, most_bytes: i
 
 
 def build_runnable_meta_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation.
-
-    Raises:
-        SourceError: transformers cannot build it, or what it computes beforehand is too large.
-    """
+    """Build a model of a config without memory for its parameters (all on `meta`), ready for evaluation."""
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights

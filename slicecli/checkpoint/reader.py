@@ -28,18 +28,11 @@ class DenseWeights:
 
     Names are those of the model's modules, whatever the names on disk. Nothing stays in memory.
 
-    Args:
-        source: The model; its weight files must be at hand (`Source.fetch_weights`).
-        unused: Patterns of the names of tensors that old checkpoints of the family hold for nothing.
-
     Attributes:
         dtype: Dtype of the checkpoint.
 
     Warns:
         SlicecliWarning: The checkpoint holds tensors that its class leaves aside on purpose.
-
-    Raises:
-        WeightsError: A tensor is missing, is not used, has another shape than the config says, or cannot be read.
     """
 
     def __init__(self, source: Source, unused: Sequence[str] = ()) -> None:
@@ -76,11 +69,7 @@ class DenseWeights:
         self.dtype: torch.dtype = self._model.dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one parameter or persistent buffer, on the CPU, in the checkpoint's dtype.
-
-        Raises:
-            WeightsError: It cannot be read, or holds NaN or infinity.
-        """
+        """Read one parameter or persistent buffer, on the CPU, in the checkpoint's dtype."""
         import torch
         from accelerate.utils import align_module_device
 
@@ -113,12 +102,7 @@ class DenseWeights:
 
 
 class OffloadedWeights:
-    """The weights of a checkpoint, each read once where it rests elsewhere than on disk.
-
-    Args:
-        weights: Reads the checkpoint.
-        rest_of: Says where a tensor or module rests: `disk`, `cpu`, or a device.
-    """
+    """The weights of a checkpoint, each read once where it rests elsewhere than on disk."""
 
     def __init__(self, weights: DenseWeights, rest_of: Callable[[str], str]) -> None:
         self._weights = weights
@@ -126,11 +110,7 @@ class OffloadedWeights:
         self._kept: dict[str, torch.Tensor] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one parameter or persistent buffer, in the checkpoint's dtype, from where it rests.
-
-        Raises:
-            WeightsError: It cannot be read, or holds NaN or infinity.
-        """
+        """Return one parameter or persistent buffer, in the checkpoint's dtype, from where it rests."""
         if name in self._kept:
             return self._kept[name]
         tensor, rest = self._weights.tensor(name), self._rest_of(name)
@@ -148,14 +128,6 @@ def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
 
     Most are stored as they are; experts that transformers fuses into one tensor lie in the checkpoint one by one,
     which is how other programs expect them.
-
-    Args:
-        model: A model of the family, with or without weights.
-        name: The parameter's name in the model.
-        tensor: Its value.
-
-    Returns:
-        One or more tensors by their names in the checkpoint.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

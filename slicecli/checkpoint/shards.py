@@ -35,11 +35,8 @@ class ShardWriter:
     """Writes the safetensors shards of a checkpoint whose tensors arrive one by one.
 
     Args:
-        folder: Where the shards go.
-        shapes: Shape of every tensor by name, in the order in which they shall lie.
         dtype: Dtype of all of them.
         max_shard_size: Most bytes of one shard.
-        missing: The tensors that are not yet in the shards, where an interrupted run has laid them out already.
     """
 
     def __init__(
@@ -82,11 +79,7 @@ class ShardWriter:
         """Write one tensor at its place.
 
         Args:
-            name: Its name; each must be written exactly once, but for those that were there at the beginning.
             tensor: Its value on the CPU, of the shape and dtype announced.
-
-        Raises:
-            WeightsError: It holds NaN or infinity.
         """
         if name in self._there:
             return
@@ -128,11 +121,7 @@ class ShardWriter:
             self._open.clear()
 
     def _lay_out(self, file: str, names: list[str], is_new: bool) -> None:
-        """Write a shard's header, or check what is there, and note where each of its tensors goes.
-
-        Raises:
-            OutputError: What is there is not what was laid out and written.
-        """
+        """Write a shard's header, or check what is there, and note where each of its tensors goes."""
         code = DTYPE_CODES[str(self._dtype).removeprefix("torch.")]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
@@ -165,9 +154,7 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], count
     """Write tensors into one safetensors file, one after the other, so that only one need be in memory.
 
     Args:
-        path: The file.
         tensors: Names and values, of any dtype of `DTYPE_CODES`, float64 or uint8.
-        count: How many there are.
     """
     codes = {**DTYPE_CODES, "float64": "F64", "uint8": "U8"}
     # the header comes first and is known last: spaces at its end are allowed
@@ -187,11 +174,7 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], count
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse to write a tensor with NaN or infinity; a number may be finite until it gets its dtype in the slice.
-
-    Raises:
-        WeightsError: It holds one.
-    """
+    """Refuse to write a tensor with NaN or infinity; a number may be finite until it gets its dtype in the slice."""
     import torch
 
     from slicecli.linalg.normal_equations import is_finite

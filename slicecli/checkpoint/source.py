@@ -95,13 +95,7 @@ MOST_BYTES_OF = {"config.json": MOST_JSON_BYTES, "README.md": MOST_CARD_BYTES, "
 
 @dataclass(frozen=True)
 class HubSnapshot:
-    """A revision of a model in a cache of the Hub's client.
-
-    Attributes:
-        name: The Hub id.
-        commit: The commit hash.
-        cache: The cache.
-    """
+    """A revision of a model in a cache of the Hub's client."""
 
     name: str
     commit: str
@@ -125,11 +119,7 @@ def name_of_folder(folder: Path) -> str:
 
 
 def check_may_change(folder: Path) -> None:
-    """Refuse to change the files of a slice in the Hub's cache, where they stand for what was published.
-
-    Raises:
-        OutputError: It lies there.
-    """
+    """Refuse to change the files of a slice in the Hub's cache, where they stand for what was published."""
     if (snapshot := HubSnapshot.of(folder)) is not None:
         raise OutputError(
             f"{snapshot.name} lies in the cache of the Hub, which keeps what was published.",
@@ -143,11 +133,9 @@ class Source:
 
     Attributes:
         name: The Hub id, or the folder's own name: what records and cards may show.
-        folder: The local folder with the files.
         revision: The revision asked for; `None` for a local folder or the default branch.
         commit: The commit hash on the Hub; `None` for a local folder.
         cache: The Hub's cache that the folder was found in, where the model was named by its path there.
-        fields: The content of `config.json`.
         token: Hub token, kept for later downloads only.
         trust_remote_code: Whether code from the repository may run.
     """
@@ -174,19 +162,7 @@ class Source:
         trust_remote_code: bool = False,
         with_companions: bool = True,
     ) -> Source:
-        """Find a model by Hub id or folder and read its config.
-
-        Args:
-            model: Hub id or folder.
-            revision: Revision on the Hub.
-            token: Hub token.
-            trust_remote_code: Whether code from the repository may run; it is fetched then.
-            with_companions: Fetch all small files from the Hub, not only those that describe the model and its code.
-
-        Raises:
-            RequestError: A folder is asked for a revision.
-            SourceError: It does not exist, cannot be reached, or has no readable config.
-        """
+        """Find a model by Hub id or folder and read its config."""
         if revision is not None and not revision.strip():
             raise RequestError("The revision is empty.", "Give a branch, a tag or a commit, or leave --revision out.")
         local = find_folder(model)
@@ -220,11 +196,7 @@ class Source:
         return cls(name, folder, revision, commit, read_config(folder, name), token, trust_remote_code, cache)
 
     def size(self, field: str, least: int = 1) -> int | None:
-        """Return a field of the config that is a size, or `None` where it is missing or null.
-
-        Raises:
-            SourceError: It is no integer, or less than the least there can be.
-        """
+        """Return a field of the config that is a size, or `None` where it is missing or null."""
         value = self.fields.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SourceError(
@@ -235,12 +207,7 @@ class Source:
         return value
 
     def check_is_decoder(self) -> None:
-        """Refuse what cannot be a dense decoder language model, judging by the config alone.
-
-        Raises:
-            SourceError: The config does not say what it is.
-            UnsupportedModelError: Encoder, encoder-decoder, multimodal, quantised, or no model of its own.
-        """
+        """Refuse what cannot be a dense decoder language model, judging by the config alone."""
         kind = shown(self.fields.get("model_type", "?")).strip("'")
         architectures = self.fields.get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -269,11 +236,7 @@ class Source:
         check_not_quantised(self.name, self.folder, self.fields)
 
     def config(self) -> Any:
-        """Return the transformers config.
-
-        Raises:
-            SourceError: transformers refuses it.
-        """
+        """Return the transformers config."""
         import transformers
 
         for field in self.fields:
@@ -293,11 +256,7 @@ class Source:
             ) from error
 
     def tokenizer(self) -> Any:
-        """Return the tokenizer.
-
-        Raises:
-            SourceError: There is none, it needs code that is not trusted, or transformers cannot load it.
-        """
+        """Return the tokenizer."""
         self._check_sizes()
         if not self.trust_remote_code:
             self._check_tokenizer_needs_no_code()
@@ -310,11 +269,7 @@ class Source:
         return tokenizer
 
     def _check_tokenizer_needs_no_code(self) -> None:
-        """Refuse a tokenizer of a class that transformers does not have: it would quietly take another one.
-
-        Raises:
-            SourceError: It is of such a class.
-        """
+        """Refuse a tokenizer of a class that transformers does not have: it would quietly take another one."""
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
         references = tokenizer_code(self.folder)
@@ -326,21 +281,12 @@ class Source:
             )
 
     def check_companions(self) -> None:
-        """Refuse files that a slice would take over and that do not belong to the model, see `companions`.
-
-        Raises:
-            SourceError: There is one.
-        """
+        """Refuse files that a slice would take over and that do not belong to the model, see `companions`."""
         _ = self.companions
 
     @functools.cached_property
     def companions(self) -> Companions:
-        """The files that go along with a slice, and those that do not.
-
-        Raises:
-            SourceError: One is a link to somewhere else: what lies there may be nobody else's business; or it is no
-                regular file, or larger than any of its kind.
-        """
+        """The files that go along with a slice, and those that do not."""
         self._check_sizes()
         sizes, links = list_folder(self.folder)
         wanted = sizes
@@ -375,11 +321,7 @@ class Source:
         return bool(find_tokens(text) or (self.commit is None and find_paths(text)))
 
     def _check_belongs(self, file: str) -> None:
-        """Refuse to follow a link out of the model's folder.
-
-        Raises:
-            SourceError: It leads out.
-        """
+        """Refuse to follow a link out of the model's folder."""
         folder = self.folder.resolve()
         blobs = folder.parent.parent / "blobs"  # where the Hub's cache has the files of a model
         real = Path(os.path.realpath(self.folder / file))  # also where it leads nowhere
@@ -391,11 +333,7 @@ class Source:
             )
 
     def _check_sizes(self) -> None:
-        """Refuse small files that are no such thing, which others would read whole.
-
-        Raises:
-            SourceError: One is.
-        """
+        """Refuse small files that are no such thing, which others would read whole."""
         known = {path for pattern in KNOWN_FILES for path in self.folder.glob(pattern) if not path.is_dir()}
         for path in sorted({*known, *(self.folder / name for name in DESCRIPTION_FILES)}):
             if path.exists() and not path.is_file():
@@ -435,11 +373,7 @@ class Source:
         return self.has_own_model_code or self.has_own_tokenizer_code
 
     def check_code_is_here(self) -> None:
-        """Refuse a model whose code lies in another repository, from which a slice would have to take it too.
-
-        Raises:
-            UnsupportedModelError: It does.
-        """
+        """Refuse a model whose code lies in another repository, from which a slice would have to take it too."""
         named = self.fields["auto_map"] if self.has_own_model_code else {}
         elsewhere = next((named[kind] for kind in CODE_CLASSES if "--" in str(named.get(kind, ""))), None)
         if elsewhere is not None:
@@ -449,11 +383,7 @@ class Source:
             )
 
     def weight_files(self) -> list[str]:
-        """Return the names of the files that transformers reads the weights from.
-
-        Raises:
-            WeightsError: There are none, only pickled ones, or what names them is damaged or points elsewhere.
-        """
+        """Return the names of the files that transformers reads the weights from."""
         files = weight_file_names(self.folder, self.fields)
         if files:
             return files
@@ -469,11 +399,7 @@ class Source:
         )
 
     def stored_tensors(self) -> dict[str, StoredTensor] | None:
-        """Return what the headers of the weight files say, or `None` where the files are not on this machine.
-
-        Raises:
-            WeightsError: What names the files is damaged or points elsewhere, or a header is damaged.
-        """
+        """Return what the headers of the weight files say, or `None` where the files are not on this machine."""
         files = weight_file_names(self.folder, self.fields)
         if not files or not all((self.folder / file).is_file() for file in files):
             return None
@@ -482,15 +408,8 @@ class Source:
     def loaded_fields(self, adapter: Adapter, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return fields of the config as they are once the weights are loaded, as far as weights are at hand.
 
-        Args:
-            adapter: The declaration of the model's family.
-            fields: The fields of the config.
-
         Warns:
             SlicecliWarning: They differ.
-
-        Raises:
-            WeightsError: The weight files are damaged.
         """
         found = loaded_fields(adapter, fields, self.folder, self.stored_tensors())
         if found is not fields:
@@ -503,16 +422,7 @@ class Source:
         return found
 
     def dimensions(self, adapter: Adapter, fields: Mapping[str, Any]) -> tuple[Dimensions, Comparison]:
-        """Return the sizes of the model as it is loaded, and how its weight files differ from its config.
-
-        Args:
-            adapter: The declaration of the model's family.
-            fields: The fields of the config; where no weights are at hand they are all there is.
-
-        Raises:
-            UnsupportedModelError: A field is missing or no size.
-            WeightsError: The weight files are damaged, or those of another config.
-        """
+        """Return the sizes of the model as it is loaded, and how its weight files differ from its config."""
         tensors = self.stored_tensors()
         check_stored(self.name, tensors or {})
         dimensions = Dimensions(adapter, self.loaded_fields(adapter, fields))
@@ -520,11 +430,7 @@ class Source:
 
     @functools.cached_property
     def content(self) -> str:
-        """A digest of config and weights (`weight_files.content_digest`); the weights must be at hand.
-
-        Raises:
-            WeightsError: They are not, or cannot be read.
-        """
+        """A digest of config and weights (`weight_files.content_digest`); the weights must be at hand."""
         return content_digest(self.folder, self.fields, stored_tensors(self.folder, self.weight_files()))
 
     def identity(self) -> dict[str, Any]:
@@ -532,9 +438,6 @@ class Source:
 
         The weights must be at hand. Sizes and times of a folder's files tell of changes between the samples that the
         digest of the content takes.
-
-        Raises:
-            WeightsError: They are not, or cannot be read.
         """
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
         states = [] if self.commit else [(name, (self.folder / name).stat()) for name in self.weight_files()]
@@ -547,12 +450,7 @@ class Source:
         }
 
     def fetch_weights(self) -> None:
-        """Make sure the weight files are whole and on this machine, downloading them where needed.
-
-        Raises:
-            SourceError: The download fails.
-            WeightsError: A file is missing or damaged.
-        """
+        """Make sure the weight files are whole and on this machine, downloading them where needed."""
         from safetensors import SafetensorError, safe_open
 
         if self.commit is not None:
@@ -574,12 +472,7 @@ class Source:
                 ) from None
 
     def _fetch(self, files: list[str]) -> None:
-        """Download weight files of a Hub model that are there, and check those that are new.
-
-        Raises:
-            SourceError: The download fails.
-            WeightsError: A file arrived damaged.
-        """
+        """Download weight files of a Hub model that are there, and check those that are new."""
         new = [file for file in files if not (self.folder / file).is_file()]
         if not new:
             return
@@ -599,11 +492,6 @@ class Source:
         """Refuse weight files without the weights themselves, or with far fewer than the config describes.
 
         Whatever is not in them would be made up, and of any size; where less is missing, it is named later.
-
-        Raises:
-            SourceError: transformers cannot build the model.
-            UnsupportedModelError: The weights are quantised, or changes to another model.
-            WeightsError: There are not half as many numbers in the files as the model has.
         """
         tensors = stored_tensors(self.folder, self.weight_files())
         check_stored(self.name, tensors)
@@ -618,11 +506,7 @@ class Source:
             )
 
     def loading_error(self, error: Exception) -> WeightsError:
-        """Return the error that says why transformers cannot load the weights.
-
-        Args:
-            error: What transformers raised.
-        """
+        """Return the error that says why transformers cannot load the weights."""
         remedy = "Check that config.json belongs to these weights."
         with suppress(SourceError):
             tensors = stored_tensors(self.folder, self.weight_files())
@@ -680,11 +564,7 @@ def tokenizer_code(folder: Path) -> list[str]:
 
 
 def tokenizer_references(fields: Any) -> list[str]:
-    """Return where a tokenizer's config says that its classes are, as `file.Class`; nothing of transformers' own.
-
-    Args:
-        fields: The content of `tokenizer_config.json`, whatever it is.
-    """
+    """Return where a tokenizer's config says that its classes are, as `file.Class`; nothing of transformers' own."""
     found = fields.get("auto_map") if isinstance(fields, dict) else None
     if isinstance(found, dict):
         found = found.get("AutoTokenizer")

@@ -45,13 +45,7 @@ def why_not_loaded(error: Exception) -> str:
 
 
 def tokenizer_error(name: str, folder: Path, reason: str) -> SourceError:
-    """Return the error for a tokenizer that could not be loaded, or is empty.
-
-    Args:
-        name: Name of the model.
-        folder: Its folder.
-        reason: What was wrong with the tokenizer, as a clause.
-    """
+    """Return the error for a tokenizer that could not be loaded, or is empty."""
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         return SourceError(f"{name} has no tokenizer, such as tokenizer.json or tokenizer.model.", REMEDY)
     for path in sorted(folder.glob("*.json")):

@@ -52,11 +52,9 @@ class StoredTensor:
     """A tensor as the header of a safetensors file describes it.
 
     Attributes:
-        file: Name of the file.
         dtype: Its dtype, as the format names it.
         shape: Its shape.
         start: Offset of its first byte in the file.
-        end: Offset after its last byte.
     """
 
     file: str
@@ -75,16 +73,6 @@ def entry_file(names: Collection[str], fields: Mapping[str, Any]) -> str | None:
     """Return the file by which transformers finds a model's weights: the weights themselves, or their index.
 
     A single file goes before an index, whatever else the index names; a config may name another file.
-
-    Args:
-        names: Names of the files that there are.
-        fields: The content of `config.json`.
-
-    Returns:
-        Its name, or `None` where there is none in the safetensors format.
-
-    Raises:
-        WeightsError: The config names a file that does not lie beside it, or of another format.
     """
     named = fields.get(NAMED_ENTRY)
     if named is not None:
@@ -98,18 +86,7 @@ def entry_file(names: Collection[str], fields: Mapping[str, Any]) -> str | None:
 
 
 def weight_file_names(folder: Path, fields: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that transformers reads a model's weights from, in the order in which it does.
-
-    Args:
-        folder: Folder of the model.
-        fields: The content of its `config.json`.
-
-    Returns:
-        The names; none where the folder has no weights in the safetensors format. A file that is named may be absent.
-
-    Raises:
-        WeightsError: The index is damaged or points elsewhere, or the config does.
-    """
+    """Return the names of the files that transformers reads a model's weights from, in the order in which it does."""
     present = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
     entry = entry_file(present, fields)
     if entry is None:
@@ -120,18 +97,7 @@ def weight_file_names(folder: Path, fields: Mapping[str, Any]) -> list[str]:
 
 
 def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Read the headers of weight files.
-
-    Args:
-        folder: Folder of the model.
-        files: What `weight_file_names` returned.
-
-    Returns:
-        The tensors by name; one that several files hold is that of the last, which is the one that is loaded.
-
-    Raises:
-        WeightsError: A file is missing or its header is damaged.
-    """
+    """Read the headers of weight files."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
@@ -151,17 +117,6 @@ def content_digest(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str
     Weights of up to 64 MB are read whole. Of larger ones it reads up to 16 samples of 4 KiB, evenly spaced, from every
     tensor, and about 8,192 in all: training changes nearly every value, and reading all of them would take as long as a
     slice. How tensors are divided among files makes no difference.
-
-    Args:
-        folder: Folder of the model.
-        fields: The content of its `config.json`.
-        tensors: What `stored_tensors` returned.
-
-    Returns:
-        SHA-256 in hexadecimal.
-
-    Raises:
-        WeightsError: A file cannot be read.
     """
     known = {name: value for name, value in fields.items() if name not in FREE_FIELDS}
     table = [[name, one.dtype, one.shape] for name, one in sorted(tensors.items())]
@@ -178,11 +133,7 @@ def content_digest(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str
 
 
 def have_same_values(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
-    """Say whether two tensors of a model are equal, byte for byte; the first difference ends the reading.
-
-    Raises:
-        WeightsError: A file cannot be read.
-    """
+    """Say whether two tensors of a model are equal, byte for byte; the first difference ends the reading."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with _open(folder / first.file) as one, _open(folder / second.file) as other:
@@ -240,13 +191,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _samples(start: int, end: int, count: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and size of evenly spaced samples of a range of bytes, the first and the last among them.
-
-    Args:
-        start: Where the range begins.
-        end: Where it ends.
-        count: How many samples; none stands for the whole range, in chunks.
-    """
+    """Yield offset and size of evenly spaced samples of a range of bytes, the first and the last among them."""
     if count == 0 or end - start <= count * SAMPLE_BYTES:
         yield from ((offset, min(CHUNK_BYTES, end - offset)) for offset in range(start, end, CHUNK_BYTES))
         return

@@ -34,13 +34,7 @@ def is_done_together(words: Sequence[str]) -> bool:
 
 
 def run_together(group: click.Group, processes: Processes, words: Sequence[str]) -> int:
-    """Run a command in this process, and return its exit code.
-
-    Args:
-        group: The command line.
-        processes: All of them.
-        words: What follows the name of the program.
-    """
+    """Run a command in this process, and return its exit code."""
     # that a connection broke off is said below, in a sentence
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.ExitStack() as stack:

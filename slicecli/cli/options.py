@@ -114,12 +114,7 @@ def _naming(param: click.Parameter | None) -> Iterator[None]:
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]
-    """What a function makes of the text of an option; whatever the function refuses is said of that option.
-
-    Args:
-        name: Its kind, for help texts.
-        parse: The function.
-    """
+    """What a function makes of the text of an option; whatever the function refuses is said of that option."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -295,12 +290,7 @@ def push_options(function: Function) -> Function:
 
 
 def publication_options(chosen: Mapping[str, Any], revision: str | None = None) -> PushOptions:
-    """Return how a slice is published, from the options above and the token.
-
-    Args:
-        chosen: Values by the names that click gives them.
-        revision: Branch to change.
-    """
+    """Return how a slice is published, from the options above and the token."""
     from slicecli.hub.push import PushOptions
 
     fields = ("private", "create_pr", "commit_message", "token")
@@ -476,24 +466,14 @@ def auto_as_none(_context: click.Context, _option: click.Parameter, value: str) 
 
 
 def slice_request(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
-    """Return the engine's options, from those of the options above that a command has.
-
-    Args:
-        chosen: Values by the names that click gives them.
-        **more: Fields of a command's own.
-    """
+    """Return the engine's options, from those of the options above that a command has."""
     from slicecli.jobs.plan import SliceOptions
 
     return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
 
 
 def evaluation_request(chosen: Mapping[str, Any], **more: Any) -> EvaluationOptions:
-    """Return what is to be measured, from the options above: the usual text where nothing is asked for.
-
-    Args:
-        chosen: Values by the names that click gives them.
-        **more: Fields of a command's own.
-    """
+    """Return what is to be measured, from the options above: the usual text where nothing is asked for."""
     from slicecli.evaluation.measure import EvaluationOptions
 
     texts = chosen["texts"] or (() if chosen["tasks"] else (DEFAULT_TEXT,))

@@ -36,11 +36,7 @@ def print_json(document: Any) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write one JSON document to a file, whole or not at all.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write one JSON document to a file, whole or not at all."""
     write_whole_file(path, json.dumps(document, indent=2) + "\n")
 
 

@@ -41,9 +41,6 @@ def command(
     any of them. Afterwards what the Hub has is compared with what is here. What the Hub has already is not sent again.
 
     \b
-    Examples:
-      slicecli push ./my-slice me/my-slice --dry-run
-      slicecli push ./my-slice me/my-slice --private
     """
     from slicecli.hub.push import check_publishable
 

@@ -79,11 +79,6 @@ def command(
     """Slice the hidden size of MODEL and write a checkpoint that loads like any other.
 
     \b
-    Examples:
-      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
-      slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
-      slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
-      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
     from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError

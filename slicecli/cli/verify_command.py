@@ -35,9 +35,6 @@ def command(
     differs. Of REPO only small files are downloaded.
 
     \b
-    Examples:
-      slicecli verify ./my-slice
-      slicecli verify me/my-slice --format json
     """
     from slicecli.hub.verify import CHECKS, verify_contents
 
@@ -65,12 +62,7 @@ def command(
 
 
 def _look_at(subject: str, download: bool, revision: str | None, token: str | None, is_quiet: bool) -> Inspection:
-    """Look at what is in a folder or a repository.
-
-    Raises:
-        RequestError: A folder is asked for a revision.
-        SourceError: There is no such folder or repository, or it cannot be read.
-    """
+    """Look at what is in a folder or a repository."""
     from slicecli.errors import RequestError
     from slicecli.hub.inspection import inspect_folder
     from slicecli.hub.verify import examine_repository

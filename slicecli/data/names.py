@@ -62,10 +62,6 @@ def distinct_names(wanted: Sequence[Named], taken: Mapping[str, str | None] | No
     Args:
         wanted: Different texts. Two get the same name only where their content is the same, and so is all that may be
             shown of their paths.
-        taken: Names that others have already, with their digests. One of these stays free for the same content.
-
-    Raises:
-        RequestError: Two have the same name, and nothing tells them apart.
 
     Example:
         >>> distinct_names([Named("t.txt", "1f", ("books", "en")), Named("t.txt", "2e", ("books", "de")), Named("c4")])
@@ -96,12 +92,7 @@ def are_of_one_file(name: str, other: str) -> bool:
 
 
 def without_repeats(given: Iterable[str], is_file: Callable[[str], bool]) -> list[str]:
-    """Return names of texts or tasks, each once; of several paths of one file the first.
-
-    Args:
-        given: The names.
-        is_file: Says whether a name is that of a file.
-    """
+    """Return names of texts or tasks, each once; of several paths of one file the first."""
     first: dict[object, str] = {}
     for name in given:
         first.setdefault(_identity(Path(name).expanduser()) if is_file(name) else name, name)

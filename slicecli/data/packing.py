@@ -60,19 +60,7 @@ class Rows:
 
 
 def calibration_rows(text: Text, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> Rows:
-    """Sample rows of a text: documents in random order, packed, cut, and the rows drawn at random.
-
-    Args:
-        text: The text.
-        tokenizer: A transformers tokenizer.
-        samples: Rows wanted; fewer are returned where the text is too short for all of them.
-        sequence_length: Tokens per row.
-        seed: Seed of both random choices.
-
-    Raises:
-        SourceError: The tokenizer fails.
-        TextError: The text does not fill a single row.
-    """
+    """Sample rows of a text: documents in random order, packed, cut, and the rows drawn at random."""
     # one text in one piece (wikitext2) is tokenised whole, so that rows come from all of it; of many
     # documents only as many are tokenised as are needed
     wanted = samples * sequence_length if len(text.documents) > 1 else None
@@ -84,43 +72,19 @@ def calibration_rows(text: Text, tokenizer: Any, samples: int, sequence_length: 
 
 
 def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: int | None = None) -> Rows:
-    """Cut a whole text, in its own order, into rows that do not overlap; the remainder is dropped.
-
-    Args:
-        text: The text.
-        tokenizer: A transformers tokenizer.
-        sequence_length: Tokens per row.
-        samples: Keep only the first so many rows.
-
-    Raises:
-        SourceError: The tokenizer fails.
-        TextError: The text does not fill a single row.
-    """
+    """Cut a whole text, in its own order, into rows that do not overlap; the remainder is dropped."""
     ids, byte_count = _tokenise(text.documents, tokenizer, None)
     rows = _cut(ids, sequence_length, text)
     return _rows(text, rows[:samples], byte_count / len(ids))
 
 
 def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
-    """Refuse token ids for which the model has no embedding.
-
-    Raises:
-        SourceError: The tokenizer has more tokens than the embedding table has rows.
-    """
+    """Refuse token ids for which the model has no embedding."""
     check_embedded(int(rows.ids.max()), vocabulary, name)
 
 
 def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
-    """Refuse token ids for which a model has no embedding.
-
-    Args:
-        largest: The largest id.
-        vocabulary: Rows of the embedding table.
-        name: Name of the model, where it is known.
-
-    Raises:
-        SourceError: The table has fewer rows.
-    """
+    """Refuse token ids for which a model has no embedding."""
     if largest >= vocabulary:
         raise SourceError(
             f"The tokenizer{name and f' of {name}'} gives token {largest}, and the model knows {vocabulary}.",
@@ -171,11 +135,7 @@ def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> t
 
 
 def _encoded(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
-    """Return the token ids of a text, or of each of several.
-
-    Raises:
-        SourceError: The tokenizer fails.
-    """
+    """Return the token ids of a text, or of each of several."""
     try:
         return tokenizer(text, verbose=False, **options)["input_ids"]
     except Exception as error:  # tokenizers are data of others, and fail in many ways

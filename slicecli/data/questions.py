@@ -25,8 +25,6 @@ class Question:
 
     Attributes:
         query: What the model reads first; may be empty.
-        choices: What may follow it.
-        gold: Index of the right choice.
     """
 
     query: str
@@ -46,14 +44,7 @@ class Question:
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
-    """Read a file of questions.
-
-    Args:
-        path: A `.jsonl` file.
-
-    Raises:
-        TextError: It cannot be read, is empty, or a line, which is named, is not a question.
-    """
+    """Read a file of questions."""
     if not path.exists():
         raise TextError(f"There is no file of questions {str(path)!r}.", "Check the path.")
     questions = []

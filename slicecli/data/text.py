@@ -34,7 +34,6 @@ class Text:
     Attributes:
         name: How reports and records name it: a field name, a dataset id, or a file's name, with as many of its folders
             as tell it from other texts.
-        documents: The documents, in a fixed order.
         dataset: Id of the dataset on the Hub that it comes from, if it comes from there.
         path: The file that it comes from, if it comes from one.
     """
@@ -65,12 +64,8 @@ class HubText:
     """Where a text lies on the Hub.
 
     Attributes:
-        dataset: Dataset id.
-        config: Its configuration, where it has several.
-        column: The column with the text.
         splits: Split for calibration and split for evaluation, in the notation of `datasets`.
         is_joined: The rows are lines of one text, joined by blank lines as the field does, not documents.
-        revision: Revision of the dataset.
         data_files: Files to load instead of the whole, for calibration and evaluation.
     """
 
@@ -107,11 +102,6 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
     Args:
         name: A name of `NAMED_TEXTS`, `demo` (prose of the Python installation), a `.txt` or `.jsonl` file, or a
             Hub dataset id, optionally with `:config`.
-        part: Calibration reads the training split, evaluation the test split.
-        token: Hub token for gated datasets.
-
-    Raises:
-        TextError: There is no such text, it cannot be read, or it is empty.
 
     Example:
         >>> read_text("book.txt", "calibration").name  # doctest: +SKIP
@@ -148,18 +138,7 @@ def read_texts(
     taken: Mapping[str, str | None] | None = None,
     calibration: str | None = None,
 ) -> tuple[Text, ...]:
-    """Find several texts, each once by however many paths it is given, and name them so that they are told apart.
-
-    Args:
-        names: As for `read_text`.
-        part: As for `read_text`.
-        token: As for `read_text`.
-        taken: Names of other texts beside which they will stand, with their digests.
-        calibration: One more such text, as for `read_text`: that of a calibration.
-
-    Raises:
-        TextError: As for `read_text`.
-    """
+    """Find several texts, each once by however many paths it is given, and name them so that they are told apart."""
     texts = [read_text(name, part, token) for name in without_repeats(names, _is_file)]
     taken = dict(taken or {})
     if calibration is not None and _is_file(calibration):
@@ -175,11 +154,7 @@ def _is_file(name: str) -> bool:
 
 
 def _parse_dataset(name: str) -> tuple[str, str]:
-    """Return the id of a dataset and the name of its configuration, which may be empty.
-
-    Raises:
-        TextError: No dataset can have that id.
-    """
+    """Return the id of a dataset and the name of its configuration, which may be empty."""
     dataset, _, config = name.partition(":")
     if config.startswith("//"):  # an address
         dataset, config = name, ""

@@ -44,12 +44,7 @@ LOGIT_BYTES = 4  # a token is chosen from logits in float32
 
 @dataclass(frozen=True)
 class Workload:
-    """What is served at a time.
-
-    Attributes:
-        batch: Sequences at a time.
-        length: Tokens of each sequence.
-    """
+    """What is served at a time."""
 
     batch: int = 1
     length: int = 2048
@@ -85,7 +80,6 @@ class Cost:
             the batch's logits of one position in the dtype and in float32. Kernels are taken to be fused: attention
             scores are never whole, activation functions make no copies (written out in single operations, a GELU
             doubles the figure). Not in it: the runtime's own memory, fragmentation, compiled graphs.
-        serve_bytes: Weights, cache and working memory.
         prefill_bytes_read: Bytes read from memory to read all prompts in one pass: the weights once (embeddings are
             looked up, so their tables do not count; of E experts those that are expected to be needed,
             E (1 - (1 - e/E)^n) for n tokens, if tokens are sent evenly and independently), and the cache.
@@ -116,8 +110,6 @@ class Times:
     Attributes:
         prefill: To read all prompts of the batch.
         decode: To make one more token for every sequence of the batch.
-        prefill_bound: What takes that time.
-        decode_bound: Likewise.
     """
 
     prefill: float
@@ -128,14 +120,7 @@ class Times:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times as fast a slice is as the dense model: the ratio of their least times.
-
-    Attributes:
-        prefill: When prompts are read.
-        decode: When tokens are made.
-        prefill_bound: What bounds the slice then.
-        decode_bound: Likewise.
-    """
+    """How many times as fast a slice is as the dense model: the ratio of their least times."""
 
     prefill: float
     decode: float
@@ -166,13 +151,7 @@ class _PerWidth:
 
 @dataclass(frozen=True)
 class _Mixture:
-    """The experts of all blocks that have as many and send a token to as many.
-
-    Attributes:
-        experts: E.
-        per_token: e.
-        elements: Of all their matrices.
-    """
+    """The experts of all blocks that have as many and send a token to as many."""
 
     experts: int
     per_token: int
@@ -184,17 +163,7 @@ class _Mixture:
 
 
 class CostModel:
-    """The costs of one model and of its slices by one method, whose blocks have one width.
-
-    Args:
-        dimensions: Sizes of the dense model.
-        method: How it is sliced.
-        slice_head: Whether the published method slices the input of the head; `None` as it does by default.
-
-    Raises:
-        UnsupportedModelError: The method cannot slice this model, or its config does not say how many experts a token
-            meets.
-    """
+    """The costs of one model and of its slices by one method, whose blocks have one width."""
 
     def __init__(self, dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> None:
         self._dimensions = dimensions
@@ -209,7 +178,6 @@ class CostModel:
 
         Args:
             dtype: Dtype of weights, activations and cache.
-            workload: What is served.
         """
         return self._cost(None, dtype, workload or Workload())
 
@@ -217,12 +185,7 @@ class CostModel:
         """Return what a slice costs.
 
         Args:
-            dim: k, legal or not; d stands for a slice that lost nothing.
             dtype: Dtype of weights, activations and cache.
-            workload: What is served.
-
-        Raises:
-            RequestError: The dim is not between 1 and d.
         """
         if not 0 < dim <= self._dimensions.hidden_size:
             raise RequestError(
@@ -334,13 +297,7 @@ class CostModel:
 
 
 def times(cost: Cost, workload: Workload, device: Device) -> Times:
-    """Return the least time that a device needs, by the roofline.
-
-    Args:
-        cost: Cost of the model under the workload.
-        workload: The same workload.
-        device: The device.
-    """
+    """Return the least time that a device needs, by the roofline."""
     prompts = workload.batch * workload.length
     prefill, prefill_bound = _bound(cost.prefill_bytes_read, cost.flops_per_token_prefill * prompts, device)
     decode, decode_bound = _bound(cost.decode_bytes_read, cost.flops_per_token_decode * workload.batch, device)
@@ -351,12 +308,6 @@ def speed_up(dense: Cost, sliced: Cost, workload: Workload, device: Device) -> S
     """Return how many times as fast a slice can be as the dense model.
 
     Both are taken to reach the same fraction of what the device can do.
-
-    Args:
-        dense: Cost of the dense model under the workload.
-        sliced: Cost of the slice under it.
-        workload: The same workload.
-        device: The device.
     """
     before, after = times(dense, workload, device), times(sliced, workload, device)
     return SpeedUp(

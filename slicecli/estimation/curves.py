@@ -47,8 +47,6 @@ class Alternative:
     """A relation that was fitted to the same points.
 
     Attributes:
-        relation: Its name.
-        parameters: Fitted to all points.
         loo_error: Mean absolute error of predicting each point from the others, in ln PPL or accuracy; NaN for one
             point, unless nothing is fitted.
     """
@@ -63,14 +61,9 @@ class Curve:
     """A relation fitted to the slices of one model.
 
     Attributes:
-        series: The slices, and what was measured.
-        relation: Name of the relation.
-        parameters: Its parameters.
         covariance: Their covariance; `None` where there are no more points than parameters.
-        loo_error: As of `Alternative`.
         loo_relative_error: The same of perplexity itself, as a fraction; of accuracy equal to it.
         alternatives: All relations that were fitted, the chosen one too, best first.
-        reason: Why this one.
         settings: What else identifies the measurement: limits, row length, few-shot examples.
     """
 
@@ -106,11 +99,7 @@ class Curve:
         return list(zip(names, self.parameters, errors, strict=True))
 
     def predict(self, sparsity: float) -> Prediction:
-        """Predict at a fraction removed, with the interval that the points allow.
-
-        Raises:
-            RequestError: What it says there is beyond all numbers.
-        """
+        """Predict at a fraction removed, with the interval that the points allow."""
         series = self.series
         spread = spread_of(self.relation, series.quantity, series.method)
         try:
@@ -167,16 +156,7 @@ class Curve:
 
 
 def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Curve:
-    """Fit a curve.
-
-    Args:
-        series: Measured slices of one model.
-        name: The relation; `None` chooses the one that best predicts each point from the others.
-        settings: See `Curve`.
-
-    Raises:
-        RequestError: There is no point, or the relation has no meaning for the series or too few points.
-    """
+    """Fit a curve."""
     if not series.points:
         raise RequestError(f"There is no measured slice of {series.model}.", "Measure at least one.")
     if name is not None:
@@ -216,13 +196,7 @@ def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, An
 
 
 def leave_one_out(relation: Relation, series: Series, is_relative: bool = False) -> float:
-    """Return the mean absolute error of predicting each point from a fit to the others.
-
-    Args:
-        relation: The relation.
-        series: The points; at least two, or a relation that fits nothing. Otherwise the error is NaN.
-        is_relative: Of the perplexity as a fraction of it, instead of its logarithm.
-    """
+    """Return the mean absolute error of predicting each point from a fit to the others."""
     errors = []
     for index, point in enumerate(series.points):
         others = series.points[:index] + series.points[index + 1 :]
@@ -236,15 +210,7 @@ def leave_one_out(relation: Relation, series: Series, is_relative: bool = False)
 
 
 def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Curve:
-    """Read a curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation.
-
-    Args:
-        fields: The plain data.
-        known: Functions that some relations ask for, as of `Dense`; its figures are not read.
-
-    Raises:
-        RequestError: It is not a curve.
-    """
+    """Read a curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation."""
     try:
         quantity = fields.get("quantity")
         if quantity not in QUANTITIES:
@@ -294,11 +260,7 @@ def _has_points_for(relation: Relation, points: int) -> bool:
 
 
 def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[float, ...]:
-    """Return the parameters fitted to some points.
-
-    Raises:
-        ArithmeticError: They are beyond all numbers.
-    """
+    """Return the parameters fitted to some points."""
     spread = spread_of(relation.name, relation.quantity, series.method) if relation.has_prior else None
     prior = None if spread is None else spread.prior(series.family)
     with np.errstate(all="ignore"):

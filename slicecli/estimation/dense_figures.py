@@ -44,14 +44,7 @@ ACCURACIES = ("acc_norm", "accuracy_norm", "acc", "accuracy")
 
 
 def dense_perplexity(folder: Path, model: str, text: str, given: float | None) -> Figure | None:
-    """Return the perplexity of a model on a text, or `None` where nobody says it.
-
-    Args:
-        folder: Where its card is, or the record of a slice of it.
-        model: Its Hub id, or the folder's name.
-        text: Name of the text.
-        given: What the user says.
-    """
+    """Return the perplexity of a model on a text, or `None` where nobody says it."""
     if given is not None:
         return Figure(given, "given")
     for name, kind, value in _card_figures(folder):
@@ -65,13 +58,7 @@ def dense_perplexity(folder: Path, model: str, text: str, given: float | None) -
 
 
 def accuracies(folder: Path, model: str, given: Mapping[str, float]) -> dict[str, Figure]:
-    """Return the accuracies of a model, between 0 and 1, by task.
-
-    Args:
-        folder: Where its card is, or the record of a slice of it.
-        model: Its Hub id, or the folder's name.
-        given: What the user says.
-    """
+    """Return the accuracies of a model, between 0 and 1, by task."""
     found: dict[str, Figure] = {}
     tasks = dict.fromkeys(row.evaluation for row in published_rows() if row.metric == "accuracy")
     for task in tasks:

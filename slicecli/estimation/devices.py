@@ -20,11 +20,9 @@ class Device:
     """What bounds the speed of an accelerator.
 
     Attributes:
-        name: Its name.
         bandwidth: Bytes read from its memory in a second; `None` where that shall be no bound.
         flops: Operations on dense 16-bit matrices in a second, summed in 32 bits, without sparsity; `None` where that
             shall be no bound.
-        source: Where the figures come from.
     """
 
     name: str
@@ -58,14 +56,7 @@ DEVICES: dict[str, Device] = {
 
 
 def device_named(name: str) -> Device:
-    """Return a known accelerator.
-
-    Args:
-        name: Its name, in upper or lower case.
-
-    Raises:
-        RequestError: There is none of that name.
-    """
+    """Return a known accelerator."""
     found = DEVICES.get(name.lower())
     if found is None:
         near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
@@ -78,15 +69,7 @@ def device_named(name: str) -> Device:
 
 
 def custom_device(bandwidth: str | None = None, tflops: float | None = None) -> Device:
-    """Return an accelerator with given figures; where one is missing, only the other bounds it.
-
-    Args:
-        bandwidth: What it reads in a second, such as `2TB/s` or `900GB/s`.
-        tflops: Its 10^12 operations on dense 16-bit matrices in a second.
-
-    Raises:
-        RequestError: Neither is given, or one is no speed.
-    """
+    """Return an accelerator with given figures; where one is missing, only the other bounds it."""
     if bandwidth is None and tflops is None:
         raise RequestError("A device without figures bounds nothing.", "Give --bandwidth, --tflops or both.")
     if tflops is not None and not 0 < tflops < float("inf"):

@@ -43,9 +43,7 @@ class Subject:
     Attributes:
         source: The model; only what describes it has been fetched. Of a slice it is the dense model that it was made
             from.
-        dimensions: Its sizes.
         sizes: What a slice of it may be.
-        method: How it would be sliced.
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
         origin: The slice that was asked for, if it was one.
@@ -74,17 +72,7 @@ class Subject:
         """Find a model by Hub id or folder, from its config alone.
 
         Args:
-            model: Hub id or folder; of a slice, the dense model is found.
-            method: How it would be sliced.
-            slice_head: Whether the published method slices the input of the head.
             dtype: Of weights and cache; `None` takes the checkpoint's.
-            adapter: Name of the adapter to use instead of the one for the model's type.
-            revision: Revision on the Hub.
-            token: Hub token.
-            trust_remote_code: Whether code from the model's repository counts as part of it; it is not run.
-
-        Raises:
-            SlicecliError: It cannot be read or sliced.
         """
         check_method(method, slice_head)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
@@ -115,12 +103,7 @@ class Subject:
         return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
 
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
-        """Return what is served: sequences of a length, by default 2048 or the model's longest.
-
-        Raises:
-            RequestError: A number is not positive.
-            SourceError: The config says nonsense of the model's longest.
-        """
+        """Return what is served: sequences of a length, by default 2048 or the model's longest."""
         return Workload(batch, default_length(self.dimensions.context_length) if length is None else length)
 
 
@@ -129,11 +112,7 @@ class Slice:
     """What one slice would be.
 
     Attributes:
-        dim: k.
-        sparsity: s.
-        is_legal: Whether the program would make it.
         nearest_legal: The legal dims next to it, where it is not legal.
-        cost: What it costs.
         speed_up: Against the dense model, on a device.
     """
 
@@ -150,19 +129,7 @@ class Estimate:
     """The whole estimate.
 
     Attributes:
-        model: Hub id or folder name.
-        model_type: Its family.
-        method: How it would be sliced.
-        layout: How slices would be written.
-        hidden_size: d.
         dtype: Of weights and cache.
-        workload: What is served.
-        device: The device of the speed-ups.
-        dense: What the dense model costs.
-        slices: The slices.
-        forecasts: What is predicted of each.
-        parameters: Parameters at a dim.
-        notes: What the user should know.
     """
 
     model: str
@@ -247,18 +214,7 @@ def estimate(
     device: Device | None = None,
     forecasts: Sequence[Forecast] = (),
 ) -> Estimate:
-    """Put an estimate together.
-
-    Args:
-        subject: The model.
-        dims: The slices asked for.
-        workload: What is served.
-        device: For speed-ups.
-        forecasts: What is predicted, see `slicecli.estimation.forecasts.find_forecasts`.
-
-    Raises:
-        RequestError: A dim is not between 1 and d - 1.
-    """
+    """Put an estimate together."""
     dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
     costs = CostModel(dimensions, subject.method, subject.slice_head)
     dense = costs.dense(dtype, workload)
@@ -321,26 +277,13 @@ def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
 
 
 def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
-    """Return the legal dims nearest to fractions removed, each once, from wide to narrow.
-
-    Raises:
-        RequestError: The model has no legal dim.
-    """
+    """Return the legal dims nearest to fractions removed, each once, from wide to narrow."""
     found = {Width(sparsity=sparsity).resolve(sizes, bytes_per_parameter=1) for sparsity in sparsities}
     return sorted(found, reverse=True)
 
 
 def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int:
-    """Return the smallest legal dim whose predicted perplexity is within a limit.
-
-    Args:
-        sizes: What a slice may be.
-        forecasts: That of the perplexity is the first.
-        most: The limit.
-
-    Raises:
-        RequestError: There is none, or no forecast of the perplexity; or the limit is no perplexity.
-    """
+    """Return the smallest legal dim whose predicted perplexity is within a limit."""
     if not 1 <= most < math.inf:
         raise RequestError(f"A perplexity of {most:g} is no limit.", "Give a number of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":

@@ -49,16 +49,10 @@ class Forecast:
     """One figure that can be predicted.
 
     Attributes:
-        quantity: Perplexity or accuracy.
-        evaluation: On which text or task.
-        dense: The dense figure.
-        chance: Chance level of a task.
-        relation: Name of the relation.
         parameters: Name and value of each of its parameters, and the standard error where they were fitted to more
             points than they are.
         range: The least and the largest s of what they were fitted to, or of what the intervals are learnt from.
         basis: What the interval rests on, in words.
-        predict: The prediction at an s.
         paper: The value by the paper's relation at an s, as people quote it; `None` where that has no meaning.
         points: Measured slices it was fitted to: s, figure and standard error, as people quote them.
         notes: What the user should know of it.
@@ -121,7 +115,6 @@ class ForecastInputs:
         measured: Perplexity of slices on the text, by dim.
         relation: Name of the relation to predict by; `None` takes the default, or the best by leave-one-out.
         curve: File, or Hub id or folder of a slice, with fitted curves.
-        spectrum: File with the model's Fisher spectrum.
     """
 
     text: str = "wikitext2"
@@ -135,14 +128,7 @@ class ForecastInputs:
     spectrum: Path | None = None
 
     def check(self, hidden_size: int) -> None:
-        """Refuse figures that cannot be.
-
-        Args:
-            hidden_size: d.
-
-        Raises:
-            RequestError: One is not possible, there is no such relation, or two things exclude each other.
-        """
+        """Refuse figures that cannot be."""
         if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
             raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check it.")
         for what, values in (("dense accuracy", self.dense_accuracies), ("chance level", self.chances)):
@@ -170,18 +156,7 @@ def _names(quantity: Quantity) -> list[str]:
 
 
 def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowledge: ForecastInputs) -> list[Forecast]:
-    """Return what can be predicted of a model's slices, perplexity first.
-
-    Args:
-        source: The model; where its folder is that of a slice of it, with a curve, that is used.
-        dimensions: Its sizes.
-        method: How it would be sliced.
-        knowledge: What the user knows.
-
-    Raises:
-        RequestError: What the user says is not possible, or a curve cannot be used.
-        SourceError: The slice with the curve cannot be read.
-    """
+    """Return what can be predicted of a model's slices, perplexity first."""
     parameters = dimensions.parameters()
     knowledge.check(dimensions.hidden_size)
     text, family = knowledge.text, str(source.fields.get("model_type"))
@@ -253,24 +228,7 @@ def forecast_new(
     spectrum: Callable[[float], float] | None = None,
     parameters: int | None = None,
 ) -> Forecast:
-    """Return the forecast for a model of which no slice is measured.
-
-    Args:
-        quantity: Perplexity or accuracy.
-        evaluation: On which text or task.
-        figure: The dense figure.
-        family: The model's `model_type`.
-        method: How it would be sliced.
-        relation: Name of the relation; `None` takes the default.
-        chance: Chance level of a task; `None` looks it up.
-        perplexity: The forecast of the perplexity, for relations that predict accuracy from it.
-        is_other_text: The perplexity is that on a text of another kind than the calibration's.
-        spectrum: The Fisher weight as a function of s, see `slicecli.estimation.spectra`.
-        parameters: Parameters of the dense model; `None` where they are not known.
-
-    Raises:
-        RequestError: There is no such relation, or it has no meaning here.
-    """
+    """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
     level = (chance_level(evaluation) if chance is None else chance) if quantity == "accuracy" else None
     dense = Dense(
@@ -356,13 +314,7 @@ def _new_notes(
 
 
 def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None) -> Forecast:
-    """Return the forecast of a fitted curve.
-
-    Args:
-        curve: The curve.
-        source: Where it comes from, in words.
-        dense_source: Where its dense figure comes from, if not from there too.
-    """
+    """Return the forecast of a fitted curve."""
     series = curve.series
     quoted = quoted_by(series.quantity)
     count = len(series.points)

@@ -53,8 +53,6 @@ class Prediction:
     Attributes:
         value: ln PPL, or accuracy between 0 and 1.
         low: Lower end of the 90 % interval.
-        high: Upper end.
-        relation: Name of the relation.
         is_outside: It lies outside the range of what the relation was fitted to or checked on.
     """
 
@@ -99,17 +97,7 @@ def predict_new(
     sparsity: float,
     shift: DomainShift | None = None,
 ) -> Prediction:
-    """Predict for a model of which no slice is measured.
-
-    Args:
-        spread: How the relation errs on published series.
-        dense: The dense figure.
-        family: The model's `model_type`.
-        size: ln of its parameters; `None` takes the middle of the published ones.
-        method: How it will be sliced.
-        sparsity: s.
-        shift: What a text of another kind than the calibration's adds.
-    """
+    """Predict for a model of which no slice is measured."""
     relation = spread.relation
     value = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shift))
     expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shift)
@@ -130,16 +118,7 @@ def predict_fitted(
     points: Sequence[Point],
     sparsity: float,
 ) -> Prediction:
-    """Predict for a model with measured slices, to which the relation was fitted.
-
-    Args:
-        spread: How the relation errs on published series.
-        parameters: As fitted to the points.
-        dense: The dense figure.
-        family: The model's `model_type`.
-        points: The measured slices.
-        sparsity: s.
-    """
+    """Predict for a model with measured slices, to which the relation was fitted."""
     relation = spread.relation
     value = relation.predict(sparsity, dense, parameters)
     found = [deviation(relation, dense, parameters, point) for point in points]

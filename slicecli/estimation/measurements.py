@@ -53,7 +53,6 @@ class Point:
         sparsity: s, the real fraction of the hidden size removed.
         value: ln PPL, or accuracy between 0 and 1.
         stderr: Its standard error; `None` where it is not known.
-        dim: k, where it is known.
     """
 
     sparsity: float
@@ -67,14 +66,7 @@ class Series:
     """The slices of one model by one method and calibration, measured on one text or task.
 
     Attributes:
-        model: The dense model.
-        family: Its `model_type`.
-        method: How it was sliced.
         calibration: Text and number of rows it was calibrated on, in words.
-        quantity: What was measured.
-        evaluation: On which text or task.
-        dense: The dense figure.
-        points: The slices, by ascending s.
         parameters: Parameters of the dense model, roughly, where sizes are to be told apart.
         digest: What identifies a text or questions from a file; `None` where the name does.
     """
@@ -96,17 +88,9 @@ class Published:
     """One published figure.
 
     Attributes:
-        source: Where it was published.
-        model: Hub id of the dense model.
-        model_type: Its family.
         parameters: Its number of parameters, by its name.
-        method: `dense` or how it was sliced.
-        calibration: Text it was calibrated on.
         samples: Rows of it, as printed; empty where that is not known.
-        sequence_length: Tokens per row, as printed.
         sparsity: s, the real one after rounding of the dim.
-        metric: What was measured.
-        evaluation: On which text or task.
         value: Perplexity, or accuracy between 0 and 1.
         use: What the figure serves for, see above.
     """
@@ -152,10 +136,6 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
     """Return the bundled measurements that serve for the spread of relations, as series.
 
     A series of accuracies knows the published perplexity ratios of the same slices, where there are some.
-
-    Args:
-        quantity: Of what.
-        use: Or those of another use, such as `OTHER_TEXT`.
     """
     dense = _dense_values()
     ratios = _log_ratios(dense)

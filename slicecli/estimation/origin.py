@@ -27,7 +27,6 @@ class Origin:
     Attributes:
         slice_name: Hub id or folder name of the slice.
         source: The dense model: its name and the fields of its config; the folder is the slice's.
-        record: The slice's record.
     """
 
     slice_name: str
@@ -46,17 +45,7 @@ class Origin:
 def origin_of(
     source: Source, adapters: Mapping[str, Adapter], refusals: tuple[Refusal, ...], name: str | None = None
 ) -> Origin | None:
-    """Return the dense model of a slice; `None` where a model is no slice, or its record is damaged.
-
-    Args:
-        source: The slice.
-        adapters: All adapters by name.
-        refusals: What plugins refuse.
-        name: Name of the adapter to use.
-
-    Raises:
-        SlicecliError: No adapter serves the dense model's type.
-    """
+    """Return the dense model of a slice; `None` where a model is no slice, or its record is damaged."""
     record = read_sound_record(source.folder)
     if record is None:
         return None

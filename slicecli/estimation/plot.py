@@ -43,19 +43,10 @@ class Picture:
     """What a picture of one quantity shows.
 
     Attributes:
-        title: Above it: the model.
-        subtitle: Method, calibration, relation.
-        quantity: Of the figures.
-        evaluation: The text or task.
-        hidden_size: d.
         dense: The dense figure, as people quote it.
-        chance: Chance level of a task.
-        predict: The prediction at an s.
         paper: The figure by the paper's relation at an s, as people quote it; `None` where it has no meaning.
         measured: Measured slices: s, figure and standard error, as people quote them.
         marked: Values of s to mark on the curve.
-        parameters: Parameters at a dim.
-        range: Least and largest s to show.
     """
 
     title: str
@@ -74,12 +65,7 @@ class Picture:
 
 
 def picture_of_curve(curve: Curve, parameters: Callable[[int], int] | None = None) -> Picture:
-    """Return the picture of a fitted curve with its points.
-
-    Args:
-        curve: The curve.
-        parameters: Parameters at a dim, for the second axis.
-    """
+    """Return the picture of a fitted curve with its points."""
     series = curve.series
     paper = relation_named("paper", series.quantity)
     quoted = quoted_by(series.quantity)
@@ -118,16 +104,7 @@ def picture_of_forecast(
     widest: float,
     parameters: Callable[[int], int] | None = None,
 ) -> Picture:
-    """Return the picture of a forecast.
-
-    Args:
-        title: Above it.
-        forecast: The forecast.
-        hidden_size: d.
-        marked: Values of s to mark on the curve.
-        widest: The largest s of interest.
-        parameters: Parameters at a dim, for the second axis.
-    """
+    """Return the picture of a forecast."""
     return Picture(
         title=title,
         subtitle=forecast.basis,
@@ -146,27 +123,13 @@ def picture_of_forecast(
 
 
 def draw_quality(pictures: Sequence[Picture], path: Path) -> None:
-    """Draw one panel for each quantity, below each other.
-
-    Args:
-        pictures: What to show.
-        path: The file; its suffix chooses the format.
-
-    Raises:
-        RequestError: The suffix is not of a format that can be drawn.
-        OutputError: The file cannot be written.
-    """
+    """Draw one panel for each quantity, below each other."""
     check_plot_file(path)
     write_whole_file(path, quality_picture(pictures, path.suffix.lower()))
 
 
 def quality_picture(pictures: Sequence[Picture], suffix: str = ".png") -> bytes:
-    """Return the same as the content of a file.
-
-    Args:
-        pictures: What to show.
-        suffix: Of a format that can be drawn.
-    """
+    """Return the same as the content of a file."""
     figure, grid = _panels(len(pictures), 1, width=8.0, height=4.8)
     for axes, picture in zip(grid[:, 0], pictures, strict=True):
         _draw_one(axes, picture)
@@ -249,12 +212,7 @@ def _scale(axes: Any, picture: Picture, values: list[float], highs: list[float],
 
 
 def draw_validation(checks: Sequence[Check], path: Path) -> None:
-    """Draw predicted against measured, a panel for each check, a colour for each family.
-
-    Raises:
-        RequestError: The suffix is not of a format that can be drawn.
-        OutputError: The file cannot be written.
-    """
+    """Draw predicted against measured, a panel for each check, a colour for each family."""
     check_plot_file(path)
     columns = min(3, len(checks))
     rows = math.ceil(len(checks) / columns)
@@ -309,11 +267,7 @@ def _draw_check(axes: Any, check: Check) -> None:
 
 
 def check_plot_file(path: Path) -> None:
-    """Refuse a file that cannot be a picture, before anything is computed.
-
-    Raises:
-        RequestError: The suffix is none of those that can be drawn.
-    """
+    """Refuse a file that cannot be a picture, before anything is computed."""
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"{path.name!r} is not the name of a picture.", f"End it with {', '.join(FORMATS)}.")
 

@@ -67,12 +67,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Prior:
-    """What published series say of a relation's parameters for a model of some family.
-
-    Attributes:
-        means: Mean of each parameter.
-        deviations: Standard deviation of each over models.
-    """
+    """What published series say of a relation's parameters for a model of some family."""
 
     means: tuple[float, ...]
     deviations: tuple[float, ...]
@@ -89,16 +84,11 @@ class Relation:
 
     Attributes:
         name: Its name on the command line; one for each quantity.
-        quantity: What it predicts.
-        formula: How a person writes it.
-        source: Where it comes from.
         parameters: Names of what is fitted; none for a relation that needs no measurement of a slice.
         predict: Takes s, the dense figure and the parameters; returns ln PPL or the accuracy.
         fit: Takes pairs of s and ln PPL or accuracy, the dense figure, and a prior, which most ignore; returns the
             parameters.
         needs_chance: It has no meaning without a chance level above 0.
-        needs_log_ratio: It predicts from the perplexity.
-        needs_spectrum: It predicts from the Fisher spectrum.
         has_prior: Its fit weighs the points against the prior, so that fewer points than parameters are enough.
     """
 
@@ -324,11 +314,7 @@ def relations_of(quantity: Quantity) -> list[Relation]:
 
 @functools.cache
 def _relations_of_plugins(manager: pluggy.PluginManager) -> tuple[Relation, ...]:
-    """Return the relations that plugins add.
-
-    Raises:
-        PluginError: A plugin fails, or its relation has a name that is taken.
-    """
+    """Return the relations that plugins add."""
     relations: list[Relation] = []
 
     def register(relation: Relation) -> None:
@@ -346,11 +332,7 @@ def _relations_of_plugins(manager: pluggy.PluginManager) -> tuple[Relation, ...]
 
 
 def relation_named(name: str, quantity: Quantity) -> Relation:
-    """Find a relation.
-
-    Raises:
-        RequestError: There is none of that name.
-    """
+    """Find a relation."""
     found = relations_of(quantity)
     for relation in found:
         if relation.name == name:

@@ -47,23 +47,14 @@ SETTINGS = ("sequence_length", "limit", "num_fewshot")
 
 @dataclass(frozen=True)
 class Group:
-    """One series and the settings it was measured with.
-
-    Attributes:
-        series: The series.
-        settings: The settings.
-    """
+    """One series and the settings it was measured with."""
 
     series: Series
     settings: Mapping[str, Any]
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read results files; return their eval documents.
-
-    Raises:
-        RequestError: A file cannot be read or is not a results file.
-    """
+    """Read results files; return their eval documents."""
     documents: list[dict[str, Any]] = []
     for path in paths:
         content = _finite(read_json(path))
@@ -105,9 +96,6 @@ class _Figure:
 
     Attributes:
         value: Perplexity, or what a task's metric is.
-        stderr: Its standard error.
-        chance: What a guess has.
-        hidden_size: Of the dense model.
         measured: Digest of the rows or requests; `None` where it is not known.
         digest: What identifies a text or questions from a file; `None` where the name does.
     """
@@ -125,9 +113,7 @@ class _Calibration:
     """What a slice was calibrated on.
 
     Attributes:
-        text: Name of the text.
         digest: What identifies a text from a file; `None` where the name does.
-        rows: Their number and length, in words.
     """
 
     text: str
@@ -145,14 +131,9 @@ class _Measured:
     """An eval document, read.
 
     Attributes:
-        model: The dense model.
         content: Digest of its content; its name where there is none.
-        model_type: Its family.
         method: How a slice was made; empty for the dense model.
         calibration: On what; `None` for the dense model.
-        dim: Its own width.
-        hidden_size: The dense model's.
-        settings: How it was measured.
         figures: What was measured, by quantity and text or task.
     """
 
@@ -168,11 +149,7 @@ class _Measured:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> _Measured:
-        """Read a document.
-
-        Raises:
-            ValueError: Something in it is not what it should be.
-        """
+        """Read a document."""
         hidden_size = whole_number(document.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
         dim = whole_number(document.get("dim"), "dim", 1, hidden_size)
         source = fields_of(document.get("source"), "source")
@@ -241,11 +218,7 @@ def _names(read: Sequence[_Measured], quantity: Quantity) -> dict[tuple[str, str
 
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Group eval documents into series; those of perplexity come first.
-
-    Raises:
-        RequestError: A slice's dense model is not among the documents, or a document is damaged.
-    """
+    """Group eval documents into series; those of perplexity come first."""
     try:
         read = [_Measured.of(document) for document in documents]
     except ValueError as error:
@@ -285,12 +258,7 @@ class _Key:
 
     Attributes:
         content: Digest of the dense model's content, or its name.
-        quantity: What was measured.
-        evaluation: On which text or task.
-        measured: Digest of the rows or requests.
-        settings: How it was measured.
         method: How the slices were made; empty for the dense model.
-        calibration: On what, in words; likewise.
         model: Name of the dense model, which may have several.
     """
 
@@ -356,10 +324,7 @@ class Shared:
     """One set of parameters for several groups.
 
     Attributes:
-        quantity: Of the groups.
-        relation: Name of the relation.
         parameters: The mean of the groups' own fits.
-        groups: Their number.
         loo_error: Mean absolute error of predicting each group from the others, in ln PPL or accuracy.
     """
 
@@ -371,11 +336,7 @@ class Shared:
 
 
 def fit_shared(groups: Sequence[Group]) -> list[Shared]:
-    """Fit relations to several models or methods at once, and say how each group is predicted from the others.
-
-    Args:
-        groups: As `series_of` returns them; of a quantity with a single one nothing is said.
-    """
+    """Fit relations to several models or methods at once, and say how each group is predicted from the others."""
     found = []
     for quantity in QUANTITIES:
         series = [group.series for group in groups if group.series.quantity == quantity and group.series.points]
@@ -405,15 +366,7 @@ def _fit_together(relation: Relation, series: Sequence[Series]) -> tuple[tuple[f
 
 
 def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Curve]:
-    """Fit a curve to each series; those of tasks may lean on the perplexity of the same slices.
-
-    Args:
-        groups: As `series_of` returns them, perplexity first.
-        relation: Name of a relation for the quantities that have one of that name; the others choose.
-
-    Raises:
-        RequestError: No quantity has a relation of that name, or it cannot be fitted.
-    """
+    """Fit a curve to each series; those of tasks may lean on the perplexity of the same slices."""
     if relation is not None:
         check_relation(relation)
     curves: list[Curve] = []
@@ -427,11 +380,7 @@ def fit_results(groups: Sequence[Group], relation: str | None = None) -> list[Cu
 
 
 def check_relation(name: str) -> None:
-    """Refuse a name that is no relation's, of any quantity.
-
-    Raises:
-        RequestError: There is no such relation.
-    """
+    """Refuse a name that is no relation's, of any quantity."""
     if not any(one.name == name for quantity in QUANTITIES for one in relations_of(quantity)):
         relation_named(name, "perplexity")
 
@@ -495,11 +444,7 @@ def curves_json(curves: Sequence[Curve]) -> dict[str, Any]:
 
 
 def read_curves(content: Any) -> list[Curve]:
-    """Read the curves of a file that `fit` or `sweep` wrote, or of a record.
-
-    Raises:
-        RequestError: There are none.
-    """
+    """Read the curves of a file that `fit` or `sweep` wrote, or of a record."""
     found = content.get("curves") if isinstance(content, dict) else None
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")

@@ -36,16 +36,7 @@ LEAST_LOSS = 0.02
 
 
 def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float], float]:
-    """Read the spectrum of a model; return F as a function of s.
-
-    Args:
-        path: What `slicecli spectrum` wrote.
-        method: How slices are made: each method has directions of its own.
-        hidden_size: The model's, to which the spectrum must belong.
-
-    Raises:
-        RequestError: It cannot be read, or is of another model.
-    """
+    """Read the spectrum of a model; return F as a function of s."""
     try:
         content = fields_of(load_json(local_path(path)), "the file")
         own = whole_number(content.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)

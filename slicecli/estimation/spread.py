@@ -68,13 +68,7 @@ FEWEST_DEGREES = 2.0  # below, the quantiles of t say nothing any more
 
 @dataclass(frozen=True)
 class Deviation:
-    """What is expected of z, at one x.
-
-    Attributes:
-        mean: Its mean.
-        deviation: Its standard deviation.
-        degrees: Degrees of freedom of that.
-    """
+    """What is expected of z, at one x."""
 
     mean: float
     deviation: float
@@ -91,8 +85,6 @@ class GroupEffect:
     """One coefficient of one model.
 
     Attributes:
-        family: The model's family.
-        value: The coefficient.
         size: ln of the model's parameters, where sizes are told apart.
     """
 
@@ -107,12 +99,8 @@ class VarianceComponent:
 
     Attributes:
         mean: Mean over the families, at the middle size.
-        family_variance: Between families, at that size.
         trend_variance: Of a family's trend over ln parameters, about none.
-        model_variance: Of models about their family's trend.
-        degrees: Degrees of freedom of `model_variance`.
         middle: ln parameters at which means are taken.
-        members: The models.
     """
 
     mean: float
@@ -128,7 +116,6 @@ class VarianceComponent:
         """Learn it from the coefficients of several models.
 
         Args:
-            members: The models.
             usual_variance: What models of a family differ by unless they say otherwise: few models may be alike by
                 chance.
         """
@@ -170,12 +157,7 @@ class VarianceComponent:
         )
 
     def of_new_model(self, family: str, size: float | None = None) -> tuple[float, float, float]:
-        """Return mean, variance and degrees of freedom of the coefficient for a model that is not among these.
-
-        Args:
-            family: The model's family.
-            size: ln of its parameters; `None` takes the middle.
-        """
+        """Return mean, variance and degrees of freedom of the coefficient for a model that is not among these."""
         if self.model_variance == 0:
             return self.mean, 0.0, float(self.degrees)
         here = np.array([1.0, self._place(size)])
@@ -217,13 +199,7 @@ def _trend_variance(trends: Sequence[float], sizes: Sequence[float], usual_varia
 
 @dataclass(frozen=True)
 class DomainShift:
-    """How much more a slice loses on a text of another kind than it was calibrated on, as an addition to z.
-
-    Attributes:
-        mean: The mean over models.
-        variance: Of a new model's.
-        degrees: Degrees of freedom of that.
-    """
+    """How much more a slice loses on a text of another kind than it was calibrated on, as an addition to z."""
 
     mean: float
     variance: float
@@ -235,10 +211,7 @@ class Spread:
     """How a relation errs over published series.
 
     Attributes:
-        relation: The relation.
         parameters: What it is learnt against: fitted to all families alike.
-        intercept: Of a.
-        slope: Of b.
         calibration_variance: Of a between the calibrations of a model.
         noise_variance: Of z about the line of its series.
         parameter_levels: Of each parameter over the models' own fits.
@@ -260,14 +233,7 @@ class Spread:
     def of_new_model(
         self, family: str, size: float | None, coordinate: float, shift: DomainShift | None = None
     ) -> Deviation:
-        """Return what to expect of a model without any measurement.
-
-        Args:
-            family: Its family.
-            size: ln of its parameters; `None` takes the middle of the published ones.
-            coordinate: Where.
-            shift: What a text of another kind than that of the calibration adds.
-        """
+        """Return what to expect of a model without any measurement."""
         mean, variance, degrees = self.intercept.of_new_model(family, size)
         slope, slope_variance, _ = self.slope.of_new_model(family)
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
@@ -278,14 +244,7 @@ class Spread:
     def typical_parameters(
         self, dense: Dense, family: str, size: float | None, shift: DomainShift | None = None
     ) -> tuple[float, ...]:
-        """Return the parameters of the relation for a model without any measurement: those of the expected loss.
-
-        Args:
-            dense: Its dense figure.
-            family: Its family.
-            size: ln of its parameters; `None` takes the middle of the published ones.
-            shift: What a text of another kind than that of the calibration adds.
-        """
+        """Return the parameters of the relation for a model without any measurement: those of the expected loss."""
         if not self.relation.parameters or self.relation.needs_spectrum:
             return self.parameters
         place = coordinate(self.relation, dense, self.parameters, REFERENCE)
@@ -294,13 +253,7 @@ class Spread:
         return self.relation.fit([(REFERENCE, usual)], dense, self.prior(family))
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
-        """Return what to expect of a model with measured points, of which the relation may have been fitted to some.
-
-        Args:
-            family: Its family.
-            anchors: Coordinate x, deviation z from the fit, and variance of the measurement of z, of each.
-            coordinate: Where.
-        """
+        """Return what to expect of a model with measured points, of which the relation may have been fitted to some."""
         mean, variance, _ = self.slope.of_new_model(family)
         # a fit with a prior has the family's mean slope already
         slope_precision = 1 / (variance + (0.0 if self.relation.has_prior else mean**2) + 1e-6)
@@ -373,12 +326,7 @@ def interval(
 
 
 def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
-    """Learn how a relation errs from published series.
-
-    Args:
-        relation: The relation.
-        series: Of its quantity.
-    """
+    """Learn how a relation errs from published series."""
     usable = [one for one in series if not relation.why_not(one.dense)]
     parameters = shared_fit(relation, usable)
     intercepts: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -417,13 +365,7 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
 
 
 def learn_domain_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> DomainShift:
-    """Learn how much more is lost on other texts, from models that were measured on both.
-
-    Args:
-        spread: How the relation errs on texts like that of the calibration.
-        own_text: Published series on such a text.
-        other_text: On another.
-    """
+    """Learn how much more is lost on other texts, from models that were measured on both."""
     means = [_mean_deviation(spread, series) for series in (own_text, other_text)]
     shifts = [value - means[0][model] for model, value in means[1].items() if model in means[0]]
     variance = float(np.var(shifts, ddof=1)) * (1 + 1 / len(shifts))

@@ -31,14 +31,7 @@ ANCHOR_RANGE = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One published point, predicted without its model.
-
-    Attributes:
-        series: The series it belongs to.
-        sparsity: s.
-        measured: ln PPL or accuracy.
-        prediction: What was predicted.
-    """
+    """One published point, predicted without its model."""
 
     series: Series
     sparsity: float
@@ -60,13 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A relation checked in one state of knowledge.
-
-    Attributes:
-        relation: The relation.
-        knows: The state of knowledge.
-        rows: The points.
-    """
+    """A relation checked in one state of knowledge."""
 
     relation: Relation
     knows: ForecastInputs
@@ -74,15 +61,7 @@ class Check:
 
 
 def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
-    """Predict every published point of a quantity by every relation, leaving its model out.
-
-    Args:
-        quantity: Perplexity or accuracy.
-        largest: Only points with s up to this.
-
-    Raises:
-        RequestError: It is no fraction of the hidden size.
-    """
+    """Predict every published point of a quantity by every relation, leaving its model out."""
     if not 0 < largest <= 1:
         raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Give 0 < S <= 1.")
     checks = []

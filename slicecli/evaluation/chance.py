@@ -38,10 +38,6 @@ def chance_level(task: str, choices: Sequence[int] = ()) -> float | None:
     Args:
         task: Name of the task: lm-eval's, or as publications spell it (`ARC-c`, `WinoGrande`). A `.jsonl` file is no
             known task, whatever its name.
-        choices: For a task that is not known: the number of choices of each of its questions.
-
-    Returns:
-        The level, or `None` where it is not known or differs from question to question.
 
     Example:
         >>> chance_level("PIQA"), chance_level("mmlu_anatomy"), chance_level("mine", [2, 4])

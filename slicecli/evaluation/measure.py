@@ -103,10 +103,7 @@ class EvaluationSet:
     """Texts and tasks, read once; the texts packed for one tokenizer.
 
     Attributes:
-        texts: The texts.
-        rows: Their rows of token ids.
         tasks: The tasks, which are the same for every model.
-        sequence_length: Tokens per row; `None` without texts.
     """
 
     texts: tuple[Text, ...]
@@ -123,20 +120,7 @@ class EvaluationSet:
         progress: Progress | None = None,
         calibration: str | None = None,
     ) -> EvaluationSet:
-        """Read what is to be measured on, and name it so that it is told apart, also from what a slice's record has.
-
-        Args:
-            options: What to measure.
-            source: The model, whose longest row counts.
-            tokenizer: Its tokenizer.
-            progress: Progress callback.
-            calibration: The text that slices of the model are calibrated on, see `slicecli.data.text.read_text`.
-
-        Raises:
-            RequestError: The options are not possible for this model, or there is no such task.
-            TextError: A text or the data of a task cannot be read.
-            SourceError: The tokenizer does not belong to the model.
-        """
+        """Read what is to be measured on, and name it so that it is told apart, also from what a slice's record has."""
         options.check()
         length = None
         if options.texts:
@@ -153,12 +137,7 @@ class EvaluationSet:
         return cls(texts, (), tasks, length).packed(options, source, tokenizer)
 
     def packed(self, options: EvaluationOptions, source: Source, tokenizer: Any) -> EvaluationSet:
-        """Return the same texts and tasks for a model with another tokenizer.
-
-        Raises:
-            TextError: A text does not fill a row.
-            SourceError: The tokenizer does not belong to the model.
-        """
+        """Return the same texts and tasks for a model with another tokenizer."""
         if self.sequence_length is None:
             return self
         from slicecli.data.packing import evaluation_rows
@@ -178,16 +157,11 @@ class Evaluation:
     Attributes:
         model: Its Hub id, or its folder's own name.
         model_type: Its family; of a slice with code of its own, that of the model it was made from.
-        revision: Its commit on the Hub.
-        perplexity: What was measured on texts.
-        tasks: What was measured on tasks.
         parameters: Its number of parameters, shared ones once.
-        hidden_size: Width of the dense model's stream.
         dim: Width of its own: less in a slice.
         method: How a slice was made; `None` for a dense model.
         source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
         calibration: What the record of a slice says of its calibration.
-        settings: What else the numbers depend on.
     """
 
     model: str
@@ -249,17 +223,7 @@ def evaluate(
     progress: Progress | None = None,
     prepared: EvaluationSet | None = None,
 ) -> Evaluation:
-    """Load a model once and measure it on texts and tasks.
-
-    Args:
-        model: Hub id or folder, dense or sliced; or what `Source.find` made of it.
-        options: What to measure.
-        progress: Progress callback.
-        prepared: What to measure on, where it has been prepared for the model's tokenizer already.
-
-    Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
-    """
+    """Load a model once and measure it on texts and tasks."""
     source = model if isinstance(model, Source) else _find(model, options)
     source.check_is_decoder()
     with quiet_libraries():
@@ -276,20 +240,7 @@ def evaluate(
 def evaluate_both(
     model: str, baseline: str, options: EvaluationOptions, progress: Progress | None = None
 ) -> tuple[Evaluation, Evaluation]:
-    """Measure two models, one after the other, on the same texts in rows of the same length, and the same tasks.
-
-    Args:
-        model: Hub id or folder.
-        baseline: The same; `options.revision` is not its.
-        options: What to measure.
-        progress: Progress callback.
-
-    Returns:
-        What was found on the model, and on the baseline.
-
-    Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
-    """
+    """Measure two models, one after the other, on the same texts in rows of the same length, and the same tasks."""
     options.check()
     found = (_find(model, options), _find(baseline, replace(options, revision=None)))
     for source in found:
@@ -311,20 +262,7 @@ def measure_loaded(
     options: EvaluationOptions,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a model that is loaded already.
-
-    Args:
-        model: A transformers causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        source: Where it comes from.
-        prepared: What to measure on.
-        options: How; the texts and tasks in it are not read.
-        progress: Progress callback.
-
-    Raises:
-        RequestError: The memory does not suffice.
-        SlicecliError: The model or a task fails.
-    """
+    """Measure a model that is loaded already."""
     from slicecli.evaluation.perplexity import measure_perplexity
 
     for rows in prepared.rows:
@@ -378,10 +316,6 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
 
     Where both models answered the same questions, the standard error of a difference is that of the mean of the
     differences question by question, which is smaller than that of two separate measurements.
-
-    Returns:
-        For each text the ratio of the perplexities, its logarithm, and whether both were measured on the same tokens,
-        without which the ratio says little; for each task the difference in its metric, with standard error.
     """
     theirs = {result.text: result for result in baseline.perplexity}
     tasks = {result.task: result for result in baseline.tasks}

@@ -32,12 +32,8 @@ class PerplexityResult:
     """A measured perplexity.
 
     Attributes:
-        text: Name of the text.
-        value: Perplexity.
         nll: Mean negative log-likelihood per predicted token, in nats.
         stderr: Standard error of `value`; NaN for a single row.
-        tokens: Predicted tokens.
-        sequence_length: Tokens per row.
         bits_per_byte: `nll` in bits per UTF-8 byte of the text.
         rows_digest: SHA-256 of the token ids, see `slicecli.data.packing.Rows`.
         text_digest: SHA-256 of a text from a file, see `slicecli.data.text.Text`.
@@ -71,18 +67,7 @@ class PerplexityResult:
 def measure_perplexity(
     model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None, processes: Processes = ALONE
 ) -> PerplexityResult:
-    """Measure a causal language model's perplexity on packed rows.
-
-    Args:
-        model: A transformers causal language model in evaluation mode.
-        rows: What `slicecli.data.packing.evaluation_rows` returns.
-        batch_size: Rows per forward pass.
-        progress: Progress callback.
-        processes: Those that measure together, each on its share of the rows.
-
-    Raises:
-        WeightsError: The model's logits are NaN or infinite.
-    """
+    """Measure a causal language model's perplexity on packed rows."""
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":
         device = torch.device("cpu")  # offloaded: accelerate's hooks move the ids to where they are needed

@@ -78,13 +78,10 @@ class TaskResult:
     """A measured task, or a group of tasks that lm-eval averages.
 
     Attributes:
-        task: Its name.
         metric: The metric that `value` is of: acc_norm, acc or exact_match, whichever the task has first, else the
             first that it has.
-        value: The measured value.
         stderr: Its standard error; NaN where there is none.
         chance: What guessing reaches, where that is known.
-        samples: Number of questions.
         num_fewshot: Number of solved examples before each question.
         metrics: Value and standard error of every metric.
         requests_digest: SHA-256 of all that the model was asked, examples included, and of what is right.
@@ -133,17 +130,8 @@ def load_tasks(
     """Find tasks and read their data, each once by however many paths a file is given.
 
     Args:
-        names: Names of lm-eval, with `*` for several; of tasks in `include_path`; `.jsonl` files; `demo`.
-        include_path: Folder with YAML files of tasks, which come before lm-eval's own.
         num_fewshot: Solved examples before each question; `None` leaves it to the task. A task that insists on none
             keeps none.
-        seed: Seed of whatever a task draws.
-        progress: Progress callback.
-        taken: Names of other tasks beside which they will stand, with the digests of those from files.
-
-    Raises:
-        RequestError: There is no such task, or two have the same name and nothing tells them apart.
-        TextError: Its questions or its data set cannot be read.
     """
     given = without_repeats(names, _is_file)
     if progress is not None:
@@ -183,23 +171,7 @@ def measure_tasks(
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> tuple[TaskResult, ...]:
-    """Measure a loaded model on loaded tasks.
-
-    Args:
-        model: A transformers causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        tasks: What `load_tasks` returned.
-        limit: Only the first so many questions of each task.
-        batch_size: Requests per forward pass; `None` chooses by tokens.
-        seed: Seed of the choice of examples.
-        progress: Progress callback.
-        processes: Those that measure together: each answers its share of the requests, and all have the result.
-
-    Raises:
-        TextError: A task fails, or is one that lm-eval does not run without more ado.
-        SourceError: The tokenizer does not belong to the model.
-        WeightsError: The model's logits are NaN.
-    """
+    """Measure a loaded model on loaded tasks."""
     results: dict[str, TaskResult] = {}
     with _quiet():
         # a copy, because the harness gives it a padding token
@@ -308,11 +280,7 @@ class _Harness(HFLM):  # type: ignore[misc]
         return found
 
     def _check_lengths(self, requests: list[tuple[Any, list[int], list[int]]]) -> None:
-        """Refuse what does not fit into a row of the model, and count what lm-eval will cut the beginning off.
-
-        Raises:
-            TextError: A text whose likelihood is asked for does not fit.
-        """
+        """Refuse what does not fit into a row of the model, and count what lm-eval will cut the beginning off."""
         texts, _, longest = max(requests, key=lambda one: len(one[2]))
         if len(longest) > self.max_length:
             raise TextError(
@@ -351,11 +319,7 @@ class _Managers:
         self._files: dict[str, list[str]] | None = None
 
     def check_are_defined_once(self, names: Sequence[str]) -> None:
-        """Refuse tasks that two of the user's files define: lm-eval would take the first.
-
-        Raises:
-            RequestError: There is one.
-        """
+        """Refuse tasks that two of the user's files define: lm-eval would take the first."""
         if self._folder is not None and self._files is None:
             self._files = _defining_files(Path(self._folder))
         for name in names:
@@ -364,11 +328,7 @@ class _Managers:
                 raise RequestError(f"Two files define the task {name!r}: {files[0]} and {files[1]}.", "Rename one.")
 
     def find(self, name: str) -> tuple[list[Any], TaskManager]:
-        """Return the tasks that a name stands for and the manager that knows them.
-
-        Raises:
-            RequestError: There are none.
-        """
+        """Return the tasks that a name stands for and the manager that knows them."""
         # a group may have members among lm-eval's own tasks
         local = [found for found in self.local.match_tasks([name]) if found not in self.local.all_groups]
         if local:

@@ -36,13 +36,8 @@ def context_length(fields: Mapping[str, Any], names: Mapping[str, str], default:
     """Return the most tokens that one row of a model may have, or `None` where its class sets no limit.
 
     Args:
-        fields: The fields of its config.
         names: The class's own names of fields, by the usual name: the `attribute_map` of a config class of
             transformers, or the `names` of an adapter.
-        default: What the class takes where the config does not say.
-
-    Raises:
-        SourceError: The config gives something else than an integer of 2 or more.
     """
     if fields.get("alibi") is True:  # attention is biased by distance, and no table of positions ends
         return None
@@ -59,11 +54,7 @@ def context_length(fields: Mapping[str, Any], names: Mapping[str, str], default:
 
 
 def context_length_of_config(config: Any) -> int | None:
-    """Return the same for a transformers config.
-
-    Raises:
-        SourceError: As `context_length`.
-    """
+    """Return the same for a transformers config."""
     text = config.get_text_config(decoder=True)
     if not hasattr(text, "to_dict"):  # some classes keep plain data there
         text = config
@@ -86,17 +77,7 @@ def default_length(longest: int | None) -> int:
 
 
 def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
-    """Return the tokens per row: as wanted, else 2048 or the model's longest.
-
-    Args:
-        name: The model's name.
-        config: Its transformers config.
-        wanted: What was asked for.
-
-    Raises:
-        RequestError: The wish is too short to predict anything, or longer than the model can do.
-        SourceError: The config says nonsense of the model's longest.
-    """
+    """Return the tokens per row: as wanted, else 2048 or the model's longest."""
     longest = context_length_of_config(config)
     if wanted is None:
         return default_length(longest)

@@ -40,9 +40,7 @@ class Parameter:
     """One declared parameter of a model.
 
     Attributes:
-        name: Its name in the model.
         shape: Its shape (of what is kept, its elements).
-        role: What it does for the stream.
         place: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
             or reads; of what writes, the number of the next one.
     """
@@ -73,24 +71,13 @@ def _first_of(names: list[str]) -> str:
 class Dimensions:
     """The sizes of one model.
 
-    Args:
-        adapter: The declaration of its family.
-        config: The fields of its config: the content of `config.json`.
-
     Attributes:
         hidden_size: d, the width of the residual stream.
-        blocks: L, the number of blocks.
         vocabulary: V, the number of rows of the token embedding.
-        heads: Attention heads.
-        key_value_heads: Key/value heads.
-        head_dim: Width of one head.
         is_tied: Whether the head shares the embedding table.
         layout: How the refit writes a slice: `stock` or `custom-code`.
         shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
         dim_multiple: Every legal dim is a multiple of it.
-
-    Raises:
-        UnsupportedModelError: A needed field is missing or is not a positive integer.
     """
 
     def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
@@ -200,17 +187,7 @@ class Dimensions:
         )
 
     def window(self, block: int) -> int | None:
-        """Return the sliding window of a block's attention: the tokens that one attends to, itself among them.
-
-        Args:
-            block: Index of the block.
-
-        Returns:
-            The window, or `None` where a token attends to all before it.
-
-        Raises:
-            UnsupportedModelError: The config lists another number of layers than it has.
-        """
+        """Return the sliding window of a block's attention: the tokens that one attends to, itself among them."""
         if not self.value("sliding_window"):
             return None
         kinds = self.value("layer_types")
@@ -411,11 +388,7 @@ class Dimensions:
         return nearest_in(self.legal_dims(), dim)
 
     def check_dim(self, dim: int) -> None:
-        """Refuse a dim that the family or its config class cannot have.
-
-        Raises:
-            RequestError: The dim is not positive, not below the hidden size, or not a legal multiple.
-        """
+        """Refuse a dim that the family or its config class cannot have."""
         if dim in self.legal_dims():
             return
         if dim <= 0:
@@ -434,14 +407,7 @@ class Dimensions:
         raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
 
     def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that the declaration and the parameters of a real model name the same things, of the same sizes.
-
-        Args:
-            shapes: Shape of each parameter of the real model by name.
-
-        Raises:
-            PluginError: They differ; the message names the parameters.
-        """
+        """Check that the declaration and the parameters of a real model name the same things, of the same sizes."""
         declared = {one.name: one.shape for one in self.declared_parameters()}
         kept = {
             f"{self.adapter.blocks}.{index}.{kept.path}"

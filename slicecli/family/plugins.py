@@ -29,12 +29,6 @@ class LoadedPlugin:
     """What became of one entry point.
 
     Attributes:
-        name: Name of the entry point.
-        module: The module it names.
-        distribution: The installed distribution it belongs to.
-        version: Version of that distribution.
-        hooks: Hooks it implements.
-        adapters: Names of the adapters it registered.
         error: Why it was skipped; empty when it works.
     """
 
@@ -52,10 +46,7 @@ class Plugins:
     """The outcome of one discovery.
 
     Attributes:
-        manager: The plugins' manager.
-        adapters: The adapters by name.
         refusals: The families that are refused by name.
-        loaded: What became of each entry point.
     """
 
     manager: pluggy.PluginManager
@@ -70,15 +61,7 @@ class Plugins:
 
 
 def load_plugins(found: list[EntryPoint], wanted: set[str] | None = None) -> Plugins:
-    """Load entry points one by one, keeping each one's failure to itself.
-
-    Args:
-        found: The entry points to consider.
-        wanted: Names to load; `None` loads all.
-
-    Raises:
-        RequestError: A wanted name is not among those found.
-    """
+    """Load entry points one by one, keeping each one's failure to itself."""
     names = {entry.name for entry in found}
     if wanted is not None and not wanted <= names:
         missing = ", ".join(sorted(wanted - names))

@@ -30,7 +30,6 @@ class Schedule:
 
     Attributes:
         blocks: For each block the width at each of its steps.
-        head: The width before the head.
     """
 
     blocks: tuple[tuple[int, ...], ...]
@@ -64,9 +63,6 @@ class Schedule:
 
         Norms have none left: weights and biases of norms move into the linears behind them, which get a bias where
         they had none. Every step has a shortcut.
-
-        Args:
-            dimensions: Sizes of the dense model.
         """
         places = self.places
         adapter = dimensions.adapter
@@ -89,12 +85,7 @@ class Schedule:
         return shapes
 
     def check(self, dimensions: Dimensions) -> None:
-        """Refuse a schedule that does not fit a model.
-
-        Raises:
-            RequestError: A number of blocks or steps, or a width, is not possible.
-            UnsupportedModelError: The method cannot slice this model.
-        """
+        """Refuse a schedule that does not fit a model."""
         _require_published(dimensions)
         size = dimensions.hidden_size
         steps = [len(block.sublayers) for block in dimensions.declared_blocks]
@@ -128,12 +119,7 @@ class Schedule:
 class PublishedSizes:
     """What a slice of the published method may be and weighs, for schedules of one width.
 
-    Args:
-        dimensions: Sizes of the dense model.
-        head: Whether the head is sliced; `None` as `slices_head` says.
-
     Attributes:
-        hidden_size: d.
         dim_multiple: Every legal dim is a multiple of it.
     """
 
@@ -154,11 +140,7 @@ class PublishedSizes:
         return range(1, self.hidden_size)
 
     def check_dim(self, dim: int) -> None:
-        """Refuse a dim that is no slice.
-
-        Raises:
-            RequestError: It is not positive, or not below the hidden size.
-        """
+        """Refuse a dim that is no slice."""
         if dim not in self.legal_dims():
             raise RequestError(
                 f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}.",
@@ -196,11 +178,6 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
     Args:
         text: `linear:S0:S1`, the fractions of the hidden size that the first and the last block lose; or the name of
             a JSON file with `blocks`, for each block the width at each of its steps, and perhaps `head`.
-        dimensions: Sizes of the model.
-        head: Whether the head is sliced, to the width of the last step; `None` as `slices_head` says, or as the file.
-
-    Raises:
-        RequestError: It is not a schedule, or does not fit the model.
     """
     size = dimensions.hidden_size
     linear = re.fullmatch(r"linear:(\d*\.?\d+):(\d*\.?\d+)", text)
@@ -249,11 +226,7 @@ def _are_widths(values: Sequence[object]) -> bool:
 
 
 def _require_published(dimensions: Dimensions) -> None:
-    """Refuse a declaration whose blocks cannot be taken apart into stream and branches.
-
-    Raises:
-        UnsupportedModelError: They cannot; the message says why.
-    """
+    """Refuse a declaration whose blocks cannot be taken apart into stream and branches."""
     if dimensions.shortcut_obstacle:
         raise UnsupportedModelError(
             f"The published method cannot slice this model: {dimensions.shortcut_obstacle}",

@@ -72,7 +72,6 @@ class Width:
     """How wide the slice shall be, in the user's units; exactly one field is given.
 
     Attributes:
-        dim: The hidden size itself.
         sparsity: Fraction of the hidden size to remove, between 0 and 1.
         target_parameters: The most parameters the slice may have.
         memory: The most bytes its weights may take.
@@ -105,11 +104,7 @@ class Width:
         that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
 
         Args:
-            sizes: What a slice of the model may be.
             bytes_per_parameter: Of the dtype that will be written.
-
-        Raises:
-            RequestError: No legal dim meets the wish.
         """
         if self.dim is not None:
             sizes.check_dim(self.dim)
@@ -139,17 +134,11 @@ class SlicePlan:
     """One slice, decided.
 
     Attributes:
-        model: Hub id or folder name.
-        model_type: Its `model_type`.
-        adapter: Name of the adapter.
         method: How weights are made: by the `refit`, or as SliceGPT does.
         layout: `stock`, a checkpoint that transformers loads without custom code, or `custom-code`.
-        hidden_size: d.
         dim: k; of a schedule of several widths, their mean.
         dtype: Dtype of the written weights.
         dense_parameters: Parameters of the dense model as shipped.
-        sliced_parameters: Parameters of the slice.
-        dense_dtype: Dtype of the dense checkpoint.
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
     """
@@ -185,16 +174,7 @@ class SlicePlan:
 
 
 def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> SliceSizes:
-    """Return what a slice of a model may be and weighs, by one method.
-
-    Args:
-        dimensions: Sizes of the model.
-        method: How it is sliced.
-        slice_head: Whether the published method slices the input of the head; `None` as it does by default.
-
-    Raises:
-        UnsupportedModelError: The method cannot slice this model.
-    """
+    """Return what a slice of a model may be and weighs, by one method."""
     return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
 
 
@@ -209,17 +189,7 @@ def preferred_dims(sizes: SliceSizes) -> list[int]:
 def check_method(
     method: Method, slice_head: bool | None = None, has_schedule: bool = False, has_orientation: bool = False
 ) -> None:
-    """Refuse options of the published method where it is not asked for.
-
-    Args:
-        method: The method.
-        slice_head: Whether the input of the head is sliced; `None` where it is not said.
-        has_schedule: Whether widths are given place by place.
-        has_orientation: Whether another orientation than the usual one is asked for.
-
-    Raises:
-        RequestError: One is given.
-    """
+    """Refuse options of the published method where it is not asked for."""
     if method == "slicegpt":
         return
     given = {

@@ -47,15 +47,9 @@ CITATION = """\
 class Card:
     """A card in its parts.
 
-    Args:
-        text: The whole card.
-
     Attributes:
-        metadata: The YAML at its top.
         before: The owner's text before what slicecli wrote.
         body: What slicecli wrote; `None` where there is nothing of it.
-        version: The version that wrote it.
-        after: The owner's text after it.
     """
 
     def __init__(self, text: str) -> None:
@@ -74,11 +68,7 @@ class Card:
 
 
 def read_card(folder: Path) -> Card | None:
-    """Return the card of a folder, `None` where there is none.
-
-    Raises:
-        OutputError: It cannot be read as one.
-    """
+    """Return the card of a folder, `None` where there is none."""
     path = folder / CARD_FILE
     if not path.is_file():
         return None
@@ -92,12 +82,7 @@ def read_card(folder: Path) -> Card | None:
 
 
 def render_card(record: Mapping[str, Any], existing: Card | None = None) -> str:
-    """Return the text of a slice's README.md.
-
-    Args:
-        record: The slice's record.
-        existing: The card there is: text and metadata of its owner are kept.
-    """
+    """Return the text of a slice's README.md."""
     from huggingface_hub import ModelCardData
 
     metadata = card_metadata(record)
@@ -115,12 +100,7 @@ def render_card(record: Mapping[str, Any], existing: Card | None = None) -> str:
 
 
 def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a card's metadata with ours in it: tags of both; a licence of the owner's stays where ours is unknown.
-
-    Args:
-        theirs: What the card has.
-        ours: What the record says.
-    """
+    """Return a card's metadata with ours in it: tags of both; a licence of the owner's stays where ours is unknown."""
     merged = {**theirs, **ours}
     tags = theirs.get("tags")
     merged["tags"] = list(dict.fromkeys([*ours["tags"], *(tags if isinstance(tags, list) else [])]))
@@ -132,11 +112,7 @@ def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[
 
 
 def render_body(record: Mapping[str, Any]) -> str:
-    """Return what slicecli writes into a card, as Markdown.
-
-    Args:
-        record: The slice's record.
-    """
+    """Return what slicecli writes into a card, as Markdown."""
     name = str(record["source"]["model"])
     place = record["repository"] or UNKNOWN_PLACE
     text: str = _template().render(

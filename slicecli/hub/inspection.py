@@ -61,7 +61,6 @@ class Inspection:
 
     Attributes:
         name: Hub id, or the folder's own name.
-        is_published: Whether it is a repository.
         record: The parsed record; `None` where there is none, or it is no JSON.
         faults: What in the record is not as its schema has it; its fields can be relied on where there is nothing.
         sizes: Bytes of each file by name, those in hidden places aside.
@@ -82,16 +81,7 @@ class Inspection:
 
 
 def inspect_folder(folder: Path, progress: Progress | None = None, name: str = "") -> Inspection:
-    """Look at a folder; the files that its record names are read whole.
-
-    Args:
-        folder: The folder.
-        progress: Progress callback.
-        name: What to call it, where it is the copy of a repository.
-
-    Raises:
-        SourceError: A file cannot be read.
-    """
+    """Look at a folder; the files that its record names are read whole."""
     if not (folder / RECORD_FILE).is_file():
         return _nothing(name or name_of_folder(folder), bool(name))
     try:
@@ -122,17 +112,7 @@ def inspect_folder(folder: Path, progress: Progress | None = None, name: str = "
 def inspect_repository(
     repository: str, revision: str | None = None, token: str | None = None, progress: Progress | None = None
 ) -> Inspection:
-    """Look at a repository; only small files are downloaded.
-
-    Args:
-        repository: Hub id.
-        revision: Branch, tag or commit.
-        token: Hub token; `None` takes the stored one.
-        progress: Progress callback.
-
-    Raises:
-        SourceError: It does not exist or cannot be reached.
-    """
+    """Look at a repository; only small files are downloaded."""
     return _from_hub(repository, lambda: _look_at(repository, revision, token, progress))
 
 
@@ -177,11 +157,7 @@ def _look_at(repository: str, revision: str | None, token: str | None, progress:
 
 
 def download_repository(repository: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a whole repository, and return the folder it is in.
-
-    Raises:
-        SourceError: It does not exist or cannot be fetched.
-    """
+    """Download a whole repository, and return the folder it is in."""
     import huggingface_hub
 
     return _from_hub(

@@ -28,11 +28,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual")
 
 
 def inherited_metadata(folder: Path) -> dict[str, Any]:
-    """Take licence and languages from a base model's card, where they are well formed.
-
-    Args:
-        folder: Folder with the card; it may have none.
-    """
+    """Take licence and languages from a base model's card, where they are well formed."""
     from huggingface_hub import ModelCard
 
     try:
@@ -66,11 +62,7 @@ def base_model_of(record: Mapping[str, Any]) -> str | None:
 
 
 def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a slice's card, as the Hub names it.
-
-    Args:
-        record: The slice's record.
-    """
+    """Return the metadata of a slice's card, as the Hub names it."""
     from huggingface_hub import ModelCardData
 
     base_model = base_model_of(record)

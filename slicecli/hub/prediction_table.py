@@ -47,15 +47,7 @@ def with_predictions(
 
 
 def _parameters_at(dim: int, known: Mapping[int, int]) -> int | None:
-    """Return the parameters of a slice from those of others, whose number is a polynomial in k of degree two at most.
-
-    Args:
-        dim: k.
-        known: Parameters by dim.
-
-    Returns:
-        The number, or `None` where too few others are known or theirs is no such polynomial.
-    """
+    """Return a slice's parameters from those of others: they are a polynomial in k of degree two at most."""
     if len(known) < 3:
         return None
     places = sorted(known)[:: max(1, (len(known) - 1) // 2)][:3]

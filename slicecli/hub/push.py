@@ -58,9 +58,7 @@ class Publication:
     """A published slice.
 
     Attributes:
-        repository: Its Hub id.
         url: Where it can be looked at: the commit, or the pull request.
-        commit: Hash of the commit.
         pull_request: Number of the pull request, if it is one.
         files: Size in bytes of each file, by name.
     """
@@ -73,12 +71,7 @@ class Publication:
 
 
 def check_can_push(repository: str, options: PushOptions) -> None:
-    """Refuse early what could not be pushed later: an id that is none, a token that is missing or opens nothing.
-
-    Raises:
-        RequestError: The id is not one.
-        PublishError: There is no valid token, it may not change a repository that exists, or the Hub cannot be reached.
-    """
+    """Refuse early what could not be pushed later: an id that is none, a token that is missing or opens nothing."""
     parse_repository(repository)
     api = _client(options)
     try:
@@ -97,15 +90,7 @@ def check_can_push(repository: str, options: PushOptions) -> None:
 
 
 def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
-    """Check a slice before it is sent; return the size of each file that would go.
-
-    Args:
-        folder: The slice.
-        options: How it would be pushed.
-
-    Raises:
-        OutputError: It is not whole, its files are not those of its record, or one holds a secret or a local path.
-    """
+    """Check a slice before it is sent; return the size of each file that would go."""
     from slicecli.hub.verify import verify_folder
 
     faults = [one for one in verify_folder(folder, [options.token] if options.token else []) if one.is_error]
@@ -120,18 +105,7 @@ def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
 
 
 def push_slice(folder: Path, repository: str, options: PushOptions) -> Publication:
-    """Publish a slice and make sure that the Hub has it as it is here.
-
-    Args:
-        folder: The slice; its record and card are given the repository's name.
-        repository: Hub id of the repository, made if it is new.
-        options: How.
-
-    Raises:
-        RequestError: The id is not one.
-        OutputError: The slice is not fit to be published.
-        PublishError: It could not be sent, or what the Hub has is not what was sent.
-    """
+    """Publish a slice and make sure that the Hub has it as it is here."""
     again = _again(folder, repository, options)
     try:
         check_can_push(repository, options)

@@ -19,7 +19,6 @@ class PublishedSlice:
     """A slice on the Hub.
 
     Attributes:
-        repository: Its Hub id.
         base_model: Hub id of the model it was made from, if its card names one.
         downloads: How often it was downloaded in the last 30 days.
         modified: Day of its last change, as YYYY-MM-DD.
@@ -34,18 +33,7 @@ class PublishedSlice:
 def find_slices(
     text: str | None = None, base_model: str | None = None, limit: int = 20, token: str | None = None
 ) -> list[PublishedSlice]:
-    """Return slices on the Hub, those downloaded most first.
-
-    Args:
-        text: Part of the repository's name.
-        base_model: Hub id of the model they were made from.
-        limit: The most to return.
-        token: Hub token, for private ones.
-
-    Raises:
-        RequestError: The limit is out of range, or no model can have the name.
-        SourceError: The Hub cannot be asked.
-    """
+    """Return slices on the Hub, those downloaded most first."""
     from huggingface_hub import HfApi
 
     check_count(limit, "A limit of {} is", "Give --limit")

@@ -67,7 +67,6 @@ class Finding:
     Attributes:
         check: Name of the check, one of `CHECKS`.
         is_error: Whether it is wrong; else it is good to know.
-        text: What was found, as a clause.
     """
 
     check: str
@@ -76,33 +75,14 @@ class Finding:
 
 
 def verify_folder(folder: Path, tokens: Sequence[str] = (), progress: Progress | None = None) -> list[Finding]:
-    """Check the slice in a folder.
-
-    Args:
-        folder: The folder.
-        tokens: Tokens that must not be in a file, besides those that the program knows.
-        progress: Progress callback.
-
-    Raises:
-        SourceError: A file cannot be read.
-    """
+    """Check the slice in a folder."""
     return verify_contents(inspect_folder(folder, progress), tokens)
 
 
 def verify_repository(
     repository: str, revision: str | None = None, token: str | None = None, download: bool = False
 ) -> list[Finding]:
-    """Check the slice in a repository.
-
-    Args:
-        repository: Hub id.
-        revision: Branch, tag or commit.
-        token: Hub token; `None` takes the stored one.
-        download: Download it all and hash what arrives, instead of trusting the hashes that the Hub states.
-
-    Raises:
-        SourceError: It does not exist or cannot be reached.
-    """
+    """Check the slice in a repository."""
     return verify_contents(examine_repository(repository, revision, token, download), [token] if token else [])
 
 
@@ -113,23 +93,14 @@ def examine_repository(
     download: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Look at what is in a repository, see `verify_repository`.
-
-    Raises:
-        SourceError: It does not exist or cannot be reached.
-    """
+    """Look at what is in a repository, see `verify_repository`."""
     if download:
         return inspect_folder(download_repository(repository, revision, token), progress, repository)
     return inspect_repository(repository, revision, token, progress)
 
 
 def verify_contents(inspection: Inspection, tokens: Sequence[str] = ()) -> list[Finding]:
-    """Make all checks that can be made; without a sound record most cannot.
-
-    Args:
-        inspection: What is there.
-        tokens: Tokens that must not be in a file, besides those that the program knows.
-    """
+    """Make all checks that can be made; without a sound record most cannot."""
     checks: list[Callable[[Inspection], Iterator[Finding]]] = [check_record]
     if not inspection.faults:
         checks += [check_files, check_counts, check_config, check_card]
@@ -401,10 +372,6 @@ def check_secrets(inspection: Inspection, tokens: Sequence[str] = ()) -> Iterato
 
     Vocabularies are searched for tokens only: among a hundred thousand pieces of text there may be paths. What a slice
     took over from a model on the Hub was public before, so that a path in it is a note.
-
-    Args:
-        inspection: What is there.
-        tokens: Tokens that must not be in a file, besides those that the program knows.
     """
     for file, content in inspection.texts.items():
         text = content.decode("utf-8", errors="replace")

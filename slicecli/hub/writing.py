@@ -48,27 +48,14 @@ MEASURED: dict[ResultKind, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Description:
-    """What is said of a slice as far as it is known before its weights are.
-
-    Attributes:
-        record: Its record, with predictions.
-        plots: Their plots by file name.
-    """
+    """What is said of a slice as far as it is known before its weights are."""
 
     record: dict[str, Any]
     plots: Mapping[str, bytes]
 
     @classmethod
     def draft(cls, record: dict[str, Any], forecasts: Sequence[Forecast]) -> Description:
-        """Draw predictions, and make sure that record and card can be written.
-
-        Args:
-            record: What `slicecli.record.record.build_record` returned.
-            forecasts: What is predicted of slices of its model.
-
-        Raises:
-            OutputError: They cannot.
-        """
+        """Draw predictions, and make sure that record and card can be written."""
         drafted = cls(*with_predictions(record, forecasts))
         errors = schema_errors(json.loads(json.dumps(drafted.record)))
         if errors:
@@ -83,17 +70,7 @@ class Description:
 def describe_slice(
     folder: Path, description: Description, energy: Mapping[str, Any], weights: Mapping[str, str]
 ) -> None:
-    """Write plot, record and card of a new slice, whose other files are there.
-
-    Args:
-        folder: The slice.
-        description: What was known of it before.
-        energy: What it keeps of the stream, for the record.
-        weights: SHA-256 of each weight file.
-
-    Raises:
-        OutputError: They cannot be written.
-    """
+    """Write plot, record and card of a new slice, whose other files are there."""
     record = {**description.record, "energy": dict(energy), "weights": dict(weights)}
     found = {name: file_digest(folder / name) for name in own_files(folder) if name not in record["weights"]}
     files = dict(sorted({**found, **record["files"]}.items()))
@@ -123,19 +100,8 @@ def enter_results(
     figure of the dense model stays only as long as the slice's is of the same rows or requests.
 
     Args:
-        folder: The slice.
-        perplexity: What `PerplexityResult.to_json` returns, by text.
-        tasks: What `TaskResult.to_json` returns, by task.
-        dense: The same two of the dense model, by `perplexity` and `tasks`.
         curves: What `Curve.to_json` returns of curves through these figures; one that is there already and rests on
             more slices stays.
-
-    Returns:
-        What the user should know of figures that are no longer there.
-
-    Raises:
-        OutputError: The folder has no record, or it cannot be written.
-        RequestError: A curve is of another model or method.
     """
     record = _record_to_enter_in(folder)
     results, remarks = record["results"], []
@@ -234,13 +200,8 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
     """Enter prediction curves into the record and the card of a slice, in place of those that are there.
 
     Args:
-        folder: The slice.
         curves: What `Curve.to_json` returns; those of other models and methods are left out. A curve on a text or task
             that was measured has its name, one on another file of that name a name of its own.
-
-    Raises:
-        OutputError: The folder has no record, or it cannot be written.
-        RequestError: None is of this slice's model and method.
     """
     record = _record_to_enter_in(folder)
     own = [
@@ -260,20 +221,12 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
 
 
 def enter_repository(folder: Path, repository: str) -> None:
-    """Enter where a slice is published, so that its card says how to load it from there.
-
-    Raises:
-        OutputError: The folder has no record, or it cannot be written.
-    """
+    """Enter where a slice is published, so that its card says how to load it from there."""
     _write(folder, {**_record_to_enter_in(folder), "repository": repository}, folder)
 
 
 def write_card(folder: Path) -> None:
-    """Write the card of a slice again, from its record; what its owner wrote into the card stays.
-
-    Raises:
-        OutputError: The folder has no record, or the card cannot be read or written.
-    """
+    """Write the card of a slice again, from its record; what its owner wrote into the card stays."""
     _write(folder, _record_to_enter_in(folder), folder)
 
 

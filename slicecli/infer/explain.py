@@ -38,9 +38,6 @@ class LinearForm:
     """How a module is a linear map.
 
     Attributes:
-        inputs: Its inputs.
-        outputs: Its outputs.
-        has_bias: Whether it adds a bias.
         is_transposed: Its weight is stored as (inputs, outputs).
     """
 
@@ -55,7 +52,6 @@ class Written:
     """A module whose output is part of a change of the stream.
 
     Attributes:
-        call: Its call.
         multiplier: The fixed number that multiplies the output.
         gate: The linear whose sigmoid multiplies it besides, for each token.
     """
@@ -73,13 +69,7 @@ def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def classify_norm(call: Call, width: int, epsilons: Mapping[str, float]) -> Norm | None:
-    """Return what kind of norm over the stream a call is, if it is one.
-
-    Args:
-        call: The call.
-        width: Width of the stream.
-        epsilons: Values of the config's epsilons by field, all different.
-    """
+    """Return what kind of norm over the stream a call is, if it is one."""
     weight, bias = getattr(call.module, "weight", None), getattr(call.module, "bias", None)
     if call.entering.shape != call.leaving.shape or call.entering.shape[-1] != width:
         return None
@@ -116,11 +106,6 @@ def explain_change(change: torch.Tensor, calls: Sequence[Call], gates: Sequence[
 
     Args:
         change: The change, shape (tokens, width).
-        calls: The modules that may be part of it, in the order in which their calls ended.
-        gates: Linears of one row; one of them may multiply one of the modules by its sigmoid.
-
-    Returns:
-        The modules whose multiple is not zero; `None` where no multiples explain the change.
     """
     # a module that only hands on what one inside it returned explains nothing; the inner one ended first
     calls = [

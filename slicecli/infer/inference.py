@@ -46,9 +46,7 @@ class Inference:
     """A declaration that was inferred and proved.
 
     Attributes:
-        adapter: The declaration.
         error: The largest relative error of a tiny model's logits in the proof, in float64.
-        checks: The checks that it passed.
     """
 
     adapter: Adapter
@@ -65,15 +63,7 @@ class _Sublayer:
 
 
 def infer_adapter(config: Any, trust_remote_code: bool = False) -> Inference:
-    """Infer the declaration of a model's family from its config, and prove it on a tiny random model.
-
-    Args:
-        config: The transformers config; no weights are read.
-        trust_remote_code: Whether code from the model's repository may run.
-
-    Raises:
-        NotInferredError: Something about the model does not fit a declaration, or the proof fails.
-    """
+    """Infer the declaration of a model's family from its config, and prove it on a tiny random model."""
     inferring = _Inferring(config, trust_remote_code)
     check = CHECKS[0]
     try:
@@ -99,8 +89,6 @@ class _Inferring:
     """The inference under way: each check adds to the adapter, or ends it.
 
     Attributes:
-        adapter: The declaration so far.
-        error: What the proof measured.
         found: What has been found so far, for people.
     """
 

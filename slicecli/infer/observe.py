@@ -22,8 +22,6 @@ class Call:
     """The first call of one module.
 
     Attributes:
-        path: Its path in the model.
-        module: The module.
         order: Place in the order in which calls ended.
         entering: The first floating tensor it was given, as (tokens, width); empty without one.
         leaving: The first floating tensor it returned, likewise.
@@ -46,7 +44,6 @@ class Observation:
     """One run of a model.
 
     Attributes:
-        model: The model.
         calls: First call of each module that was called, by path, in the order in which they ended.
     """
 

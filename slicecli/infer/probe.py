@@ -23,30 +23,15 @@ LARGEST_BARE_SIZE = 8
 
 
 def shapes_of(config: Any, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a config's parameters by name.
-
-    Raises:
-        SourceError: transformers cannot build the model.
-    """
+    """Return the shapes of a config's parameters by name."""
     return parameter_shapes(build_meta_model(config, trust_remote_code))
 
 
 class ConfigProbe:
     """A config seen through a tiny one of its class.
 
-    Args:
-        config: The config.
-        has_head_dim: Give the tiny heads a width of their own.
-        trust_remote_code: Whether code from the model's repository may run.
-
     Attributes:
-        config: The config.
-        tiny: The tiny config.
         has_head_dim: Whether its heads have a width of their own.
-        width: Its hidden size.
-
-    Raises:
-        SourceError: The class refuses small sizes.
     """
 
     def __init__(self, config: Any, has_head_dim: bool, trust_remote_code: bool) -> None:
@@ -65,11 +50,7 @@ class ConfigProbe:
         self.width = int(self.tiny.hidden_size)
 
     def changed(self, **changes: Any) -> Any:
-        """Return the tiny config with some fields changed.
-
-        Raises:
-            SourceError: The class refuses them.
-        """
+        """Return the tiny config with some fields changed."""
         return tiny_config(self.config, self.has_head_dim, **(self._floats | changes))
 
     def wider(self) -> Any:
@@ -113,15 +94,7 @@ class ConfigProbe:
         return sizes
 
     def size_name(self, size: int, what: str) -> str:
-        """Return the name under which a declaration refers to a size of the tiny model.
-
-        Args:
-            size: The size.
-            what: What has it, for the message.
-
-        Raises:
-            UnsupportedModelError: No field of the config gives it.
-        """
+        """Return the name under which a declaration refers to a size of the tiny model."""
         sizes: dict[str, int] = self._sizes
         for factor in (1, 2, 3, 4):
             for name, value in sizes.items():
@@ -133,11 +106,7 @@ class ConfigProbe:
         raise UnsupportedModelError(f"no config field gives the size {size} of {what}")
 
     def table_rows(self, count: int, is_tokens: bool, what: str) -> tuple[str, int]:
-        """Return the name of a table's number of rows, and how many rows it has beyond that.
-
-        Raises:
-            UnsupportedModelError: No field of the config gives it.
-        """
+        """Return the name of a table's number of rows, and how many rows it has beyond that."""
         if is_tokens:
             return "vocab_size", 0
         positions = SIZES["max_position_embeddings"]
@@ -146,11 +115,7 @@ class ConfigProbe:
         raise UnsupportedModelError(f"no config field gives the {count} rows of {what}")
 
     def multiplier_name(self, value: float) -> str:
-        """Return the field that has a value with which something is multiplied; empty for 1.
-
-        Raises:
-            UnsupportedModelError: None has it.
-        """
+        """Return the field that has a value with which something is multiplied; empty for 1."""
         if abs(value - 1) < 1e-9:
             return ""
         names = [name for name, field in self._floats.items() if abs(field - value) < 1e-9]

@@ -105,20 +105,7 @@ slicecli slice MODEL --dim N
 
 
 def write_package(config: Any, folder: Path, trust_remote_code: bool = False) -> Adapter:
-    """Infer a model's adapter and write it as a package.
-
-    Args:
-        config: The transformers config.
-        folder: The folder to make.
-        trust_remote_code: Whether code from the model's repository may run.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        UnsupportedModelError: No adapter could be inferred and proved, or the type is not one of transformers.
-        OutputError: The folder exists or cannot be written.
-    """
+    """Infer a model's adapter and write it as a package."""
     import transformers
 
     if config.model_type not in transformers.CONFIG_MAPPING:
@@ -161,12 +148,7 @@ def structural_switches(config: Any, adapter: Adapter, trust_remote_code: bool =
 
 
 def package_files(adapter: Adapter, switches: Mapping[str, bool]) -> dict[str, str]:
-    """Return the text of each file of a plugin package.
-
-    Args:
-        adapter: The declaration.
-        switches: What `structural_switches` returns.
-    """
+    """Return the text of each file of a plugin package."""
     model_type = adapter.model_types[0]
     name = re.sub(r"\W", "_", model_type)
     names = {

@@ -24,16 +24,7 @@ __all__ = ["draft_description", "licence_warning", "reproduce_command"]
 
 
 def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
-    """Return what is known of a slice before its weights are, found fit to be written.
-
-    Args:
-        job: The job.
-        plan: Of the slice.
-        rows: The calibration rows.
-
-    Raises:
-        OutputError: It is not.
-    """
+    """Return what is known of a slice before its weights are, found fit to be written."""
     sizes = slice_sizes(job.dimensions, plan.method, job.options.slice_head)
     record = build_record(
         plan,

@@ -121,16 +121,9 @@ class Job:
     """Slices of one model, decided and found possible, before any weight is read; none where it is only measured.
 
     Attributes:
-        source: The dense model.
-        adapter: Its family's declaration.
         inference: How the declaration was inferred, if it was.
-        dimensions: Its sizes.
-        config: Its transformers config.
-        sequence_length: Tokens per calibration row.
         placement: Where the dense weights rest, and what computes.
-        streams: Where the streams are kept.
         slices: Plan, sliced config and output folder of each slice.
-        options: The rest.
     """
 
     source: Source
@@ -154,17 +147,7 @@ class Job:
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
-    """Decide on slices and refuse what can be refused without weights.
-
-    Args:
-        model: Hub id or folder.
-        widths: How wide each slice shall be.
-        outputs: Where each goes; `None` takes `./<name>-dim<k>`.
-        options: The rest.
-
-    Raises:
-        SlicecliError: The model or the request is not possible; nothing was downloaded but small files.
-    """
+    """Decide on slices and refuse what can be refused without weights."""
     import torch
 
     from slicecli.slicing.journal import seconds_between_snapshots
@@ -282,12 +265,7 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
 def resolve(
     width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
 ) -> tuple[int, Schedule | None]:
-    """Return the dim that meets a wish, and for the published method the width at every place.
-
-    Raises:
-        RequestError: The wish cannot be met.
-        UnsupportedModelError: The method cannot slice this model.
-    """
+    """Return the dim that meets a wish, and for the published method the width at every place."""
     if options.method == "refit":
         return width.resolve(dimensions, bytes_per_parameter), None
     if width.schedule is not None:
@@ -303,15 +281,7 @@ def resolve(
 def config_of(
     plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
 ) -> Any:
-    """Return the config of a planned slice.
-
-    Args:
-        plan: The plan.
-        config: The dense model's config.
-        dimensions: Its sizes.
-        block_output_length: What `slicecli.proof.declaration.prove_shortcuts` found.
-        has_code: Whether the dense model's own code goes along.
-    """
+    """Return the config of a planned slice."""
     if plan.layout == "stock":
         return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)
@@ -324,7 +294,6 @@ class ChosenAdapter:
     """The adapter of a model.
 
     Attributes:
-        adapter: The adapter.
         fields: The fields of the config to read it with: of `config.json` alone, unless the config class had to be
             asked anyway.
         inference: How the adapter was inferred, if it was.
@@ -336,16 +305,7 @@ class ChosenAdapter:
 
 
 def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
-    """Choose the adapter for a model, or infer one where no plugin knows its type.
-
-    Args:
-        source: The model.
-        name: Name of an adapter; `auto` infers in any case; `None` chooses by the model's type.
-
-    Raises:
-        RequestError: No adapter has the name.
-        UnsupportedModelError: The model cannot be sliced, or no adapter for it could be inferred and proved.
-    """
+    """Choose the adapter for a model, or infer one where no plugin knows its type."""
     if source.fields.get("model_type") == CONFIG_TYPE:
         raise UnsupportedModelError(
             f"{source.name} is a slice already, with code of its own, which is not sliced again.",
@@ -365,12 +325,7 @@ def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
 
 
 def full_fields(source: Source, config: Any) -> dict[str, Any]:
-    """Return the fields of a model's config, those that config.json leaves out as the config class has them.
-
-    Args:
-        source: The model.
-        config: Its transformers config.
-    """
+    """Return the fields of a model's config, those that config.json leaves out as the config class has them."""
     return {**source.fields, **{name: value for name, value in config.to_dict().items() if value is not None}}
 
 

@@ -54,17 +54,6 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
     """Put config, tokenizer, licences and code into the folders of a job's slices, and make sure that they load.
 
     What an interrupted run has computed stays there, everything else is written anew.
-
-    Args:
-        job: The job.
-        folders: The unfinished folder of each slice.
-
-    Returns:
-        The empty model of each slice, of its config as it was read back.
-
-    Raises:
-        SourceError: One does not load, or its tokenizer is not the dense model's.
-        PluginError: A model has other sizes than the adapter says.
     """
     tokenizer = job.source.tokenizer()
     return [
@@ -89,11 +78,7 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
 
 
 def rehearse(job: Job) -> None:
-    """Prepare folders for a job's slices where they go away again, to find out whether the slices would load.
-
-    Raises:
-        SlicecliError: One would not, see `prepare_folders`.
-    """
+    """Prepare folders for a job's slices where they go away again, to find out whether the slices would load."""
     try:
         with ExitStack() as stack:
             folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="slicecli-")) for _ in job.slices]
@@ -107,11 +92,7 @@ def rehearse(job: Job) -> None:
 
 
 def _take_over(source: Source, file: str, folder: Path) -> None:
-    """Copy a file of the dense model into a slice's folder.
-
-    Raises:
-        SourceError: It cannot be read.
-    """
+    """Copy a file of the dense model into a slice's folder."""
     target = folder / file
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -129,9 +110,6 @@ def _write_config(config: Any, folder: Path, source: Source) -> None:
 
     What only generation reads has no place in a config any more, and its classes drop it; transformers still looks for
     it in the file where there is no generation config.
-
-    Raises:
-        SourceError: It cannot be written.
     """
     import transformers
 
@@ -150,12 +128,7 @@ def _write_config(config: Any, folder: Path, source: Source) -> None:
 
 
 def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
-    """Return the empty model of the config that is in a folder.
-
-    Raises:
-        SourceError: transformers refuses the config, or cannot build the model.
-        PluginError: The model has other sizes than the adapter says.
-    """
+    """Return the empty model of the config that is in a folder."""
     import transformers
 
     try:
@@ -180,11 +153,7 @@ def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
 
 
 def _check_generation_config(folder: Path, source: Source) -> None:
-    """Refuse what keeps transformers from loading a model: it does without a generation config, but not with any.
-
-    Raises:
-        SourceError: transformers refuses it.
-    """
+    """Refuse what keeps transformers from loading a model: it does without a generation config, but not with any."""
     from transformers import GenerationConfig
 
     try:
@@ -203,11 +172,7 @@ def _check_generation_config(folder: Path, source: Source) -> None:
 
 
 def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> None:
-    """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does.
-
-    Raises:
-        SourceError: It cannot be loaded, or does something else.
-    """
+    """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does."""
     problem = _problem_with_tokenizer(folder, source, tokenizer)
     if problem is not None and plan.layout != "stock" and not tokenizer_code(folder):
         # the type of the dense model may have chosen the class, and the slice is of another type

@@ -85,13 +85,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     published method a pass for each.
 
     Args:
-        job: The job.
-        progress: Progress callback.
         resumes_if_possible: Go on where an interrupted run of the same job has left something, and start anew where
             another has; `SliceOptions.resume` refuses then.
-
-    Raises:
-        SlicecliError: Something failed; no output folder is left behind.
     """
     from slicecli.hub.writing import describe_slice
     from slicecli.jobs.description import draft_description, licence_warning
@@ -173,15 +168,7 @@ def _open_targets(
     state: Mapping[str, Any] | None,
     stack: ExitStack,
 ) -> tuple[list[Target], list[ShardWriter]]:
-    """Return the slices in the making, and in the main process the writers of their shards, which the stack closes.
-
-    Args:
-        job: The job.
-        folders: Their unfinished folders; none in other processes than the main one.
-        meta_models: Their meta models; likewise.
-        state: What an interrupted run has left; `None` begins anew.
-        stack: Closes the writers.
-    """
+    """Return the slices in the making, and in the main process the writers of their shards, which the stack closes."""
     targets, writers = [], []
     for number, (plan, config, _) in enumerate(job.slices):
         missing = None if state is None else state["missing"][number]
@@ -206,11 +193,7 @@ def _slice_weights(
     progress: Progress,
     journal: Journal | None,
 ) -> tuple[list[Energy], bool]:
-    """Compute the tensors of every slice, by the job's method.
-
-    Returns:
-        What each slice keeps of the stream's energy, and whether the statistics were in the cache.
-    """
+    """Compute the tensors of every slice, by the job's method."""
     from slicecli.slicing.refit import refit
     from slicecli.slicing.slicegpt import slice_published
 
@@ -302,11 +285,7 @@ def _fingerprint(job: Job, rows: Rows, batches: Batches, dense: DenseModel) -> d
 
 
 def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:
-    """Return the journal's state that an interrupted run has left, or clear the folders and return `None`.
-
-    Raises:
-        OutputError: The journal is of another run, and that is not to be overlooked.
-    """
+    """Return the journal's state that an interrupted run has left, or clear the folders and return `None`."""
     from slicecli.slicing.journal import is_progress, read_state
 
     try:
@@ -326,12 +305,6 @@ def with_weights(job: Job) -> Job:
     """Fetch the weights of a job's model, and return the job with the counts of what is loaded from them.
 
     Before they are at hand, a config is believed.
-
-    Args:
-        job: The job.
-
-    Raises:
-        SlicecliError: The weights cannot be had, or are not those of the config.
     """
     with Processes.find().main_of_machine_first():
         job.source.fetch_weights()
@@ -349,11 +322,7 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     """Make ready to read the weights of a job's model.
 
     Args:
-        job: The job; its weights must be at hand (`with_weights`).
         dtype: Name of the dtype to compute in, as if the checkpoint had it; `None` takes the checkpoint's.
-
-    Raises:
-        SlicecliError: The weights cannot be read.
     """
     import torch
 
@@ -383,12 +352,7 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
     """Open a job's model, and divide the rows in batches, and among the processes where there are several.
 
     Args:
-        job: The job.
-        rows: The rows.
         dtype: As of `open_dense`.
-
-    Raises:
-        SlicecliError: The weights cannot be had, or are not the same everywhere.
     """
     from slicecli.slicing.reductions import share_rows
 
@@ -409,11 +373,6 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     """Divide the slices of a job into groups whose streams fit where they are kept, in order.
 
     A group shares the dense half of the refit; a slice that is alone too large for it is a group of its own.
-
-    Args:
-        job: The job.
-        dense: The dense model.
-        tokens: Calibration tokens that run here.
     """
     import torch
 
@@ -436,12 +395,7 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
 
 
 def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
-    """Draw the calibration rows; say where they are fewer than asked or than the refit would like, or monotonous.
-
-    Raises:
-        TextError: The text cannot be read or is too short.
-        SourceError: There is no tokenizer, or it does not belong to the model.
-    """
+    """Draw the calibration rows; say where they are fewer than asked or than the refit would like, or monotonous."""
     from slicecli.data.packing import calibration_rows, monotony
     from slicecli.data.text import read_text
 

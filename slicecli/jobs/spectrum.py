@@ -34,19 +34,8 @@ def run_spectrum(
     """Measure what slices of a model would lose.
 
     Args:
-        model: Hub id or folder.
         options: Text, rows, device and the like, as for a slice; `dtype` is the one to compute in, and what says how
             or where a slice is written is of no effect.
-        progress: Progress callback.
-        warn: Takes a sentence that the user should know.
-
-    Returns:
-        The document. `spectrum` has an entry for every dim up to the hidden size, of wide models for about every 256th
-        part of it: `kept` and `importance_kept` as in the record of a refit, and `fisher`, in nats per token, with the
-        basis of the refit and with the bases of the published method.
-
-    Raises:
-        SlicecliError: The model cannot be sliced, or the text or the weights cannot be read.
     """
     from slicecli.progress import Silent
     from slicecli.slicing.fisher import collect_fisher

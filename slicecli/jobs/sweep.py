@@ -53,10 +53,7 @@ class Sweep:
     """What came out of a sweep.
 
     Attributes:
-        folder: Where it is written.
-        document: What `results.json` holds.
         curves: The fitted curves, that of the first text first.
-        warnings: What the user should know.
     """
 
     folder: Path
@@ -146,11 +143,7 @@ def run_sweep(
 
 
 def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -> tuple[int, ...]:
-    """Return the legal dims of a model that are nearest to fractions removed.
-
-    Raises:
-        SlicecliError: The model cannot be read or sliced.
-    """
+    """Return the legal dims of a model that are nearest to fractions removed."""
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     chosen = find_adapter(source, options.adapter)
@@ -195,11 +188,7 @@ def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSe
 
 
 def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:
-    """Return the results to go on with: those in the folder if they are of this sweep, else empty ones.
-
-    Raises:
-        OutputError: The folder has something else in it.
-    """
+    """Return the results to go on with: those in the folder if they are of this sweep, else empty ones."""
     path = folder / RESULTS_FILE
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not path.is_file())):
         raise OutputError(
@@ -238,14 +227,7 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
 
 
 class _Measure:
-    """Measures the dense model and its slices on the same rows.
-
-    Attributes:
-        prepared: The rows and tasks.
-
-    Raises:
-        SlicecliError: What is to be measured on cannot be had.
-    """
+    """Measures the dense model and its slices on the same rows."""
 
     def __init__(self, job: Job, evaluation: EvaluationOptions, progress: Progress | None) -> None:
         self._job = job

@@ -92,14 +92,7 @@ def random_basis(dimensions: Dimensions, seed: int, device: torch.device | None 
 
 
 def projected_model(model: Any, dimensions: Dimensions, basis: Basis, dim: int | None = None) -> Any:
-    """Return a model of the same class, sliced by projection alone.
-
-    Args:
-        model: The dense model, with weights.
-        dimensions: Its sizes.
-        basis: The basis, on the model's device.
-        dim: k; `None` keeps the full width, for which every family's own class will do.
-    """
+    """Return a model of the same class, sliced by projection alone."""
     sliced = _empty_like(model, dimensions, dim)
     tensors: dict[str, torch.Tensor] = {}
     project(dimensions, ModelWeights(model), basis, dim or dimensions.hidden_size, model.dtype, tensors.__setitem__)
@@ -116,16 +109,7 @@ def _empty_like(
     schedule: Schedule | None = None,
     block_output_length: int = 0,
 ) -> Any:
-    """Return a model of the same device with weights of no meaning, its head apart from its embeddings.
-
-    Args:
-        model: The model.
-        dimensions: Its sizes.
-        dim: Its hidden size; `None` keeps the model's.
-        on_meta: Make no weights at all.
-        schedule: Instead: a width for each place, with shortcuts between them.
-        block_output_length: As `slicecli.checkpoint.configs.custom_code_config` takes it.
-    """
+    """Return a model of the same device with weights of no meaning, its head apart from its embeddings."""
     dtype = str(model.dtype).removeprefix("torch.")
     cls = type(model)
     if schedule is not None:
@@ -179,10 +163,6 @@ def prove_accounting(shapes_by_width: dict[int, dict[str, tuple[int, ...]]], dim
     Args:
         shapes_by_width: Shapes of the same config's parameters by name, for two hidden sizes that leave all other
             sizes alone.
-        dimensions: The sizes of the model at either of them.
-
-    Raises:
-        PluginError: A parameter grows that is not declared to, or the other way round; the message names it.
     """
     first, second = shapes_by_width.values()
     grows = {name for name in first if first[name] != second.get(name)}
@@ -219,16 +199,7 @@ def prove_rotation(
 
     Args:
         model: The dense model, with weights; use float64 for a tight tolerance.
-        dimensions: Its sizes.
         token_ids: Shape (rows, sequence length), on the model's device.
-        tolerance: The largest relative error that passes.
-        seed: Seed of the rotation.
-
-    Returns:
-        The relative error of the logits.
-
-    Raises:
-        PluginError: Something differs; the message names the first module at fault.
     """
     basis = random_basis(dimensions, seed, model.device)
     rotated = projected_model(model, dimensions, basis)
@@ -241,17 +212,7 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
     A rotation cannot show what depends on the hidden size itself: a factor that the model multiplies the embeddings by.
 
     Args:
-        model: The dense model, with weights, of a family whose own class can describe a slice.
-        dimensions: Its sizes.
         token_ids: Shape (rows, sequence length), on the model's device.
-        dim: k.
-        tolerance: The largest relative error that passes.
-
-    Returns:
-        The relative error.
-
-    Raises:
-        PluginError: It does not; the message names the tables.
     """
     basis = random_basis(dimensions, 0, model.device)
     dense, sliced = (
@@ -269,16 +230,7 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
 
 
 def prove_own_class(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
-    """Check on a small model of a config's class, which is not transformers' own, that an adapter describes it.
-
-    Args:
-        adapter: The declaration, which was made for transformers' own class of the type.
-        config: The transformers config of the model that shall be sliced.
-        trust_remote_code: Whether code from the model's repository may run.
-
-    Raises:
-        PluginError: It does not; the message names the first module at fault.
-    """
+    """Check on a small model of a config's class, which is not transformers' own, that an adapter describes it."""
     small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
     model = random_model(small, dtype="float64", trust_remote_code=trust_remote_code)
     dimensions = Dimensions(adapter, small.to_dict())
@@ -306,16 +258,7 @@ def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tol
     branch reads.
 
     Args:
-        model: The dense model, with weights.
-        dimensions: Its sizes.
         token_ids: Calibration rows, shape (rows, sequence length), on the model's device.
-        tolerance: The largest relative error that passes.
-
-    Returns:
-        The relative error of the logits.
-
-    Raises:
-        PluginError: Something differs; the message names the first module at fault.
     """
     (sliced,), basis = slice_in_memory(model, dimensions, token_ids, dimensions.hidden_size)
     return _prove_same(model, sliced, dimensions, basis, token_ids, tolerance, "the refit at full width")
@@ -327,11 +270,7 @@ def slice_in_memory(
     """Slice a model that is in memory, by the refit; nothing is read or written.
 
     Args:
-        model: The dense model, with weights.
-        dimensions: Its sizes.
         token_ids: Calibration rows, shape (rows, sequence length).
-        *dims: The dims; at full width any family will do, below only those whose own class can describe a slice.
-        batch_rows: Rows that go through the model at a time.
 
     Returns:
         The slices, in the model's dtype, and their basis.
@@ -371,13 +310,7 @@ def published_in_memory(
     """Slice a model that is in memory by the published method; nothing is read or written.
 
     Args:
-        model: The dense model, with weights.
-        dimensions: Its sizes.
         token_ids: Calibration rows, shape (rows, sequence length).
-        schedule: The widths; the full one at every place gives a model that computes the same.
-        orientation: How the kept directions are turned.
-        seed: Seed of random orientations.
-        batch_rows: Rows that go through the model at a time.
 
     Returns:
         The slice, in the model's dtype.
@@ -417,17 +350,6 @@ def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool) -> int:
 
     At full width the published method only turns the stream at every place, which changes nothing; at a smaller one
     the model must run.
-
-    Args:
-        adapter: The declaration.
-        config: The transformers config of the model that shall be sliced.
-        slices_head: Whether its head is sliced.
-
-    Returns:
-        The length of the tuple that a block returns; 0 for a tensor.
-
-    Raises:
-        PluginError: The logits differ, or the narrow model does not run.
     """
     small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
     model = random_model(small, dtype="float64")

@@ -70,16 +70,7 @@ _ROTATIONS = ("rope_parameters", "rope_scaling")
 
 
 def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
-    """Return a config of the same class with small sizes.
-
-    Args:
-        like: A transformers config, or a model type, for which the class's default config serves.
-        has_head_dim: Set a head width of its own, not hidden size over heads.
-        **changes: Fields to set besides.
-
-    Raises:
-        SourceError: The class refuses the sizes.
-    """
+    """Return a config of the same class with small sizes."""
     import transformers
 
     if isinstance(like, str):
@@ -110,13 +101,7 @@ def random_model(config: Any, seed: int = 0, dtype: str = "float32", trust_remot
     """Build a model of a config with random weights: no bias is zero, no norm weight is one.
 
     Args:
-        config: A transformers config, of a small model.
-        seed: Seed of the weights.
         dtype: Their dtype.
-        trust_remote_code: Whether code from the model's repository may run.
-
-    Raises:
-        SourceError: transformers cannot build it.
     """
     import torch
     import transformers

@@ -44,12 +44,7 @@ SPECTRUM_POINTS = 64
 
 @dataclass(frozen=True)
 class Energy:
-    """How much of the stream's energy a slice keeps, and others would.
-
-    Attributes:
-        kept: Share in the slice.
-        fields: What the record says of it.
-    """
+    """How much of the stream's energy a slice keeps, and others would."""
 
     kept: float
     fields: dict[str, Any]
@@ -100,17 +95,7 @@ def build_record(
     inherited: Mapping[str, Any],
     other_dims: Mapping[int, int],
 ) -> dict[str, Any]:
-    """Put a record together, as far as it is known in planning; energy and weights are entered when they are there.
-
-    Args:
-        plan: What was decided.
-        source: The dense model.
-        rows: The calibration rows.
-        seed: Seed of their draw.
-        command: The command that makes the slice again.
-        inherited: Licence and languages from the dense model's card.
-        other_dims: Parameters of slices to other dims.
-    """
+    """Put a record together, as far as it is known in planning; energy and weights are entered when they are there."""
     return {
         "record_version": RECORD_VERSION,
         "slicecli_version": __version__,
@@ -173,12 +158,7 @@ def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
 
 
 def known_names(record: Mapping[str, Any], kind: ResultKind) -> dict[str, str | None]:
-    """Return the names of texts from files, or of tasks, in a record, with the digests of those from files.
-
-    Args:
-        record: A sound record; empty where there is none.
-        kind: Texts or tasks.
-    """
+    """Return the names of texts from files, or of tasks, in a record, with the digests of those from files."""
     results = record.get("results") or {}
     names = {
         name: digest_of(figure, kind)

@@ -39,14 +39,7 @@ def record_schema() -> dict[str, Any]:
 
 
 def schema_errors(record: Any) -> list[str]:
-    """Say what in a record is not as its schema has it.
-
-    Args:
-        record: A record, as parsed JSON.
-
-    Returns:
-        A clause for each fault, with its JSON path, sorted, at most `MOST_ERRORS`; none where the record fits.
-    """
+    """Say what in a record is not as its schema has it."""
     known = record_schema()["properties"]["record_version"]["const"]
     version = record.get("record_version") if isinstance(record, dict) else None
     if _is_whole(version) and version != known:

@@ -57,7 +57,6 @@ class Share:
     """What one process takes of some rows.
 
     Attributes:
-        rows: Its rows, which lie together.
         processes: The processes, this one marked as idle where it has no rows.
     """
 
@@ -72,9 +71,6 @@ class Processes:
     All methods that exchange something must be called by all processes, in the same order.
 
     Attributes:
-        rank: Which of them this is.
-        count: How many there are.
-        local_rank: Which of those on this machine.
         local_count: How many there are on this machine.
         is_idle: This one has no rows: it runs along with the others, and adds nothing to sums.
     """
@@ -87,11 +83,7 @@ class Processes:
 
     @classmethod
     def find(cls) -> Processes:
-        """Return the processes that a launcher has started, or one alone.
-
-        Raises:
-            RequestError: The launcher's variables make no sense.
-        """
+        """Return the processes that a launcher has started, or one alone."""
         if _here.found is None:
             _here.found = _from_environment()
         return _here.found
@@ -110,10 +102,6 @@ class Processes:
 
         Batches stay whole, because how a batch is rounded depends on its size: so the batches, and with them the
         result, are those of one process.
-
-        Args:
-            rows: How many there are.
-            batch: Rows of a batch.
         """
         least, more = divmod(-(-rows // batch), self.count)
         first = self.rank * least + min(self.rank, more)
@@ -123,9 +111,6 @@ class Processes:
 
     def deal(self, groups: Sequence[Any]) -> list[int]:
         """Return the indices that are this process's, where what follows each other with an equal value stays together.
-
-        Args:
-            groups: A value for each index.
 
         Example:
             >>> Processes(rank=1, count=2).deal("aabbcd")
@@ -139,11 +124,7 @@ class Processes:
         return found
 
     def device(self) -> torch.device:
-        """Return this process's own device: the GPU of its number on this machine, or the CPU.
-
-        Raises:
-            RequestError: There are fewer GPUs than processes.
-        """
+        """Return this process's own device: the GPU of its number on this machine, or the CPU."""
         import torch
 
         # as accelerate launch --cpu says it
@@ -163,9 +144,6 @@ class Processes:
 
         Args:
             notify: Takes a sentence that says what is waited for, if that takes some seconds.
-
-        Raises:
-            ProcessError: They do not come, or one of them has failed.
         """
         if self.count == 1 or _here.store is not None:
             return
@@ -189,11 +167,7 @@ class Processes:
             ) from error
 
     def _meet(self, notify: Callable[[str], object]) -> Any:
-        """Open the store, which the main process keeps or its launcher, and return it when all processes are there.
-
-        Raises:
-            ProcessError: Some do not come, or one has failed.
-        """
+        """Open the store, which the main process keeps or its launcher, and return it when all processes are there."""
         import torch.distributed as dist
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -254,9 +228,7 @@ class Processes:
         """Let the main process make tensors, and give them to all, so that all go on with the same bits.
 
         Args:
-            make: Returns them; called in the main process only.
             shapes: Their shapes. All are float64.
-            device: Where they are.
         """
         import torch
 
@@ -271,11 +243,7 @@ class Processes:
         return tensors
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """Let the main process do something, and give what it returns to all.
-
-        Args:
-            make: Returns plain data; called in the main process only.
-        """
+        """Let the main process do something, and give what it returns to all."""
         import torch
 
         if self.count == 1:
@@ -322,14 +290,7 @@ class Processes:
             self.barrier()
 
     def require_same(self, values: Mapping[str, Any]) -> None:
-        """Refuse to work together with processes that have other files, or other versions.
-
-        Args:
-            values: What must be the same in all, as plain data, by what it is called in a sentence.
-
-        Raises:
-            RequestError: Something is not.
-        """
+        """Refuse to work together with processes that have other files, or other versions."""
         everyone = self.gather(dict(values))
         for name in values:
             differing = [rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]]
@@ -402,11 +363,7 @@ class Processes:
         self._finish(dist.broadcast(tensor, 0, group=_here.group, async_op=True))
 
     def _finish(self, work: Any) -> None:
-        """Wait for an exchange.
-
-        Raises:
-            ProcessError: Another process has failed, or is gone.
-        """
+        """Wait for an exchange."""
         self._wait(work.is_completed)
         try:
             work.wait()
@@ -418,11 +375,7 @@ class Processes:
             ) from error
 
     def _wait(self, is_done: Callable[[], bool]) -> None:
-        """Nap until something is done.
-
-        Raises:
-            ProcessError: Another process has failed.
-        """
+        """Nap until something is done."""
         nap, listened = NAP, time.monotonic()
         while not is_done():
             time.sleep(nap)
@@ -432,11 +385,7 @@ class Processes:
                 listened = time.monotonic()
 
     def _listen(self) -> None:
-        """Hear whether another process has failed.
-
-        Raises:
-            ProcessError: One has.
-        """
+        """Hear whether another process has failed."""
         try:
             if not _here.store.check([FAILED]):
                 return
@@ -458,15 +407,7 @@ class _Patience:
         self._has_notified = False
 
     def wait(self, is_done: Callable[[], bool], absent: Callable[[], list[str]]) -> None:
-        """Nap until something is done.
-
-        Args:
-            is_done: Says whether it is.
-            absent: Returns the names of the processes that have not come.
-
-        Raises:
-            ProcessError: They do not come, or one has failed.
-        """
+        """Nap until something is done."""
         who = f"This is process {self._processes.rank} of {self._processes.count}"
         while not is_done():
             waited = time.monotonic() - self._started

@@ -16,11 +16,7 @@ MARK = "---"
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
-    """Return the YAML at the top of a card; nothing where it has none that can be read.
-
-    Args:
-        path: The card.
-    """
+    """Return the YAML at the top of a card; nothing where it has none that can be read."""
     try:
         if not path.is_file() or path.stat().st_size > MOST_CARD_BYTES:
             return {}

@@ -25,11 +25,7 @@ Result = TypeVar("Result")
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """Call, and call again after a pause where the fault may pass; the last error is raised.
-
-    Args:
-        call: What may be done again after it failed.
-    """
+    """Call, and call again after a pause where the fault may pass; the last error is raised."""
     for pause in PAUSES:
         try:
             return call()

@@ -29,29 +29,17 @@ MOST_CHARACTERS = 200
 
 
 def describe_hub_error(error: BaseException) -> str:
-    """Say in one clause what went wrong between this machine and the Hub.
-
-    Args:
-        error: Anything raised by `huggingface_hub`, `datasets`, or the HTTP client under them.
-    """
+    """Say in one clause what went wrong between this machine and the Hub."""
     return _explain(error)[0]
 
 
 def remedy_of_hub_error(error: BaseException) -> str:
-    """Say in one sentence what a person can do about what `describe_hub_error` says.
-
-    Args:
-        error: The same.
-    """
+    """Say in one sentence what a person can do about what `describe_hub_error` says."""
     return _explain(error)[1]
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether the same may go well a little later: a fault of the Hub's own, or of a connection that was there.
-
-    Args:
-        error: Anything raised by the Hub's client.
-    """
+    """Tell whether the same may go well a little later: a fault of the Hub's own, or of a connection that was there."""
     if (response := _response(error)) is not None:
         return int(response.status_code) in TRANSIENT_STATUSES
     if is_of_settings(error) or _is_unreachable(error):
@@ -60,31 +48,19 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_of_settings(error: BaseException) -> bool:
-    """Tell whether a setting on this machine is at fault: offline mode, HF_ENDPOINT, or a token that cannot be sent.
-
-    Args:
-        error: Anything raised by the Hub's client, or by `datasets`.
-    """
+    """Tell whether a setting on this machine is at fault: offline mode, HF_ENDPOINT, or a token that cannot be sent."""
     return _is_offline(error) or _is_bad_token(error) or _is_bad_address(error)
 
 
 def is_not_in_cache(error: BaseException) -> bool:
-    """Tell whether the Hub could not be asked, and the cache does not have what was wanted.
-
-    Args:
-        error: Anything raised by the Hub's client.
-    """
+    """Tell whether the Hub could not be asked, and the cache does not have what was wanted."""
     from huggingface_hub import errors
 
     return _find(error, errors.LocalEntryNotFoundError)
 
 
 def seconds_to_wait(error: BaseException) -> int | None:
-    """Return after how many seconds the Hub wants to be asked again, `None` where it does not say.
-
-    Args:
-        error: Anything raised by the Hub's client.
-    """
+    """Return after how many seconds the Hub wants to be asked again, `None` where it does not say."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     response = _response(error)

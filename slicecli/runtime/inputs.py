@@ -48,22 +48,14 @@ ADDRESS_BEGINNING = re.compile(
 
 
 def parse_text(text: str) -> str:
-    """Return a text that says something.
-
-    Raises:
-        RequestError: It is empty, or no text at all.
-    """
+    """Return a text that says something."""
     if not text.strip():
         raise RequestError("The value is empty.", "Give one, or leave the option out.")
     return parse_prompt(text)
 
 
 def parse_prompt(text: str) -> str:
-    """Return a text, which may be empty, for a model to continue.
-
-    Raises:
-        RequestError: It is no text: its bytes are not UTF-8.
-    """
+    """Return a text, which may be empty, for a model to continue."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -74,18 +66,7 @@ def parse_prompt(text: str) -> str:
 def check_count(
     value: int | None, what: str, remedy: str, least: int = 1, words: tuple[str, str] = ("too small", "too large")
 ) -> None:
-    """Refuse a number of something that is too small, or larger than anybody means.
-
-    Args:
-        value: The number; `None` where none is given.
-        what: The beginning of the cause, with `{}` for the number.
-        remedy: The beginning of the remedy, such as `Give --samples`.
-        least: The least there may be.
-        words: The end of the cause, where it is too small and too large.
-
-    Raises:
-        RequestError: It is out of range.
-    """
+    """Refuse a number of something that is too small, or larger than anybody means."""
     if value is None or least <= value <= MOST_COUNT:
         return
     is_large = value > MOST_COUNT
@@ -94,26 +75,14 @@ def check_count(
 
 
 def check_seed(seed: int, limits: tuple[int, int] = TORCH_SEEDS) -> None:
-    """Refuse a seed that a random generator does not take.
-
-    Args:
-        seed: The seed.
-        limits: Those of the generator.
-
-    Raises:
-        RequestError: It is out of range.
-    """
+    """Refuse a seed that a random generator does not take."""
     least, most = limits
     if not least <= seed <= most:
         raise RequestError(f"The seed {shown(seed)} is out of range.", f"Give --seed from {least} to {most}.")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Refuse what no text can be generated with.
-
-    Raises:
-        RequestError: A number is out of range.
-    """
+    """Refuse what no text can be generated with."""
     check_count(max_new_tokens, "{} new tokens are", "Give --max-new-tokens", words=("too few", "too many"))
     check_seed(seed)
     least, most = TEMPERATURES
@@ -125,11 +94,7 @@ def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
 
 
 def parse_token(text: str) -> str:
-    """Return a Hub token that can be sent.
-
-    Raises:
-        RequestError: It cannot be one; the message does not show it.
-    """
+    """Return a Hub token that can be sent."""
     if not text:
         raise RequestError(
             "The token is empty.", "Leave it out to take the stored one, or check the variable it is from."
@@ -142,11 +107,7 @@ def parse_token(text: str) -> str:
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
-    """Return the path that a text names, with `~` and `~name` replaced by home folders.
-
-    Raises:
-        RequestError: It is empty, names the home of an unknown user, or cannot be a path.
-    """
+    """Return the path that a text names, with `~` and `~name` replaced by home folders."""
     given = os.fspath(text)
     if not given.strip():
         raise RequestError("The path is empty.", "Give a file or folder; . is the working folder.")
@@ -166,15 +127,7 @@ def local_path(text: str | os.PathLike[str]) -> Path:
 
 
 def parse_repository(text: str, needs_owner: bool = True) -> str:
-    """Return the id of a repository on the Hub.
-
-    Args:
-        text: The id, as `owner/name`.
-        needs_owner: Refuse a name alone, which only old repositories have.
-
-    Raises:
-        RequestError: No repository can have that id; the remedy offers the one that an address holds.
-    """
+    """Return the id of a repository on the Hub."""
     if is_repository_name(text, needs_owner):
         return text
     offer = _id_inside(text)
@@ -213,10 +166,6 @@ def find_folder(text: str) -> Path | None:
     """Return the folder of a model that a text names, `None` where it is the name of a repository on the Hub.
 
     A folder comes first, as in transformers.
-
-    Raises:
-        RequestError: The path cannot be used.
-        SourceError: It is a file, or neither a folder nor a name on the Hub.
     """
     path = local_path(text)
     if path.is_dir():
@@ -240,20 +189,12 @@ def describe_shadow(text: str) -> str:
 
 
 def parse_count(text: str) -> int:
-    """Read a number of parameters such as `6B`, `750M` or `1234567`.
-
-    Raises:
-        RequestError: It is not one.
-    """
+    """Read a number of parameters such as `6B`, `750M` or `1234567`."""
     return _parse(text, _SUFFIXES, "a number of parameters such as 6B or 750M")
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size such as `12GiB` or `500MB`.
-
-    Raises:
-        RequestError: It is not one.
-    """
+    """Read a size such as `12GiB` or `500MB`."""
     return _parse(text, _BYTE_SUFFIXES, "a size such as 12GiB or 500MB")
 
 

@@ -15,17 +15,7 @@ MOST_LEVELS = 100
 
 
 def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES, allows_mark: bool = True) -> Any:
-    """Return the content of a JSON file that anybody may have written.
-
-    Args:
-        path: The file.
-        most_bytes: A larger one is refused: parsed it takes some twenty times the memory.
-        allows_mark: Read on behind a byte order mark; transformers does not.
-
-    Raises:
-        OSError: It is not there, or cannot be read.
-        ValueError: It is something else than a file, too large, no text, no JSON, or nested too deeply.
-    """
+    """Return the content of a JSON file that anybody may have written."""
     size = path.stat().st_size
     if not path.is_file():
         raise ValueError("it is no regular file")
@@ -43,11 +33,7 @@ def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES, allows_mark: bool =
 
 
 def _check_depth(content: Any) -> None:
-    """Refuse what is nested so deeply that whoever goes through it, or writes it again, comes to an end of the stack.
-
-    Raises:
-        ValueError: It is.
-    """
+    """Refuse what is nested so deeply that reading or writing it again would exhaust the stack."""
     level = [content]
     for _ in range(MOST_LEVELS):
         containers = [value for value in level if isinstance(value, (dict, list))]

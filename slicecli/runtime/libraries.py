@@ -35,15 +35,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def running(name: str) -> Iterator[None]:
-    """Let a model run, which is its family's code and may fail with whatever its config and weights hold.
-
-    Args:
-        name: Its name, for the message.
-
-    Raises:
-        RequestError: The memory does not suffice.
-        SourceError: It cannot be run.
-    """
+    """Let a model run, which is its family's code and may fail with whatever its config and weights hold."""
     import torch
 
     try:

@@ -26,18 +26,7 @@ class MicroBatches:
         self.most: int | None = None
 
     def run(self, work: Callable[[torch.Tensor], Result], batch: torch.Tensor) -> Iterator[tuple[slice, Result]]:
-        """Run some work on all of a batch.
-
-        Args:
-            work: Runs on some rows; whatever it changes it must be able to do again.
-            batch: Shape (rows, ...).
-
-        Yields:
-            Rows, and what the work made of them.
-
-        Raises:
-            Exception: The memory does not suffice for one row.
-        """
+        """Run some work on all of a batch."""
         start = 0
         while start < len(batch):
             rows = slice(start, min(len(batch), start + (self.most or len(batch))))

@@ -53,11 +53,7 @@ Place = Literal["device", "host", "disk"]
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or that of the process, or the CPU.
-
-    Raises:
-        RequestError: There is no such device.
-    """
+    """Return the device to compute on; `auto` is the first GPU, or that of the process, or the CPU."""
     import torch
 
     if name == "auto":
@@ -95,11 +91,7 @@ def batch_rows(device: torch.device, sequence_length: int) -> int:
 
 
 def read_device_map(text: str) -> DeviceMap:
-    """Return what a text stands for: the name of a map or a device as it is, a JSON file's content.
-
-    Raises:
-        RequestError: The file cannot be read, or is no map from modules to devices.
-    """
+    """Return what a text stands for: the name of a map or a device as it is, a JSON file's content."""
     if not text.lower().endswith(".json"):
         return text
     try:
@@ -118,11 +110,7 @@ def read_device_map(text: str) -> DeviceMap:
 
 
 def parse_max_memory(text: str) -> dict[str | int, int]:
-    """Return the most bytes by device, from a text such as `0=20GiB,cpu=64GiB`.
-
-    Raises:
-        RequestError: It is not such a text.
-    """
+    """Return the most bytes by device, from a text such as `0=20GiB,cpu=64GiB`."""
     found: dict[str | int, int] = {}
     for part in text.split(","):
         name, sign, size = (word.strip() for word in part.partition("="))
@@ -138,7 +126,6 @@ class Placement:
     """Where the weights of a model that is sliced rest, and what computes.
 
     Attributes:
-        device: Computes.
         rests: Places by module: `disk`, `cpu`, or a device; the longest name that fits counts, and "" fits all.
     """
 
@@ -191,11 +178,7 @@ def describe_map(places: Mapping[str, Any]) -> str:
 
 
 def check_sizes(wanted: DeviceMap, max_memory: MaxMemory | None) -> None:
-    """Refuse sizes where they would be of no effect.
-
-    Raises:
-        RequestError: They are given beside a device or a map of one's own, or to many processes.
-    """
+    """Refuse sizes where they would be of no effect."""
     if max_memory is not None and (wanted not in NAMED_MAPS or Processes.find().count > 1):
         raise RequestError(
             "--max-memory divides a model among devices.", "Give it with auto, balanced or sequential, to one process."
@@ -211,13 +194,7 @@ def decide_placement(
         wanted: `auto`, which keeps nothing unless sizes are given; one of accelerate's other maps; a device that
             computes, keeping nothing; or a map from modules to places.
         max_memory: The most bytes of weights by device, for the named maps.
-        model: The model on `meta`.
-        blocks: Path of the list of blocks, none of which is divided.
         dtype: Dtype in which weights are kept.
-
-    Raises:
-        RequestError: A device does not exist, or a map divides a block, leaves something out, or names what the model
-            does not have.
     """
     check_sizes(wanted, max_memory)
     if not isinstance(wanted, str):
@@ -250,11 +227,7 @@ def _map_of_accelerate(
 
 
 def _placed_by(places: Mapping[str, str | int], model: Any, blocks: str) -> Placement:
-    """Return the placement of a device map.
-
-    Raises:
-        RequestError: The map is not possible.
-    """
+    """Return the placement of a device map."""
     rests = spread_map(places, model)
     for name in places:
         if name.startswith(f"{blocks}.") and name.count(".") > blocks.count(".") + 1:
@@ -265,15 +238,7 @@ def _placed_by(places: Mapping[str, str | int], model: Any, blocks: str) -> Plac
 
 
 def spread_map(places: Mapping[str, str | int], model: Any) -> dict[str, str]:
-    """Return a device map in which no name is inside another, devices by name.
-
-    Args:
-        places: Places by module or parameter; the longest name that fits counts, and "" fits all.
-        model: The model.
-
-    Raises:
-        RequestError: A device does not exist, or the map leaves something out or names what the model does not have.
-    """
+    """Return a device map in which no name is inside another, devices by name."""
     given = Placement(pick_device("cpu"), {name: _name_of(place) for name, place in places.items()})
     names = {name for name, _ in model.named_modules()} | model.state_dict().keys()
     for name in places:
@@ -317,7 +282,6 @@ class ActivationPlan:
 
     Attributes:
         place: On the device that computes, in main memory, or on disk.
-        needed_bytes: What they take.
         budget_bytes: What they may take on the device.
     """
 
@@ -347,14 +311,7 @@ def place_activations(
     needed_bytes: int,
     kept_bytes: Mapping[str, int],
 ) -> ActivationPlan:
-    """Decide where streams are kept: on the device if they fit there, else in main memory if they fit there.
-
-    Args:
-        wanted: `auto`, or the place to keep them in any case.
-        placement: Where the weights rest.
-        needed_bytes: What the streams take.
-        kept_bytes: What the weights that rest there will take, by device.
-    """
+    """Decide where streams are kept: on the device if they fit there, else in main memory if they fit there."""
     import torch
 
     def room_on(device: torch.device) -> int:

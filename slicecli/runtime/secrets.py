@@ -39,15 +39,7 @@ _PATH = re.compile(rf"{_BEGIN}(?:[A-Za-z]:)?(?:{_SEPARATOR}[\w.+@-]+)+")
 
 
 def find_secrets(text: str, tokens: Sequence[str] = ()) -> list[str]:
-    """Say what kinds of secrets are in a text.
-
-    Args:
-        text: The text.
-        tokens: Tokens that are known, besides those of the environment and the stored one.
-
-    Returns:
-        Each kind once, in words.
-    """
+    """Say what kinds of secrets are in a text."""
     return [*find_tokens(text, tokens), *find_paths(text)]
 
 

@@ -15,11 +15,7 @@ OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decode(content: bytes) -> str:
-    """Return the text of a file, without its byte order mark.
-
-    Raises:
-        ValueError: It is not UTF-8.
-    """
+    """Return the text of a file, without its byte order mark."""
     if content.startswith(OTHER_MARKS):
         raise ValueError("it is UTF-16 text, not UTF-8")
     try:
@@ -29,11 +25,7 @@ def decode(content: bytes) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """Return the text of a file that a user names.
-
-    Raises:
-        TextError: It cannot be read, or is not UTF-8.
-    """
+    """Return the text of a file that a user names."""
     try:
         return decode(path.read_bytes())
     except OSError as error:

@@ -24,8 +24,6 @@ class CachedBlock:
 
     Attributes:
         inputs: The stream as each step reads it.
-        output: The stream behind the block.
-        tuple_lengths: As of `slicecli.slicing.modules.BlockRun`.
     """
 
     inputs: list[Stream]
@@ -34,12 +32,7 @@ class CachedBlock:
 
 
 class ActivationCache:
-    """Keeps the activations of all blocks.
-
-    Args:
-        store: Where.
-        count: Number of blocks; activations are of use once all are there.
-    """
+    """Keeps the activations of all blocks."""
 
     def __init__(self, store: ActivationStore, count: int) -> None:
         self._store = store
@@ -52,13 +45,7 @@ class ActivationCache:
         self._blocks.append(CachedBlock(inputs, self._store.new_aside()))
 
     def add(self, batch: torch.Tensor, norms: Sequence[str], runs: Sequence[tuple[slice, BlockRun]]) -> None:
-        """Add a batch to the block that was begun last.
-
-        Args:
-            batch: The stream before the block.
-            norms: The norm of each step.
-            runs: What was seen of the block, piece by piece.
-        """
+        """Add a batch to the block that was begun last."""
         block = self._blocks[-1]
         for position, norm in enumerate(norms):
             is_entering = all(run.norm_inputs[norm].data_ptr() == batch[rows].data_ptr() for rows, run in runs)

@@ -26,11 +26,7 @@ Stream: TypeAlias = "MutableSequence[torch.Tensor]"
 
 
 class Carrier:
-    """Brings tensors to a device while it computes something else.
-
-    Args:
-        device: The device.
-    """
+    """Brings tensors to a device while it computes something else."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -68,8 +64,6 @@ class ActivationStore:
     """Makes streams.
 
     Attributes:
-        device: Where batches are worked on.
-        place: Where they are kept.
         folder: Folder on the disk that they are kept on; `None` takes the system's for temporary files.
         spare_bytes: What may be kept beyond what must be, in memory that is free.
     """
@@ -88,11 +82,7 @@ class ActivationStore:
         return []
 
     def aside(self, size: int) -> Stream | None:
-        """Return an empty stream for what would otherwise be computed again; `None` where there is no room for it.
-
-        Args:
-            size: Bytes that it will take.
-        """
+        """Return an empty stream for what would otherwise be computed again; `None` where there is no room for it."""
         return self.new_aside() if size <= self.spare_bytes else None
 
     def new_aside(self) -> Stream:

@@ -42,8 +42,6 @@ class Content:
 
     Attributes:
         streams: Streams by name, read batch by batch.
-        tensors: Sums and the like, by name.
-        about: Plain data.
     """
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
@@ -68,7 +66,6 @@ class Snapshot:
     Attributes:
         position: Index of the block to go on with.
         tensors: As `Content` yields them, on the CPU; each is read when it is asked for.
-        about: As of `Content`.
     """
 
     position: int
@@ -124,9 +121,7 @@ class DenseModel:
 
     Attributes:
         meta_model: The transformers model with all parameters on `meta`.
-        weights: Reads its parameters.
         dimensions: Its sizes, and with them the family's declaration.
-        device: Where blocks run.
         dtype: Dtype of blocks and streams.
         processes: Those that run it, each on its share of the rows.
         store: Keeps the streams; `None` keeps them on the device.
@@ -176,7 +171,6 @@ class Target:
     """One slice in the making.
 
     Attributes:
-        dim: k.
         meta_model: The empty model of the sliced config.
         dtype: Dtype in which its tensors are written.
         sink: Takes each finished tensor: parameter name and value on the CPU.
@@ -196,7 +190,6 @@ class Batches:
 
     Attributes:
         rows: Token ids, int64 of shape (rows, sequence length).
-        size: Rows per batch.
         part: Those of the rows that are run here, where several processes share them.
     """
 
@@ -216,11 +209,7 @@ class Batches:
         return sum(batch.numel() for batch in self)
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return what belongs to the rows that are run here, batch by batch.
-
-        Args:
-            values: One value, or several, for each of all the rows.
-        """
+        """Return what belongs to the rows that are run here, batch by batch."""
         own = values[self.part]
         # a process that has no rows runs the first along with the others, which adds nothing to their sums
         return list((own if len(own) else values[:1]).split(self.size))

@@ -60,7 +60,6 @@ class FisherSpectrum:
         layer: With the principal directions of each norm input, as the published method has them; without the input
             of the head where that method leaves it whole. The same shape.
         nll: Of the rows under the dense model, nats per predicted token.
-        tokens: Tokens that the means are over.
     """
 
     shared: torch.Tensor
@@ -70,18 +69,7 @@ class FisherSpectrum:
 
 
 def collect_fisher(dense: DenseModel, basis: Basis, batches: Batches, seed: int, progress: Progress) -> FisherSpectrum:
-    """Run the dense model forwards and backwards over rows of text, block by block.
-
-    Args:
-        dense: The dense model.
-        basis: The refit's basis, of the same model.
-        batches: The rows. How many make a batch changes nothing but rounding.
-        seed: Seed of the labels.
-        progress: Progress callback.
-
-    Raises:
-        WeightsError: The stream or a gradient becomes NaN or infinite; the message names the block.
-    """
+    """Run the dense model forwards and backwards over rows of text, block by block."""
     dense.meta_model.requires_grad_(False)  # of weights, no gradient is wanted
     return _Passes(dense, basis, batches, progress).run(seed)
 
@@ -147,9 +135,6 @@ class _Weights:
 
         Args:
             norm_input: What the norm reads, shape (..., d).
-            gradient: With respect to what the norm passes on, the same number of tokens.
-            weight: What the norm multiplies by; `None` stands for ones.
-            principal: Its principal directions; `None` leaves it out of `layer`.
         """
         n = self._dense.normalise(norm_input).flatten(0, -2)
         g = widen(gradient).flatten(0, -2)
@@ -198,12 +183,7 @@ class _Passes:
         return self._weights.spectrum(nll, self._batches.rows.numel())
 
     def _forwards(self) -> tuple[list[list[torch.Tensor]], Calls, int]:
-        """Run all blocks.
-
-        Returns:
-            The stream before each block and behind the last, batch by batch; the calls of the blocks;
-            and the length of the tuple that the last block returned, 0 where it returned a tensor.
-        """
+        """Run all blocks."""
         dense = self._dense
         self._progress.start("forward", len(dense.blocks))
         streams, calls = enter(dense, dense.meta_model, embedding_tables(dense), self._batches)
@@ -225,12 +205,7 @@ class _Passes:
     def _through_head(
         self, streams: list[torch.Tensor], tuple_length: int, seed: int
     ) -> tuple[list[torch.Tensor], float]:
-        """Draw the labels and go back through head and final norm.
-
-        Returns:
-            The gradient with respect to the stream behind the last block, batch by batch, and the nats per token of
-            the text itself.
-        """
+        """Draw the labels and go back through head and final norm."""
         dense, adapter = self._dense, self._dense.adapter
         rows = self._batches.rows
         generator = torch.Generator().manual_seed(seed)
@@ -295,15 +270,7 @@ class _Passes:
         streams: list[torch.Tensor],
         gradients: list[torch.Tensor],
     ) -> None:
-        """Go back through one block.
-
-        Args:
-            index: Which.
-            weights: Its tensors by name inside it.
-            calls: How the model calls its blocks.
-            streams: The stream before it, batch by batch.
-            gradients: With respect to the stream behind it, batch by batch; those before it take their place.
-        """
+        """Go back through one block."""
         dense = self._dense
         block, norms = dense.blocks[index], dense.dimensions.declared_blocks[index].norms
         with filled(dense, block, weights):
@@ -338,19 +305,7 @@ def _go_back(
     gradient: torch.Tensor,
     rows: torch.Tensor,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Go back through a block with some rows of a batch.
-
-    Args:
-        watch: Runs the block.
-        norms: Paths of the norms.
-        stream: The stream before the block, of the batch.
-        gradient: With respect to the stream behind it, of the batch.
-        rows: Which rows, one after the other.
-
-    Returns:
-        The gradient with respect to the stream before the block; and of each norm its input, and the gradient with
-        respect to its output.
-    """
+    """Go back through a block with some rows of a batch."""
     some = slice(int(rows[0]), int(rows[-1]) + 1)
     with torch.enable_grad():
         entering = stream[some].detach().requires_grad_()

@@ -36,11 +36,7 @@ MOST_SHARE = 0.1  # of the time may go into snapshots
 
 
 def seconds_between_snapshots() -> float:
-    """Return the least seconds between two snapshots; 0 makes one after every block.
-
-    Raises:
-        RequestError: The variable is not a number.
-    """
+    """Return the least seconds between two snapshots; 0 makes one after every block."""
     text = os.environ.get(SECONDS_VARIABLE)
     if text is None:
         return USUAL_SECONDS
@@ -64,15 +60,7 @@ def has_state(folder: Path) -> bool:
 
 
 def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how far an unfinished run in a folder had come; `None` where it left nothing to go on with.
-
-    Args:
-        folder: The unfinished folder.
-        fingerprint: What identifies the run that wants to go on.
-
-    Raises:
-        OutputError: The journal is of another run, or damaged.
-    """
+    """Return how far an unfinished run in a folder had come; `None` where it left nothing to go on with."""
     state = read_json(folder / FOLDER / STATE_FILE, MOST_STATE_BYTES)
     if not isinstance(state, dict):
         return None
@@ -122,10 +110,6 @@ class FileJournal:
     """A journal in files.
 
     Args:
-        folder: The unfinished folder that holds it.
-        fingerprint: What identifies the run.
-        writers: The weight files of all slices of the run.
-        state: What `read_state` found, to go on with.
         seconds: The least seconds between two snapshots.
     """
 
@@ -213,11 +197,7 @@ class FileJournal:
 
 
 class _StoredTensors(Mapping[str, "torch.Tensor"]):
-    """The tensors of a file, each read when it is asked for: together they may be more than the memory takes.
-
-    Raises:
-        OutputError: The file is damaged.
-    """
+    """The tensors of a file, each read when it is asked for: together they may be more than the memory takes."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open

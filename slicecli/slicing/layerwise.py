@@ -43,11 +43,7 @@ def embedding_tables(dense: DenseModel) -> dict[str, torch.Tensor]:
 def enter(
     dense: DenseModel, meta_model: Any, tables: dict[str, torch.Tensor], batches: Batches
 ) -> tuple[Stream, Calls]:
-    """Run a model's embeddings over all batches.
-
-    Returns:
-        The stream that enters the first block, and the calls of the blocks.
-    """
+    """Run a model's embeddings over all batches."""
     modules.move_buffers(meta_model, dense.device)
     modules.fill(meta_model, tables, dense.device, dense.dtype)
     stream, calls = dense.streams.new(), Calls(meta_model, dense.adapter)
@@ -67,15 +63,7 @@ def blocks_left(dense: DenseModel, snapshot: Snapshot | None, progress: Progress
 
 
 def read_blocks(dense: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Read the weights of blocks onto the device, in the checkpoint's dtype, each while the one before is worked on.
-
-    Args:
-        dense: The dense model.
-        indices: Which blocks, in the order in which they are wanted.
-
-    Yields:
-        The index of a block, and its tensors by name inside it.
-    """
+    """Read the weights of blocks onto the device, in the checkpoint's dtype, each while the one before is worked on."""
     carrier = Carrier(dense.device)
 
     def read(index: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -113,13 +101,7 @@ def fill_kept(
 
 
 def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Give a finished block's tensors to the sink and free it.
-
-    Args:
-        target: The slice.
-        name: Path of the block.
-        weights: The dense block's tensors by name inside it, for its persistent buffers.
-    """
+    """Give a finished block's tensors to the sink and free it."""
     block = target.meta_model.get_submodule(name)
     for parameter_name, parameter in block.named_parameters():
         target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
@@ -136,11 +118,7 @@ def hand_over_buffers(dense: DenseModel, target: Target) -> None:
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> None:
-    """Stop where a stream is damaged.
-
-    Raises:
-        WeightsError: It holds NaN or infinity.
-    """
+    """Stop where a stream is damaged."""
     if not is_finite(tensor):
         raise WeightsError(
             f"NaN or infinity appeared in {what}.", "Try --dtype float32; if it stays, the checkpoint is damaged."

@@ -47,8 +47,6 @@ class Call:
     """The arguments of one module call, with the place where the hidden states go.
 
     Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
         slot: Position or keyword of the hidden states.
     """
 
@@ -74,9 +72,7 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
     """Give parameters of an empty module their values.
 
     Args:
-        module: A module with parameters on `meta`.
         tensors: Values by parameter name inside the module; floating ones are cast to `dtype`.
-        device: Where the values go.
         dtype: Dtype for computing.
     """
     from accelerate.utils import set_module_tensor_to_device
@@ -103,11 +99,7 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def persistent_buffers(module: nn.Module) -> list[str]:
-    """Return the names of the buffers that a checkpoint of a module holds beside its parameters.
-
-    Raises:
-        PluginError: One is not of floating type.
-    """
+    """Return the names of the buffers that a checkpoint of a module holds beside its parameters."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     found = {name: value for name, value in module.state_dict().items() if name not in parameters}
     for name, value in found.items():
@@ -130,8 +122,6 @@ def record_calls(
     """Run a model up to its blocks: return the stream that enters the first, and the call of each.
 
     Args:
-        model: A causal language model; its embeddings must be filled, its blocks need not be.
-        blocks: Its blocks in order.
         token_ids: Shape (rows, sequence length), on the model's device.
 
     Returns:
@@ -161,12 +151,7 @@ def record_calls(
 
 
 class Calls:
-    """How a model calls its blocks, for each shape of a batch.
-
-    Args:
-        model: A causal language model, its buffers on the device.
-        adapter: Its family's declaration.
-    """
+    """How a model calls its blocks, for each shape of a batch."""
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self._model = model
@@ -183,7 +168,6 @@ class Calls:
         """Return how a block is called with a stream, or with a piece of one.
 
         Args:
-            index: Which block.
             stream: Shape (rows, sequence length, width).
         """
         shape = tuple(stream.shape[:2])
@@ -201,7 +185,6 @@ class BlockRun:
     """What was seen while a block ran.
 
     Attributes:
-        output: The stream that leaves the block.
         norm_inputs: The stream as each norm saw it, by the norm's path.
         tuple_lengths: For each watched module the length of the tuple it returned; 0 where it returned a tensor.
     """
@@ -215,13 +198,7 @@ def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequ
     """Run a block and watch the norms and modules of its branches.
 
     Args:
-        block: The block, filled.
-        call: How the model calls it.
         hidden: The stream that enters it, shape (rows, sequence length, d).
-        branches: Its branches.
-
-    Raises:
-        PluginError: A norm or module of the declaration is never called.
     """
     norm_inputs: dict[str, torch.Tensor] = {}
     lengths: dict[str, int] = {}
@@ -266,10 +243,7 @@ def run_head(
     stream; so logits are scaled or capped where the family does so.
 
     Args:
-        model: A causal language model; its final norm and head must be filled, nothing else need be.
-        adapter: Its family's declaration.
         stream: What the last block leaves, shape (1, tokens, d); tokens of any rows, since none sees another here.
-        tuple_length: Length of the tuple that the last block returns; 0 where it returns a tensor.
 
     Returns:
         What the final norm passes on, shape (..., d), and the logits, shape (tokens, vocabulary).
@@ -295,8 +269,6 @@ def zero_ablated(block: nn.Module, tuple_lengths: Mapping[str, int], like: torch
     """Let modules of a block answer zero instead of running, so that their branches add nothing.
 
     Args:
-        block: The block.
-        tuple_lengths: The modules by path, with the length of the tuple each returns (0 for a tensor).
         like: A tensor of the shape they return.
     """
 
@@ -361,14 +333,7 @@ def writer_inputs(
     The writers themselves are not run, nor what comes after the last of them.
 
     Args:
-        block: The block; the readers and norms of these branches must be filled.
-        call: How the model calls it.
         stream: The stream as these branches read it, shape (rows, sequence length, width).
-        branches: The branches.
-        silent: Modules of other branches that run before these, as `zero_ablated` takes them.
-
-    Raises:
-        PluginError: A writer is never called.
     """
     seen = WriterInputs()
     linear = [branch.writer for branch in branches if branch.writer is not None]
@@ -433,11 +398,7 @@ def expert_activations(
     is given.
 
     Args:
-        module: The module of experts, its readers filled.
-        declared: Its declaration.
-        expert: The expert's index.
         tokens: The normalised tokens routed to it, shape (tokens, width of the stream).
-        width: Inputs of the writer.
 
     Returns:
         Shape (tokens, width).
@@ -462,9 +423,6 @@ def run_experts(
     write more.
 
     Args:
-        module: The module of experts.
-        declared: Its declaration.
-        routing: What it is called with.
         reader: All first maps, shape (experts, inner width, width of the tokens).
         writer: All second maps, shape (experts, width, inner width), at least as wide.
 

@@ -27,9 +27,7 @@ def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[Dense
     """Return the dense model and the batches as this process has them, with its share of the rows.
 
     Args:
-        dense: The dense model.
         rows: The rows of all processes, int64 of shape (rows, sequence length).
-        batch: Rows of a batch.
     """
     share = Processes.find().share(len(rows), batch)
     return dataclasses.replace(dense, processes=share.processes), Batches(rows, batch, share.rows)
@@ -38,13 +36,7 @@ def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[Dense
 def solve_normal_equations(
     processes: Processes, equations: NormalEquations, solve: Callable[[NormalEquations], Correction]
 ) -> Correction:
-    """Add up normal equations over processes and solve them once.
-
-    Args:
-        processes: The processes.
-        equations: Of this process; of no use afterwards.
-        solve: Solves the sum.
-    """
+    """Add up normal equations over processes and solve them once."""
     make_room(equations.gram.nbytes)
     if processes.count == 1:
         return solve(equations)
@@ -67,7 +59,6 @@ def solve_basis(dense: DenseModel, second_moment: torch.Tensor, metric: torch.Te
     """Add up the second moments of processes and solve for the basis once.
 
     Args:
-        dense: The dense model.
         second_moment: C of this process's tokens, float64 of shape (d, d); of no use afterwards.
         metric: M of all tokens, float64 of shape (d, d).
     """
@@ -77,12 +68,7 @@ def solve_basis(dense: DenseModel, second_moment: torch.Tensor, metric: torch.Te
 
 
 def give_basis(dense: DenseModel, basis: Basis | None) -> Basis:
-    """Give the main process's basis to all processes.
-
-    Args:
-        dense: The dense model.
-        basis: The basis; `None` in all processes but the main one.
-    """
+    """Give the main process's basis to all processes."""
     if dense.processes.count == 1 and basis is not None:
         return basis
     width = dense.dimensions.hidden_size

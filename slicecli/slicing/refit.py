@@ -62,18 +62,7 @@ def collect_basis(
     journal: Journal | None = None,
     activations: ActivationCache | None = None,
 ) -> Basis:
-    """Run the dense model over the calibration rows and solve for the shared basis.
-
-    Args:
-        dense: The dense model.
-        batches: The calibration rows.
-        progress: Progress callback.
-        journal: Stores snapshots for resuming.
-        activations: Keeps what the refit would otherwise compute again.
-
-    Raises:
-        WeightsError: The stream becomes NaN or infinite; the message names the block.
-    """
+    """Run the dense model over the calibration rows and solve for the shared basis."""
     adapter = dense.adapter
     journal = journal or NoJournal()
     statistics = _Statistics(dense)
@@ -132,18 +121,6 @@ def refit(
 
     Each target's tensors go to its sink in the order embeddings, blocks, final norm, head; after an interruption
     some of them a second time.
-
-    Args:
-        dense: The dense model.
-        basis: The basis.
-        targets: The slices in the making.
-        batches: The calibration rows.
-        progress: Progress callback.
-        journal: Stores snapshots for resuming.
-        activations: What `collect_basis` has kept.
-
-    Raises:
-        WeightsError: A stream becomes NaN or infinite; the message names the block.
     """
     journal = journal or NoJournal()
     phase = f"refit to {', '.join(str(target.dim) for target in targets)}"
@@ -221,13 +198,7 @@ def _prepare_block(at: BlockPass, target: Target) -> nn.Module:
 
 
 def _fit_sublayer(sublayer: Sublayer, basis: torch.Tensor, is_last_use: bool) -> float:
-    """Refit the readers, then the writers of a sublayer; return the share of energy that the readers do not get.
-
-    Args:
-        sublayer: The sublayer.
-        basis: Q.
-        is_last_use: Whether no other slice needs its dense weights after this one.
-    """
+    """Refit the readers, then the writers of a sublayer; return the share of energy that the readers do not get."""
     lost = sublayer.fit_readers(basis)
     projected = sublayer.project_writers(basis)
     if sublayer.is_last and is_last_use:
@@ -281,8 +252,6 @@ class _Statistics:
         """Add a finished norm input: its Cⱼ to C, its Mⱼ, scaled to a total of one, to M.
 
         Args:
-            moment: Cⱼ.
-            weight: The norm's weight; `None` stands for ones.
             readers: The weights of its readers, shape (..., d) each.
         """
         metric = self.empty()

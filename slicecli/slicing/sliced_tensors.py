@@ -98,9 +98,6 @@ def sliced_readers(
     """Return the sliced norms and readers of branches that read the same stream.
 
     Args:
-        dimensions: The dense model's sizes.
-        branches: The branches.
-        weights: Dense parameters by name inside the block.
         matrix: A, float64 of shape (d, k).
         dtype: Dtype to round to.
     """
@@ -134,8 +131,6 @@ def fold_head(dimensions: Dimensions, weights: WeightReader, matrix: torch.Tenso
     """Return the sliced final norm and head.
 
     Args:
-        dimensions: The dense model's sizes.
-        weights: Reads dense parameters.
         matrix: A, float64 of shape (d, k), on the device that computes.
         dtype: Dtype to round to.
     """
@@ -160,9 +155,6 @@ def published_reader(
     """Return a reader behind a norm of the dense width: W diag(g) Q, and b + W β wherever the family's norms have a β.
 
     Args:
-        dimensions: The dense model's sizes.
-        reader: The reader.
-        weights: Its dense weight and bias by name.
         norm_weight: g, shape (d,); `None` stands for ones.
         norm_bias: β, shape (d,), where the family's norms have one.
         basis: Q at this place, float64 of shape (d, k).
@@ -184,9 +176,6 @@ def project_writers(
     """Return the writers of branches as the rotation alone makes them, float64, weights as (outputs, inputs).
 
     Args:
-        dimensions: The dense model's sizes.
-        branches: The branches.
-        weights: Dense parameters by name inside the block.
         basis: Q, float64 of shape (d, k).
     """
     tensors: Tensors = {}
@@ -214,8 +203,6 @@ def project_embeddings(
     """Return the sliced embedding tables.
 
     Args:
-        dimensions: The dense model's sizes.
-        weights: Reads dense parameters.
         basis: Q, float64 of shape (d, k), on the device that computes.
         dtype: Dtype to round to.
     """
@@ -240,12 +227,7 @@ def project(
     At `dim` = d the result computes exactly what the dense model does, which is how a declaration is proved.
 
     Args:
-        dimensions: The dense model's sizes.
-        weights: Reads dense parameters.
-        basis: The basis.
-        dim: k.
         dtype: Dtype of the result.
-        sink: Takes each tensor: parameter name and value.
     """
     adapter = dimensions.adapter
     leading = basis.leading(dim)

@@ -61,7 +61,6 @@ class Spectrum:
 
     Attributes:
         shares: Share of the stream's second moment in the first so many directions, float64 of shape (d,).
-        kept: Share in the slice.
     """
 
     shares: torch.Tensor
@@ -133,21 +132,7 @@ def slice_published(
     progress: Progress,
     journal: Journal | None = None,
 ) -> Spectrum:
-    """Slice a model as published; each tensor goes to the target's sink.
-
-    Args:
-        dense: The dense model.
-        target: The slice in the making, its blocks with shortcuts.
-        schedule: Its widths.
-        orientation: How the kept directions are turned.
-        seed: Seed of random orientations.
-        batches: The calibration rows.
-        progress: Progress callback.
-        journal: Stores snapshots for resuming.
-
-    Raises:
-        WeightsError: The stream becomes NaN or infinite; the message names the block.
-    """
+    """Slice a model as published; each tensor goes to the target's sink."""
     bases = _Bases(dense, orientation, seed)
     journal = journal or NoJournal()
     phase = f"slice to {target.dim}"
@@ -211,11 +196,6 @@ class _Sublayer:
     """One step of one block: from the basis of its place to that of the next.
 
     Attributes:
-        dense: The dense model.
-        target: The slice in the making.
-        block: Its block, with shortcuts.
-        declared: The block's declaration.
-        position: Which of its steps this is.
         weights: The dense block's tensors by name inside it.
     """
 
@@ -245,13 +225,7 @@ class _Sublayer:
         self._fill(tensors)
 
     def widen_stream(self, call_of: Callable[[torch.Tensor], modules.Call], basis: torch.Tensor, what: str) -> None:
-        """Run the step up to its writers, and make of the stream what the dense writers would, at full width.
-
-        Args:
-            call_of: Says how the model calls the block with a piece of the stream.
-            basis: Q at this place.
-            what: What the stream is called where it is damaged.
-        """
+        """Run the step up to its writers, and make of the stream what the dense writers would, at full width."""
         steps = self.declared.sublayers
         others = [step for position, step in enumerate(steps) if position != self.position]
         silent = {branch.module: 0 for step in others for branch in step if branch.module}

@@ -41,11 +41,7 @@ def default_folder() -> Path:
 
 
 def most_bytes() -> int:
-    """Return the bound of the cache: `SLICECLI_CACHE_SIZE`, or 10 GB.
-
-    Raises:
-        RequestError: The variable is no size.
-    """
+    """Return the bound of the cache: `SLICECLI_CACHE_SIZE`, or 10 GB."""
     given = os.environ.get(SIZE_VARIABLE)
     try:
         return parse_bytes(given) if given else USUAL_BYTES
@@ -58,11 +54,7 @@ class Entry:
     """One model's statistics.
 
     Attributes:
-        path: The file.
-        model: Hub id or folder name.
-        hidden_size: d.
         calibration: Of what it was collected, in words.
-        size: Bytes.
         used: When it was last used, seconds since 1970.
     """
 
@@ -75,22 +67,13 @@ class Entry:
 
 
 class StatisticsCache:
-    """A folder of statistics.
-
-    Args:
-        folder: Where it lies; `None` takes the usual place.
-    """
+    """A folder of statistics."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (default_folder() if folder is None else local_path(folder)) / "statistics"
 
     def load(self, key: Mapping[str, Any], device: Any) -> Basis | None:
-        """Return the basis of a key, and count it as used; `None` where there is none that can be read.
-
-        Args:
-            key: What it depends on, as plain data.
-            device: Where its tensors go.
-        """
+        """Return the basis of a key, and count it as used; `None` where there is none that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -109,17 +92,7 @@ class StatisticsCache:
             return None
 
     def store(self, key: Mapping[str, Any], basis: Basis, model: str, calibration: str) -> None:
-        """Store a basis, and remove old entries beyond the bound; one that does not fit is not stored.
-
-        Args:
-            key: What it depends on, as plain data.
-            basis: The basis.
-            model: Hub id or folder name.
-            calibration: Of what it was collected, in words.
-
-        Raises:
-            RequestError: The bound is no size.
-        """
+        """Store a basis, and remove old entries beyond the bound; one that does not fit is not stored."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -170,11 +143,7 @@ class StatisticsCache:
         return sorted(found, key=lambda entry: -entry.used)
 
     def clear(self) -> int:
-        """Remove all entries; return their bytes.
-
-        Raises:
-            OutputError: One cannot be removed.
-        """
+        """Remove all entries; return their bytes."""
         freed = 0
         for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial")]:
             try:

@@ -38,10 +38,7 @@ class Entry:
     """A linear writer's place in the regression of its step.
 
     Attributes:
-        writer: The writer.
         module: The module of the block that holds its branch.
-        multiplier: What multiplies its branch.
-        width: Its inputs.
         has_bias: Whether it has a bias, which is one more input.
     """
 
@@ -70,7 +67,6 @@ class Goals:
     """What the writers of a step are fitted to.
 
     Attributes:
-        dense: The dense model.
         basis: Q, float64 of shape (d, k).
     """
 
@@ -102,13 +98,9 @@ class BlockPass:
     """One block while the refit is at it: what its sublayers, and the slices in the making, have in common.
 
     Attributes:
-        dense: The dense model.
-        index: Index of the block.
         weights: Dense parameters by name inside the block.
-        calls: How the model calls its blocks.
         seen: The dense activations at each sublayer and behind the block.
         held_out: Which tokens of each batch are held out.
-        search: Solves the regressions.
     """
 
     dense: DenseModel
@@ -143,8 +135,6 @@ class Sublayer:
 
     Attributes:
         at: The block, and what belongs to it.
-        target: The slice in the making.
-        block: Its block.
         position: Which sublayer of the block it is.
     """
 
@@ -185,11 +175,7 @@ class Sublayer:
         return self.at.calls.of(self.at.index, batch)
 
     def fit_readers(self, basis: torch.Tensor) -> float:
-        """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader.
-
-        Returns:
-            The share of the dense normalised stream's energy (held-out tokens) that A does not explain.
-        """
+        """Fit A, the map from the sliced to the dense normalised stream, and fold it into every reader."""
         norm = self.block.get_submodule(self.branches[0].norm)
         dense_inputs, solve = self.at.before(self.position), self._solver("readers")
         matrix, lost = fit_reading(self.dense, norm, dense_inputs, self.target.stream, basis, self.at.held_out, solve)
@@ -205,15 +191,7 @@ class Sublayer:
         return {name: value.to(self._wide) for name, value in projected.items()}
 
     def fit_writers(self, projected: Mapping[str, torch.Tensor], basis: torch.Tensor) -> None:
-        """Fit the writers to what the dense stream is after this sublayer, and add it to the sliced stream.
-
-        Args:
-            projected: Their projections.
-            basis: Q.
-
-        Raises:
-            WeightsError: It becomes NaN or infinite.
-        """
+        """Fit the writers to what the dense stream is after this sublayer, and add it to the sliced stream."""
         self._set_writers(projected)
         goals, dense_after = Goals(self.dense, basis), self.at.after(self.position)
         entries = list(self._entries())
@@ -299,11 +277,7 @@ class Sublayer:
         """Return the normal equations of the linear writers, and keep what enters them where there is a place for it.
 
         Args:
-            entries: The writers.
             start: What they are pulled towards, beside each other, shape (k, inputs).
-            dense_after: The dense stream after this step.
-            goals: What the step has to add.
-            kept: Where a writer's input is kept, by its path.
         """
         equations = NormalEquations(start.shape[1], self.target.dim, self.dense.device)
         for batch, after, is_held_out in zip(self.target.stream, dense_after, self.at.held_out, strict=True):
@@ -373,11 +347,7 @@ class Sublayer:
         return total
 
     def _move_on(self, entries: Sequence[Entry], kept: Mapping[str, Stream], what: str) -> None:
-        """Add the step to the sliced stream.
-
-        Raises:
-            WeightsError: It becomes NaN or infinite.
-        """
+        """Add the step to the sliced stream."""
         held = [entry for entry in entries if entry.writer.path in kept]
         is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
         silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
@@ -413,15 +383,6 @@ def fit_reading(
     solve: Callable[[NormalEquations], Correction],
 ) -> tuple[torch.Tensor, float]:
     """Fit A = argmin Σ |n(x) − A n'(y)|², pulled towards A₀ = sqrt(d/k) Q.
-
-    Args:
-        dense: The dense model.
-        norm: The sliced norm, without effect of its own (`slicecli.slicing.sliced_tensors.neutral_norm`).
-        dense_inputs: x, batch by batch.
-        sliced_inputs: y, likewise.
-        basis: Q.
-        held_out: Which tokens of each batch are held out.
-        solve: Solves a regression.
 
     Returns:
         A, float64 of shape (d, k), and the share of Σ |n(x)|² over held-out tokens that it leaves.

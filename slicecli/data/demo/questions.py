@@ -21,11 +21,7 @@ SEED = 0
 
 
 def questions() -> tuple[Question, ...]:
-    """Return the questions, the same ones for the same standard library.
-
-    Raises:
-        SlicecliError: This Python carries too little documentation.
-    """
+    """Return the questions, the same ones for the same standard library."""
     length = QUERY_WORDS + CHOICE_WORDS
     passages = [
         (words[:QUERY_WORDS], words[QUERY_WORDS:length])

@@ -175,14 +175,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def prose(text: str) -> list[str]:
-    """Return the prose paragraphs of one docstring or documentation text.
-
-    Args:
-        text: A docstring, or the text of a reStructuredText, Markdown or plain file.
-
-    Returns:
-        ASCII paragraphs of one line each; code, doctests, tables, titles and signatures are left out.
-    """
+    """Return the prose paragraphs of one docstring or documentation text."""
     text = inspect.cleandoc(text.translate(_ASCII_FORMS))
     return [clean for clean in map(_without_markup, _pieces(text)) if clean and _is_prose(clean)]
 
@@ -278,19 +271,7 @@ def _parts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def documents(part: Part) -> list[str]:
-    """Return the documents of one part, in an order fixed by this Python's standard library alone.
-
-    Args:
-        part: ``"train"`` for the text to calibrate on, ``"heldout"`` for the text to evaluate on.
-
-    Returns:
-        Documents of ASCII prose, one per module or language topic, paragraphs separated by newlines. No
-        paragraph occurs twice, nor in both parts.
-
-    Raises:
-        ValueError: If ``part`` is neither of the two.
-        SlicecliError: If this Python carries too little documentation, as one without its sources does.
-    """
+    """Return the documents of one part, in an order fixed by this Python's standard library alone."""
     if part not in ("train", "heldout"):
         raise ValueError(f"part must be 'train' or 'heldout', not {part!r}")
     training, held_out = _parts()
