@@ -408,7 +408,8 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Measurement]:
     from slicecli.data.text import read_text
     from slicecli.evaluation.perplexity import measure_perplexity
     from slicecli.family.slice_plan import Width
-    from slicecli.jobs.plan import SliceOptions, plan_slices
+    from slicecli.jobs.options import SliceOptions
+    from slicecli.jobs.plan import plan_slices
     from slicecli.jobs.run import run_slices
     from slicecli.record.record import read_record
 

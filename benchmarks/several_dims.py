@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from slicecli.family.slice_plan import Width
-from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.run import run_slices
 from slicecli.runtime.libraries import quiet_libraries
 

@@ -15,8 +15,8 @@ from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
     from slicecli.api import estimate, evaluate, load, perplexity, slice_model
-    from slicecli.evaluation.measure import EvaluationOptions
-    from slicecli.jobs.plan import SliceOptions
+    from slicecli.evaluation.options import EvaluationOptions
+    from slicecli.jobs.options import SliceOptions
     from slicecli.jobs.sweep import run_sweep
 
 __all__ = [
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EvaluationOptions": "slicecli.evaluation.measure",
-    "SliceOptions": "slicecli.jobs.plan",
+    "EvaluationOptions": "slicecli.evaluation.options",
+    "SliceOptions": "slicecli.jobs.options",
     "run_sweep": "slicecli.jobs.sweep",
 }
 

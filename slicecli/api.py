@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from slicecli.errors import RequestError, WeightsError
 from slicecli.family.context_length import context_length_of_config
 from slicecli.family.slice_plan import Method, Width
-from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.run import SliceReport, run_slices
 from slicecli.runtime.inputs import check_sampling, local_path
 from slicecli.runtime.libraries import quiet_libraries
@@ -56,7 +57,7 @@ def slice_model(
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Progress callback.
-        **options: Fields of `slicecli.jobs.plan.SliceOptions`.
+        **options: Fields of `slicecli.jobs.options.SliceOptions`.
 
     Returns:
         What was made, and where.
@@ -142,7 +143,7 @@ def perplexities(
         texts: Names of the texts, see `slicecli.data.text.read_text`.
         samples: Measure only the first so many rows; `None` measures the whole text.
         progress: Progress callback.
-        **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
+        **options: Other fields of `slicecli.evaluation.options.EvaluationOptions`.
 
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
@@ -165,13 +166,13 @@ def evaluate(
         texts: Names of texts to measure perplexity on, see `slicecli.data.text.read_text`.
         tasks: Tasks of lm-eval, `.jsonl` files of questions, or `demo`.
         progress: Progress callback.
-        **options: Other fields of `slicecli.evaluation.measure.EvaluationOptions`.
+        **options: Other fields of `slicecli.evaluation.options.EvaluationOptions`.
 
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
-    from slicecli.evaluation.measure import EvaluationOptions
     from slicecli.evaluation.measure import evaluate as measure
+    from slicecli.evaluation.options import EvaluationOptions
 
     return measure(model, EvaluationOptions(texts=tuple(texts), tasks=tuple(tasks), **options), progress)
 

@@ -17,7 +17,8 @@ import slicecli.api
 from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
-from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, evaluate
+from slicecli.evaluation.measure import EvaluationSet, evaluate
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.record.record import read_record
 from slicecli.testing.checkpoints import byte_tokenizer
 

@@ -16,8 +16,9 @@ from slicecli.api import generate_text
 from slicecli.cli import COMMANDS, group
 from slicecli.cli.options import LocalPath
 from slicecli.errors import RequestError, SourceError
-from slicecli.hub.push import PushOptions, push_slice
-from slicecli.jobs.plan import SliceOptions
+from slicecli.hub.options import PushOptions
+from slicecli.hub.push import push_slice
+from slicecli.jobs.options import SliceOptions
 from slicecli.runtime.inputs import find_folder, is_repository_name, local_path, parse_repository, parse_token
 
 

@@ -13,7 +13,8 @@ import transformers
 
 from slicecli.errors import SourceError
 from slicecli.family.slice_plan import Width
-from slicecli.jobs.plan import SliceOptions, plan_slices
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.preparation import rehearse
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing.checkpoints import save_checkpoint

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from slicecli.evaluation import measure
-from slicecli.evaluation.measure import EvaluationOptions
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.jobs import run as engine
 from slicecli.jobs import sweep
-from slicecli.jobs.plan import SliceOptions
+from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
 from slicecli.runtime import placement
 

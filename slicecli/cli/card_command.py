@@ -28,6 +28,9 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
     stay.
 
     \b
+    Examples:
+      slicecli card ./my-slice
+      slicecli card ./my-slice --curve my-model-sweep/results.json
     """
     from slicecli.checkpoint.source import check_may_change
     from slicecli.errors import RequestError

@@ -38,9 +38,11 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
     from slicecli.checkpoint.loading import load_model
     from slicecli.checkpoint.source import Source
     from slicecli.data.demo import MODEL_FOLDER
-    from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
+    from slicecli.evaluation.measure import EvaluationSet, measure_loaded
+    from slicecli.evaluation.options import EvaluationOptions
     from slicecli.family.slice_plan import Width
-    from slicecli.jobs.plan import SliceOptions, plan_slices
+    from slicecli.jobs.options import SliceOptions
+    from slicecli.jobs.plan import plan_slices
     from slicecli.jobs.run import run_slices
     from slicecli.runtime.libraries import quiet_libraries
 

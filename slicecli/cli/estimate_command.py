@@ -152,6 +152,10 @@ def command(
     or much narrower ones near measured slices (--measured, --curve).
 
     \b
+    Examples:
+      slicecli estimate meta-llama/Meta-Llama-3-8B-Instruct --dim 3584,3072 --dense-perplexity 8.3
+      slicecli estimate ./my-model --sweep 0.05:0.5:0.05 --relation paper --plot estimate.png
+      slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
     """
     from slicecli.errors import RequestError
     from slicecli.estimation.devices import custom_device, device_named

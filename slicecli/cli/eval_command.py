@@ -9,6 +9,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.evaluation.options import EvaluationOptions
 
 if TYPE_CHECKING:
     from slicecli.evaluation.measure import Evaluation
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=shared.MODEL)
 @shared.measure_options
 @click.option("--baseline", type=shared.MODEL, metavar="MODEL", help="Measure this model too, and compare.")
-@click.option(
-    "--seed", type=int, default=1234, show_default=True, metavar="N", help="Seed of the examples that are drawn."
-)
+@shared.add_options(EvaluationOptions, "seed")
 @shared.run_options
 @shared.device_options
 @click.option("-o", "--output", type=shared.LocalPath(dir_okay=False), metavar="FILE", help="Also write the JSON here.")
@@ -69,7 +68,7 @@ def command(
         # said now, not after the measuring
         models = [Path(name).expanduser() for name in (model, baseline) if name is not None]
         check_results_file(output, models, [Path(name).expanduser() for name in (*chosen["texts"], *chosen["tasks"])])
-    options = shared.evaluation_request(chosen, seed=chosen["seed"], revision=chosen["revision"])
+    options = shared.evaluation_request(chosen)
     other = None
     with show.progress(context["quiet"]) as watcher:
         if baseline is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from slicecli.errors import RequestError
+from slicecli.evaluation.options import EvaluationOptions
+from slicecli.hub.options import PushOptions
+from slicecli.jobs.options import SliceOptions
 from slicecli.runtime.inputs import (
     local_path,
     parse_bytes,
@@ -18,14 +21,8 @@ from slicecli.runtime.inputs import (
     parse_prompt,
     parse_repository,
     parse_text,
-    parse_token,
 )
-
-if TYPE_CHECKING:
-    from slicecli.evaluation.measure import EvaluationOptions
-    from slicecli.hub.push import PushOptions
-    from slicecli.jobs.plan import SliceOptions
-    from slicecli.runtime.placement import DeviceMap, MaxMemory
+from slicecli.runtime.options import Option, from_chosen, option_of
 
 __all__ = [
     "BYTES",
@@ -39,9 +36,9 @@ __all__ = [
     "DimList",
     "LocalPath",
     "Named",
-    "Names",
     "Sweep",
     "adapter_option",
+    "add_options",
     "auto_as_none",
     "cache_options",
     "calibration_options",
@@ -51,51 +48,13 @@ __all__ = [
     "measure_options",
     "method_options",
     "model_options",
-    "publication_options",
     "push_options",
     "run_options",
-    "slice_request",
     "streams_option",
     "token_option",
 ]
 
 DTYPE = click.Choice(["auto", "bfloat16", "float16", "float32"])
-# fields of SliceOptions by the names of the options that give them
-SLICE_FIELDS = {
-    "method": "method",
-    "final_orientation": "orientation",
-    "slice_head": "slice_head",
-    "calibration": "calibration",
-    "samples": "samples",
-    "seed": "seed",
-    "seq_len": "sequence_length",
-    "batch_size": "batch_size",
-    "dtype": "dtype",
-    "device_map": "device_map",
-    "max_memory": "max_memory",
-    "streams": "streams",
-    "adapter": "adapter",
-    "revision": "revision",
-    "token": "token",
-    "trust_remote_code": "trust_remote_code",
-    "resume": "resume",
-    "cache": "cache",
-    "cache_dir": "cache_folder",
-}
-# fields of EvaluationOptions, but for the seed and the revision, which a slice may have too and are not the same
-EVALUATION_FIELDS = {
-    "tasks": "tasks",
-    "limit": "limit",
-    "num_fewshot": "num_fewshot",
-    "include_path": "include_path",
-    "seq_len": "sequence_length",
-    "batch_size": "batch_size",
-    "dtype": "dtype",
-    "device_map": "device_map",
-    "max_memory": "max_memory",
-    "token": "token",
-    "trust_remote_code": "trust_remote_code",
-}
 DEFAULT_TEXT = "wikitext2"
 MOST_STEPS = 1000
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -166,21 +125,6 @@ class DimList(click.ParamType):  # type: ignore[type-arg]
         return tuple(dict.fromkeys(click.INT.convert(part, param, ctx) for part in value.split(",")))
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]
-    """Names with commas between them."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Read the text of an option."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in value.split(",") if name.strip())
-        if not names:
-            self.fail(f"{value!r} names nothing. Give a name, or leave the option out.", param, ctx)
-        return names
-
-
 class Named(click.ParamType):  # type: ignore[type-arg]
     """A number with a name, such as piqa=0.79; either side of the sign is free of spaces."""
 
@@ -223,27 +167,12 @@ def _parse_model(text: str) -> str:
     return str(local_path(text)) if text.startswith("~") else parse_text(text)
 
 
-def _parse_device_map(text: str) -> DeviceMap:
-    from slicecli.runtime.placement import read_device_map
-
-    return read_device_map(parse_text(text))
-
-
-def _parse_max_memory(text: str) -> MaxMemory:
-    from slicecli.runtime.placement import parse_max_memory
-
-    return parse_max_memory(text)
-
-
 TEXT = Parsed("text", parse_text)
 PROMPT = Parsed("prompt", parse_prompt)
-TOKEN = Parsed("token", parse_token)
 MODEL = Parsed("model", _parse_model)
 REPOSITORY = Parsed("repository", parse_repository)
 COUNT = Parsed("count", parse_count)
 BYTES = Parsed("size", parse_bytes)
-DEVICE_MAP = Parsed("map", _parse_device_map)
-MEMORY_BY_DEVICE = Parsed("sizes", _parse_max_memory)
 
 
 def format_option(function: Function) -> Function:
@@ -258,206 +187,60 @@ def format_option(function: Function) -> Function:
     )(function)
 
 
-def token_option(function: Function) -> Function:
-    """Add `--token`."""
-    return click.option(
-        "--token", type=TOKEN, metavar="T", help="Hub token; by default the one that `hf auth login` stored."
-    )(function)
+def add_options(request: type[Any], *names: str) -> Callable[[Function], Function]:
+    """Add options of a request, those of the named fields, in this order."""
+
+    def add(function: Function) -> Function:
+        for name in reversed(names):
+            function = add_option(name, option_of(request, name))(function)
+        return function
+
+    return add
 
 
-def model_options(function: Function) -> Function:
-    """Add the options that say which model is meant."""
-    for option in (
-        click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
-        token_option,
-        click.option("--revision", type=TEXT, metavar="REV", help="Branch, tag or commit on the Hub."),
-    ):
-        function = option(function)
-    return function
+def add_option(name: str, option: Option) -> Callable[[Function], Function]:
+    """Add one option, whose value the command takes by a name."""
+    given: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    if option.reads is bool:
+        is_switch = "/" in option.flag
+        given |= {"default": option.default, "show_default": is_switch and option.default is not None}
+        given |= {} if is_switch else {"is_flag": True}
+    else:
+        default = "auto" if option.is_auto else option.default
+        given |= {"type": _type_of(option), "default": default, "show_default": default not in (None, ())}
+        given |= {"multiple": True} if option.is_multiple else {}
+        if option.is_auto and option.choices:
+            given["callback"] = auto_as_none
+    return click.option(option.flag, name, **given)
 
 
-def push_options(function: Function) -> Function:
-    """Add the options that say how a slice is published."""
-    for option in (
-        click.option(
-            "--commit-message", type=TEXT, metavar="TXT", help="First line of the commit.  [default: what the slice is]"
-        ),
-        click.option("--create-pr", is_flag=True, help="Propose a pull request instead of changing the branch."),
-        click.option("--private", is_flag=True, help="Make the repository private if it is new."),
-    ):
-        function = option(function)
-    return function
+def _type_of(option: Option) -> Any:
+    """Return the click type that reads an option's value."""
+    if option.choices:
+        return click.Choice(option.choices)
+    if option.is_auto:
+        return Auto()
+    if option.reads in (int, float):
+        return option.reads
+    if option.reads is local_path:
+        return LocalPath(file_okay=not option.is_folder)
+    return Parsed("value", option.reads)
 
 
-def publication_options(chosen: Mapping[str, Any], revision: str | None = None) -> PushOptions:
-    """Return how a slice is published, from the options above and the token."""
-    from slicecli.hub.push import PushOptions
-
-    fields = ("private", "create_pr", "commit_message", "token")
-    return PushOptions(**{name: chosen[name] for name in fields}, revision=revision)
-
-
-def device_options(function: Function) -> Function:
-    """Add the options that say which devices take the model."""
-    for option in (
-        click.option(
-            "--max-memory",
-            type=MEMORY_BY_DEVICE,
-            metavar="0=SIZE,cpu=SIZE",
-            help="Most bytes of weights on each device; what fits on none is read from disk.",
-        ),
-        click.option(
-            "--device-map",
-            type=DEVICE_MAP,
-            default="auto",
-            show_default=True,
-            metavar="MAP",
-            help="Where the model goes: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that maps "
-            "modules to devices, cpu or disk.",
-        ),
-    ):
-        function = option(function)
-    return function
+# the options that several commands share, in the order of their help
+method_options = add_options(SliceOptions, "method", "orientation", "slice_head")
+calibration_options = add_options(SliceOptions, "calibration", "samples", "seed")
+cache_options = add_options(SliceOptions, "cache", "cache_folder")
+run_options = add_options(SliceOptions, "sequence_length", "batch_size", "dtype")
+device_options = add_options(SliceOptions, "device_map", "max_memory")
+model_options = add_options(SliceOptions, "revision", "token", "trust_remote_code")
+token_option = add_options(SliceOptions, "token")
+streams_option = add_options(SliceOptions, "streams")
+adapter_option = add_options(SliceOptions, "adapter")
 
 
-def streams_option(function: Function) -> Function:
-    """Add `--streams`."""
-    return click.option(
-        "--streams",
-        type=click.Choice(["auto", "device", "host", "disk"]),
-        default="auto",
-        show_default=True,
-        help="Where the activations of the calibration text are kept; auto takes the first that has room.",
-    )(function)
-
-
-def run_options(function: Function) -> Function:
-    """Add the options that say how rows of text go through a model."""
-    for option in (
-        click.option(
-            "--dtype",
-            type=DTYPE,
-            default="auto",
-            show_default=True,
-            callback=auto_as_none,
-            help="Dtype of the weights; auto keeps the checkpoint's (a CPU computes in float32).",
-        ),
-        click.option(
-            "--batch-size", type=Auto(), default="auto", show_default=True, metavar="N|auto", help="Rows per batch."
-        ),
-        click.option(
-            "--seq-len", type=int, metavar="N", help="Tokens per row.  [default: 2048, or the model's longest]"
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def method_options(function: Function) -> Function:
-    """Add the options that say how weights are made."""
-    for option in (
-        click.option(
-            "--slice-head/--no-slice-head",
-            default=None,
-            help="slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
-        ),
-        click.option(
-            "--final-orientation",
-            type=click.Choice(["pca", "random"]),
-            default="pca",
-            show_default=True,
-            help="slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
-        ),
-        click.option(
-            "--method",
-            type=click.Choice(["refit", "slicegpt"]),
-            default="refit",
-            show_default=True,
-            help="refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family "
-            "allows it. slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of "
-            "its own.",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def calibration_options(function: Function) -> Function:
-    """Add the options that say what a slice is fitted to."""
-    for option in (
-        click.option(
-            "--seed", type=int, default=42, show_default=True, metavar="N", help="Seed of the choice of rows."
-        ),
-        click.option(
-            "--samples", type=int, default=128, show_default=True, metavar="N", help="Rows of calibration text."
-        ),
-        click.option(
-            "--calibration",
-            type=TEXT,
-            default="wikitext2",
-            show_default=True,
-            metavar="NAME|FILE|HUB_ID",
-            help="Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def cache_options(function: Function) -> Function:
-    """Add the options of the statistics cache."""
-    for option in (
-        click.option(
-            "--cache-dir",
-            type=LocalPath(file_okay=False),
-            metavar="DIR",
-            help="Where statistics are kept for other dims.  [default: SLICECLI_CACHE, or the user's cache folder]",
-        ),
-        click.option(
-            "--cache/--no-cache", default=True, show_default=True, help="Take statistics from the cache and keep them."
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def measure_options(function: Function) -> Function:
-    """Add the options that say what is measured."""
-    for option in (
-        click.option(
-            "--limit", type=int, metavar="N", help="Only the first N rows of each text and questions of each task."
-        ),
-        click.option(
-            "--num-fewshot",
-            type=int,
-            metavar="N",
-            help="Solved examples before each question.  [default: the task's]",
-        ),
-        click.option(
-            "--include-path",
-            type=LocalPath(),
-            metavar="DIR",
-            help="Folder with task YAMLs of your own, for --tasks.",
-        ),
-        click.option(
-            "--tasks",
-            type=Names(),
-            default=(),
-            metavar="NAME|FILE,...",
-            help="Tasks: names that lm-eval knows (* stands for anything), .jsonl files of questions, or demo.",
-        ),
-        click.option(
-            "--perplexity",
-            "texts",
-            type=TEXT,
-            multiple=True,
-            metavar="NAME|FILE|HUB_ID",
-            help="Text to measure perplexity on; may be given several times.  "
-            f"[default: {DEFAULT_TEXT}, or none with --tasks]",
-        ),
-    ):
-        function = option(function)
-    return function
+measure_options = add_options(EvaluationOptions, "texts", "tasks", "include_path", "num_fewshot", "limit")
+push_options = add_options(PushOptions, "private", "create_pr", "commit_message")
 
 
 def auto_as_none(_context: click.Context, _option: click.Parameter, value: str) -> str | None:
@@ -465,26 +248,7 @@ def auto_as_none(_context: click.Context, _option: click.Parameter, value: str) 
     return None if value == "auto" else value
 
 
-def slice_request(chosen: Mapping[str, Any], **more: Any) -> SliceOptions:
-    """Return the engine's options, from those of the options above that a command has."""
-    from slicecli.jobs.plan import SliceOptions
-
-    return SliceOptions(**{field: chosen[name] for name, field in SLICE_FIELDS.items() if name in chosen}, **more)
-
-
-def evaluation_request(chosen: Mapping[str, Any], **more: Any) -> EvaluationOptions:
-    """Return what is to be measured, from the options above: the usual text where nothing is asked for."""
-    from slicecli.evaluation.measure import EvaluationOptions
-
+def evaluation_request(chosen: Mapping[str, Any], leave_out: Container[str] = ()) -> EvaluationOptions:
+    """Return what is to be measured: the usual text where nothing is asked for."""
     texts = chosen["texts"] or (() if chosen["tasks"] else (DEFAULT_TEXT,))
-    return EvaluationOptions(texts=texts, **{field: chosen[name] for name, field in EVALUATION_FIELDS.items()}, **more)
-
-
-def adapter_option(function: Function) -> Function:
-    """Add the `--adapter` of commands that slice."""
-    return click.option(
-        "--adapter",
-        type=TEXT,
-        metavar="NAME",
-        help="Use this adapter instead of the one for the model's type; auto infers one.",
-    )(function)
+    return from_chosen(EvaluationOptions, {**chosen, "texts": texts}, leave_out)

@@ -9,18 +9,18 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.hub.options import PushOptions
+from slicecli.runtime.options import from_chosen
 
 if TYPE_CHECKING:
-    from slicecli.hub.push import Publication, PushOptions
+    from slicecli.hub.push import Publication
 
 
 @click.command("push")
 @click.argument("folder", metavar="DIR", type=shared.LocalPath(exists=True, file_okay=False))
 @click.argument("repository", type=shared.REPOSITORY, metavar="REPO")
 @shared.push_options
-@click.option(
-    "--revision", type=shared.TEXT, metavar="BRANCH", help="Branch to change, made if it is new.  [default: main]"
-)
+@shared.add_options(PushOptions, "revision")
 @shared.token_option
 @click.option("--dry-run", is_flag=True, help="Check the slice, print what would go, and stop.")
 @shared.format_option
@@ -30,7 +30,6 @@ def command(
     /,
     folder: Path,
     repository: str,
-    revision: str | None,
     dry_run: bool,
     output_format: str,
     **chosen: Any,
@@ -41,10 +40,13 @@ def command(
     any of them. Afterwards what the Hub has is compared with what is here. What the Hub has already is not sent again.
 
     \b
+    Examples:
+      slicecli push ./my-slice me/my-slice --dry-run
+      slicecli push ./my-slice me/my-slice --private
     """
     from slicecli.hub.push import check_publishable
 
-    settings = shared.publication_options(chosen, revision)
+    settings = from_chosen(PushOptions, chosen)
     if not dry_run:
         print_publication(push(folder, repository, settings, context["quiet"]), output_format, context["quiet"])
         return

@@ -10,43 +10,28 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.family.slice_plan import Width
+from slicecli.hub.options import PushOptions
+from slicecli.jobs.options import SliceOptions
+from slicecli.runtime.options import from_chosen
 
 
 @click.command("slice")
 @click.argument("model", type=shared.MODEL)
-@click.option("--dim", type=int, metavar="N", help="Hidden size to keep.")
-@click.option("--sparsity", type=float, metavar="F", help="Instead: fraction of the hidden size to remove.")
-@click.option(
-    "--target-params", type=shared.COUNT, metavar="6B", help="Instead: the most parameters the slice may have."
-)
-@click.option("--memory", type=shared.BYTES, metavar="12GiB", help="Instead: the most bytes its weights may take.")
+@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory")
 @click.option(
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing slice.")
-@click.option("--resume", is_flag=True, help="Go on where a run of the same command was interrupted.")
+@shared.add_options(SliceOptions, "overwrite", "resume")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @shared.method_options
-@click.option(
-    "--schedule",
-    type=shared.TEXT,
-    metavar="constant|linear:S0:S1|FILE.json",
-    help="slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
-    "width at each step of each block.  [default: constant]",
-)
+@shared.add_options(Width, "schedule")
 @shared.calibration_options
 @shared.cache_options
 @shared.run_options
 @shared.device_options
 @shared.streams_option
-@click.option(
-    "--max-shard-size",
-    type=shared.BYTES,
-    default="5GB",
-    show_default=True,
-    metavar="SIZE",
-    help="Most bytes of one file.",
-)
+@shared.add_options(SliceOptions, "max_shard_size")
 @shared.adapter_option
 @click.option(
     "--push",
@@ -63,15 +48,8 @@ def command(
     context: dict[str, Any],
     /,
     model: str,
-    dim: int | None,
-    sparsity: float | None,
-    target_params: int | None,
-    memory: int | None,
     output: Path | None,
-    overwrite: bool,
     dry_run: bool,
-    schedule: str | None,
-    max_shard_size: int,
     repository: str | None,
     output_format: str,
     **chosen: Any,
@@ -79,14 +57,19 @@ def command(
     """Slice the hidden size of MODEL and write a checkpoint that loads like any other.
 
     \b
+    Examples:
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
+      slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
+      slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
     from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.errors import RequestError, SlicecliError
-    from slicecli.family.slice_plan import Width
 
-    if repository is None and (chosen["private"] or chosen["create_pr"] or chosen["commit_message"] is not None):
+    publication = from_chosen(PushOptions, chosen, leave_out=["revision"])  # that is the model's
+    if repository is None and publication != PushOptions(token=publication.token):
         raise RequestError("--private, --create-pr and --commit-message require --push.", "Add --push REPO.")
-    width = Width(dim, sparsity, target_params, memory, None if schedule == "constant" else schedule)
+    width = from_chosen(Width, chosen)
 
     from slicecli.jobs.plan import plan_slices
     from slicecli.jobs.run import run_slices
@@ -94,8 +77,7 @@ def command(
     from slicecli.runtime.libraries import quiet_libraries
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings = shared.slice_request(chosen, max_shard_size=max_shard_size, overwrite=overwrite)
-    publication = shared.publication_options(chosen)
+    settings = from_chosen(SliceOptions, chosen)
     is_main = Processes.find().is_main
     if repository is not None and not dry_run and is_main:
         from slicecli.hub.push import check_can_push

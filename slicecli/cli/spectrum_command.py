@@ -9,6 +9,8 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.jobs.options import SliceOptions
+from slicecli.runtime.options import from_chosen
 
 SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
@@ -64,7 +66,7 @@ def command(
     from slicecli.jobs.spectrum import run_spectrum
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings = shared.slice_request(chosen)
+    settings = from_chosen(SliceOptions, chosen)
     bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
         document = run_spectrum(model, settings, watcher, show.warn)

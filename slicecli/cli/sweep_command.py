@@ -9,6 +9,8 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.jobs.options import SliceOptions
+from slicecli.runtime.options import from_chosen
 
 
 @click.command("sweep")
@@ -70,7 +72,9 @@ def command(
     from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep, usual_dims
     from slicecli.runtime.memory import bound_memory_that_is_kept
 
-    settings, evaluation = shared.slice_request(chosen), shared.evaluation_request(chosen)
+    settings = from_chosen(SliceOptions, chosen)
+    # the seed and the revision are of the slicing
+    evaluation = shared.evaluation_request(chosen, leave_out=["seed", "revision"])
     bound_memory_that_is_kept()
     path = Path(model)
     name = name_of_folder(path) if path.is_dir() else model

@@ -35,6 +35,9 @@ def command(
     differs. Of REPO only small files are downloaded.
 
     \b
+    Examples:
+      slicecli verify ./my-slice
+      slicecli verify me/my-slice --format json
     """
     from slicecli.hub.verify import CHECKS, verify_contents
 

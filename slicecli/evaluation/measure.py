@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,12 @@ from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.data.packing import check_vocabulary
 from slicecli.data.text import Text, read_texts
-from slicecli.errors import RequestError
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.context_length import pick_sequence_length
 from slicecli.record.record import known_names, read_sound_record
 from slicecli.runtime.distributed import Processes
-from slicecli.runtime.inputs import NUMPY_SEEDS, check_count, check_seed, local_path
 from slicecli.runtime.libraries import quiet_libraries, running
-from slicecli.runtime.placement import DeviceMap, MaxMemory, batch_rows, describe_map
+from slicecli.runtime.placement import batch_rows, describe_map
 from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
@@ -34,68 +32,7 @@ if TYPE_CHECKING:
     from slicecli.evaluation.tasks import LoadedTask, TaskResult
     from slicecli.progress import Progress
 
-__all__ = ["Evaluation", "EvaluationOptions", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What to measure, and how.
-
-    Attributes:
-        texts: Texts for perplexity, see `slicecli.data.text.read_text`; what is given twice is measured once.
-        tasks: Tasks, see `slicecli.evaluation.tasks.load_tasks`.
-        limit: Only the first so many rows of each text and questions of each task; `None` takes all.
-        num_fewshot: Solved examples before each question; `None` leaves it to the task.
-        include_path: Folder with YAML files of tasks.
-        sequence_length: Tokens per row of text; `None` takes 2048, or what the model can do if that is less.
-        batch_size: Rows, or requests, per forward pass; `None` chooses by tokens.
-        dtype: Dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
-        device_map: As in transformers; a device name is one too.
-        max_memory: The most bytes of weights by device, for the maps that are named.
-        seed: Seed of whatever a task draws; the default is lm-eval's.
-        revision: Revision on the Hub.
-        token: Hub token.
-        trust_remote_code: Whether code from the model's repository may run.
-
-    Raises:
-        RequestError: A number is out of range, or the folder of tasks does not exist.
-    """
-
-    texts: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: Path | None = None
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    dtype: str | None = None
-    device_map: DeviceMap = "auto"
-    max_memory: MaxMemory | None = None
-    seed: int = 1234
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("limit", self.limit, 1),
-            ("batch size", self.batch_size, 1),
-            ("number of examples", self.num_fewshot, 0),
-            ("sequence length", self.sequence_length, 2),
-        ):
-            check_count(value, f"A {name} of {{}} is", "Give", least)
-        check_seed(self.seed, NUMPY_SEEDS)
-        if self.include_path is not None and not local_path(self.include_path).is_dir():
-            raise RequestError(f"There is no folder {str(self.include_path)!r}.", "Give the folder of the task YAMLs.")
-
-    def check(self) -> None:
-        """Refuse to measure nothing.
-
-        Raises:
-            RequestError: Neither a text nor a task is given.
-        """
-        if not self.texts and not self.tasks:
-            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
+__all__ = ["Evaluation", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.schedule import PublishedSizes, Schedule
+from slicecli.runtime.inputs import parse_bytes, parse_count, parse_text
+from slicecli.runtime.options import Option
 
 __all__ = [
     "DTYPE_BYTES",
@@ -71,20 +73,30 @@ class SliceSizes(Protocol):
 class Width:
     """How wide the slice shall be, in the user's units; exactly one field is given.
 
-    Attributes:
-        sparsity: Fraction of the hidden size to remove, between 0 and 1.
-        target_parameters: The most parameters the slice may have.
-        memory: The most bytes its weights may take.
-        schedule: A width for each block, as `slicecli.family.schedule.read_schedule` takes it.
+    A schedule is as `slicecli.family.schedule.read_schedule` takes it.
     """
 
-    dim: int | None = None
-    sparsity: float | None = None
-    target_parameters: int | None = None
-    memory: int | None = None
-    schedule: str | None = None
+    dim: int | None = Option("--dim", "Hidden size to keep.", reads=int, metavar="N").field()
+    sparsity: float | None = Option(
+        "--sparsity", "Instead: fraction of the hidden size to remove.", reads=float, metavar="F"
+    ).field()
+    target_parameters: int | None = Option(
+        "--target-params", "Instead: the most parameters the slice may have.", reads=parse_count, metavar="6B"
+    ).field()
+    memory: int | None = Option(
+        "--memory", "Instead: the most bytes its weights may take.", reads=parse_bytes, metavar="12GiB"
+    ).field()
+    schedule: str | None = Option(
+        "--schedule",
+        "slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
+        "width at each step of each block.  [default: constant]",
+        reads=parse_text,
+        metavar="constant|linear:S0:S1|FILE.json",
+    ).field()
 
     def __post_init__(self) -> None:
+        if self.schedule == "constant":  # one width, which another option gives
+            object.__setattr__(self, "schedule", None)
         wishes = (self.dim, self.sparsity, self.target_parameters, self.memory, self.schedule)
         given = [value for value in wishes if value is not None]
         if len(given) != 1:

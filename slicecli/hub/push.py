@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli.checkpoint.folder import RECORD_FILE, file_digest
 from slicecli.errors import OutputError, PublishError
 from slicecli.hub.card import CARD_FILE
+from slicecli.hub.options import PushOptions
 from slicecli.hub.writing import enter_repository, own_files
 from slicecli.runtime.hub_client import patiently, quiet_client
 from slicecli.runtime.hub_errors import describe_hub_error, remedy_of_hub_error
@@ -24,33 +25,10 @@ from slicecli.runtime.inputs import parse_repository
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-__all__ = ["Publication", "PushOptions", "check_can_push", "check_publishable", "push_slice"]
+__all__ = ["Publication", "check_can_push", "check_publishable", "push_slice"]
 
 # of what an earlier slice in the same repository may have left; other files there are its owner's
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "configuration_slicecli.py", "modeling_slicecli.py", "plots/*"]
-
-
-@dataclass(frozen=True)
-class PushOptions:
-    """How a slice is published.
-
-    Attributes:
-        private: Make the repository private if it is new.
-        create_pr: Propose a pull request instead of changing the branch.
-        revision: Branch to change, made if it is new; `None` takes the default branch.
-        commit_message: First line of the commit; `None` says what the slice is.
-        token: Hub token; `None` takes the stored one.
-    """
-
-    private: bool = False
-    create_pr: bool = False
-    revision: str | None = None
-    commit_message: str | None = None
-    token: str | None = None
-
-    def __repr__(self) -> str:
-        # never the token: this may end in a log
-        return f"PushOptions(private={self.private}, create_pr={self.create_pr}, revision={self.revision!r})"
 
 
 @dataclass(frozen=True)

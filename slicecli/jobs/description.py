@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slicecli.adapters import AUTO_ADAPTER
 from slicecli.errors import SlicecliError
 from slicecli.estimation.estimate import USUAL_SPARSITIES, nearest_dims
-from slicecli.family.slice_plan import SlicePlan, slice_sizes
+from slicecli.family.slice_plan import SlicePlan, Width, slice_sizes
 from slicecli.hub.metadata import inherited_metadata
 from slicecli.hub.writing import Description
+from slicecli.jobs.options import SliceOptions
 from slicecli.record.record import build_record
+from slicecli.runtime.options import words_of
 
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
@@ -66,27 +68,24 @@ def licence_warning(source: Source) -> tuple[str, ...]:
 def reproduce_command(job: Job, plan: SlicePlan) -> str:
     """Return the command line that makes a slice again; a text file appears by its name only."""
     options = job.options
-    words = ["slicecli", "slice", plan.model, *_width_words(plan, options.slice_head)]
+    calibration = Path(options.calibration)
+    values: dict[str, Any] = {}
     if plan.method != "refit":
-        words += ["--method", plan.method, "--final-orientation", options.orientation]
+        values |= {"method": plan.method, "orientation": options.orientation}
     if job.source.commit:
-        words += ["--revision", job.source.commit]
-    words += [
-        "--calibration",
-        Path(options.calibration).name if Path(options.calibration).exists() else options.calibration,
-    ]
-    words += ["--samples", str(options.samples), "--seq-len", str(job.sequence_length), "--seed", str(options.seed)]
-    words += ["--dtype", plan.dtype]
+        values["revision"] = job.source.commit
+    values |= {
+        "calibration": calibration.name if calibration.exists() else options.calibration,
+        "samples": options.samples,
+        "sequence_length": job.sequence_length,
+        "seed": options.seed,
+        "dtype": plan.dtype,
+    }
     if plan.adapter == AUTO_ADAPTER:
-        words += ["--adapter", AUTO_ADAPTER]
+        values["adapter"] = AUTO_ADAPTER
     if job.source.needs_remote_code:
-        words += ["--trust-remote-code"]
-    return shlex.join(words)
-
-
-def _width_words(plan: SlicePlan, slice_head: bool | None) -> list[str]:
-    """Return the options that say how wide a slice is."""
-    if plan.schedule is None:
-        return ["--dim", str(plan.dim)]
-    words = ["--schedule", plan.schedule_name] if plan.schedule_name else ["--dim", str(plan.dim)]
-    return [*words, *([] if slice_head is None else ["--slice-head" if slice_head else "--no-slice-head"])]
+        values["trust_remote_code"] = True
+    if plan.schedule is not None:
+        values = {"slice_head": options.slice_head, **values}
+    width = {"schedule": plan.schedule_name} if plan.schedule_name else {"dim": plan.dim}
+    return shlex.join(["slicecli", "slice", plan.model, *words_of(Width, width), *words_of(SliceOptions, values)])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint.configs import custom_code_config, stock_config
@@ -23,14 +23,12 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.family.slice_plan import DTYPE_BYTES, Method, SlicePlan, Width, check_method
+from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
-from slicecli.runtime.inputs import check_count, check_seed, parse_bytes
 from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.placement import (
     ActivationPlan,
-    DeviceMap,
-    MaxMemory,
     Placement,
     compute_dtype,
     decide_placement,
@@ -40,80 +38,15 @@ from slicecli.slicing.statistics_cache import most_bytes
 
 if TYPE_CHECKING:
     from slicecli.infer.inference import Inference
-    from slicecli.slicing.slicegpt import Orientation
 
 __all__ = [
     "ChosenAdapter",
     "Job",
-    "SliceOptions",
     "find_adapter",
     "full_fields",
     "plan_slices",
     "width_of_dense_activations",
 ]
-
-
-@dataclass(frozen=True)
-class SliceOptions:
-    """Everything about a slice that is not its model and width.
-
-    Attributes:
-        method: How the weights are made.
-        orientation: Of the published method: `pca`, or `random` to turn the kept directions among themselves.
-        slice_head: Of the published method: whether the input of the head is sliced too; `None` leaves it whole
-            where that is possible.
-        calibration: Name of the calibration text, see `slicecli.data.text.read_text`.
-        samples: Rows of calibration text.
-        sequence_length: Tokens per row; `None` takes 2048, or what the model can do if that is less.
-        batch_size: Rows per forward pass; `None` chooses by tokens.
-        seed: Seed of the draw of rows.
-        dtype: Dtype of the written weights; `None` keeps the checkpoint's.
-        device_map: What computes and where the dense weights rest, see `slicecli.runtime.placement.decide_placement`.
-        max_memory: The most bytes of weights that rest on a device, by its number or `cpu`.
-        streams: Where the streams are kept: `auto`, `device`, `host` or `disk`.
-        max_shard_size: Most bytes of one weight file; a text such as `5GB` becomes a number.
-        adapter: Name of the adapter to use instead of the one for the model's type.
-        revision: Revision on the Hub.
-        token: Hub token.
-        trust_remote_code: Whether code from the model's repository may run.
-        overwrite: Replace an existing slice.
-        resume: Go on with what an interrupted run of the same job has left.
-        cache: Whether statistics are taken from and put into the cache.
-        cache_folder: Where it lies; `None` takes the usual place.
-
-    Raises:
-        RequestError: A number is out of range.
-    """
-
-    method: Method = "refit"
-    orientation: Orientation = "pca"
-    slice_head: bool | None = None
-    calibration: str = "wikitext2"
-    samples: int = 128
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    seed: int = 42
-    dtype: str | None = None
-    device_map: DeviceMap = "auto"
-    max_memory: MaxMemory | None = None
-    streams: Literal["auto", "device", "host", "disk"] = "auto"
-    max_shard_size: int = 5_000_000_000
-    adapter: str | None = None
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    cache: bool = True
-    cache_folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_count(self.samples, "{} calibration samples are", "Give --samples", words=("too few", "too many"))
-        check_count(self.sequence_length, "A sequence length of {} is", "Give --seq-len", least=2)
-        check_count(self.batch_size, "A batch of {} rows is", "Give --batch-size")
-        check_seed(self.seed)
-        if isinstance(self.max_shard_size, str):
-            object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
 
 
 @dataclass(frozen=True)

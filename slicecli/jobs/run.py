@@ -23,7 +23,8 @@ from slicecli.checkpoint.shards import ShardWriter
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
-from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_activations
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import Job, full_fields, width_of_dense_activations
 from slicecli.record.record import Energy
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running

@@ -23,17 +23,20 @@ from slicecli.errors import OutputError
 from slicecli.estimation.estimate import nearest_dims
 from slicecli.estimation.results import check_relation, curves_json, fit_results, series_of
 from slicecli.evaluation import measure as measuring
-from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet
+from slicecli.evaluation.measure import EvaluationSet
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Width, slice_sizes
 from slicecli.hub.writing import enter_curves, enter_results
-from slicecli.jobs.plan import Job, SliceOptions, find_adapter, plan_slices
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import Job, find_adapter, plan_slices
 from slicecli.jobs.run import run_slices, with_weights
 from slicecli.record.record import read_record
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries
+from slicecli.runtime.options import result_fields
 from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
@@ -153,23 +156,7 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
 
 def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSet) -> str:
     """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
-    options = dataclasses.asdict(job.options)
-    for name in (
-        "token",
-        "overwrite",
-        "max_shard_size",
-        "batch_size",
-        "device_map",
-        "max_memory",
-        "streams",
-        "resume",
-        "cache",
-        "cache_folder",
-    ):
-        options.pop(name)
-    measured = dataclasses.asdict(evaluation)
-    for name in ("token", "batch_size", "device_map", "max_memory"):
-        measured.pop(name, None)
+    options, measured = result_fields(job.options), result_fields(evaluation)
     # of files what is in them counts, not by which path they are given
     measured["texts"] = [(rows.name, rows.digest, rows.text_digest) for rows in prepared.rows]
     measured["tasks"] = [(task.name, task.digest) for task in prepared.tasks]

@@ -23,6 +23,7 @@ __all__ = [
     "local_path",
     "parse_bytes",
     "parse_count",
+    "parse_names",
     "parse_prompt",
     "parse_repository",
     "parse_text",
@@ -61,6 +62,14 @@ def parse_prompt(text: str) -> str:
     except UnicodeEncodeError:
         raise RequestError(f"{shown(text)} is not UTF-8 text.", "Check the encoding of the terminal.") from None
     return text
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return names with commas between them."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise RequestError(f"{shown(text)} names nothing.", "Give a name, or leave the option out.")
+    return names
 
 
 def check_count(

@@ -30,7 +30,8 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
-from slicecli.jobs.plan import SliceOptions, find_adapter, full_fields, plan_slices
+from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.plan import find_adapter, full_fields, plan_slices
 from slicecli.jobs.run import run_slices
 from slicecli.proof.declaration import (
     identity_basis,

@@ -108,7 +108,8 @@ class SliceUnderTest:
         """
         from slicecli.data.text import read_text
         from slicecli.estimation.relations import quoted_by
-        from slicecli.evaluation.measure import EvaluationOptions, EvaluationSet, measure_loaded
+        from slicecli.evaluation.measure import EvaluationSet, measure_loaded
+        from slicecli.evaluation.options import EvaluationOptions
         from slicecli.runtime.libraries import quiet_libraries
 
         curve = self._curve()

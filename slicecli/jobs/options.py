@@ -1,0 +1,119 @@
+"""What can be asked of a slice, each option defined once, for the command line and the Python API alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from slicecli.family.slice_plan import METHODS, Method
+from slicecli.runtime import options
+from slicecli.runtime.inputs import check_count, check_seed, local_path, parse_bytes, parse_text
+from slicecli.runtime.options import Option
+
+if TYPE_CHECKING:
+    from slicecli.runtime.placement import DeviceMap, MaxMemory
+    from slicecli.slicing.slicegpt import Orientation
+
+__all__ = ["SliceOptions"]
+
+
+@dataclass(frozen=True)
+class SliceOptions:
+    """Everything about a slice that is not its model and width; each field says what it is.
+
+    `None` stands for what the help of the option calls its default. A size such as `5GB` becomes a number of bytes.
+
+    Raises:
+        RequestError: A number is out of range.
+    """
+
+    method: Method = Option(
+        "--method",
+        "refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family allows it. "
+        "slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
+        default="refit",
+        choices=METHODS,
+    ).field()
+    orientation: Orientation = Option(
+        "--final-orientation",
+        "slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
+        default="pca",
+        choices=("pca", "random"),
+    ).field()
+    slice_head: bool | None = Option(
+        "--slice-head/--no-slice-head",
+        "slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
+        reads=bool,
+    ).field()
+    calibration: str = Option(
+        "--calibration",
+        "Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
+        default="wikitext2",
+        reads=parse_text,
+        metavar="NAME|FILE|HUB_ID",
+    ).field()
+    samples: int = Option("--samples", "Rows of calibration text.", default=128, reads=int, metavar="N").field()
+    seed: int = Option("--seed", "Seed of the choice of rows.", default=42, reads=int, metavar="N").field()
+    cache: bool = Option(
+        "--cache/--no-cache",
+        "Take statistics from the cache and keep them.",
+        default=True,
+        reads=bool,
+        affects_result=False,
+    ).field()
+    cache_folder: Path | None = Option(
+        "--cache-dir",
+        "Where statistics are kept for other dims.  [default: SLICECLI_CACHE, or the user's cache folder]",
+        reads=local_path,
+        metavar="DIR",
+        is_folder=True,
+        affects_result=False,
+    ).field()
+    sequence_length: int | None = options.SEQUENCE_LENGTH.field()
+    batch_size: int | None = options.BATCH_SIZE.field()
+    dtype: str | None = options.DTYPE.field()
+    device_map: DeviceMap = options.DEVICE_MAP.field()
+    max_memory: MaxMemory | None = options.MAX_MEMORY.field()
+    streams: Literal["auto", "device", "host", "disk"] = Option(
+        "--streams",
+        "Where the activations of the calibration text are kept; auto takes the first that has room.",
+        default="auto",
+        choices=("auto", "device", "host", "disk"),
+        affects_result=False,
+    ).field()
+    max_shard_size: int = Option(
+        "--max-shard-size",
+        "Most bytes of one file.",
+        default="5GB",
+        reads=parse_bytes,
+        metavar="SIZE",
+        affects_result=False,
+    ).field()
+    adapter: str | None = Option(
+        "--adapter",
+        "Use this adapter instead of the one for the model's type; auto infers one.",
+        reads=parse_text,
+        metavar="NAME",
+    ).field()
+    revision: str | None = options.REVISION.field()
+    token: str | None = options.TOKEN.field()
+    trust_remote_code: bool = options.TRUST_REMOTE_CODE.field()
+    overwrite: bool = Option(
+        "--overwrite", "Replace an existing slice.", default=False, reads=bool, affects_result=False
+    ).field()
+    resume: bool = Option(
+        "--resume",
+        "Go on where a run of the same command was interrupted.",
+        default=False,
+        reads=bool,
+        affects_result=False,
+    ).field()
+
+    def __post_init__(self) -> None:
+        check_count(self.samples, "{} calibration samples are", "Give --samples", words=("too few", "too many"))
+        check_count(self.sequence_length, "A sequence length of {} is", "Give --seq-len", least=2)
+        check_count(self.batch_size, "A batch of {} rows is", "Give --batch-size")
+        check_seed(self.seed)
+        if isinstance(self.max_shard_size, str):
+            object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
