@@ -177,7 +177,7 @@ def _open_targets(
             folder, meta_model = folders[number], meta_models[number]
         else:
             folder, meta_model = None, build_runnable_meta_model(config, job.options.trust_remote_code)
-        target, writer = _open_target(plan, meta_model, folder, job.options, missing)
+        target, writer = _open_target(number, plan, meta_model, folder, job.options, missing)
         targets.append(target)
         if writer is not None:
             stack.callback(writer.close)
@@ -425,7 +425,12 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
 
 
 def _open_target(
-    plan: SlicePlan, meta_model: Any, folder: Path | None, options: SliceOptions, missing: Sequence[str] | None
+    number: int,
+    plan: SlicePlan,
+    meta_model: Any,
+    folder: Path | None,
+    options: SliceOptions,
+    missing: Sequence[str] | None,
 ) -> tuple[Target, ShardWriter | None]:
     """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
 
@@ -437,7 +442,7 @@ def _open_target(
 
     dtype = getattr(torch, plan.dtype)
     if folder is None:
-        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None), None
+        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
     shapes = {
         stored: tuple(tensor.shape)
         for name, value in meta_model.state_dict().items()
@@ -449,7 +454,7 @@ def _open_target(
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    return Target(plan.dim, meta_model, dtype, sink), writer
+    return Target(plan.dim, meta_model, dtype, sink, number), writer
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:

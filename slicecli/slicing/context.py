@@ -17,6 +17,7 @@ from torch import nn
 from slicecli.adapters import Adapter
 from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.normal_equations import normalise
+from slicecli.linalg.ridge import RidgeMemory
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import MicroBatches
 from slicecli.slicing.activations import ActivationStore, Stream
@@ -174,6 +175,8 @@ class Target:
         meta_model: The empty model of the sliced config.
         dtype: Dtype in which its tensors are written.
         sink: Takes each finished tensor: parameter name and value on the CPU.
+        number: Its place among the slices of the job.
+        ridges: The ridges found so far.
         stream: y, batch by batch, as far as the pass has come.
     """
 
@@ -181,6 +184,8 @@ class Target:
     meta_model: Any
     dtype: torch.dtype
     sink: Callable[[str, torch.Tensor], None]
+    number: int = 0
+    ridges: RidgeMemory = field(default_factory=RidgeMemory, repr=False)
     stream: Stream = field(default_factory=list, repr=False)
 
 

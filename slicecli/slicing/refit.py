@@ -123,43 +123,43 @@ def refit(
     some of them a second time.
     """
     journal = journal or NoJournal()
-    phase = f"refit to {', '.join(str(target.dim) for target in targets)}"
+    phase = f"refit {','.join(str(target.number) for target in targets)}"
     if journal.result(phase) is not None:
         return
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
     stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
-    bases = {target.dim: basis.leading(target.dim) for target in targets}
-    for target in targets:
-        _slice_embeddings(dense, target, bases[target.dim], batches)
+    bases = [basis.leading(target.dim) for target in targets]
+    for target, leading in zip(targets, bases, strict=True):
+        _slice_embeddings(dense, target, leading, batches)
     snapshot = journal.resume(phase)
-    search = RidgeMemory(None if snapshot is None else snapshot.about["ridges"])
     if snapshot is not None:
         stream = activations_in("dense", snapshot, dense.streams)
-        for target in targets:
-            target.stream = activations_in(f"slice{target.dim}", snapshot, dense.streams)
+        for target, ridges in zip(targets, snapshot.about["ridges"], strict=True):
+            target.stream = activations_in(_stream_name(target), snapshot, dense.streams)
+            target.ridges = RidgeMemory(ridges)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         seen = None if activations is None else activations.of(index)
         if seen is None:
             seen = _run_dense_block(dense, index, weights, calls, stream)
-        at = BlockPass(dense, index, weights, calls, seen, held_out, search)
+        at = BlockPass(dense, index, weights, calls, seen, held_out)
         blocks = [_prepare_block(at, target) for target in targets]
         lost = 0.0
         for position in range(len(at.sublayers)):
-            for target, block in zip(targets, blocks, strict=True):
+            for target, leading, block in zip(targets, bases, blocks, strict=True):
                 sublayer, is_last_use = Sublayer(at, target, block, position), target is targets[-1]
-                lost = max(lost, _fit_sublayer(sublayer, bases[target.dim], is_last_use))
+                lost = max(lost, _fit_sublayer(sublayer, leading, is_last_use))
             if activations is None:
                 seen.inputs[position].clear()
         for target in targets:
             hand_over_block(target, dense.block_name(index), weights)
         stream = seen.output
-        journal.offer(phase, index + 1, _content(stream, targets, search))
+        journal.offer(phase, index + 1, _content(stream, targets))
         progress.advance(f"energy kept {1 - lost:.4f}")
 
-    for target in targets:
-        _fit_head(dense, target, stream, bases[target.dim], held_out, search)
+    for target, leading in zip(targets, bases, strict=True):
+        _fit_head(dense, target, stream, leading, held_out)
         hand_over_buffers(dense, target)
         target.stream.clear()
     journal.finish(phase, Content())
@@ -217,10 +217,14 @@ def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:
         del weights[name]
 
 
-def _content(stream: Stream, targets: Sequence[Target], search: RidgeMemory) -> Content:
+def _stream_name(target: Target) -> str:
+    return f"slice{target.number}"
+
+
+def _content(stream: Stream, targets: Sequence[Target]) -> Content:
     """Return what the next block needs, for a journal."""
-    streams = {"dense": stream, **{f"slice{target.dim}": target.stream for target in targets}}
-    return Content(streams, about={"ridges": dict(search.found)})
+    streams = {"dense": stream, **{_stream_name(target): target.stream for target in targets}}
+    return Content(streams, about={"ridges": [target.ridges.found for target in targets]})
 
 
 class _Statistics:
@@ -274,14 +278,13 @@ def _fit_head(
     stream: Stream,
     basis: torch.Tensor,
     held_out: Sequence[torch.Tensor],
-    search: RidgeMemory,
 ) -> None:
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm
     norm = target.meta_model.get_submodule(path)
     modules.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = fit_reading(
-        dense, norm, stream, target.stream, basis, held_out, functools.partial(search.solve, f"{target.dim}.head")
+        dense, norm, stream, target.stream, basis, held_out, functools.partial(target.ridges.solve, "head")
     )
     modules.clear(norm)
     if not dense.processes.is_main:

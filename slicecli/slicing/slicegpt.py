@@ -135,7 +135,7 @@ def slice_published(
     """Slice a model as published; each tensor goes to the target's sink."""
     bases = _Bases(dense, orientation, seed)
     journal = journal or NoJournal()
-    phase = f"slice to {target.dim}"
+    phase = f"slice {target.number}"
     finished = journal.result(phase)
     if finished is not None:
         bases.go_on(finished)

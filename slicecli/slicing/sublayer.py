@@ -18,7 +18,7 @@ from torch import nn
 
 from slicecli.adapters import Branch, Linear
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
-from slicecli.linalg.ridge import Correction, RidgeMemory
+from slicecli.linalg.ridge import Correction
 from slicecli.linalg.sliced_maps import projection_for_readers, projection_of_stream
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
@@ -109,7 +109,6 @@ class BlockPass:
     calls: Calls
     seen: CachedBlock
     held_out: Sequence[torch.Tensor]
-    search: RidgeMemory
 
     @property
     def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
@@ -205,7 +204,7 @@ class Sublayer:
         self._move_on(entries, kept, what)
 
     def _solver(self, kind: str) -> Callable[[NormalEquations], Correction]:
-        return functools.partial(self.at.search.solve, f"{self.target.dim}.{self.position}.{kind}")
+        return functools.partial(self.target.ridges.solve, f"{self.position}.{kind}")
 
     @property
     def _wide(self) -> torch.dtype:
