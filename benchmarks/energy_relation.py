@@ -435,7 +435,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Measurement]:
             plan_slices(folder, [Width(sparsity=s)], [Path(scratch) / "x"], SliceOptions(**settings))
             for s in SPARSITIES
         ]
-        dims = sorted({job.slices[0][0].dim for job in first}, reverse=True)
+        dims = sorted({job.slices[0].plan.dim for job in first}, reverse=True)
         job = first[0]
         tokenizer = job.source.tokenizer()
         text = read_text(arguments.calibration, "calibration")

@@ -126,7 +126,7 @@ def test_a_config_that_cannot_be_written(dense, layout, tmp_path):
     family, method = LAYOUTS[layout]
     job = plan_slices(str(dense(family)), [Width(36)], [tmp_path / "out"], SliceOptions(method=method))
     rehearse(job)
-    job.slices[0][1].strange = {1, 2}
+    job.slices[0].config.strange = {1, 2}
     with pytest.raises(SourceError, match="The config of a slice of model cannot be written"):
         rehearse(job)
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ checkpoint goes through it. Only headers and samples are read here, without torc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ ENTRY_SUFFIXES = (".safetensors", ".safetensors.index.json")
 NAMED_ENTRY = "transformers_weights"  # field of the config that names another file to begin with
 LONGEST_NAME = 255
 MOST_HEADER_BYTES = 100_000_000  # what the format allows
+MOST_HEADERS = 1024  # kept, so that the files of a model are parsed once
 MOST_INDEX_BYTES = 48_000_000  # some hundred thousand tensors
 # how much of the weights a digest reads
 WHOLE_BYTES = 64_000_000
@@ -101,7 +103,8 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, StoredTensor
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            found.update(_read_header(folder / file))
+            state = (folder / file).stat()
+            found.update(_read_header(folder / file, state.st_size, state.st_mtime_ns))
         except FileNotFoundError:
             raise WeightsError(f"The weight file {file} is missing.", "Download the checkpoint again.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -171,14 +174,18 @@ def _indexed_files(path: Path) -> list[str]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file by name; whatever the header lacks raises one of many errors."""
+@functools.lru_cache(maxsize=MOST_HEADERS)
+def _read_header(path: Path, total: int, _changed: int) -> Mapping[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name; whatever the header lacks raises one of many errors.
+
+    A file that changes, by its size or its time, is read again.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER_BYTES:
             raise ValueError("its header is too large")
         header = json.loads(file.read(size))
-        data, total = 8 + size, path.stat().st_size
+        data = 8 + size
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":

@@ -86,7 +86,7 @@ def command(
         check_can_push(repository, publication)
     bound_memory_that_is_kept()
     job = plan_slices(model, [width], [output], settings)
-    plan, _, folder = job.slices[0]
+    plan, folder = job.slices[0].plan, job.slices[0].folder
     if not context["quiet"]:
         show.note(
             f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
 from slicecli.checkpoint.configs import custom_code_config, stock_config
 from slicecli.checkpoint.folder import check_apart, check_output, require_disk_space
-from slicecli.checkpoint.meta_model import build_meta_model, parameter_shapes
+from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes
 from slicecli.checkpoint.source import Source
 from slicecli.errors import NoAdapterError, RequestError, SourceError, UnsupportedModelError
 from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.slice_plan import DTYPE_BYTES, Method, SlicePlan, Width, check_method
+from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -37,11 +37,14 @@ from slicecli.runtime.placement import (
 from slicecli.slicing.statistics_cache import most_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from slicecli.infer.inference import Inference
 
 __all__ = [
     "ChosenAdapter",
     "Job",
+    "PlannedSlice",
     "find_adapter",
     "full_fields",
     "plan_slices",
@@ -50,13 +53,28 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class PlannedSlice:
+    """One slice of a job.
+
+    Attributes:
+        config: Its config, an object of transformers.
+        folder: Where it will lie.
+    """
+
+    plan: SlicePlan
+    config: Any
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Job:
     """Slices of one model, decided and found possible, before any weight is read; none where it is only measured.
 
     Attributes:
         inference: How the declaration was inferred, if it was.
+        config: The dense model's config, an object of transformers.
+        meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
         placement: Where the dense weights rest, and what computes.
-        slices: Plan, sliced config and output folder of each slice.
     """
 
     source: Source
@@ -64,10 +82,11 @@ class Job:
     inference: Inference | None
     dimensions: Dimensions
     config: Any
+    meta_model: Any
     sequence_length: int
     placement: Placement
     streams: ActivationPlan
-    slices: tuple[tuple[SlicePlan, Any, Path], ...]
+    slices: tuple[PlannedSlice, ...]
     options: SliceOptions
 
     def describe_places(self) -> str:
@@ -83,58 +102,30 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """Decide on slices and refuse what can be refused without weights."""
     import torch
 
-    from slicecli.slicing.journal import seconds_between_snapshots
-
-    # variables of the environment that are read only hours later
-    seconds_between_snapshots()
-    most_bytes()
-    processes = Processes.find()
-    if options.resume and processes.count > 1:
-        raise RequestError("--resume requires a single process.", "Leave out --resume, or start one process.")
-    source = Source.find(model, options.revision, options.token, options.trust_remote_code)
-    source.check_is_decoder()
-    source.check_companions()
-    source.check_code_is_here()
+    _check_environment(options)
+    source = _find_source(model, options)
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
-    dimensions = Dimensions(adapter, source.loaded_fields(adapter, chosen.fields))
     check_method(
         options.method,
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
     )
-    has_own_code = options.method == "slicegpt" or adapter.layout(chosen.fields) == "custom-code"
-    if has_own_code and source.has_own_model_code:
-        raise UnsupportedModelError(
-            f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
-            "transformers.",
-            "Slice it with --method refit if its family is stock.",
-        )
-    dense_dtype = source.stored_dtype()
-    dtype = options.dtype or dense_dtype
-    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
+    layout = _layout(source, chosen, options.method)
     config = source.config()
-    sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
-    meta_model = build_meta_model(config, options.trust_remote_code)
+    stored_dtype = source.stored_dtype()
+    dtype = options.dtype or stored_dtype
+    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
+    sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
+    meta_model = build_runnable_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
-    stored = getattr(torch, dense_dtype)
+    stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    if source.has_own_model_code and inference is None:
-        from slicecli.proof.declaration import prove_own_class
-
-        with quiet_libraries(), running(source.name):
-            prove_own_class(adapter, config, source.trust_remote_code)
-    output_length = 0
-    if options.method == "slicegpt":
-        from slicecli.proof.declaration import prove_shortcuts
-
-        with quiet_libraries(), running(source.name):
-            output_length = prove_shortcuts(adapter, config, slices_head(dimensions, options.slice_head))
+    output_length = _prove(source, chosen, config, dimensions, options)
     slices = []
     for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
-        sliced_parameters = dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions))
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -143,36 +134,112 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=sliced_parameters,
-            dense_dtype=dense_dtype,
+            sliced_parameters=dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            dense_dtype=stored_dtype,
             method=options.method,
-            layout="custom-code" if has_own_code else "stock",
+            layout=layout,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
         )
-        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        if processes.is_main:
-            check_apart(folder, source.folder, _input_files(options, width))
-            check_output(folder, options.overwrite)
         sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
-        slices.append((plan, sliced_config, folder))
-    companion_bytes = sum((source.folder / file).stat().st_size for file in source.companions.files)
-    needed = sum(plan.sliced_bytes + companion_bytes for plan, _, _ in slices)
-    for _, _, folder in slices:
-        if processes.is_main:
-            require_disk_space(folder, needed)
-    tokens = options.samples * sequence_length // processes.count
-    numbers = tokens * _stream_width(dimensions, options.method, [plan.dim for plan, _, _ in slices])
-    kept_bytes: Counter[str] = Counter()
-    for name, value in meta_model.named_parameters():
-        kept_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
-    needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
-    streams = place_activations(options.streams, placement, needed_bytes, kept_bytes)
+        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
+        slices.append(PlannedSlice(plan, sliced_config, folder))
+    if Processes.find().is_main:
+        _check_outputs(source, widths, slices, options)
+    streams = _place_streams(dimensions, meta_model, placement, stored, sequence_length, slices, options)
     return Job(
-        source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options
+        source,
+        adapter,
+        inference,
+        dimensions,
+        config,
+        meta_model,
+        sequence_length,
+        placement,
+        streams,
+        tuple(slices),
+        options,
     )
+
+
+def _check_environment(options: SliceOptions) -> None:
+    """Refuse variables of the environment that would be read only hours later, and what many processes cannot do."""
+    from slicecli.slicing.journal import seconds_between_snapshots
+
+    seconds_between_snapshots()
+    most_bytes()
+    if options.resume and Processes.find().count > 1:
+        raise RequestError("--resume requires a single process.", "Leave out --resume, or start one process.")
+
+
+def _find_source(model: str, options: SliceOptions) -> Source:
+    source = Source.find(model, options.revision, options.token, options.trust_remote_code)
+    source.check_is_decoder()
+    source.check_companions()
+    source.check_code_is_here()
+    return source
+
+
+def _layout(source: Source, chosen: ChosenAdapter, method: Method) -> Layout:
+    """Return how a slice is written; refuse a slice with code of ours of a model with code of its own."""
+    if method == "refit" and chosen.adapter.layout(chosen.fields) == "stock":
+        return "stock"
+    if source.has_own_model_code:
+        raise UnsupportedModelError(
+            f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
+            "transformers.",
+            "Slice it with --method refit if its family is stock.",
+        )
+    return "custom-code"
+
+
+def _prove(source: Source, chosen: ChosenAdapter, config: Any, dimensions: Dimensions, options: SliceOptions) -> int:
+    """Prove on a small model what the declaration alone cannot tell; return how many values a block returns.
+
+    That number is of the published method only, which needs it.
+    """
+    from slicecli.proof.declaration import prove_own_class, prove_shortcuts
+
+    with quiet_libraries(), running(source.name):
+        if source.has_own_model_code and chosen.inference is None:
+            prove_own_class(chosen.adapter, config, source.trust_remote_code)
+        if options.method == "slicegpt":
+            return prove_shortcuts(chosen.adapter, config, slices_head(dimensions, options.slice_head))
+    return 0
+
+
+def _check_outputs(
+    source: Source, widths: Sequence[Width], slices: Sequence[PlannedSlice], options: SliceOptions
+) -> None:
+    """Refuse output folders that are taken, lie inside of what is read, or have too little room."""
+    for width, one in zip(widths, slices, strict=True):
+        check_apart(one.folder, source.folder, _input_files(options, width))
+        check_output(one.folder, options.overwrite)
+    companion_bytes = sum((source.folder / file).stat().st_size for file in source.companions.files)
+    needed = sum(one.plan.sliced_bytes + companion_bytes for one in slices)
+    for one in slices:
+        require_disk_space(one.folder, needed)
+
+
+def _place_streams(
+    dimensions: Dimensions,
+    meta_model: Any,
+    placement: Placement,
+    stored: torch.dtype,
+    sequence_length: int,
+    slices: Sequence[PlannedSlice],
+    options: SliceOptions,
+) -> ActivationPlan:
+    """Decide where the activations of the calibration rows are kept."""
+    tokens = options.samples * sequence_length // Processes.find().count
+    numbers = tokens * _stream_width(dimensions, options.method, [one.plan.dim for one in slices])
+    resting_bytes: Counter[str] = Counter()
+    for name, value in meta_model.named_parameters():
+        resting_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
+    needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
+    return place_activations(options.streams, placement, needed_bytes, resting_bytes)
 
 
 def _input_files(options: SliceOptions, width: Width) -> list[Path]:

@@ -57,8 +57,8 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
     """
     tokenizer = job.source.tokenizer()
     return [
-        _prepare_folder(job, plan, config, folder, tokenizer)
-        for (plan, config, _), folder in zip(job.slices, folders, strict=True)
+        _prepare_folder(job, one.plan, one.config, folder, tokenizer)
+        for one, folder in zip(job.slices, folders, strict=True)
     ]
 
 

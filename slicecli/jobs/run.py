@@ -6,7 +6,6 @@ The command line and the Python API both call this module; it prints nothing and
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from slicecli.checkpoint.shards import ShardWriter
 from slicecli.data.packing import check_vocabulary
 from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
+from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, full_fields, width_of_dense_activations
 from slicecli.record.record import Energy
@@ -30,7 +30,6 @@ from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.runtime.placement import MEMORY_SHARE, batch_rows, compute_dtype
-from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +106,13 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
 
     def is_worth_keeping(error: BaseException) -> bool:
         if journal is None:  # failed before it could go on with what another run has left: that stays
-            return resumes and has_state(unfinished_folder(job.slices[0][2]))
+            return resumes and has_state(unfinished_folder(job.slices[0].folder))
         return journal.has_something and isinstance(error, (KeyboardInterrupt, SystemExit))
 
     with ExitStack() as stack:
         folders = [
-            stack.enter_context(whole_folder(folder, options.overwrite, resumes, is_worth_keeping))
-            for _, _, folder in job.slices
+            stack.enter_context(whole_folder(one.folder, options.overwrite, resumes, is_worth_keeping))
+            for one in job.slices
             if processes.is_main
         ]
         # what can fail without weights fails before anything large is read
@@ -122,10 +121,10 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         rows, warnings = read_rows(job)
         job = with_weights(job)
         with running(job.source.name):
-            drafts = [draft_description(job, plan, rows) for plan, _, _ in job.slices] if folders else []
-        dense, batches = share_work(job, rows)
+            drafts = [draft_description(job, one.plan, rows) for one in job.slices] if folders else []
+        dense, batches, identity = share_work(job, rows)
         warnings += _idle_warning(processes.count, batches)
-        fingerprint = _fingerprint(job, rows, batches, dense)
+        fingerprint = identity.of_run(job, batches.size)
         stack.enter_context(running(job.source.name))
         if folders:
             dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
@@ -133,7 +132,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         targets, writers = _open_targets(job, folders, meta_models, state, stack)
         if processes.count == 1:
             journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
-        energies, is_from_cache = _slice_weights(job, rows, dense, batches, targets, clock, journal)
+        energies, is_from_cache = _slice_weights(job, rows, dense, batches, identity, targets, clock, journal)
         if not processes.is_main:
             return processes.from_main(lambda: reports)
         if journal is not None:
@@ -143,16 +142,16 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         clock.stop()
         warnings += _memory_warning(dense, batches) + licence_warning(job.source)
         seconds = time.perf_counter() - started
-        for (plan, _, output), energy in zip(job.slices, energies, strict=True):
+        for one, energy in zip(job.slices, energies, strict=True):
             reports.append(
                 SliceReport(
-                    plan=plan,
-                    output=output,
+                    plan=one.plan,
+                    output=one.folder,
                     revision=job.source.commit,
                     energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
-                    warnings=warnings + _growth_warning(plan),
+                    warnings=warnings + _growth_warning(one.plan),
                     is_from_cache=is_from_cache,
                     phases=clock.seconds,
                     peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
@@ -171,13 +170,13 @@ def _open_targets(
 ) -> tuple[list[Target], list[ShardWriter]]:
     """Return the slices in the making, and in the main process the writers of their shards, which the stack closes."""
     targets, writers = [], []
-    for number, (plan, config, _) in enumerate(job.slices):
+    for number, one in enumerate(job.slices):
         missing = None if state is None else state["missing"][number]
         if folders:
             folder, meta_model = folders[number], meta_models[number]
         else:
-            folder, meta_model = None, build_runnable_meta_model(config, job.options.trust_remote_code)
-        target, writer = _open_target(number, plan, meta_model, folder, job.options, missing)
+            folder, meta_model = None, build_runnable_meta_model(one.config, job.options.trust_remote_code)
+        target, writer = _open_target(number, one.plan, meta_model, folder, job.options, missing)
         targets.append(target)
         if writer is not None:
             stack.callback(writer.close)
@@ -190,6 +189,7 @@ def _slice_weights(
     rows: Rows,
     dense: DenseModel,
     batches: Batches,
+    identity: Identity,
     targets: Sequence[Target],
     progress: Progress,
     journal: Journal | None,
@@ -201,17 +201,17 @@ def _slice_weights(
     options = job.options
     if options.method == "refit":
         activations = _activation_cache(dense, batches)
-        basis, is_from_cache = _find_basis(job, rows, dense, batches, progress, journal, activations)
+        basis, is_from_cache = _find_basis(job, rows, dense, batches, identity, progress, journal, activations)
         for group in _groups_in_memory(job, dense, max(dense.processes.gather(batches.tokens))):
             refit(dense, basis, [targets[index] for index in group], batches, progress, journal, activations)
-        return [Energy.of_basis(basis, plan) for plan, _, _ in job.slices], is_from_cache
+        return [Energy.of_basis(basis, one.plan) for one in job.slices], is_from_cache
     energies = []
-    for (plan, _, _), target in zip(job.slices, targets, strict=True):
-        assert plan.schedule is not None
+    for one, target in zip(job.slices, targets, strict=True):
+        assert one.plan.schedule is not None
         spectrum = slice_published(
-            dense, target, plan.schedule, options.orientation, options.seed, batches, progress, journal
+            dense, target, one.plan.schedule, options.orientation, options.seed, batches, progress, journal
         )
-        energies.append(Energy.of_spectrum(spectrum, plan))
+        energies.append(Energy.of_spectrum(spectrum, one.plan))
     return energies, False
 
 
@@ -220,6 +220,7 @@ def _find_basis(
     rows: Rows,
     dense: DenseModel,
     batches: Batches,
+    identity: Identity,
     progress: Progress,
     journal: Journal | None,
     activations: ActivationCache | None,
@@ -232,11 +233,7 @@ def _find_basis(
     if not job.options.cache:
         return collect_basis(dense, batches, progress, journal, activations), False
     cache = StatisticsCache(job.options.cache_folder)
-    key = {
-        **_identity(job, batches, dense),
-        "calibration": rows.digest,
-        "declaration": job.dimensions.declaration(),
-    }
+    key = identity.of_statistics(job, batches.size)
     found = cache.load(key, dense.device) if dense.processes.is_main else None
     if dense.processes.from_main(lambda: found is not None):
         progress.start(STATISTICS, 1)
@@ -260,29 +257,6 @@ def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | 
     places = 1 + sum(len(block.sublayers) for block in dense.dimensions.declared_blocks)
     size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
     return ActivationCache(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
-
-
-def _identity(job: Job, batches: Batches, dense: DenseModel) -> dict[str, Any]:
-    """Return what numbers depend on, apart from the calibration rows and the slices, as plain data."""
-    return {
-        "model": job.source.identity(),
-        "config": dict(job.source.fields),
-        "versions": {**package_versions(), "slicecli": __version__},
-        "computing": [str(dense.dtype), dense.device.type, batches.size],
-    }
-
-
-def _fingerprint(job: Job, rows: Rows, batches: Batches, dense: DenseModel) -> dict[str, Any]:
-    """Return what identifies a job to its journal, as JSON gives it back."""
-    options = job.options
-    content = {
-        **_identity(job, batches, dense),
-        "calibration": rows.digest,
-        "slices": [dataclasses.asdict(plan) for plan, _, _ in job.slices],
-        "options": [options.orientation, options.slice_head, options.seed, options.max_shard_size],
-    }
-    found: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    return found
 
 
 def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:
@@ -312,9 +286,9 @@ def with_weights(job: Job) -> Job:
     job.source.check_describes_weights()
     fields = full_fields(job.source, job.config)
     dimensions, _ = job.source.dimensions(job.adapter, fields)
+    parameters = dimensions.parameters()
     slices = tuple(
-        (dataclasses.replace(plan, dense_parameters=dimensions.parameters()), config, folder)
-        for plan, config, folder in job.slices
+        dataclasses.replace(one, plan=dataclasses.replace(one.plan, dense_parameters=parameters)) for one in job.slices
     )
     return dataclasses.replace(job, dimensions=dimensions, slices=slices)
 
@@ -332,24 +306,23 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
 
     device = job.placement.device
     weights = DenseWeights(job.source, job.adapter.unused_tensors)
-    meta_model = build_runnable_meta_model(job.config, job.options.trust_remote_code)
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else OffloadedWeights(weights, job.placement.rest_of)
     spare_bytes = job.streams.spare_bytes
     if device.type == "cpu":
         spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
     store = ActivationStore(device, job.streams.place, spare_bytes=spare_bytes)
-    return DenseModel(meta_model, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
+    return DenseModel(job.meta_model, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
 
 
 def _scratch_folder(job: Job) -> Path:
     """Return a folder that exists, on the disk that streams would be kept on."""
     if not job.slices:
         return Path(tempfile.gettempdir())
-    return next(folder for folder in job.slices[0][2].absolute().parents if folder.is_dir())
+    return next(folder for folder in job.slices[0].folder.absolute().parents if folder.is_dir())
 
 
-def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches]:
+def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseModel, Batches, Identity]:
     """Open a job's model, and divide the rows in batches, and among the processes where there are several.
 
     Args:
@@ -358,16 +331,10 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
     from slicecli.slicing.reductions import share_rows
 
     dense = open_dense(job, dtype)
-    Processes.find().require_same(
-        {
-            "config": dict(job.source.fields),
-            "checkpoint": job.source.content,
-            "set of rows": rows.digest,
-            "set of versions": {**package_versions(), "slicecli": __version__},
-            "kind of device": [dense.device.type, str(dense.dtype)],
-        }
-    )
-    return share_rows(dense, rows.ids, job.options.batch_size or batch_rows(dense.device, rows.sequence_length))
+    identity = Identity.of(job, rows, dense)
+    Processes.find().require_same(identity.of_processes())
+    batch_size = job.options.batch_size or batch_rows(dense.device, rows.sequence_length)
+    return *share_rows(dense, rows.ids, batch_size), identity
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
@@ -385,8 +352,8 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     room -= per_number * width_of_dense_activations(dense.dimensions)
     groups: list[list[int]] = []
     taken = 0.0
-    for index, (plan, _, _) in enumerate(job.slices):
-        needed = float(per_number * plan.dim)
+    for index, one in enumerate(job.slices):
+        needed = float(per_number * one.plan.dim)
         if not groups or taken + needed > room:
             groups.append([])
             taken = 0.0

@@ -49,7 +49,7 @@ def run_spectrum(
         for text in found:
             warn(text)
         job = with_weights(job)
-        dense, batches = share_work(job, rows, options.dtype)
+        dense, batches, _ = share_work(job, rows, options.dtype)
         with running(job.source.name):
             basis = collect_basis(dense, batches, progress)
             fisher = collect_fisher(dense, basis, batches, options.seed, progress)

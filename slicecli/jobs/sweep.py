@@ -9,7 +9,6 @@ same model, options and measurement.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint.folder import check_apart, file_digest, write_whole_file
+from slicecli.checkpoint.folder import check_apart, write_whole_file
 from slicecli.checkpoint.source import Source
 from slicecli.errors import OutputError
 from slicecli.estimation.estimate import nearest_dims
@@ -28,15 +27,14 @@ from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Width, slice_sizes
 from slicecli.hub.writing import enter_curves, enter_results
+from slicecli.jobs.identity import sweep_digest
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, find_adapter, plan_slices
 from slicecli.jobs.run import run_slices, with_weights
 from slicecli.record.record import read_record
 from slicecli.runtime.distributed import Processes
-from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries
-from slicecli.runtime.options import result_fields
 from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
@@ -102,7 +100,7 @@ def run_sweep(
         check_relation(relation)
     measure = _Measure(job, evaluation, progress)
     job = with_weights(job)
-    fingerprint = _fingerprint(job, evaluation, measure.prepared)
+    fingerprint = sweep_digest(job, evaluation, measure.prepared)
     processes = Processes.find()
     if processes.is_main:
         check_apart(folder / SLICES_FOLDER, job.source.folder)
@@ -116,7 +114,7 @@ def run_sweep(
         _write(folder, document)
     unsliced = processes.from_main(lambda: [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)])
     if unsliced:
-        some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one[0].dim in unsliced))
+        some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one.plan.dim in unsliced))
         with quiet_libraries():
             reports = run_slices(some, progress, resumes_if_possible=True)
         for report in reports:
@@ -154,26 +152,6 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
     return tuple(nearest_dims(slice_sizes(dimensions, options.method, options.slice_head), sparsities))
 
 
-def _fingerprint(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSet) -> str:
-    """Return a digest of all that a measurement of a sweep depends on, but for the dims."""
-    options, measured = result_fields(job.options), result_fields(evaluation)
-    # of files what is in them counts, not by which path they are given
-    measured["texts"] = [(rows.name, rows.digest, rows.text_digest) for rows in prepared.rows]
-    measured["tasks"] = [(task.name, task.digest) for task in prepared.tasks]
-    text = local_path(options["calibration"])
-    if text.is_file():
-        options["calibration"] = text.name, file_digest(text)
-    content = {
-        "version": __version__,
-        "model": job.source.identity(),
-        "config": dict(job.source.fields),
-        "sequence_length": job.sequence_length,
-        "options": options,
-        "evaluation": measured,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:
     """Return the results to go on with: those in the folder if they are of this sweep, else empty ones."""
     path = folder / RESULTS_FILE
@@ -196,7 +174,7 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"The output {folder.name!r} cannot be made: {error.strerror}.") from None
-    plan = job.slices[0][0]
+    plan = job.slices[0].plan
     document: dict[str, Any] = {
         "fingerprint": fingerprint,
         "model": plan.model,
