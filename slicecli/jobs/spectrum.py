@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import plan_slices
-from slicecli.jobs.run import read_rows, share_work, with_weights
 from slicecli.record.record import calibration_fields
 from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.versions import __version__, package_versions

@@ -27,10 +27,11 @@ from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Width, slice_sizes
 from slicecli.hub.writing import enter_curves, enter_results
+from slicecli.jobs.dense_model import with_weights
 from slicecli.jobs.identity import sweep_digest
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, find_adapter, plan_slices
-from slicecli.jobs.run import run_slices, with_weights
+from slicecli.jobs.run import run_slices
 from slicecli.record.record import read_record
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.json import read_json
