@@ -5,8 +5,8 @@ them it is. Every process runs the whole model on its share of the rows, and wha
 them, the main process, solves, writes and speaks. This module is the only one that talks to other processes; where
 there are none it imports nothing.
 
-Processes wait for each other in Python, looking up between naps: so a signal is heard, and so is the failure of another
-process, for which the rest would else wait for ever. Failures go through the store in which the processes have met.
+What is exchanged goes through `torch.distributed`: plain data and CPU tensors by gloo, CUDA tensors by NCCL. A process
+that fails leaves the cause in the store in which all have met, and closes its connections, which ends every wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,12 +41,11 @@ MEETING = 120.0  # seconds after which it gives up
 MEETING_NAP, REACH = 0.05, 2.0  # seconds
 MOST_NAMED = 4
 ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
-WORK = timedelta(days=7)  # to wait for another process's work; it is heard of earlier if it fails
-PATIENCE = 8.0  # seconds that a failed worker waits for rank 0 to report
-NAP, LONGEST_NAP = 1e-4, 5e-3  # seconds
-EARS = 0.25  # seconds between two looks at the store
+WORK = timedelta(hours=6)  # to wait for another process's work, or for its download
+EXCHANGE = timedelta(minutes=10)  # for GPUs to exchange what all of them have ready
+REPORT = timedelta(seconds=8)  # for which a failed worker waits for the main process to report
 CHUNK = 2**23  # numbers that are summed at a time
-FAILED, SPOKEN, REPORTS = "slicecli/failed", "slicecli/spoken", "slicecli/reports"
+FAILED, REPORTED = "failed", "reported"
 
 Value = TypeVar("Value")
 
@@ -151,16 +149,14 @@ class Processes:
         import torch.distributed as dist
 
         try:
-            met = self._meet(notify)
-            # numbers on a GPU go from GPU to GPU, all else through main memory
-            has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-            backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-            if dist.is_initialized():
-                _here.group = dist.new_group(backend=backend, timeout=WORK)
-            else:
-                store = dist.PrefixStore("slicecli/group", met)  # type: ignore[attr-defined]
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=WORK)
+            store = self._meet(notify)
+            if not dist.is_initialized():
+                group_store = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=group_store, rank=self.rank, world_size=self.count, timeout=WORK)
                 atexit.register(_leave)
+            _here.group = dist.new_group(backend="gloo", timeout=WORK)
+            if all(self.gather(torch.cuda.is_available() and dist.is_nccl_available())):
+                _here.cuda_group = dist.new_group(backend="nccl", timeout=EXCHANGE)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
                 f"The {self.count} processes cannot meet at {_meeting_place()}: {reason_of(error)}.", _remedy()
@@ -168,7 +164,7 @@ class Processes:
 
     def _meet(self, notify: Callable[[str], object]) -> Any:
         """Open the store, which the main process keeps or its launcher, and return it when all processes are there."""
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -178,24 +174,24 @@ class Processes:
         if not is_keeper:
             # the client of the store would say much on its own while it tries
             patience.wait(lambda: _can_be_reached(host, port), lambda: [keeper])
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        store = TCPStore(
             "localhost" if is_keeper else host,
             port,
-            self.count,
-            is_keeper,
+            is_master=is_keeper,
             timeout=ANSWER,
             wait_for_workers=False,
             multi_tenant=is_keeper,
             use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
         )
-        _here.store = store
-        store.set(f"slicecli/present/{self.rank}", "")
-        keys = [f"slicecli/present/{rank}" for rank in range(self.count)]
+        # the launcher's store outlives the processes that it starts again
+        _here.store = PrefixStore(f"slicecli/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        keys = [f"present/{rank}" for rank in range(self.count)]
+        _here.store.set(keys[self.rank], "")
         patience.wait(
-            lambda: bool(store.check(keys)),
-            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not store.check([key])],
+            lambda: bool(_here.store.check(keys)),
+            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not _here.store.check([key])],
         )
-        return store
+        return _here.store
 
     def sum_everywhere(self, *tensors: torch.Tensor) -> None:
         """Add up contiguous tensors of the same shapes over all processes, in place, in all of them."""
@@ -238,43 +234,32 @@ class Processes:
             tensors = [tensor.to(device, torch.float64).contiguous() for tensor in make()]
         else:
             tensors = [torch.empty(*shape, dtype=torch.float64, device=device) for shape in shapes]
+        import torch.distributed as dist
+
         for tensor in tensors:
-            self._broadcast(tensor)
+            self._exchange(dist.broadcast, tensor, 0, is_cuda=tensor.is_cuda)
         return tensors
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         """Let the main process do something, and give what it returns to all."""
-        import torch
-
         if self.count == 1:
             return make()
-        content = _packed(make()) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(content)])
-        self._broadcast(size)
-        if not self.is_main:
-            content = torch.empty(int(size), dtype=torch.uint8)
-        self._broadcast(content)
-        value: Value = _unpacked(content)
+        import torch.distributed as dist
+
+        values: list[Any] = [make() if self.is_main else None]
+        self._exchange(dist.broadcast_object_list, values, 0)
+        value: Value = values[0]
         return value
 
     def gather(self, value: Value) -> list[Value]:
         """Return what each process gives, plain data, in the order of the processes."""
-        import torch
-
         if self.count == 1:
             return [value]
         import torch.distributed as dist
 
-        self.join()
-        content = _packed(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        self._finish(dist.all_gather(sizes, torch.tensor([len(content)]), group=_here.group, async_op=True))
-        longest = int(max(sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(content)] = content
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.count)]
-        self._finish(dist.all_gather(parts, padded, group=_here.group, async_op=True))
-        return [_unpacked(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        values: list[Any] = [None] * self.count
+        self._exchange(dist.all_gather_object, values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until all processes have come this far."""
@@ -302,7 +287,7 @@ class Processes:
 
     def tell(self, error: BaseException) -> None:
         """Tell the other processes that this one ends with an error; the first to fail is heard."""
-        if self.count == 1 or isinstance(error, ProcessError) or _here.store is None:
+        if _here.store is None:  # there are no others, or they have not been met
             return
         if isinstance(error, SlicecliError):
             words = {"cause": error.cause, "remedy": error.remedy, "code": error.exit_code}
@@ -311,8 +296,10 @@ class Processes:
             words = {"cause": cause, "remedy": "What it printed says where.", "code": 1}
         else:  # a signal: who sent it knows
             words = {"cause": "", "remedy": "", "code": 1}
-        with suppress(RuntimeError):
-            _here.store.compare_set(FAILED, "", json.dumps(words))
+        if not isinstance(error, ProcessError):
+            with suppress(RuntimeError):
+                _here.store.compare_set(FAILED, "", json.dumps(words))
+        _disconnect()
 
     def is_to_report(self, error: BaseException) -> bool:
         """Tell the others of an error that ends this process, and say whether it is this one that shows it to the user.
@@ -321,68 +308,51 @@ class Processes:
         hear of in some seconds shows it itself. All wait until somebody has, since a launcher ends the rest once one
         has ended.
         """
-        if self.count == 1:
-            return True
-        if _here.store is None:  # there was no meeting, so that nobody else hears of it
+        if _here.store is None:
             return True
         self.tell(error)
+        has_heard = isinstance(error, ProcessError)
         try:
             if not self.is_main:
-                ends = time.monotonic() + PATIENCE * (2 if isinstance(error, ProcessError) else 1)
-                while time.monotonic() < ends:
-                    if _here.store.check([SPOKEN]):
-                        return False
-                    time.sleep(LONGEST_NAP)
-                if isinstance(error, ProcessError):
+                if _is_reported_within(2 * REPORT if has_heard else REPORT):
                     return False
-            is_first: bool = _here.store.add(REPORTS, 1) == 1
-            _here.store.set(SPOKEN, "")
+                if has_heard:
+                    return False
+            reporter = str(self.rank)
+            return bool(_here.store.compare_set(REPORTED, "", reporter) == reporter.encode())
         except RuntimeError:  # the store has gone, and with it whoever kept it
             return self.is_main
-        return is_first
 
     def _sum(self, tensors: Sequence[torch.Tensor], is_everywhere: bool) -> None:
         if self.count == 1:
             return
         import torch.distributed as dist
 
-        self.join()
         for tensor in tensors:
             if self.is_idle:
                 tensor.zero_()
             for part in tensor.view(-1).split(CHUNK):
                 if is_everywhere:
-                    self._finish(dist.all_reduce(part, group=_here.group, async_op=True))
+                    self._exchange(dist.all_reduce, part, is_cuda=part.is_cuda)
                 else:
-                    self._finish(dist.reduce(part, 0, group=_here.group, async_op=True))
+                    self._exchange(dist.reduce, part, 0, is_cuda=part.is_cuda)
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        import torch.distributed as dist
-
+    def _exchange(self, operation: Callable[..., object], *arguments: Any, is_cuda: bool = False) -> None:
+        """Do what all processes do together, or raise what has ended another of them."""
         self.join()
-        self._finish(dist.broadcast(tensor, 0, group=_here.group, async_op=True))
-
-    def _finish(self, work: Any) -> None:
-        """Wait for an exchange."""
-        self._wait(work.is_completed)
+        if is_cuda:
+            self.barrier()  # NCCL does not notice that a process will never come
         try:
-            work.wait()
+            operation(*arguments, group=_here.cuda_group if is_cuda else _here.group)
         except RuntimeError as error:
+            # the frames of its traceback hold the group, whose connections others wait on
+            reason = error.with_traceback(None)
+            _disconnect()
             self._listen()
             raise ProcessError(
                 "Another process of the job has ended without a word.",
                 "Look at what its machine says: it may have had too little memory.",
-            ) from error
-
-    def _wait(self, is_done: Callable[[], bool]) -> None:
-        """Nap until something is done."""
-        nap, listened = NAP, time.monotonic()
-        while not is_done():
-            time.sleep(nap)
-            nap = min(2 * nap, LONGEST_NAP)
-            if time.monotonic() - listened > EARS:
-                self._listen()
-                listened = time.monotonic()
+            ) from reason
 
     def _listen(self) -> None:
         """Hear whether another process has failed."""
@@ -433,7 +403,8 @@ class _Here:
 
     found: Processes | None = None
     store: Any = None
-    group: Any = None
+    group: Any = None  # of gloo
+    cuda_group: Any = None  # of NCCL, where all processes have a GPU
 
 
 _here = _Here()
@@ -507,20 +478,29 @@ def _first_of(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _packed(value: Any) -> torch.Tensor:
-    import torch
+def _is_reported_within(time: timedelta) -> bool:
+    """Wait until a process has reported an error, and say whether one has."""
+    from torch.distributed import DistStoreError
 
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    try:
+        _here.store.wait([REPORTED], time)
+    except DistStoreError:
+        return False
+    return True
 
 
-def _unpacked(content: torch.Tensor) -> Any:
-    return pickle.loads(content.numpy().tobytes())
+def _disconnect() -> None:
+    """Close the connections of gloo, so that nobody waits for this process any longer."""
+    import torch.distributed as dist
+
+    group, _here.group = _here.group, None
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def _leave() -> None:
     """Take leave of the others at the end of the program, unless one of them has failed."""
     import torch.distributed as dist
 
-    with suppress(RuntimeError):
-        if dist.is_initialized() and not _here.store.check([FAILED]):
-            dist.destroy_process_group()
+    if _here.group is not None and dist.is_initialized():
+        dist.destroy_process_group()
