@@ -126,6 +126,29 @@ def exchanges():
     print(json.dumps(found))
 
 
+def waits(failing):
+    """Print what a process hears, and after how long, that waits for one which fails but does not end yet."""
+    from slicecli.errors import ProcessError, WeightsError
+    from slicecli.runtime.distributed import Processes
+
+    processes = Processes.find()
+    processes.barrier()
+    started = time.monotonic()
+    try:
+        if processes.rank == int(failing):
+            raise WeightsError("NaN was found here.", "Mend it.")
+        for _ in range(2):
+            processes.gather(processes.rank)
+        heard = "nothing"
+    except WeightsError as error:
+        processes.tell(error)
+        heard = ""
+    except ProcessError as error:
+        heard = str(error)
+    print(json.dumps({"heard": heard, "seconds": time.monotonic() - started}))
+    time.sleep(3)
+
+
 def fails(how):
     """Let this process fail in the middle of a slice, by a bug at its beginning."""
     from slicecli.errors import WeightsError

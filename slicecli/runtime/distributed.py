@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,24 +22,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slicecli.errors import ProcessError, RequestError, SlicecliError, reason_of
+from slicecli.runtime.rendezvous import launched, meet, meeting_place, meeting_remedy
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALONE", "Processes", "Share", "started_alone"]
+__all__ = ["ALONE", "Processes", "Share"]
 
-# as torchrun and accelerate set them, and as the MPI implementations do that accelerate can start processes with
-VARIABLES = {
-    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
-    "count": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-    "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
-    "local_count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
-}
-NOTICE = 5.0  # seconds after which a process says that it waits for the others to start
-MEETING = 120.0  # seconds after which it gives up
-MEETING_NAP, REACH = 0.05, 2.0  # seconds
-MOST_NAMED = 4
-ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
 WORK = timedelta(hours=6)  # to wait for another process's work, or for its download
 EXCHANGE = timedelta(minutes=10)  # for GPUs to exchange what all of them have ready
 REPORT = timedelta(seconds=8)  # for which a failed worker waits for the main process to report
@@ -83,7 +71,8 @@ class Processes:
     def find(cls) -> Processes:
         """Return the processes that a launcher has started, or one alone."""
         if _here.found is None:
-            _here.found = _from_environment()
+            found = launched()
+            _here.found = ALONE if found is None else cls(*found)
         return _here.found
 
     @property
@@ -149,9 +138,9 @@ class Processes:
         import torch.distributed as dist
 
         try:
-            store = self._meet(notify)
+            _here.store = meet(self.rank, self.count, notify)
             if not dist.is_initialized():
-                group_store = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+                group_store = dist.PrefixStore("group", _here.store)  # type: ignore[attr-defined]
                 dist.init_process_group("gloo", store=group_store, rank=self.rank, world_size=self.count, timeout=WORK)
                 atexit.register(_leave)
             _here.group = dist.new_group(backend="gloo", timeout=WORK)
@@ -159,39 +148,8 @@ class Processes:
                 _here.cuda_group = dist.new_group(backend="nccl", timeout=EXCHANGE)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
-                f"The {self.count} processes cannot meet at {_meeting_place()}: {reason_of(error)}.", _remedy()
+                f"The {self.count} processes cannot meet at {meeting_place()}: {reason_of(error)}.", meeting_remedy()
             ) from error
-
-    def _meet(self, notify: Callable[[str], object]) -> Any:
-        """Open the store, which the main process keeps or its launcher, and return it when all processes are there."""
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        is_keeper = self.is_main and not is_kept_by_launcher
-        keeper = "the launcher" if is_kept_by_launcher else "the main process"
-        patience = _Patience(self, notify)
-        if not is_keeper:
-            # the client of the store would say much on its own while it tries
-            patience.wait(lambda: _can_be_reached(host, port), lambda: [keeper])
-        store = TCPStore(
-            "localhost" if is_keeper else host,
-            port,
-            is_master=is_keeper,
-            timeout=ANSWER,
-            wait_for_workers=False,
-            multi_tenant=is_keeper,
-            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-        )
-        # the launcher's store outlives the processes that it starts again
-        _here.store = PrefixStore(f"slicecli/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        keys = [f"present/{rank}" for rank in range(self.count)]
-        _here.store.set(keys[self.rank], "")
-        patience.wait(
-            lambda: bool(_here.store.check(keys)),
-            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not _here.store.check([key])],
-        )
-        return _here.store
 
     def sum_everywhere(self, *tensors: torch.Tensor) -> None:
         """Add up contiguous tensors of the same shapes over all processes, in place, in all of them."""
@@ -290,12 +248,12 @@ class Processes:
         if _here.store is None:  # there are no others, or they have not been met
             return
         if isinstance(error, SlicecliError):
-            words = {"cause": error.cause, "remedy": error.remedy, "code": error.exit_code}
+            words = (error.cause, error.remedy, error.exit_code)
         elif isinstance(error, Exception):
             cause = f"Process {self.rank} of {self.count} failed: {type(error).__name__}: {reason_of(error)}."
-            words = {"cause": cause, "remedy": "What it printed says where.", "code": 1}
+            words = (cause, "What it printed says where.", 1)
         else:  # a signal: who sent it knows
-            words = {"cause": "", "remedy": "", "code": 1}
+            words = ("", "", 1)
         if not isinstance(error, ProcessError):
             with suppress(RuntimeError):
                 _here.store.compare_set(FAILED, "", json.dumps(words))
@@ -310,11 +268,14 @@ class Processes:
         """
         if _here.store is None:
             return True
+        from torch.distributed import DistStoreError
+
         self.tell(error)
         has_heard = isinstance(error, ProcessError)
         try:
             if not self.is_main:
-                if _is_reported_within(2 * REPORT if has_heard else REPORT):
+                with suppress(DistStoreError):
+                    _here.store.wait([REPORTED], 2 * REPORT if has_heard else REPORT)
                     return False
                 if has_heard:
                     return False
@@ -328,74 +289,27 @@ class Processes:
             return
         import torch.distributed as dist
 
+        operation, root = (dist.all_reduce, ()) if is_everywhere else (dist.reduce, (0,))
         for tensor in tensors:
             if self.is_idle:
                 tensor.zero_()
             for part in tensor.view(-1).split(CHUNK):
-                if is_everywhere:
-                    self._exchange(dist.all_reduce, part, is_cuda=part.is_cuda)
-                else:
-                    self._exchange(dist.reduce, part, 0, is_cuda=part.is_cuda)
+                self._exchange(operation, part, *root, is_cuda=part.is_cuda)
 
     def _exchange(self, operation: Callable[..., object], *arguments: Any, is_cuda: bool = False) -> None:
         """Do what all processes do together, or raise what has ended another of them."""
         self.join()
         if is_cuda:
             self.barrier()  # NCCL does not notice that a process will never come
+        if _here.group is None:
+            raise _end_of_another()
         try:
             operation(*arguments, group=_here.cuda_group if is_cuda else _here.group)
         except RuntimeError as error:
             # the frames of its traceback hold the group, whose connections others wait on
             reason = error.with_traceback(None)
             _disconnect()
-            self._listen()
-            raise ProcessError(
-                "Another process of the job has ended without a word.",
-                "Look at what its machine says: it may have had too little memory.",
-            ) from reason
-
-    def _listen(self) -> None:
-        """Hear whether another process has failed."""
-        try:
-            if not _here.store.check([FAILED]):
-                return
-            words = json.loads(_here.store.get(FAILED))
-        except RuntimeError as error:
-            raise ProcessError(
-                "The machine of the main process does not answer any more.", "Look at what it says."
-            ) from error
-        raise ProcessError(words["cause"], words["remedy"], words["code"])
-
-
-class _Patience:
-    """How long a process waits for the others to come: after some seconds it says so, after some more it gives up."""
-
-    def __init__(self, processes: Processes, notify: Callable[[str], object]) -> None:
-        self._processes = processes
-        self._notify = notify
-        self._started = time.monotonic()
-        self._has_notified = False
-
-    def wait(self, is_done: Callable[[], bool], absent: Callable[[], list[str]]) -> None:
-        """Nap until something is done."""
-        who = f"This is process {self._processes.rank} of {self._processes.count}"
-        while not is_done():
-            waited = time.monotonic() - self._started
-            if waited > MEETING:
-                raise ProcessError(
-                    f"{who}, by {_variables()} in the environment, and {_first_of(absent())} did not come to "
-                    f"{_meeting_place()} within {MEETING:.0f} seconds.",
-                    _remedy(),
-                )
-            if waited > NOTICE and not self._has_notified:
-                self._has_notified = True
-                self._notify(
-                    f"{who}, by {_variables()} in the environment: it waits up to {MEETING:.0f} seconds for "
-                    f"{_first_of(absent())} at {_meeting_place()}."
-                )
-            if _here.store is not None:
-                self._processes._listen()
-            time.sleep(MEETING_NAP)
+            raise _end_of_another() from reason
 
 
 class _Here:
@@ -411,82 +325,17 @@ _here = _Here()
 ALONE = Processes()
 
 
-def started_alone() -> bool:
-    """Say whether `accelerate launch` was to start several processes and has started one.
-
-    Without GPUs it does so, unless it is told `--multi_gpu` or to use MPI.
-    """
-    is_by_accelerate = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return is_by_accelerate and _number("count") is None
-
-
-def _from_environment() -> Processes:
-    numbers = {name: _number(name) for name in VARIABLES}
-    rank, count = numbers["rank"], numbers["count"]
-    if rank is None or count is None or count == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return ALONE
-    local_rank = rank if numbers["local_rank"] is None else numbers["local_rank"]
-    found = Processes(rank, count, local_rank, numbers["local_count"] or count)
-    if not 0 <= rank < count:
-        raise RequestError(
-            f"Process {rank} of {count} cannot be.", "Unset RANK and WORLD_SIZE, or start with torchrun."
-        )
-    return found
-
-
-def _number(name: str) -> int | None:
-    for variable in VARIABLES[name]:
-        if variable in os.environ:
-            try:
-                return int(os.environ[variable])
-            except ValueError:
-                raise RequestError(
-                    f"{variable} is {os.environ[variable]!r}, which is no number.", "Unset it."
-                ) from None
-    return None
-
-
-def _variables() -> str:
-    """Name the variables that say which process this is, and of how many."""
-    return " and ".join(next(name for name in VARIABLES[what] if name in os.environ) for what in ("rank", "count"))
-
-
-def _remedy() -> str:
-    return (
-        f"If no launcher started it, unset {_variables()}; else check that all were started, by accelerate launch or "
-        "torchrun, and that this machine reaches that one."
+def _end_of_another() -> ProcessError:
+    """Return the error with which another process has ended, as far as it is known."""
+    try:
+        if _here.store.check([FAILED]):
+            return ProcessError(*json.loads(_here.store.get(FAILED)))
+    except RuntimeError:
+        return ProcessError("The machine of the main process does not answer any more.", "Look at what it says.")
+    return ProcessError(
+        "Another process of the job has ended without a word.",
+        "Look at what its machine says: it may have had too little memory.",
     )
-
-
-def _meeting_place() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
-
-
-def _can_be_reached(host: str, port: int) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((host, port), timeout=REACH).close()
-    except OSError:
-        return False
-    return True
-
-
-def _first_of(names: list[str]) -> str:
-    """Return some names for a message, and how many there are besides."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_reported_within(time: timedelta) -> bool:
-    """Wait until a process has reported an error, and say whether one has."""
-    from torch.distributed import DistStoreError
-
-    try:
-        _here.store.wait([REPORTED], time)
-    except DistStoreError:
-        return False
-    return True
 
 
 def _disconnect() -> None:
