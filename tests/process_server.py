@@ -43,6 +43,7 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.proof.declaration import ModelWeights
     from slicecli.proof.float64 import Float64Throughout
     from slicecli.proof.tiny import random_model, tiny_config
+    from slicecli.runtime.distributed import Processes
     from slicecli.slicing.context import DenseModel, Target
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.reductions import share_rows
@@ -55,7 +56,7 @@ def slice_case(family, method, rows, batch, dim=48):
     token_ids = torch.randint(0, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = ModelWeights(model)
     dense = DenseModel(build_runnable_meta_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
-    dense, batches = share_rows(dense, token_ids, batch)
+    dense, batches = share_rows(Processes.find(), dense, token_ids, batch)
     found = {}
 
     def target(config):

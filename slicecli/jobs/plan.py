@@ -124,6 +124,7 @@ class Job:
         inference: How the declaration was inferred, if it was.
         placement: Where the dense weights rest, and what computes.
         slices: Plan, sliced config and output folder of each slice.
+        processes: Those that do it together.
     """
 
     source: Source
@@ -136,6 +137,7 @@ class Job:
     streams: ActivationPlan
     slices: tuple[tuple[SlicePlan, Any, Path], ...]
     options: SliceOptions
+    processes: Processes
 
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
@@ -238,8 +240,9 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
     streams = place_activations(options.streams, placement, needed_bytes, kept_bytes)
     return Job(
-        source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options
-    )
+        source, adapter, inference, dimensions, config, sequence_length, placement, streams, tuple(slices), options,
+        processes,
+    )  # fmt: skip
 
 
 def _input_files(options: SliceOptions, width: Width) -> list[Path]:

@@ -25,7 +25,6 @@ from slicecli.errors import OutputError
 from slicecli.family.slice_plan import SlicePlan
 from slicecli.jobs.plan import Job, SliceOptions, full_fields, width_of_dense_activations
 from slicecli.record.record import Energy
-from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.runtime.placement import MEMORY_SHARE, batch_rows, compute_dtype
@@ -95,7 +94,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.slicing.journal import FileJournal, has_state, seconds_between_snapshots
 
     started = time.perf_counter()
-    processes = Processes.find()
+    processes = job.processes
     clock = Clock(progress if progress is not None and processes.is_main else Silent())
     clock.note(job.describe_places())
     options = job.options
@@ -306,7 +305,7 @@ def with_weights(job: Job) -> Job:
 
     Before they are at hand, a config is believed.
     """
-    with Processes.find().main_of_machine_first():
+    with job.processes.main_of_machine_first():
         job.source.fetch_weights()
     job.source.check_describes_weights()
     fields = full_fields(job.source, job.config)
@@ -357,7 +356,7 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
     from slicecli.slicing.reductions import share_rows
 
     dense = open_dense(job, dtype)
-    Processes.find().require_same(
+    job.processes.require_same(
         {
             "config": dict(job.source.fields),
             "checkpoint": job.source.content,
@@ -366,7 +365,8 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
             "kind of device": [dense.device.type, str(dense.dtype)],
         }
     )
-    return share_rows(dense, rows.ids, job.options.batch_size or batch_rows(dense.device, rows.sequence_length))
+    batch = job.options.batch_size or batch_rows(dense.device, rows.sequence_length)
+    return share_rows(job.processes, dense, rows.ids, batch)
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
