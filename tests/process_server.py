@@ -43,6 +43,7 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.proof.declaration import ModelWeights
     from slicecli.proof.float64 import Float64Throughout
     from slicecli.proof.tiny import random_model, tiny_config
+    from slicecli.runtime.distributed import Processes
     from slicecli.slicing.context import DenseModel, Target
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.reductions import share_rows
@@ -55,7 +56,7 @@ def slice_case(family, method, rows, batch, dim=48):
     token_ids = torch.randint(0, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = ModelWeights(model)
     dense = DenseModel(build_runnable_meta_model(model.config), weights, dimensions, torch.device("cpu"), torch.float64)
-    dense, batches = share_rows(dense, token_ids, batch)
+    dense, batches = share_rows(Processes.find(), dense, token_ids, batch)
     found = {}
 
     def target(config):
@@ -124,6 +125,29 @@ def exchanges():
         "was_first": [begin < orders[0][1] for begin, _ in orders],
     }
     print(json.dumps(found))
+
+
+def waits(failing):
+    """Print what a process hears, and after how long, that waits for one which fails but does not end yet."""
+    from slicecli.errors import ProcessError, WeightsError
+    from slicecli.runtime.distributed import Processes
+
+    processes = Processes.find()
+    processes.barrier()
+    started = time.monotonic()
+    try:
+        if processes.rank == int(failing):
+            raise WeightsError("NaN was found here.", "Mend it.")
+        for _ in range(2):
+            processes.gather(processes.rank)
+        heard = "nothing"
+    except WeightsError as error:
+        processes.tell(error)
+        heard = ""
+    except ProcessError as error:
+        heard = str(error)
+    print(json.dumps({"heard": heard, "seconds": time.monotonic() - started}))
+    time.sleep(3)
 
 
 def fails(how):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from test_tasks import write_questions
 
 from slicecli.errors import ProcessError, RequestError
-from slicecli.runtime.distributed import ALONE, VARIABLES, Processes, started_alone
+from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.json import read_json
+from slicecli.runtime.rendezvous import VARIABLES, started_alone
 
 pytestmark = pytest.mark.slow
 
@@ -215,8 +216,8 @@ def free_port():
 @pytest.mark.parametrize(("rank", "absent"), [(0, "process 1, process 2"), (1, "the main process")])
 @pytest.mark.parametrize("address", ["127.0.0.1", "nowhere.invalid"])
 def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, monkeypatch, rank, absent, address):
-    monkeypatch.setattr("slicecli.runtime.distributed.NOTICE", 0.1)
-    monkeypatch.setattr("slicecli.runtime.distributed.MEETING", 0.6)
+    monkeypatch.setattr("slicecli.runtime.rendezvous.NOTICE", 0.1)
+    monkeypatch.setattr("slicecli.runtime.rendezvous.MEETING", 0.6)
     monkeypatch.setattr("slicecli.runtime.distributed._here.store", None)
     launched(MASTER_ADDR=address, MASTER_PORT=str(free_port()), RANK=str(rank), WORLD_SIZE="3")
     said = []
@@ -232,7 +233,7 @@ def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_command_with_left_over_variables_is_not_silent(tmp_path, rank):
     code = (
-        "from slicecli.runtime import distributed; distributed.NOTICE, distributed.MEETING = 0.1, 0.6\n"
+        "from slicecli.runtime import rendezvous; rendezvous.NOTICE, rendezvous.MEETING = 0.1, 0.6\n"
         "from slicecli.cli import main; main()"
     )
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
@@ -411,6 +412,15 @@ def test_a_process_that_fails_ends_all(start, checkpoints, slice_options, rank, 
         assert "without a word" in errors[0]
     else:
         assert errors == []
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_all_hear_of_a_failure_before_anybody_ends(start, failing):
+    done = start(6, failing, function="waits")
+    assert done["codes"] == [0] * 6, done["err"]
+    found = [json.loads(text) for text in done["out"]]
+    assert [one["heard"] for rank, one in enumerate(found) if rank != failing] == ["NaN was found here. Mend it."] * 5
+    assert max(one["seconds"] for one in found) < 2.5  # all are still there then
 
 
 def test_what_is_not_shared_is_done_by_the_main_process(start, checkpoints):

@@ -15,7 +15,7 @@ from slicecli.estimation.curves import ONE_POINT_RELATION, curve_from_json, fit_
 from slicecli.estimation.intervals import DEFAULT_RELATION, predict_fitted, predict_new, spread_of
 from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
-from slicecli.estimation.spread import learn_spread
+from slicecli.estimation.spread import CONFIDENCE, Deviation, learn_spread
 from slicecli.estimation.validation import check_relations, summary
 from slicecli.family import hookspecs
 
@@ -54,6 +54,12 @@ def test_a_fit_finds_the_parameters_that_made_the_points(relation):
     if relation.has_prior:  # it weighs the usual exponent against the points
         found = relation.fit(exact_points(relation), dense_for(relation), Prior((1.0, 1.0), (10.0, 100.0)))
     assert found == pytest.approx([TRUE[name] for name in relation.parameters], rel=1e-4)
+
+
+def test_a_fit_is_found_however_much_is_lost():
+    relation = relation_named("decay", "accuracy")
+    points = [(sparsity, relation.predict(sparsity, ACCURACY, (157.0,))) for sparsity in (0.05, 0.1, 0.5)]
+    assert relation.fit(points, ACCURACY, None) == pytest.approx((157.0,), rel=1e-6)
 
 
 @pytest.mark.parametrize("relation", BUILT_IN, ids=identity)
@@ -225,6 +231,14 @@ def test_slices_that_lost_nothing_leave_an_interval():
     prediction = fitted("odds", 0.3, (0.1, PERPLEXITY.value - 0.001))
     assert prediction.low < prediction.high
     assert math.isfinite(prediction.high)
+
+
+@pytest.mark.parametrize("degrees", [2, 2.5, 3, 6, 30, 1000])
+def test_quantiles_are_those_of_students_t(degrees):
+    from scipy.special import stdtrit
+
+    expected = stdtrit(degrees, (1 + CONFIDENCE) / 2)
+    assert Deviation(0.0, 3.0, degrees).half_width == pytest.approx(3 * expected, rel=6e-3)
 
 
 # curves

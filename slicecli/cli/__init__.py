@@ -18,7 +18,8 @@ import click
 
 from slicecli.cli.standard_output import guard_standard_output
 from slicecli.errors import NotInferredError, OutputError, SlicecliError, SlicecliWarning, UnsupportedModelError
-from slicecli.runtime.distributed import Processes, started_alone
+from slicecli.runtime.distributed import Processes
+from slicecli.runtime.rendezvous import started_alone
 from slicecli.runtime.versions import __version__
 
 __all__ = ["group", "main", "say_error"]

@@ -41,6 +41,7 @@ __all__ = [
 
 USUAL_EXPONENT = 1.5
 LARGEST_LOGARITHM = 700.0  # whose exp is still a float
+TOLERANCE = 1e-12  # of searched parameters
 RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
 LEAST_DAMAGE = 0.005  # what repeated measurements of ln PPL differ by
 Quantity = Literal["perplexity", "accuracy"]
@@ -209,27 +210,17 @@ def _from_perplexity() -> tuple[Predict, Fit]:
     return predict, _search(predict)
 
 
-def _search(predict: Predict, start: float = 1.0, steps: int = 30) -> Fit:
-    """Return a least-squares fit of the one parameter of a smooth relation, by Gauss-Newton steps."""
+def _search(predict: Predict, start: float = 1.0) -> Fit:
+    """Return a least-squares fit of the one parameter of a smooth relation."""
 
     def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
-        values = np.array([value for _, value in points])
+        from scipy.optimize import least_squares
 
-        def predicted(parameter: float) -> np.ndarray:
-            return np.array([predict(sparsity, dense, (parameter,)) for sparsity, _ in points])
+        def residuals(parameters: np.ndarray) -> list[float]:
+            return [predict(sparsity, dense, parameters.tolist()) - value for sparsity, value in points]
 
-        parameter, size = start, 1e-6
-        for _ in range(steps):
-            residual = values - predicted(parameter)
-            slope = (predicted(parameter + size) - predicted(parameter - size)) / (2 * size)
-            curvature = float(slope @ slope)
-            if curvature < 1e-18:
-                break
-            step = float(np.clip(slope @ residual / curvature, -2.0, 2.0))
-            parameter += step
-            if abs(step) < 1e-10:
-                break
-        return (parameter,)
+        found = least_squares(residuals, [start], jac="3-point", xtol=TOLERANCE, ftol=TOLERANCE, gtol=TOLERANCE)
+        return (float(found.x[0]),)
 
     return fit
 

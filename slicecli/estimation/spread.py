@@ -445,8 +445,8 @@ def _accuracy_scale(dense: Dense, sparsity: float) -> float:
 def _student_quantile(probability: float, degrees: float) -> float:
     """Return a quantile of Student's t, by its expansion about the normal one (Abramowitz & Stegun, 26.7.5).
 
-    At 95 % it errs by half a percent with 2 degrees of freedom and by less with more; that of scipy would cost a third
-    of the time in which an estimate has to be there.
+    At 95 % it errs by half a percent with 2 degrees of freedom and by less with more. To import `scipy.special` would
+    make an estimate half as long again.
     """
     z = NormalDist().inv_cdf(probability)
     return (

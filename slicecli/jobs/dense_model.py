@@ -12,7 +12,6 @@ from slicecli.checkpoint.reader import DenseWeights, OffloadedWeights
 from slicecli.data.packing import check_vocabulary
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.plan import Job, full_fields
-from slicecli.runtime.distributed import Processes
 from slicecli.runtime.placement import MEMORY_SHARE, batch_rows, compute_dtype
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def with_weights(job: Job) -> Job:
 
     Before they are at hand, a config is believed.
     """
-    with Processes.find().main_of_machine_first():
+    with job.processes.main_of_machine_first():
         job.source.fetch_weights()
     job.source.check_describes_weights()
     fields = full_fields(job.source, job.config)
@@ -81,9 +80,9 @@ def share_work(job: Job, rows: Rows, dtype: str | None = None) -> tuple[DenseMod
 
     dense = open_dense(job, dtype)
     identity = Identity.of(job, rows, dense)
-    Processes.find().require_same(identity.of_processes())
+    job.processes.require_same(identity.of_processes())
     batch_size = job.options.batch_size or batch_rows(dense.device, rows.sequence_length)
-    return *share_rows(dense, rows.ids, batch_size), identity
+    return *share_rows(job.processes, dense, rows.ids, batch_size), identity
 
 
 def open_dense(job: Job, dtype: str | None = None) -> DenseModel:

@@ -75,6 +75,7 @@ class Job:
         config: The dense model's config, an object of transformers.
         meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
         placement: Where the dense weights rest, and what computes.
+        processes: Those that do it together.
     """
 
     source: Source
@@ -88,6 +89,7 @@ class Job:
     streams: ActivationPlan
     slices: tuple[PlannedSlice, ...]
     options: SliceOptions
+    processes: Processes
 
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
@@ -102,7 +104,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     """Decide on slices and refuse what can be refused without weights."""
     import torch
 
-    _check_environment(options)
+    processes = Processes.find()
+    _check_environment(options, processes)
     source = _find_source(model, options)
     chosen = find_adapter(source, options.adapter)
     adapter, inference = chosen.adapter, chosen.inference
@@ -146,9 +149,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             sliced_config.architectures = [type(meta_model).__name__]
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
         slices.append(PlannedSlice(plan, sliced_config, folder))
-    if Processes.find().is_main:
+    if processes.is_main:
         _check_outputs(source, widths, slices, options)
-    streams = _place_streams(dimensions, meta_model, placement, stored, sequence_length, slices, options)
+    tokens = options.samples * sequence_length // processes.count
+    streams = _place_streams(dimensions, meta_model, placement, stored, tokens, slices, options)
     return Job(
         source,
         adapter,
@@ -161,16 +165,17 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         streams,
         tuple(slices),
         options,
+        processes,
     )
 
 
-def _check_environment(options: SliceOptions) -> None:
+def _check_environment(options: SliceOptions, processes: Processes) -> None:
     """Refuse variables of the environment that would be read only hours later, and what many processes cannot do."""
     from slicecli.slicing.journal import seconds_between_snapshots
 
     seconds_between_snapshots()
     most_bytes()
-    if options.resume and Processes.find().count > 1:
+    if options.resume and processes.count > 1:
         raise RequestError("--resume requires a single process.", "Leave out --resume, or start one process.")
 
 
@@ -228,12 +233,11 @@ def _place_streams(
     meta_model: Any,
     placement: Placement,
     stored: torch.dtype,
-    sequence_length: int,
+    tokens: int,
     slices: Sequence[PlannedSlice],
     options: SliceOptions,
 ) -> ActivationPlan:
     """Decide where the activations of the calibration rows are kept."""
-    tokens = options.samples * sequence_length // Processes.find().count
     numbers = tokens * _stream_width(dimensions, options.method, [one.plan.dim for one in slices])
     resting_bytes: Counter[str] = Counter()
     for name, value in meta_model.named_parameters():

@@ -24,7 +24,6 @@ from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, width_of_dense_activations
 from slicecli.record.record import Energy
-from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
 from slicecli.runtime.placement import MEMORY_SHARE
@@ -90,7 +89,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     from slicecli.slicing.journal import FileJournal, has_state, seconds_between_snapshots
 
     started = time.perf_counter()
-    processes = Processes.find()
+    processes = job.processes
     clock = Clock(progress if progress is not None and processes.is_main else Silent())
     clock.note(job.describe_places())
     options = job.options

@@ -33,7 +33,6 @@ from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, find_adapter, plan_slices
 from slicecli.jobs.run import run_slices
 from slicecli.record.record import read_record
-from slicecli.runtime.distributed import Processes
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries
 from slicecli.runtime.versions import __version__, package_versions
@@ -102,7 +101,7 @@ def run_sweep(
     measure = _Measure(job, evaluation, progress)
     job = with_weights(job)
     fingerprint = sweep_digest(job, evaluation, measure.prepared)
-    processes = Processes.find()
+    processes = job.processes
     if processes.is_main:
         check_apart(folder / SLICES_FOLDER, job.source.folder)
     document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
@@ -112,7 +111,8 @@ def run_sweep(
 
     if document["dense"] is None:
         document["dense"] = measure.dense()
-        _write(folder, document)
+        if processes.is_main:
+            _write(folder, document)
     unsliced = processes.from_main(lambda: [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)])
     if unsliced:
         some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one.plan.dim in unsliced))
@@ -125,7 +125,8 @@ def run_sweep(
     for dim in left:
         document["points"].append(measure.slice(places[dim]))
         document["points"].sort(key=lambda point: -point["dim"])
-        _write(folder, document)
+        if processes.is_main:
+            _write(folder, document)
         processes.barrier()  # none reads the slice any more
         if not keeps_slices and processes.is_main:
             shutil.rmtree(places[dim])
@@ -242,8 +243,7 @@ def _is_of_this_sweep(folder: Path, fingerprint: str) -> bool:
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:
-    if Processes.find().is_main:
-        write_whole_file(folder / RESULTS_FILE, json.dumps(document, indent=2) + "\n")
+    write_whole_file(folder / RESULTS_FILE, json.dumps(document, indent=2) + "\n")
 
 
 def _fit(document: Mapping[str, Any], relation: str | None) -> list[Curve]:

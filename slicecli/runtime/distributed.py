@@ -5,8 +5,8 @@ them it is. Every process runs the whole model on its share of the rows, and wha
 them, the main process, solves, writes and speaks. This module is the only one that talks to other processes; where
 there are none it imports nothing.
 
-Processes wait for each other in Python, looking up between naps: so a signal is heard, and so is the failure of another
-process, for which the rest would else wait for ever. Failures go through the store in which the processes have met.
+What is exchanged goes through `torch.distributed`: plain data and CPU tensors by gloo, CUDA tensors by NCCL. A process
+that fails leaves the cause in the store in which all have met, and closes its connections, which ends every wait.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import pickle
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,30 +22,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slicecli.errors import ProcessError, RequestError, SlicecliError, reason_of
+from slicecli.runtime.rendezvous import launched, meet, meeting_place, meeting_remedy
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALONE", "Processes", "Share", "started_alone"]
+__all__ = ["ALONE", "Processes", "Share"]
 
-# as torchrun and accelerate set them, and as the MPI implementations do that accelerate can start processes with
-VARIABLES = {
-    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
-    "count": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-    "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
-    "local_count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
-}
-NOTICE = 5.0  # seconds after which a process says that it waits for the others to start
-MEETING = 120.0  # seconds after which it gives up
-MEETING_NAP, REACH = 0.05, 2.0  # seconds
-MOST_NAMED = 4
-ANSWER = timedelta(seconds=30)  # to wait for an answer of the store
-WORK = timedelta(days=7)  # to wait for another process's work; it is heard of earlier if it fails
-PATIENCE = 8.0  # seconds that a failed worker waits for rank 0 to report
-NAP, LONGEST_NAP = 1e-4, 5e-3  # seconds
-EARS = 0.25  # seconds between two looks at the store
+WORK = timedelta(hours=6)  # to wait for another process's work, or for its download
+EXCHANGE = timedelta(minutes=10)  # for GPUs to exchange what all of them have ready
+REPORT = timedelta(seconds=8)  # for which a failed worker waits for the main process to report
 CHUNK = 2**23  # numbers that are summed at a time
-FAILED, SPOKEN, REPORTS = "slicecli/failed", "slicecli/spoken", "slicecli/reports"
+FAILED, REPORTED = "failed", "reported"
 
 Value = TypeVar("Value")
 
@@ -85,7 +71,8 @@ class Processes:
     def find(cls) -> Processes:
         """Return the processes that a launcher has started, or one alone."""
         if _here.found is None:
-            _here.found = _from_environment()
+            found = launched()
+            _here.found = ALONE if found is None else cls(*found)
         return _here.found
 
     @property
@@ -151,51 +138,18 @@ class Processes:
         import torch.distributed as dist
 
         try:
-            met = self._meet(notify)
-            # numbers on a GPU go from GPU to GPU, all else through main memory
-            has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-            backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-            if dist.is_initialized():
-                _here.group = dist.new_group(backend=backend, timeout=WORK)
-            else:
-                store = dist.PrefixStore("slicecli/group", met)  # type: ignore[attr-defined]
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=WORK)
+            _here.store = meet(self.rank, self.count, notify)
+            if not dist.is_initialized():
+                group_store = dist.PrefixStore("group", _here.store)  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=group_store, rank=self.rank, world_size=self.count, timeout=WORK)
                 atexit.register(_leave)
+            _here.group = dist.new_group(backend="gloo", timeout=WORK)
+            if all(self.gather(torch.cuda.is_available() and dist.is_nccl_available())):
+                _here.cuda_group = dist.new_group(backend="nccl", timeout=EXCHANGE)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
-                f"The {self.count} processes cannot meet at {_meeting_place()}: {reason_of(error)}.", _remedy()
+                f"The {self.count} processes cannot meet at {meeting_place()}: {reason_of(error)}.", meeting_remedy()
             ) from error
-
-    def _meet(self, notify: Callable[[str], object]) -> Any:
-        """Open the store, which the main process keeps or its launcher, and return it when all processes are there."""
-        import torch.distributed as dist
-
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        is_kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        is_keeper = self.is_main and not is_kept_by_launcher
-        keeper = "the launcher" if is_kept_by_launcher else "the main process"
-        patience = _Patience(self, notify)
-        if not is_keeper:
-            # the client of the store would say much on its own while it tries
-            patience.wait(lambda: _can_be_reached(host, port), lambda: [keeper])
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            "localhost" if is_keeper else host,
-            port,
-            self.count,
-            is_keeper,
-            timeout=ANSWER,
-            wait_for_workers=False,
-            multi_tenant=is_keeper,
-            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-        )
-        _here.store = store
-        store.set(f"slicecli/present/{self.rank}", "")
-        keys = [f"slicecli/present/{rank}" for rank in range(self.count)]
-        patience.wait(
-            lambda: bool(store.check(keys)),
-            lambda: [f"process {rank}" for rank, key in enumerate(keys) if not store.check([key])],
-        )
-        return store
 
     def sum_everywhere(self, *tensors: torch.Tensor) -> None:
         """Add up contiguous tensors of the same shapes over all processes, in place, in all of them."""
@@ -238,43 +192,32 @@ class Processes:
             tensors = [tensor.to(device, torch.float64).contiguous() for tensor in make()]
         else:
             tensors = [torch.empty(*shape, dtype=torch.float64, device=device) for shape in shapes]
+        import torch.distributed as dist
+
         for tensor in tensors:
-            self._broadcast(tensor)
+            self._exchange(dist.broadcast, tensor, 0, is_cuda=tensor.is_cuda)
         return tensors
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         """Let the main process do something, and give what it returns to all."""
-        import torch
-
         if self.count == 1:
             return make()
-        content = _packed(make()) if self.is_main else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(content)])
-        self._broadcast(size)
-        if not self.is_main:
-            content = torch.empty(int(size), dtype=torch.uint8)
-        self._broadcast(content)
-        value: Value = _unpacked(content)
+        import torch.distributed as dist
+
+        values: list[Any] = [make() if self.is_main else None]
+        self._exchange(dist.broadcast_object_list, values, 0)
+        value: Value = values[0]
         return value
 
     def gather(self, value: Value) -> list[Value]:
         """Return what each process gives, plain data, in the order of the processes."""
-        import torch
-
         if self.count == 1:
             return [value]
         import torch.distributed as dist
 
-        self.join()
-        content = _packed(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        self._finish(dist.all_gather(sizes, torch.tensor([len(content)]), group=_here.group, async_op=True))
-        longest = int(max(sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(content)] = content
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.count)]
-        self._finish(dist.all_gather(parts, padded, group=_here.group, async_op=True))
-        return [_unpacked(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        values: list[Any] = [None] * self.count
+        self._exchange(dist.all_gather_object, values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until all processes have come this far."""
@@ -302,17 +245,19 @@ class Processes:
 
     def tell(self, error: BaseException) -> None:
         """Tell the other processes that this one ends with an error; the first to fail is heard."""
-        if self.count == 1 or isinstance(error, ProcessError) or _here.store is None:
+        if _here.store is None:  # there are no others, or they have not been met
             return
         if isinstance(error, SlicecliError):
-            words = {"cause": error.cause, "remedy": error.remedy, "code": error.exit_code}
+            words = (error.cause, error.remedy, error.exit_code)
         elif isinstance(error, Exception):
             cause = f"Process {self.rank} of {self.count} failed: {type(error).__name__}: {reason_of(error)}."
-            words = {"cause": cause, "remedy": "What it printed says where.", "code": 1}
+            words = (cause, "What it printed says where.", 1)
         else:  # a signal: who sent it knows
-            words = {"cause": "", "remedy": "", "code": 1}
-        with suppress(RuntimeError):
-            _here.store.compare_set(FAILED, "", json.dumps(words))
+            words = ("", "", 1)
+        if not isinstance(error, ProcessError):
+            with suppress(RuntimeError):
+                _here.store.compare_set(FAILED, "", json.dumps(words))
+        _disconnect()
 
     def is_to_report(self, error: BaseException) -> bool:
         """Tell the others of an error that ends this process, and say whether it is this one that shows it to the user.
@@ -321,111 +266,50 @@ class Processes:
         hear of in some seconds shows it itself. All wait until somebody has, since a launcher ends the rest once one
         has ended.
         """
-        if self.count == 1:
+        if _here.store is None:
             return True
-        if _here.store is None:  # there was no meeting, so that nobody else hears of it
-            return True
+        from torch.distributed import DistStoreError
+
         self.tell(error)
+        has_heard = isinstance(error, ProcessError)
         try:
             if not self.is_main:
-                ends = time.monotonic() + PATIENCE * (2 if isinstance(error, ProcessError) else 1)
-                while time.monotonic() < ends:
-                    if _here.store.check([SPOKEN]):
-                        return False
-                    time.sleep(LONGEST_NAP)
-                if isinstance(error, ProcessError):
+                with suppress(DistStoreError):
+                    _here.store.wait([REPORTED], 2 * REPORT if has_heard else REPORT)
                     return False
-            is_first: bool = _here.store.add(REPORTS, 1) == 1
-            _here.store.set(SPOKEN, "")
+                if has_heard:
+                    return False
+            reporter = str(self.rank)
+            return bool(_here.store.compare_set(REPORTED, "", reporter) == reporter.encode())
         except RuntimeError:  # the store has gone, and with it whoever kept it
             return self.is_main
-        return is_first
 
     def _sum(self, tensors: Sequence[torch.Tensor], is_everywhere: bool) -> None:
         if self.count == 1:
             return
         import torch.distributed as dist
 
-        self.join()
+        operation, root = (dist.all_reduce, ()) if is_everywhere else (dist.reduce, (0,))
         for tensor in tensors:
             if self.is_idle:
                 tensor.zero_()
             for part in tensor.view(-1).split(CHUNK):
-                if is_everywhere:
-                    self._finish(dist.all_reduce(part, group=_here.group, async_op=True))
-                else:
-                    self._finish(dist.reduce(part, 0, group=_here.group, async_op=True))
+                self._exchange(operation, part, *root, is_cuda=part.is_cuda)
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        import torch.distributed as dist
-
+    def _exchange(self, operation: Callable[..., object], *arguments: Any, is_cuda: bool = False) -> None:
+        """Do what all processes do together, or raise what has ended another of them."""
         self.join()
-        self._finish(dist.broadcast(tensor, 0, group=_here.group, async_op=True))
-
-    def _finish(self, work: Any) -> None:
-        """Wait for an exchange."""
-        self._wait(work.is_completed)
+        if is_cuda:
+            self.barrier()  # NCCL does not notice that a process will never come
+        if _here.group is None:
+            raise _end_of_another()
         try:
-            work.wait()
+            operation(*arguments, group=_here.cuda_group if is_cuda else _here.group)
         except RuntimeError as error:
-            self._listen()
-            raise ProcessError(
-                "Another process of the job has ended without a word.",
-                "Look at what its machine says: it may have had too little memory.",
-            ) from error
-
-    def _wait(self, is_done: Callable[[], bool]) -> None:
-        """Nap until something is done."""
-        nap, listened = NAP, time.monotonic()
-        while not is_done():
-            time.sleep(nap)
-            nap = min(2 * nap, LONGEST_NAP)
-            if time.monotonic() - listened > EARS:
-                self._listen()
-                listened = time.monotonic()
-
-    def _listen(self) -> None:
-        """Hear whether another process has failed."""
-        try:
-            if not _here.store.check([FAILED]):
-                return
-            words = json.loads(_here.store.get(FAILED))
-        except RuntimeError as error:
-            raise ProcessError(
-                "The machine of the main process does not answer any more.", "Look at what it says."
-            ) from error
-        raise ProcessError(words["cause"], words["remedy"], words["code"])
-
-
-class _Patience:
-    """How long a process waits for the others to come: after some seconds it says so, after some more it gives up."""
-
-    def __init__(self, processes: Processes, notify: Callable[[str], object]) -> None:
-        self._processes = processes
-        self._notify = notify
-        self._started = time.monotonic()
-        self._has_notified = False
-
-    def wait(self, is_done: Callable[[], bool], absent: Callable[[], list[str]]) -> None:
-        """Nap until something is done."""
-        who = f"This is process {self._processes.rank} of {self._processes.count}"
-        while not is_done():
-            waited = time.monotonic() - self._started
-            if waited > MEETING:
-                raise ProcessError(
-                    f"{who}, by {_variables()} in the environment, and {_first_of(absent())} did not come to "
-                    f"{_meeting_place()} within {MEETING:.0f} seconds.",
-                    _remedy(),
-                )
-            if waited > NOTICE and not self._has_notified:
-                self._has_notified = True
-                self._notify(
-                    f"{who}, by {_variables()} in the environment: it waits up to {MEETING:.0f} seconds for "
-                    f"{_first_of(absent())} at {_meeting_place()}."
-                )
-            if _here.store is not None:
-                self._processes._listen()
-            time.sleep(MEETING_NAP)
+            # the frames of its traceback hold the group, whose connections others wait on
+            reason = error.with_traceback(None)
+            _disconnect()
+            raise _end_of_another() from reason
 
 
 class _Here:
@@ -433,94 +317,39 @@ class _Here:
 
     found: Processes | None = None
     store: Any = None
-    group: Any = None
+    group: Any = None  # of gloo
+    cuda_group: Any = None  # of NCCL, where all processes have a GPU
 
 
 _here = _Here()
 ALONE = Processes()
 
 
-def started_alone() -> bool:
-    """Say whether `accelerate launch` was to start several processes and has started one.
-
-    Without GPUs it does so, unless it is told `--multi_gpu` or to use MPI.
-    """
-    is_by_accelerate = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return is_by_accelerate and _number("count") is None
-
-
-def _from_environment() -> Processes:
-    numbers = {name: _number(name) for name in VARIABLES}
-    rank, count = numbers["rank"], numbers["count"]
-    if rank is None or count is None or count == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return ALONE
-    local_rank = rank if numbers["local_rank"] is None else numbers["local_rank"]
-    found = Processes(rank, count, local_rank, numbers["local_count"] or count)
-    if not 0 <= rank < count:
-        raise RequestError(
-            f"Process {rank} of {count} cannot be.", "Unset RANK and WORLD_SIZE, or start with torchrun."
-        )
-    return found
-
-
-def _number(name: str) -> int | None:
-    for variable in VARIABLES[name]:
-        if variable in os.environ:
-            try:
-                return int(os.environ[variable])
-            except ValueError:
-                raise RequestError(
-                    f"{variable} is {os.environ[variable]!r}, which is no number.", "Unset it."
-                ) from None
-    return None
-
-
-def _variables() -> str:
-    """Name the variables that say which process this is, and of how many."""
-    return " and ".join(next(name for name in VARIABLES[what] if name in os.environ) for what in ("rank", "count"))
-
-
-def _remedy() -> str:
-    return (
-        f"If no launcher started it, unset {_variables()}; else check that all were started, by accelerate launch or "
-        "torchrun, and that this machine reaches that one."
+def _end_of_another() -> ProcessError:
+    """Return the error with which another process has ended, as far as it is known."""
+    try:
+        if _here.store.check([FAILED]):
+            return ProcessError(*json.loads(_here.store.get(FAILED)))
+    except RuntimeError:
+        return ProcessError("The machine of the main process does not answer any more.", "Look at what it says.")
+    return ProcessError(
+        "Another process of the job has ended without a word.",
+        "Look at what its machine says: it may have had too little memory.",
     )
 
 
-def _meeting_place() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+def _disconnect() -> None:
+    """Close the connections of gloo, so that nobody waits for this process any longer."""
+    import torch.distributed as dist
 
-
-def _can_be_reached(host: str, port: int) -> bool:
-    import socket
-
-    try:
-        socket.create_connection((host, port), timeout=REACH).close()
-    except OSError:
-        return False
-    return True
-
-
-def _first_of(names: list[str]) -> str:
-    """Return some names for a message, and how many there are besides."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _packed(value: Any) -> torch.Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _unpacked(content: torch.Tensor) -> Any:
-    return pickle.loads(content.numpy().tobytes())
+    group, _here.group = _here.group, None
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def _leave() -> None:
     """Take leave of the others at the end of the program, unless one of them has failed."""
     import torch.distributed as dist
 
-    with suppress(RuntimeError):
-        if dist.is_initialized() and not _here.store.check([FAILED]):
-            dist.destroy_process_group()
+    if _here.group is not None and dist.is_initialized():
+        dist.destroy_process_group()

@@ -23,13 +23,13 @@ from slicecli.slicing.context import Batches, DenseModel
 __all__ = ["give_basis", "share_rows", "solve_basis", "solve_normal_equations"]
 
 
-def share_rows(dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
+def share_rows(processes: Processes, dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
     """Return the dense model and the batches as this process has them, with its share of the rows.
 
     Args:
         rows: The rows of all processes, int64 of shape (rows, sequence length).
     """
-    share = Processes.find().share(len(rows), batch)
+    share = processes.share(len(rows), batch)
     return dataclasses.replace(dense, processes=share.processes), Batches(rows, batch, share.rows)
 
 

@@ -33,11 +33,10 @@ TENSORS = ("vectors", "energies", "importances")
 
 def default_folder() -> Path:
     """Return where the cache lies: `SLICECLI_CACHE`, or `slicecli` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
     given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return local_path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "slicecli"
+    return local_path(given) if given else user_cache_path("slicecli", appauthor=False)
 
 
 def most_bytes() -> int:
