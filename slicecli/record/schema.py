@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 RECORD_VERSION = 1
+ABSENT: Any = None  # the value of a field that a record need not have, and never has as null
 MOST_ERRORS = 20
 MOST_CURVES = 100
 MOST_POINTS = 100  # each is predicted from all the others
@@ -109,13 +110,13 @@ class Ancestor(Source):
 class Inherited(JsonObject):
     """What the card of the source says, where it is well formed; a field is there or not, and never null."""
 
-    license: LicenceName = Field(default=None, description="Name of the licence, as the Hub knows it.")
-    license_name: LicenceName = Field(default=None, description="Name of a licence that the Hub does not know.")
+    license: LicenceName = Field(default=ABSENT, description="Name of the licence, as the Hub knows it.")
+    license_name: LicenceName = Field(default=ABSENT, description="Name of a licence that the Hub does not know.")
     license_link: Annotated[str, Field(pattern=r"^(https://)?[A-Za-z0-9_./%-]{1,200}$")] = Field(
-        default=None, description="Where its text is."
+        default=ABSENT, description="Where its text is."
     )
     language: Annotated[list[Annotated[str, Field(pattern=_LANGUAGE)]], Field(min_length=1)] = Field(
-        default=None, description="Codes of the languages."
+        default=ABSENT, description="Codes of the languages."
     )
 
 
@@ -240,15 +241,15 @@ class Task(JsonObject):
 class Figures(JsonObject):
     """What was measured of a model; a field is there or not, and never null."""
 
-    perplexity: dict[Name, Perplexity] = Field(default=None, description="Measured perplexities, by text.")
-    tasks: dict[Name, Task] = Field(default=None, description="Measured tasks, by name.")
+    perplexity: dict[Name, Perplexity] = Field(default=ABSENT, description="Measured perplexities, by text.")
+    tasks: dict[Name, Task] = Field(default=ABSENT, description="Measured tasks, by name.")
 
 
 class Results(Figures):
     """What was measured of the slice, and of the dense model on the same rows and questions."""
 
-    dense: Figures = Field(default=None, description="The same of the dense model.")
-    versions: dict[Name, PackageVersion] = Field(default=None, description="What it was measured with.")
+    dense: Figures = Field(default=ABSENT, description="The same of the dense model.")
+    versions: dict[Name, PackageVersion] = Field(default=ABSENT, description="What it was measured with.")
 
 
 class Alternative(JsonObject):
@@ -262,9 +263,9 @@ class Alternative(JsonObject):
 class CurveSettings(JsonObject):
     """How it was measured; what is not there was left to the text, model or task."""
 
-    sequence_length: Size = Field(default=None, description="Tokens per row.")
-    limit: Size = Field(default=None, description="Only the first so many rows or questions.")
-    num_fewshot: Count = Field(default=None, description="Solved examples before each question.")
+    sequence_length: Size = Field(default=ABSENT, description="Tokens per row.")
+    limit: Size = Field(default=ABSENT, description="Only the first so many rows or questions.")
+    num_fewshot: Count = Field(default=ABSENT, description="Solved examples before each question.")
 
 
 class Point(JsonObject):
