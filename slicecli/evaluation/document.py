@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
-from slicecli.record.schema import Calibration, Method, Perplexity, Sparsity, Task, Width
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.family.slice_plan import Method
+from slicecli.record.schema import Calibration, ModelName, Perplexity, Sparsity, Task, Width
 from slicecli.runtime.json_object import Count, Digest, JsonObject, Name, Size
 
 __all__ = ["EvaluationDocument", "PerplexityResult", "Settings", "SourceIdentity", "TaskResult"]
@@ -33,7 +37,7 @@ class TaskResult(Task):
 class SourceIdentity(JsonObject):
     """What identifies the dense model that a slice was made from, or the measured model itself."""
 
-    model: Name = Field(description="Hub id, or the folder's name.")
+    model: ModelName = Field(description="Hub id, or the folder's name.")
     commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = Field(description="Commit on the Hub.")
     content: Digest | None = Field(description="SHA-256 of what the model is, see docs/record.md.")
 
@@ -67,3 +71,16 @@ class EvaluationDocument(JsonObject):
     source: SourceIdentity = Field(description="The dense model that a slice was made from, or the model itself.")
     calibration: Calibration | None = Field(description="What a slice was fitted to; null for a dense model.")
     evaluation: Settings = Field(description="How it was measured.")
+
+    @field_validator("dim")
+    @classmethod
+    def _check_dim(cls, dim: int, about: ValidationInfo) -> int:
+        if dim > about.data.get("hidden_size", MOST_WIDTH):
+            raise PydanticCustomError("dim", "it should be at most hidden_size")
+        return dim
+
+    @model_validator(mode="after")
+    def _check_slice(self) -> Self:
+        if self.dim < self.hidden_size and (self.method is None or self.calibration is None):
+            raise PydanticCustomError("slice", "a slice has a method and a calibration")
+        return self

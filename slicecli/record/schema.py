@@ -16,6 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.family.slice_plan import Layout, Method
 from slicecli.runtime.json_object import (
     CONTROL,
     LINE,
@@ -77,7 +78,6 @@ Sparsity = Annotated[float, Field(ge=0, lt=1)]
 MeasuredSparsity = Annotated[float, Field(ge=LEAST_SPARSITY, le=1 - LEAST_SPARSITY)]
 # a sum of rounded numbers may be a little more than the whole
 EnergyShare = Annotated[float, Field(ge=0, le=1.000001)]
-Method = Literal["refit", "slicegpt"]
 Quantity = Literal["perplexity", "accuracy"]
 
 
@@ -423,7 +423,7 @@ class Record(JsonObject):
         description="refit: one basis for the whole stream, every map refitted by least squares. slicegpt: a basis at "
         "every place, weights projected, as published in arXiv 2401.15024."
     )
-    layout: Literal["stock", "custom-code"] = Field(
+    layout: Layout = Field(
         description="stock: a checkpoint of a class of transformers. custom-code: one that brings its class along."
     )
     needs_remote_code: bool = Field(
