@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from slicecli.checkpoint.folder import file_digest
 from slicecli.hub.inspection import inspect_folder
 from slicecli.hub.verify import CHECKS, verify_contents, verify_folder
-from slicecli.record.schema import RefitRecord, record_schema, schema_errors
+from slicecli.record.json_schema import record_schema
+from slicecli.record.schema import RefitRecord, schema_errors
 from slicecli.runtime.secrets import find_secrets, find_tokens
 from slicecli.runtime.versions import __version__
 

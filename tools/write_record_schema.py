@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from slicecli.record.schema import RECORD_VERSION, Record, record_schema
+from slicecli.record.json_schema import record_schema
+from slicecli.record.schema import RECORD_VERSION, Record
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEMA = DOCS / f"record-{RECORD_VERSION}.schema.json"

@@ -94,8 +94,10 @@ def build_record(
     other_dims: Mapping[int, int],
 ) -> dict[str, Any]:
     """Put a record together, as far as it is known in planning; energy and weights are entered when they are there."""
+    from slicecli.record.schema import RECORD_VERSION
+
     return {
-        "record_version": 1,
+        "record_version": RECORD_VERSION,
         "slicecli_version": __version__,
         "source": {
             "model": source.name,

@@ -1,18 +1,16 @@
-"""What a record may hold: the models of its fields, and the JSON schema that is generated from them.
+"""What a record may hold: the models of its fields.
 
 A record may come from anybody's repository. What passes here has every field of the kind and form that the rest of the
 program relies on; that what it says is true is another matter, see `slicecli.hub.verify`.
 
-`tools/write_record_schema.py` writes the schema to `docs/record-1.schema.json`.
+The JSON schema in `docs/record-1.schema.json` is generated from the models, see `slicecli.record.json_schema`.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from slicecli.family.dimensions import MOST_WIDTH
@@ -33,6 +31,7 @@ from slicecli.runtime.json_object import (
 from slicecli.runtime.versions import __version__
 
 __all__ = [
+    "RECORDS",
     "RECORD_VERSION",
     "Alternative",
     "Calibration",
@@ -50,13 +49,11 @@ __all__ = [
     "Record",
     "RefitRecord",
     "Task",
-    "record_schema",
     "schema_errors",
 ]
 
 RECORD_VERSION = 1
 ABSENT: Any = None  # the value of a field that a record need not have, and never has as null
-MOST_ERRORS = 20
 MOST_CURVES = 100
 MOST_POINTS = 100  # each is predicted from all the others
 LEAST_SPARSITY = 1e-6
@@ -491,7 +488,7 @@ class PublishedRecord(Record):
     energy: StreamEnergy = Field(description="How much of the stream's energy the bases keep.")
 
 
-_RECORDS: TypeAdapter[RefitRecord | PublishedRecord] = TypeAdapter(
+RECORDS: TypeAdapter[RefitRecord | PublishedRecord] = TypeAdapter(
     Annotated[RefitRecord | PublishedRecord, Field(discriminator="method")]
 )
 
@@ -502,32 +499,7 @@ def schema_errors(record: Any) -> list[str]:
     if isinstance(version, int) and not isinstance(version, bool) and version != RECORD_VERSION:
         return [f"$.record_version is {version}, which slicecli {__version__} does not know"]
     try:
-        _RECORDS.validate_python(record)
+        RECORDS.validate_python(record)
     except ValidationError as error:
-        return faults_of(error, skips=1)[:MOST_ERRORS]
+        return faults_of(error, skips=1)
     return []
-
-
-class _Schema(GenerateJsonSchema):
-    """JSON schema that is as strict as the models."""
-
-    def dict_schema(self, schema: Any) -> dict[str, Any]:
-        """Refuse names that do not fit, which pydantic's own schema leaves open."""
-        found = super().dict_schema(schema)
-        return {**found, "additionalProperties": False} if "patternProperties" in found else found
-
-    def default_schema(self, schema: Any) -> dict[str, Any]:
-        """Leave out defaults: a field without a value is not in the record."""
-        return self.generate_inner(schema["schema"])
-
-
-@functools.cache
-def record_schema() -> dict[str, Any]:
-    """Return the JSON schema of records."""
-    return {
-        "$schema": _Schema.schema_dialect,
-        "$id": f"urn:slicecli:record:{RECORD_VERSION}",
-        "title": "Record of a slice",
-        "description": " ".join((Record.__doc__ or "").split()),
-        **_RECORDS.json_schema(schema_generator=_Schema),
-    }

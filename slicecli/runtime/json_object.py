@@ -18,7 +18,9 @@ CONTROL = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
 LINE = f"^[^{CONTROL}]*$"
 """Pattern of a text without control and direction characters."""
 MOST_CHARACTERS = 160
+MOST_FAULTS = 20
 QUOTES = "'"
+_NAME = re.compile(r"[A-Za-z_]\w{,63}", re.ASCII)
 
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=LINE)]
 """A name that others gave: of a model, a text, a task. Free text of one line."""
@@ -62,12 +64,17 @@ class JsonObject(BaseModel):
 
 
 def faults_of(error: ValidationError, skips: int = 0) -> list[str]:
-    """Say in a clause each what is wrong, with its place as a JSON path.
+    """Say in a clause each what is wrong, the first twenty faults, with their places as JSON paths.
 
     Args:
         skips: Steps at the beginning of each place that are not in the JSON: one for a union of models.
     """
-    return sorted({_fault(one, one["loc"][skips:]) for one in error.errors(include_url=False)})
+    found: dict[str, None] = {}
+    for one in error.errors(include_url=False):
+        found[_fault(one, one["loc"][skips:])] = None
+        if len(found) == MOST_FAULTS:
+            break
+    return list(found)
 
 
 def _fault(error: Any, path: tuple[str | int, ...]) -> str:
@@ -98,10 +105,7 @@ def _fault(error: Any, path: tuple[str | int, ...]) -> str:
 
 def _place(path: tuple[str | int, ...]) -> str:
     """Return a JSON path, such as `$.weights["model.safetensors"]`."""
-    parts = (
-        f".{part}" if isinstance(part, str) and part.isidentifier() and part.isascii() else f"[{_quoted(part)}]"
-        for part in path
-    )
+    parts = (f".{part}" if isinstance(part, str) and _NAME.fullmatch(part) else f"[{_quoted(part)}]" for part in path)
     return "$" + "".join(parts)
 
 
