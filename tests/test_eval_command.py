@@ -126,6 +126,12 @@ def test_what_is_written_is_what_is_read(run, models, words):  # noqa: F811
     }
 
 
+def test_a_text_of_any_name_is_measured(run, checkpoints, text_file, tmp_path):
+    odd = shutil.copy(text_file, tmp_path / "two\nlines\u202e.jsonl")
+    document = json.loads(run("eval", checkpoints(), "--perplexity", odd, "--seq-len", "32", "--format", "json").stdout)
+    assert list(document["perplexity"]) == ["two?lines?.jsonl"]
+
+
 def test_with_tasks_alone_no_perplexity_is_measured(run, checkpoints, words, monkeypatch):
     document = json.loads(run("eval", checkpoints(), *words[4:]).stdout)
     assert document["perplexity"] == {}

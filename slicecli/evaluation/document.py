@@ -7,7 +7,6 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from slicecli.family.dimensions import MOST_WIDTH
 from slicecli.family.slice_plan import Method
@@ -80,7 +79,7 @@ class EvaluationDocument(JsonObject):
         return dim
 
     @model_validator(mode="after")
-    def _check_slice(self) -> Self:
+    def _check_slice(self) -> EvaluationDocument:
         if self.dim < self.hidden_size and (self.method is None or self.calibration is None):
             raise PydanticCustomError("slice", "a slice has a method and a calibration")
         return self

@@ -245,8 +245,7 @@ def measure_loaded(
     origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
     width = int(model.config.hidden_size)
     hidden_size, dim = int(record.get("hidden_size") or width), int(record.get("dim") or width)
-    # not validated: a folder may have any name
-    return Evaluation.model_construct(
+    return Evaluation(
         model=source.name,
         model_type=str(origin.get("model_type") or source.fields.get("model_type")),
         revision=source.commit,
@@ -257,9 +256,9 @@ def measure_loaded(
         dim=dim,
         sparsity=1 - dim / hidden_size,
         method=record.get("method"),
-        source=SourceIdentity.model_construct(**{name: origin.get(name) for name in SourceIdentity.model_fields}),
+        source=SourceIdentity(**{name: origin[name] for name in SourceIdentity.model_fields}),
         calibration=Calibration.model_validate(record["calibration"]) if record else None,
-        evaluation=Settings.model_construct(
+        evaluation=Settings(
             limit=options.limit,
             num_fewshot=options.num_fewshot,
             sequence_length=prepared.sequence_length,
