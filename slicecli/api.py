@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from slicecli.estimation.estimate import Estimate
+    from slicecli.evaluation.document import PerplexityResult
     from slicecli.evaluation.measure import Evaluation
-    from slicecli.evaluation.perplexity import PerplexityResult
     from slicecli.progress import Progress
     from slicecli.runtime.placement import DeviceMap, MaxMemory
 
@@ -148,7 +148,7 @@ def perplexities(
     Raises:
         SlicecliError: It cannot be done; the message says why and what to do.
     """
-    return list(evaluate(model, texts, limit=samples, progress=progress, **options).perplexity)
+    return list(evaluate(model, texts, limit=samples, progress=progress, **options).perplexity.values())
 
 
 def evaluate(

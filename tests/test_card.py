@@ -194,17 +194,15 @@ def test_measured_figures_go_to_the_index_and_predictions_do_not(slice_copy, rec
     from slicecli.estimation.results import fit_results, series_of
 
     name, method = record["source"]["model"], record["method"]
-    common = {"source": {"model": name, "commit": None}, "hidden_size": 48, "model_type": "llama", "evaluation": {}}
-    dense = {**common, "model": name, "dim": 48, "method": None, "tasks": {}, "perplexity": {"wikitext2": FIGURE}}
+    settings = {"limit": None, "num_fewshot": None, "sequence_length": 32, "seed": 1, "dtype": "float32", "rows": {}}
     measured = {"wikitext2": {**FIGURE, "value": 15.5}}
-    own = {
-        **common,
-        "dim": 36,
-        "method": method,
-        "calibration": record["calibration"],
-        "tasks": {},
-        "perplexity": measured,
-    }
+    dense = {
+        "model": name, "model_type": "llama", "revision": None, "perplexity": {"wikitext2": FIGURE}, "tasks": {},
+        "parameters": 1000, "hidden_size": 48, "dim": 48, "sparsity": 0.0, "method": None,
+        "source": {"model": name, "commit": None, "content": None}, "calibration": None, "evaluation": settings,
+    }  # fmt: skip
+    calibration = record["calibration"]
+    own = {**dense, "perplexity": measured, "dim": 36, "sparsity": 0.25, "method": method, "calibration": calibration}
     curves = [one.to_json() for one in fit_results(series_of([dense, own]))]
     enter_results(slice_copy, measured, {"piqa": TASK}, {"perplexity": dense["perplexity"]}, curves)
     text = (slice_copy / "README.md").read_text()

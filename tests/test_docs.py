@@ -36,6 +36,12 @@ def test_the_page_of_families_is_what_the_adapters_declare():
     assert page == load_tool("write_families_page").page()
 
 
+def test_the_page_and_the_schema_of_the_record_are_those_of_its_models():
+    tool = load_tool("write_record_schema")
+    assert tool.PAGE.read_text() == tool.page()
+    assert tool.SCHEMA.read_text() == tool.schema_text()
+
+
 def test_every_public_name_exists_and_every_hook_is_documented():
     for name in slicecli.__all__:
         assert getattr(slicecli, name) is not None

@@ -274,7 +274,8 @@ def test_estimate_imports_nothing_heavy_and_asks_no_network(llama, more):
         "socket.socket.connect = refuse\n"
         "from slicecli.cli import group\n"
         f"group(['estimate', {str(llama)!r}, '--dense-perplexity', '8', *{more!r}], standalone_mode=False)\n"
-        "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'lm_eval', 'matplotlib', 'scipy', 'pandas'}\n"
+        "names = 'torch transformers accelerate datasets lm_eval matplotlib scipy pandas pydantic'\n"
+        "heavy = set(names.split())\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -359,20 +360,33 @@ def test_the_validation_is_drawn_and_printed(run, tmp_path):
 
 
 def eval_document(dim, perplexity, model="me/big", size=4096, method="refit", tasks=None, **settings):
+    figure = {
+        "value": perplexity, "nll": math.log(perplexity), "stderr": 0.02, "tokens": 2047, "seq_len": 2048,
+        "bits_per_byte": 1.0, "rows_sha256": "a" * 64, "text_sha256": None,
+    }  # fmt: skip
+    task = {
+        "metric": "acc", "value": tasks, "stderr": 0.01, "chance": 0.5, "samples": 100, "num_fewshot": 0, "metrics": {},
+        "requests_sha256": "b" * 64, "questions_sha256": None,
+    }  # fmt: skip
+    calibration = {
+        "text": "wikitext2", "dataset": None, "samples": 128, "sequence_length": 2048, "tokens": 128 * 2048, "seed": 0,
+        "sha256": "c" * 64, "text_sha256": None,
+    }  # fmt: skip
+    usual = {"limit": None, "num_fewshot": None, "sequence_length": 2048, "seed": 1234, "dtype": "float32", "rows": {}}
     return {
         "model": model if dim == size else f"{model}-dim{dim}",
         "model_type": "llama",
         "revision": None,
-        "perplexity": {"wikitext2": {"value": perplexity, "stderr": 0.02}},
-        "tasks": {} if tasks is None else {"piqa": {"metric": "acc", "value": tasks, "stderr": 0.01, "chance": 0.5}},
+        "perplexity": {"wikitext2": figure},
+        "tasks": {} if tasks is None else {"piqa": task},
         "parameters": dim * 1000,
         "hidden_size": size,
         "dim": dim,
         "sparsity": 1 - dim / size,
         "method": None if dim == size else method,
-        "source": {"model": model, "commit": None},
-        "calibration": None if dim == size else {"text": "wikitext2", "samples": 128, "sequence_length": 2048},
-        "evaluation": {"sequence_length": 2048, "limit": None, "num_fewshot": None, **settings},
+        "source": {"model": model, "commit": None, "content": None},
+        "calibration": None if dim == size else calibration,
+        "evaluation": {**usual, **settings},
     }
 
 

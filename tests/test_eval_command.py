@@ -17,6 +17,7 @@ import slicecli.api
 from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
+from slicecli.evaluation.document import EvaluationDocument
 from slicecli.evaluation.measure import EvaluationSet, evaluate
 from slicecli.evaluation.options import EvaluationOptions
 from slicecli.record.record import read_record
@@ -93,7 +94,8 @@ def test_the_error_of_a_difference_is_that_over_questions(checkpoints, models, w
 
     options = EvaluationOptions(tasks=(str(words[5]),))
     one, other = (evaluate(str(models[name]), options) for name in ("stock", "dense"))
-    differences = [a - b for a, b in zip(one.tasks[0].scores, other.tasks[0].scores, strict=True)]
+    scores = [measured.tasks["mine.jsonl"].scores for measured in (one, other)]
+    differences = [a - b for a, b in zip(*scores, strict=True)]
     assert any(differences)
     expected = float(torch.tensor(differences).std()) / math.sqrt(len(differences))
     assert compare(one, other)["tasks"]["mine.jsonl"]["stderr"] == pytest.approx(expected)
@@ -116,6 +118,19 @@ def test_tables_show_both_kinds_and_quiet_is_quiet(run, checkpoints, words):
     for word in ("nonsense.jsonl", "bits per byte", "mine.jsonl", "acc_norm", "chance"):
         assert word in shown.stdout
     assert shown.stderr == ""
+
+
+def test_what_is_written_is_what_is_read(run, models, words):  # noqa: F811
+    document = json.loads(run("eval", models["stock"], *words).stdout)
+    assert EvaluationDocument.model_validate(document).model_dump() == {
+        name: value for name, value in document.items() if name != "versions"
+    }
+
+
+def test_a_text_of_any_name_is_measured(run, checkpoints, text_file, tmp_path):
+    odd = shutil.copy(text_file, tmp_path / "two\nlines\u202e.jsonl")
+    document = json.loads(run("eval", checkpoints(), "--perplexity", odd, "--seq-len", "32", "--format", "json").stdout)
+    assert list(document["perplexity"]) == ["two?lines?.jsonl"]
 
 
 def test_with_tasks_alone_no_perplexity_is_measured(run, checkpoints, words, monkeypatch):
@@ -153,9 +168,9 @@ def test_rows_are_read_once_for_models_that_share_a_tokenizer(models, text_file,
 def test_the_python_functions_measure_the_same(models, words, text_file):  # noqa: F811
     options = {"limit": 20, "sequence_length": 32}
     found = slicecli.api.evaluate(str(models["stock"]), [str(text_file)], [str(words[5])], **options)
-    assert [result.task for result in found.tasks] == ["mine.jsonl"]
+    assert list(found.tasks) == ["mine.jsonl"]
     (alone,) = slicecli.api.perplexities(str(models["stock"]), [str(text_file)], samples=20, sequence_length=32)
-    assert alone == found.perplexity[0]
+    assert [alone] == list(found.perplexity.values())
     assert slicecli.api.perplexity(str(models["stock"]), str(text_file), samples=20, sequence_length=32) == alone
 
 

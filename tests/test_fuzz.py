@@ -950,19 +950,13 @@ def test_curves_that_cannot_be(refused, ends_well, copy_of, tmp_path, measured, 
         (("points", 0, "calibration"), "48"),
         (("points", 0, "method"), None),
         (("points", 0, "perplexity", "text.jsonl", "value"), "9"),
+        (("points", 0, "perplexity", "text.jsonl", "bits_per_byte"), math.inf),
     ],
 )
 def test_results_that_cannot_be(refused, tmp_path, measured, path, value):
     file = tmp_path / "results.json"
     file.write_bytes(as_bytes(changed(measured["sweep"], path, value)))
     refused("fit", file)
-
-
-def test_a_number_that_json_does_not_have_is_not_written_again(ends_well, tmp_path, measured):
-    file = tmp_path / "results.json"
-    place = ("points", 0, "perplexity", "text.jsonl", "bits_per_byte")
-    file.write_bytes(as_bytes(changed(measured["sweep"], place, math.inf)))
-    assert ends_well("fit", file, "--format", "json").exit_code == 0
 
 
 @pytest.mark.parametrize("change", [("dim", math.inf), ("dim", 0.5), ("fisher", None), ("fisher", {"refit": 10**400})])

@@ -11,13 +11,15 @@ from itertools import pairwise
 import pytest
 
 from slicecli.errors import PluginError, RequestError
-from slicecli.estimation.curves import ONE_POINT_RELATION, curve_from_json, fit_curve, leave_one_out
+from slicecli.estimation.curves import ONE_POINT_RELATION, fit_curve, leave_one_out, restore_curve
 from slicecli.estimation.intervals import DEFAULT_RELATION, predict_fitted, predict_new, spread_of
 from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
+from slicecli.estimation.results import read_curves
 from slicecli.estimation.spread import CONFIDENCE, Deviation, learn_spread
 from slicecli.estimation.validation import check_relations, summary
 from slicecli.family import hookspecs
+from slicecli.record import schema
 
 SPARSITIES = (0.06, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 PERPLEXITY = Dense(math.log(6.24), spectrum=lambda sparsity: 0.8 * sparsity**1.6)
@@ -295,7 +297,7 @@ def test_a_curve_reads_back_as_it_was(relation):
     series = series_from(relation, noise=1e-3)
     curve = fit_curve(series, relation.name, {"limit": 7})
     written = json.loads(json.dumps(curve.to_json(), allow_nan=False))
-    again = curve_from_json(written, series.dense)
+    again = restore_curve(schema.Curve.model_validate(written), series.dense)
     assert again.reason == curve.reason
     for sparsity in (0.1, 0.33, 0.55):
         one, other = curve.predict(sparsity), again.predict(sparsity)
@@ -323,7 +325,7 @@ def test_what_is_not_a_curve_is_refused(damage):
     fields = fit_curve(series_from(relation_named("odds", "perplexity"))).to_json()
     damage(fields)
     with pytest.raises(RequestError):
-        curve_from_json(fields)
+        read_curves({"curves": [fields]})
 
 
 def test_a_relation_that_cannot_be_fitted_is_refused_with_the_reason():

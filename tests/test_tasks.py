@@ -100,7 +100,7 @@ def test_accuracy_is_that_of_summed_log_probabilities(models, question_file, kin
     assert plain != normed
     assert (found.task, found.metric, found.samples, found.num_fewshot) == ("mine.jsonl", "acc_norm", 24, 0)
     assert list(found.scores) == normed
-    assert found.metrics["acc"][0] == pytest.approx(sum(plain) / 24)
+    assert found.metrics["acc"].value == pytest.approx(sum(plain) / 24)
     assert found.value == pytest.approx(sum(normed) / 24)
     assert found.stderr == pytest.approx((found.value * (1 - found.value) / 23) ** 0.5)
     choices = [len(json.loads(line)["choices"]) for line in question_file.read_text().splitlines()]

@@ -159,8 +159,8 @@ def test_the_batch_size_does_not_change_the_result():
 def test_a_single_row_has_no_standard_error():
     rows = evaluation_rows(DOCUMENTS, byte_tokenizer(), 16, samples=1)
     found = measure_perplexity(tiny_model("llama"), rows, 4)
-    assert found.to_json()["stderr"] is None
-    assert json.loads(json.dumps(found.to_json()))["tokens"] == 15
+    assert found.model_dump()["stderr"] is None
+    assert json.loads(json.dumps(found.model_dump()))["tokens"] == 15
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -59,7 +59,7 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
             model, tokenizer = load_model(source), source.tokenizer()
             found = measure_loaded(model, tokenizer, source, prepared, measuring, watcher)
             sentence, _ = generate_text(model, tokenizer, PROMPT, max_new_tokens=32)
-            rows.append((dim, folder, found.perplexity[0], " ".join((PROMPT + sentence).split())))
+            rows.append((dim, folder, found.perplexity["demo"], " ".join((PROMPT + sentence).split())))
     dense = reports[0].plan
     parameters = [dense.dense_parameters, *(report.plan.sliced_parameters for report in reports)]
     weights = [dense.dense_bytes, *(report.plan.sliced_bytes for report in reports)]
@@ -71,7 +71,7 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
                     "output": str(folder) if index else None,
                     "parameters": parameters[index],
                     "bytes": weights[index],
-                    "perplexity": measured.to_json(),
+                    "perplexity": measured.model_dump(),
                     "text": text,
                 }
                 for index, (dim, folder, measured, text) in enumerate(rows)
@@ -86,7 +86,7 @@ def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output
                 f"{dim}",
                 f"{parameters[index]:,}",
                 show.size(weights[index]),
-                f"{measured.value:.2f} ± {measured.stderr:.2f}",
+                show.measured(measured.value, measured.stderr, 2),
             ]
             for index, (dim, _, measured, _) in enumerate(rows)
         ],

@@ -77,7 +77,7 @@ def command(
             found, other = evaluate_both(model, baseline, options, watcher)
     if not is_main:
         return
-    document = found.to_json() if other is None else found.compared_to_json(other)
+    document = found.to_json(other)
     try:
         if output is not None:
             show.write_json(output, document)
@@ -123,14 +123,14 @@ def _print_one(found: Evaluation) -> None:
             ["text", "perplexity", "± stderr", "bits per byte", "tokens", "row length"],
             [
                 [
-                    result.text,
+                    text,
                     f"{result.value:.3f}",
-                    f"{result.stderr:.3f}",
+                    show.number(result.stderr, 3),
                     f"{result.bits_per_byte:.4f}",
                     f"{result.tokens:,}",
-                    f"{result.sequence_length}",
+                    f"{result.seq_len}",
                 ]
-                for result in found.perplexity
+                for text, result in found.perplexity.items()
             ],
         )
     if found.tasks:
@@ -138,15 +138,15 @@ def _print_one(found: Evaluation) -> None:
             ["task", "metric", "value", "± stderr", "chance", "questions", "examples"],
             [
                 [
-                    result.task,
+                    task,
                     result.metric,
-                    f"{result.value:.4f}",
-                    f"{result.stderr:.4f}",
-                    "" if result.chance is None else f"{result.chance:.4f}",
+                    show.number(result.value, 4),
+                    show.number(result.stderr, 4),
+                    show.number(result.chance, 4),
                     f"{result.samples:,}",
                     f"{result.num_fewshot}",
                 ]
-                for result in found.tasks
+                for task, result in found.tasks.items()
             ],
         )
 
@@ -155,34 +155,30 @@ def _print_both(found: Evaluation, other: Evaluation, comparison: dict[str, Any]
     rows = [
         ["parameters", f"{other.parameters:,}", f"{found.parameters:,}", f"x {found.parameters / other.parameters:.3f}"]
     ]
-    texts = {result.text: result for result in other.perplexity}
-    for result in found.perplexity:
-        change = comparison["perplexity"][result.text]
-        before = texts[result.text]
+    for text, result in found.perplexity.items():
+        change = comparison["perplexity"][text]
+        before = other.perplexity[text]
         rows.append(
             [
-                f"perplexity on {result.text}",
-                f"{before.value:.3f} ± {before.stderr:.3f}",
-                f"{result.value:.3f} ± {result.stderr:.3f}",
+                f"perplexity on {text}",
+                show.measured(before.value, before.stderr, 3),
+                show.measured(result.value, result.stderr, 3),
                 f"x {change['ratio']:.3f}",
             ]
         )
         if not change["same_rows"]:
-            show.warn(f"The models have different tokenizers: on {result.text} compare the bits per byte.")
+            show.warn(f"The models have different tokenizers: on {text} compare the bits per byte.")
             bits = (before.bits_per_byte, result.bits_per_byte)
-            rows.append(
-                [f"bits per byte on {result.text}", *(f"{value:.4f}" for value in bits), f"x {bits[1] / bits[0]:.3f}"]
-            )
-    tasks = {result.task: result for result in other.tasks}
-    for measured in found.tasks:
-        difference = comparison["tasks"][measured.task]
-        stderr = difference["stderr"]
+            rows.append([f"bits per byte on {text}", *(f"{value:.4f}" for value in bits), f"x {bits[1] / bits[0]:.3f}"])
+    for task, answered in found.tasks.items():
+        change = comparison["tasks"][task]
+        answered_before = other.tasks[task]
         rows.append(
             [
-                f"{measured.metric} on {measured.task}",
-                f"{tasks[measured.task].value:.4f} ± {tasks[measured.task].stderr:.4f}",
-                f"{measured.value:.4f} ± {measured.stderr:.4f}",
-                f"{difference['difference']:+.4f}" + ("" if stderr is None else f" ± {stderr:.4f}"),
+                f"{answered.metric} on {task}",
+                show.measured(answered_before.value, answered_before.stderr, 4),
+                show.measured(answered.value, answered.stderr, 4),
+                show.measured(change["difference"], change["stderr"], 4, sign="+"),
             ]
         )
     show.print_table(["", f"baseline {other.model}", found.model, "change"], rows)

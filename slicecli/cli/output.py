@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "count",
+    "measured",
     "note",
+    "number",
     "print_json",
     "print_table",
     "progress",
@@ -56,6 +58,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], is_numeri
     if not console.is_terminal:
         console.width = 200
     console.print(table)
+
+
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    """Return a number for a table."""
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def measured(value: float | None, stderr: float | None, digits: int, sign: str = "") -> str:
+    """Return a measured number with its standard error for a table."""
+    return number(value, digits, sign) + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
 def result(text: str) -> None:

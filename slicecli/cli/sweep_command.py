@@ -115,8 +115,11 @@ def _print(document: Any) -> None:
                 f"{one['dim']}" if index else f"{one['dim']} dense",
                 f"{one['sparsity']:.3f}",
                 f"{one['parameters']:,}",
-                *(_figure(one["perplexity"][text], 2) for text in texts),
-                *(_figure(one["tasks"][task], 3) for task in tasks),
+                *(
+                    show.measured(one["perplexity"][text]["value"], one["perplexity"][text]["stderr"], 2)
+                    for text in texts
+                ),
+                *(show.measured(one["tasks"][task]["value"], one["tasks"][task]["stderr"], 3) for task in tasks),
             ]
             for index, one in enumerate(measured)
         ],
@@ -124,5 +127,4 @@ def _print(document: Any) -> None:
 
 
 def _figure(figure: dict[str, Any], digits: int) -> str:
-    error = "" if figure.get("stderr") is None else f" ± {figure['stderr']:.{digits}f}"
-    return f"{figure['value']:.{digits}f}{error}"
+    return show.measured(figure["value"], figure["stderr"], digits)

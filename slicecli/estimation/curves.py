@@ -13,17 +13,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from slicecli.errors import RequestError, reason_of, shown
+from slicecli.errors import RequestError
 from slicecli.estimation.intervals import Prediction, predict_fitted, spread_of
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.reading import digest_in, fields_of, list_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import (
     LARGEST_LOGARITHM,
-    QUANTITIES,
     Dense,
     Quantity,
     Relation,
@@ -32,12 +30,13 @@ from slicecli.estimation.relations import (
     relation_named,
     relations_of,
 )
-from slicecli.family.dimensions import MOST_WIDTH
 
-__all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "curve_from_json", "fit_curve", "leave_one_out"]
+if TYPE_CHECKING:
+    from slicecli.family.slice_plan import Method
+    from slicecli.record import schema
 
-MOST_POINTS = 100  # each is predicted from all the others
-LEAST_SPARSITY = 1e-6
+__all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "fit_curve", "leave_one_out", "restore_curve"]
+
 # what does best on published models with one slice known, see docs/relations.md
 ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "decay"}
 
@@ -116,43 +115,57 @@ class Curve:
 
     def to_json(self) -> dict[str, Any]:
         """Return the curve as plain data, of figures as people quote them: perplexities, not their logarithms."""
+        from pydantic import ValidationError
+
+        from slicecli.record import schema
+        from slicecli.runtime.json_object import faults_of
+
         series = self.series
         relation = relation_named(self.relation, series.quantity)
         quoted = quoted_by(series.quantity)
-        return {
-            "relation": self.relation,
-            "formula": relation.formula,
-            "quantity": series.quantity,
-            "parameters": dict(zip(relation.parameters, self.parameters, strict=True)),
-            "covariance": None if self.covariance is None else [list(row) for row in self.covariance],
-            "loo_error": _finite(self.loo_error),
-            "loo_relative_error": _finite(self.loo_relative_error),
-            "valid_sparsity": list(self.valid_sparsity),
-            "reason": self.reason,
-            "alternatives": [
-                {"relation": one.relation, "parameters": list(one.parameters), "loo_error": _finite(one.loo_error)}
-                for one in self.alternatives
-            ],
-            "model": series.model,
-            "model_type": series.family,
-            "method": series.method,
-            "calibration": series.calibration,
-            "evaluation": series.evaluation,
-            "evaluation_sha256": series.digest,
-            "settings": dict(self.settings),
-            "dense": quoted(series.dense.value),
-            "chance": series.dense.chance,
-            "points": [
-                {
-                    "dim": point.dim,
-                    "sparsity": point.sparsity,
-                    "value": quoted(point.value),
-                    "stderr": quoted_error(point.value, point.stderr, series.quantity),
-                    "fitted": quoted(relation.predict(point.sparsity, series.dense, self.parameters)),
-                }
-                for point in series.points
-            ],
-        }
+        try:
+            written = schema.Curve(
+                relation=self.relation,
+                formula=relation.formula,
+                quantity=series.quantity,
+                parameters=dict(zip(relation.parameters, self.parameters, strict=True)),
+                covariance=None if self.covariance is None else [list(row) for row in self.covariance],
+                loo_error=_finite(self.loo_error),
+                loo_relative_error=_finite(self.loo_relative_error),
+                valid_sparsity=list(self.valid_sparsity),
+                reason=self.reason,
+                alternatives=[
+                    schema.Alternative(
+                        relation=one.relation, parameters=list(one.parameters), loo_error=_finite(one.loo_error)
+                    )
+                    for one in self.alternatives
+                ],
+                model=series.model,
+                model_type=series.family,
+                method=cast("Method", series.method),
+                calibration=series.calibration,
+                evaluation=series.evaluation,
+                evaluation_sha256=series.digest,
+                settings=schema.CurveSettings(**self.settings),
+                dense=quoted(series.dense.value),
+                chance=series.dense.chance,
+                points=[
+                    schema.Point(
+                        dim=point.dim,
+                        sparsity=point.sparsity,
+                        value=quoted(point.value),
+                        stderr=quoted_error(point.value, point.stderr, series.quantity),
+                        fitted=quoted(relation.predict(point.sparsity, series.dense, self.parameters)),
+                    )
+                    for point in series.points
+                ],
+            )
+        except ValidationError as error:
+            raise RequestError(
+                f"The curve of {series.model} on {series.evaluation} cannot be written: {faults_of(error)[0]}.",
+                "Check the measured figures.",
+            ) from None
+        return written.model_dump(exclude_unset=True)
 
 
 def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Curve:
@@ -209,50 +222,31 @@ def leave_one_out(relation: Relation, series: Series, is_relative: bool = False)
     return math.fsum(error / len(errors) for error in errors)
 
 
-def curve_from_json(fields: Mapping[str, Any], known: Dense | None = None) -> Curve:
-    """Read a curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation."""
-    try:
-        quantity = fields.get("quantity")
-        if quantity not in QUANTITIES:
-            raise ValueError(f"{shown(quantity)} is not measured")
-        chance = fields.get("chance")
-        dense = Dense(
-            _unquoted(fields.get("dense"), "dense", quantity),
-            None if chance is None else real_number(chance, "chance", 0, 1),
-            None if known is None else known.log_ratio,
-            None if known is None else known.spectrum,
-        )
-        points = tuple(_point(one, quantity) for one in list_of(fields.get("points"), "points", MOST_POINTS))
-        names = (name_of(fields.get(name), name) for name in ("model", "model_type", "method", "calibration"))
-        model, model_type, method, calibration = names
-        series = Series(
-            model, model_type, method, calibration, quantity, name_of(fields.get("evaluation"), "evaluation"), dense,
-            tuple(sorted(points, key=lambda one: one.sparsity)), digest=digest_in(fields, "evaluation_sha256"),
-        )  # fmt: skip
-        settings = fields_of(fields.get("settings"), "settings")
-        for setting, number in settings.items():
-            real_number(number, name_of(setting, "a setting"))
-        name = name_of(fields.get("relation"), "relation")
-        reason = fields.get("reason") or ""
-        if not isinstance(reason, str):
-            raise ValueError(f"reason is {shown(reason)}, not a text")
-    except ValueError as error:
-        raise RequestError(f"That is not a curve: {reason_of(error)}.", "Give what fit wrote.") from None
-    return dataclasses.replace(fit_curve(series, name, settings), reason=reason)
-
-
-def _point(fields: Mapping[str, Any], quantity: Quantity) -> Point:
-    sparsity = real_number(fields.get("sparsity"), "sparsity", LEAST_SPARSITY, 1 - LEAST_SPARSITY)
-    value = _unquoted(fields.get("value"), "value", quantity)
-    stderr, dim = fields.get("stderr"), fields.get("dim")
-    error = None if stderr is None else real_number(stderr, "stderr", 0)
-    return Point(
-        sparsity,
-        value,
-        # on the scale of fits
-        error / math.exp(value) if error is not None and quantity == "perplexity" else error,
-        None if dim is None else whole_number(dim, "dim", 1, MOST_WIDTH),
+def restore_curve(written: schema.Curve, known: Dense | None = None) -> Curve:
+    """Return the curve that `Curve.to_json` wrote; it is fitted again, to the same points by the same relation."""
+    dense = Dense(
+        _unquoted(written.dense, written.quantity),
+        written.chance,
+        None if known is None else known.log_ratio,
+        None if known is None else known.spectrum,
     )
+    points = [
+        Point(one.sparsity, _unquoted(one.value, written.quantity), _unquoted_error(one, written.quantity), one.dim)
+        for one in written.points
+    ]
+    series = Series(
+        model=written.model,
+        family=written.model_type,
+        method=written.method,
+        calibration=written.calibration,
+        quantity=written.quantity,
+        evaluation=written.evaluation,
+        dense=dense,
+        points=tuple(sorted(points, key=lambda one: one.sparsity)),
+        digest=written.evaluation_sha256,
+    )
+    settings = written.settings.model_dump(exclude_unset=True)
+    return dataclasses.replace(fit_curve(series, written.relation, settings), reason=written.reason)
 
 
 def _has_points_for(relation: Relation, points: int) -> bool:
@@ -326,10 +320,18 @@ def _covariance(
     return tuple(tuple(float(value) for value in row) for row in covariance)
 
 
-def _unquoted(value: Any, what: str, quantity: Quantity) -> float:
+def _unquoted(value: float, quantity: Quantity) -> float:
     """Return ln PPL or the accuracy from the figure that people quote."""
-    number = real_number(value, what, 1 if quantity == "perplexity" else 0)
-    return math.log(number) if quantity == "perplexity" else number
+    if quantity == "accuracy":
+        return value
+    if value < 1:
+        raise RequestError(f"A perplexity of {value:g} in the curve is less than 1.", "Check it.")
+    return math.log(value)
+
+
+def _unquoted_error(point: schema.Point, quantity: Quantity) -> float | None:
+    """Return a standard error on the scale of fits."""
+    return point.stderr / point.value if quantity == "perplexity" and point.stderr is not None else point.stderr
 
 
 def _finite(value: float) -> float | None:

@@ -14,19 +14,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slicecli.data.names import Named, distinct_names, most_telling
-from slicecli.errors import RequestError, reason_of, shown
-from slicecli.estimation.curves import MOST_POINTS, Curve, curve_from_json, fit_curve
+from slicecli.errors import RequestError
+from slicecli.estimation.curves import Curve, fit_curve, restore_curve
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.reading import digest_in, fields_of, name_of, real_number, whole_number
 from slicecli.estimation.relations import QUANTITIES, Dense, Quantity, Relation, relation_named, relations_of
 from slicecli.estimation.spread import shared_fit
-from slicecli.family.dimensions import MOST, MOST_WIDTH
 from slicecli.runtime.json import read_json
+
+if TYPE_CHECKING:
+    from slicecli.evaluation.document import EvaluationDocument
 
 __all__ = [
     "Group",
@@ -41,7 +42,6 @@ __all__ = [
     "series_of",
 ]
 
-MOST_CURVES = 100
 SETTINGS = ("sequence_length", "limit", "num_fewshot")
 
 
@@ -57,7 +57,7 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Read results files; return their eval documents."""
     documents: list[dict[str, Any]] = []
     for path in paths:
-        content = _finite(read_json(path))
+        content = read_json(path)
         if content is None:
             raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote.")
         found = list(_documents(content))
@@ -65,15 +65,6 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
             raise RequestError(f"{path.name!r} holds no results.", "Give files that eval -o or sweep wrote.")
         documents += found
     return documents
-
-
-def _finite(value: Any) -> Any:
-    """Return JSON with null for numbers that are none, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _documents(content: Any) -> Iterator[dict[str, Any]]:
@@ -96,7 +87,7 @@ class _Figure:
 
     Attributes:
         value: Perplexity, or what a task's metric is.
-        measured: Digest of the rows or requests; `None` where it is not known.
+        measured: Digest of the rows or requests.
         digest: What identifies a text or questions from a file; `None` where the name does.
     """
 
@@ -104,114 +95,37 @@ class _Figure:
     stderr: float | None
     chance: float | None
     hidden_size: int
-    measured: str | None
+    measured: str
     digest: str | None
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """What a slice was calibrated on.
-
-    Attributes:
-        digest: What identifies a text from a file; `None` where the name does.
-    """
-
-    text: str
-    digest: str | None
-    rows: str
-
-    @property
-    def named(self) -> tuple[str, str | None]:
-        """Name and digest of the text."""
-        return self.text, self.digest
+def _figures(document: EvaluationDocument) -> dict[tuple[Quantity, str], _Figure]:
+    """Return what was measured, by quantity and text or task."""
+    size = document.hidden_size
+    found: dict[tuple[Quantity, str], _Figure] = {
+        ("perplexity", text): _Figure(one.value, one.stderr, None, size, one.rows_sha256, one.text_sha256)
+        for text, one in document.perplexity.items()
+    }
+    for task, one in document.tasks.items():
+        if one.value is not None and one.value >= 0:
+            digests = one.requests_sha256, one.questions_sha256
+            found["accuracy", task] = _Figure(one.value, one.stderr, one.chance, size, *digests)
+    return found
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """An eval document, read.
-
-    Attributes:
-        content: Digest of its content; its name where there is none.
-        method: How a slice was made; empty for the dense model.
-        calibration: On what; `None` for the dense model.
-        figures: What was measured, by quantity and text or task.
-    """
-
-    model: str
-    content: str
-    model_type: str
-    method: str
-    calibration: _Calibration | None
-    dim: int
-    hidden_size: int
-    settings: Mapping[str, Any]
-    figures: Mapping[tuple[Quantity, str], _Figure]
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> _Measured:
-        """Read a document."""
-        hidden_size = whole_number(document.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
-        dim = whole_number(document.get("dim"), "dim", 1, hidden_size)
-        source = fields_of(document.get("source"), "source")
-        evaluation = fields_of(document.get("evaluation"), "evaluation")
-        settings = {
-            name: whole_number(value, name, 0, MOST) for name in SETTINGS if (value := evaluation.get(name)) is not None
-        }
-        is_slice = dim < hidden_size
-        figures: dict[tuple[Quantity, str], _Figure] = {}
-        for text, fields in fields_of(document.get("perplexity"), "perplexity").items():
-            figures["perplexity", name_of(text, "a text")] = _figure(
-                fields, f"perplexity on {shown(text)}", hidden_size, 1, ("rows_sha256", "text_sha256")
-            )
-        for task, fields in fields_of(document.get("tasks"), "tasks").items():
-            if fields_of(fields, shown(task)).get("value") is not None:
-                figures["accuracy", name_of(task, "a task")] = _figure(
-                    fields, f"figure on {shown(task)}", hidden_size, 0, ("requests_sha256", "questions_sha256")
-                )
-        model = name_of(source.get("model") or document.get("model"), "model")
-        return cls(
-            model=model,
-            content=name_of(source.get("content") or model, "source.content"),
-            model_type=name_of(document.get("model_type") or "?", "model_type"),
-            method=name_of(document.get("method"), "method") if is_slice else "",
-            calibration=_calibration(fields_of(document.get("calibration"), "calibration")) if is_slice else None,
-            dim=dim,
-            hidden_size=hidden_size,
-            settings=settings,
-            figures=figures,
-        )
-
-
-def _figure(value: Any, what: str, hidden_size: int, least: float, digests: tuple[str, str]) -> _Figure:
-    fields = fields_of(value, what)
-    stderr, chance = fields.get("stderr"), fields.get("chance")
-    return _Figure(
-        value=real_number(fields.get("value"), f"the {what}", least),
-        stderr=None if stderr is None else real_number(stderr, f"stderr of the {what}", 0),
-        chance=None if chance is None else real_number(chance, f"chance of the {what}", 0, 1),
-        hidden_size=hidden_size,
-        measured=digest_in(fields, digests[0]),
-        digest=digest_in(fields, digests[1]),
-    )
-
-
-def _calibration(fields: Mapping[str, Any]) -> _Calibration:
-    text = name_of(fields.get("text", "unknown"), "calibration.text")
-    counts = (fields.get(name) for name in ("samples", "sequence_length"))
-    samples, length = ("?" if one is None else whole_number(one, "calibration", 0, MOST) for one in counts)
-    return _Calibration(text, digest_in(fields, "text_sha256"), f"{samples} x {length} tokens")
-
-
-def _names(read: Sequence[_Measured], quantity: Quantity) -> dict[tuple[str, str | None], str]:
+def _names(read: Sequence[EvaluationDocument], quantity: Quantity) -> dict[tuple[str, str | None], str]:
     """Decide what the texts, or tasks, of documents are called, by the names and digests that they have there."""
-    used = {(name, figure.digest) for one in read for (kind, name), figure in one.figures.items() if kind == quantity}
+    used = {
+        (name, one.digest) for document in read for (kind, name), one in _figures(document).items() if kind == quantity
+    }
     by_digest: dict[str | None, list[str]] = defaultdict(list)
     for name, digest in used:
         by_digest[digest].append(name)
     # the same file may have got a longer name in one document than in another
     own = {(name, digest): name if digest is None else most_telling(by_digest[digest]) for name, digest in used}
     if quantity == "perplexity":
-        own |= {one.calibration.named: one.calibration.text for one in read if one.calibration is not None} | own
+        calibrations = (one.calibration for one in read if one.calibration is not None)
+        own |= {(one.text, one.text_sha256): one.text for one in calibrations} | own
     different = sorted({(name, digest) for (_, digest), name in own.items()}, key=str)
     chosen = dict(zip(different, distinct_names([Named(*one) for one in different]), strict=True))
     return {key: chosen[name, key[1]] for key, name in own.items()}
@@ -219,26 +133,35 @@ def _names(read: Sequence[_Measured], quantity: Quantity) -> dict[tuple[str, str
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Group eval documents into series; those of perplexity come first."""
+    from pydantic import ValidationError
+
+    from slicecli.evaluation.document import EvaluationDocument
+    from slicecli.record.schema import MOST_POINTS
+    from slicecli.runtime.json_object import faults_of
+
     try:
-        read = [_Measured.of(document) for document in documents]
-    except ValueError as error:
+        read = [EvaluationDocument.model_validate(document) for document in documents]
+    except ValidationError as error:
         raise RequestError(
-            f"A results file is not complete: {reason_of(error)}.", "Measure again with this version."
+            f"A results file is not complete: {faults_of(error)[0]}.", "Measure again with this version."
         ) from None
     names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
     dense: dict[_Key, _Figure] = {}
     slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
-    about: dict[_Key, _Measured] = {}
+    about: dict[_Key, EvaluationDocument] = {}
     for one in read:
-        for (quantity, name), figure in one.figures.items():
-            settings = tuple(str(one.settings.get(setting)) for setting in SETTINGS)
+        content = one.source.content or one.source.model
+        settings = tuple(str(getattr(one.evaluation, setting)) for setting in SETTINGS)
+        for (quantity, name), figure in _figures(one).items():
             named = names[quantity][name, figure.digest]
-            key = _Key(one.content, quantity, named, figure.measured, settings, model=one.model)
-            if one.calibration is None:
+            key = _Key(content, quantity, named, figure.measured, settings, model=one.source.model)
+            if one.dim == one.hidden_size or one.calibration is None or one.method is None:
                 dense[key] = figure
             else:
-                text = names["perplexity"][one.calibration.named]
-                own = dataclasses.replace(key, method=one.method, calibration=f"{text}, {one.calibration.rows}")
+                rows = one.calibration
+                text = names["perplexity"][rows.text, rows.text_sha256]
+                words = f"{text}, {rows.samples} x {rows.sequence_length} tokens"
+                own = dataclasses.replace(key, method=one.method, calibration=words)
                 slices[own][one.dim].append(figure)
                 about[own] = one
     groups = []
@@ -265,7 +188,7 @@ class _Key:
     content: str
     quantity: Quantity
     evaluation: str
-    measured: str | None
+    measured: str
     settings: tuple[str, ...]
     method: str = ""
     calibration: str = ""
@@ -285,7 +208,7 @@ def _without_dense(own: _Key, dense: Iterable[_Key]) -> tuple[str, str]:
     return f"The results have slices of {own.model} measured on {own.evaluation}, and not the dense model.", remedy
 
 
-def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: _Measured) -> Group:
+def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: EvaluationDocument) -> Group:
     quantity = own.quantity
     points = []
     for dim, runs in figures.items():
@@ -306,7 +229,8 @@ def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], 
         own.model, about.model_type, own.method, own.calibration, quantity, own.evaluation, context, ordered,
         digest=dense.digest,
     )  # fmt: skip
-    return Group(series, about.settings)
+    settings = {name: value for name in SETTINGS if (value := getattr(about.evaluation, name)) is not None}
+    return Group(series, settings)
 
 
 def _value_and_error(figure: _Figure, quantity: Quantity) -> tuple[float, float | None] | None:
@@ -418,10 +342,10 @@ def curves_document(
     return {
         "points": [
             {
-                name: document.get(name)
+                name: document[name]
                 for name in ("source", "method", "dim", "sparsity", "hidden_size", "parameters", "perplexity", "tasks")
             }
-            for document in sorted(documents, key=lambda one: (str(one.get("source")), -float(one.get("dim") or 0)))
+            for document in sorted(documents, key=lambda one: (str(one["source"]), -one["dim"]))
         ],
         **curves_json(curves),
         "shared": [
@@ -445,13 +369,22 @@ def curves_json(curves: Sequence[Curve]) -> dict[str, Any]:
 
 def read_curves(content: Any) -> list[Curve]:
     """Read the curves of a file that `fit` or `sweep` wrote, or of a record."""
+    from pydantic import ValidationError
+
+    from slicecli.record.schema import Curves
+    from slicecli.runtime.json_object import faults_of
+
     found = content.get("curves") if isinstance(content, dict) else None
-    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+    if not found:
         raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")
-    if len(found) > MOST_CURVES:
-        raise RequestError(f"There are {len(found):,} curves in it.", f"Give {MOST_CURVES} at most.")
+    try:
+        read = Curves.model_validate({"curves": found}).curves
+    except ValidationError as error:
+        raise RequestError(
+            f"That is not a curve: {faults_of(error)[0]}.", "Give what slicecli fit or sweep wrote."
+        ) from None
     curves: list[Curve] = []
-    for fields in sorted(found, key=lambda one: one.get("quantity") != "perplexity"):
-        about = (fields.get(name) for name in ("model", "method", "calibration"))
-        curves.append(curve_from_json(fields, Dense(0.0, log_ratio=_log_ratio_among(curves, *about))))
+    for one in sorted(read, key=lambda one: one.quantity != "perplexity"):
+        log_ratio = _log_ratio_among(curves, one.model, one.method, one.calibration)
+        curves.append(restore_curve(one, Dense(0.0, log_ratio=log_ratio)))
     return curves

@@ -20,9 +20,7 @@ import numpy as np
 
 from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
-from slicecli.estimation.reading import fields_of, list_of, real_number, whole_number
 from slicecli.estimation.relations import Dense
-from slicecli.family.dimensions import MOST_WIDTH
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import load_json
 
@@ -37,27 +35,26 @@ LEAST_LOSS = 0.02
 
 def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float], float]:
     """Read the spectrum of a model; return F as a function of s."""
+    from pydantic import ValidationError
+
+    from slicecli.estimation.spectrum_document import SpectrumDocument
+    from slicecli.runtime.json_object import faults_of
+
     try:
-        content = fields_of(load_json(local_path(path)), "the file")
-        own = whole_number(content.get("hidden_size"), "hidden_size", 1, MOST_WIDTH)
-        entries = list_of(content.get("spectrum"), "spectrum", MOST_WIDTH)
-        weights = {
-            whole_number(one.get("dim"), "dim", 1, own): real_number(
-                fields_of(one.get("fisher"), "fisher").get(method), f"fisher.{method}"
-            )
-            for one in entries
-        }
-        if min(weights, default=own) == own:
-            raise ValueError("it has no dim below the hidden size")
+        read = SpectrumDocument.model_validate(load_json(local_path(path)))
+        if not all(method in one.fisher for one in read.spectrum):
+            raise ValueError(f"it has no weights of method {method}")
     except (OSError, ValueError) as error:
+        reason = faults_of(error)[0] if isinstance(error, ValidationError) else reason_of(error)
         raise RequestError(
-            f"{path.name!r} is not a spectrum: {reason_of(error)}.", "Give a file that slicecli spectrum wrote."
+            f"{path.name!r} is not a spectrum: {reason}.", "Give a file that slicecli spectrum wrote."
         ) from None
-    if own != hidden_size:
+    if read.hidden_size != hidden_size:
         raise RequestError(
-            f"The spectrum {path.name!r} is of another model, with hidden size {own}.", "Give that of this model."
+            f"The spectrum {path.name!r} is of another model, with hidden size {read.hidden_size}.",
+            "Give that of this model.",
         )
-    return _between([(1 - dim / hidden_size, value) for dim, value in weights.items()])
+    return _between([(1 - one.dim / hidden_size, one.fisher[method]) for one in read.spectrum])
 
 
 def _between(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:

@@ -18,9 +18,11 @@ from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.data.packing import check_vocabulary
 from slicecli.data.text import Text, read_texts
+from slicecli.evaluation.document import EvaluationDocument, PerplexityResult, Settings, SourceIdentity, TaskResult
 from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.context_length import pick_sequence_length
 from slicecli.record.record import known_names, read_sound_record
+from slicecli.record.schema import Calibration
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.placement import batch_rows, describe_map
@@ -28,8 +30,7 @@ from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
     from slicecli.data.packing import Rows
-    from slicecli.evaluation.perplexity import PerplexityResult
-    from slicecli.evaluation.tasks import LoadedTask, TaskResult
+    from slicecli.evaluation.tasks import LoadedTask
     from slicecli.progress import Progress
 
 __all__ = ["Evaluation", "EvaluationSet", "compare", "evaluate", "evaluate_both", "measure_loaded"]
@@ -87,71 +88,25 @@ class EvaluationSet:
         return replace(self, rows=rows)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(EvaluationDocument):
     """A measured model.
 
     Attributes:
-        model: Its Hub id, or its folder's own name.
-        model_type: Its family; of a slice with code of its own, that of the model it was made from.
-        parameters: Its number of parameters, shared ones once.
-        dim: Width of its own: less in a slice.
-        method: How a slice was made; `None` for a dense model.
-        source: Id, commit and content digest of the dense model that a slice was made from, or of the model itself.
-        calibration: What the record of a slice says of its calibration.
+        versions: What it was measured with.
     """
 
-    model: str
-    model_type: str
-    revision: str | None
-    perplexity: tuple[PerplexityResult, ...]
-    tasks: tuple[TaskResult, ...]
-    parameters: int
-    hidden_size: int
-    dim: int
-    method: str | None
-    source: Mapping[str, Any]
-    calibration: Mapping[str, Any] | None
-    settings: Mapping[str, Any]
+    perplexity: Mapping[str, PerplexityResult]
+    tasks: Mapping[str, TaskResult]
+    versions: Mapping[str, str]
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the hidden size that was removed."""
-        return 1 - self.dim / self.hidden_size
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document that `eval` prints."""
-        return {**self._fields(), "versions": self._versions()}
-
-    def compared_to_json(self, baseline: Evaluation) -> dict[str, Any]:
-        """Return the document that `eval --baseline` prints."""
-        return {
-            **self._fields(),
-            "baseline": baseline._fields(),
-            "comparison": compare(self, baseline),
-            "versions": self._versions(),
-        }
-
-    def _fields(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "model_type": self.model_type,
-            "revision": self.revision,
-            "perplexity": {result.text: result.to_json() for result in self.perplexity},
-            "tasks": {result.task: result.to_json() for result in self.tasks},
-            "parameters": self.parameters,
-            "hidden_size": self.hidden_size,
-            "dim": self.dim,
-            "sparsity": self.sparsity,
-            "method": self.method,
-            "source": dict(self.source),
-            "calibration": None if self.calibration is None else dict(self.calibration),
-            "evaluation": {**self.settings, "rows": {result.text: result.rows_digest for result in self.perplexity}},
-        }
-
-    def _versions(self) -> dict[str, str]:
-        versions = {"slicecli": __version__, **package_versions()}
-        return {**versions, "lm_eval": version("lm_eval")} if self.tasks else versions
+    def to_json(self, baseline: Evaluation | None = None) -> dict[str, Any]:
+        """Return the document that `eval` prints, with `--baseline` that of the other model and the comparison."""
+        document = self.model_dump()
+        if baseline is not None:
+            versions = document.pop("versions")
+            document["baseline"] = baseline.model_dump(exclude={"versions"})
+            document |= {"comparison": compare(self, baseline), "versions": versions}
+        return document
 
 
 def evaluate(
@@ -226,24 +181,32 @@ def measure_loaded(
     record = read_sound_record(source.folder) or {}
     origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
     width = int(model.config.hidden_size)
+    hidden_size, dim = int(record.get("hidden_size") or width), int(record.get("dim") or width)
     return Evaluation(
         model=source.name,
         model_type=str(origin.get("model_type") or source.fields.get("model_type")),
         revision=source.commit,
-        perplexity=perplexities,
-        tasks=tasks,
+        perplexity={result.text: result for result in perplexities},
+        tasks={result.task: result for result in tasks},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        hidden_size=int(record.get("hidden_size") or width),
-        dim=int(record.get("dim") or width),
+        hidden_size=hidden_size,
+        dim=dim,
+        sparsity=1 - dim / hidden_size,
         method=record.get("method"),
-        source={name: origin.get(name) for name in ("model", "commit", "content")},
-        calibration=record.get("calibration"),
-        settings={
-            "limit": options.limit,
-            "num_fewshot": options.num_fewshot,
-            "sequence_length": prepared.sequence_length,
-            "seed": options.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
+        source=SourceIdentity(**{name: origin[name] for name in SourceIdentity.model_fields}),
+        calibration=Calibration.model_validate(record["calibration"]) if record else None,
+        evaluation=Settings(
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            sequence_length=prepared.sequence_length,
+            seed=options.seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            rows={result.text: result.rows_sha256 for result in perplexities},
+        ),
+        versions={
+            "slicecli": __version__,
+            **package_versions(),
+            **({"lm_eval": version("lm_eval")} if tasks else {}),
         },
     )
 
@@ -254,38 +217,36 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
     Where both models answered the same questions, the standard error of a difference is that of the mean of the
     differences question by question, which is smaller than that of two separate measurements.
     """
-    theirs = {result.text: result for result in baseline.perplexity}
-    tasks = {result.task: result for result in baseline.tasks}
     return {
         "perplexity": {
-            result.text: {
-                "ratio": math.exp(result.nll - theirs[result.text].nll),
-                "ln_ratio": result.nll - theirs[result.text].nll,
-                "same_rows": result.rows_digest == theirs[result.text].rows_digest,
+            text: {
+                "ratio": math.exp(result.nll - baseline.perplexity[text].nll),
+                "ln_ratio": result.nll - baseline.perplexity[text].nll,
+                "same_rows": result.rows_sha256 == baseline.perplexity[text].rows_sha256,
             }
-            for result in evaluation.perplexity
-            if result.text in theirs
+            for text, result in evaluation.perplexity.items()
+            if text in baseline.perplexity
         },
         "tasks": {
-            result.task: {
-                "difference": result.value - tasks[result.task].value,
-                "stderr": _stderr_of_difference(result, tasks[result.task]),
-            }
-            for result in evaluation.tasks
-            if result.task in tasks
+            task: _difference(result, baseline.tasks[task])
+            for task, result in evaluation.tasks.items()
+            if task in baseline.tasks
         },
     }
 
 
-def _stderr_of_difference(one: TaskResult, other: TaskResult) -> float | None:
-    count = len(one.scores)
+def _difference(one: TaskResult, other: TaskResult) -> dict[str, float | None]:
+    """Return the difference of two results and its standard error; null where one of them has none."""
+    if one.value is None or other.value is None:
+        return {"difference": None, "stderr": None}
+    difference, count = one.value - other.value, len(one.scores)
+    stderr = None if one.stderr is None or other.stderr is None else math.hypot(one.stderr, other.stderr)
     if count == len(other.scores) and count > 1:
         differences = [a - b for a, b in zip(one.scores, other.scores, strict=True)]
         # else the value is not the mean of the scores
-        if math.isclose(sum(differences) / count, one.value - other.value, abs_tol=1e-9):
-            return stdev(differences) / math.sqrt(count)
-    stderr = math.hypot(one.stderr, other.stderr)
-    return stderr if math.isfinite(stderr) else None
+        if math.isclose(sum(differences) / count, difference, abs_tol=1e-9):
+            stderr = stdev(differences) / math.sqrt(count)
+    return {"difference": difference, "stderr": stderr}
 
 
 def _find(model: str, options: EvaluationOptions) -> Source:

@@ -8,59 +8,23 @@ tokens, so that models with different tokenizers compare.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from slicecli.data.packing import Rows
 from slicecli.errors import WeightsError
+from slicecli.evaluation.document import PerplexityResult
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import MicroBatches
 
-__all__ = ["PerplexityResult", "measure_perplexity"]
+__all__ = ["measure_perplexity"]
 
 
 class _Progress(Protocol):
     def start(self, phase: str, total: int) -> None: ...
 
     def advance(self, detail: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """A measured perplexity.
-
-    Attributes:
-        nll: Mean negative log-likelihood per predicted token, in nats.
-        stderr: Standard error of `value`; NaN for a single row.
-        bits_per_byte: `nll` in bits per UTF-8 byte of the text.
-        rows_digest: SHA-256 of the token ids, see `slicecli.data.packing.Rows`.
-        text_digest: SHA-256 of a text from a file, see `slicecli.data.text.Text`.
-    """
-
-    text: str
-    value: float
-    nll: float
-    stderr: float
-    tokens: int
-    sequence_length: int
-    bits_per_byte: float
-    rows_digest: str
-    text_digest: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as `eval` reports them; a missing standard error is null."""
-        return {
-            "value": self.value,
-            "nll": self.nll,
-            "stderr": None if math.isnan(self.stderr) else self.stderr,
-            "tokens": self.tokens,
-            "seq_len": self.sequence_length,
-            "bits_per_byte": self.bits_per_byte,
-            "rows_sha256": self.rows_digest,
-            "text_sha256": self.text_digest,
-        }
 
 
 @torch.no_grad()
@@ -91,17 +55,17 @@ def measure_perplexity(
     if not math.isfinite(nll):
         raise WeightsError("The model's logits are NaN or infinite.", "Try --dtype float32.")
     value = math.exp(min(nll, 700.0))
-    spread = float(row_means.std()) / math.sqrt(len(row_means)) if len(row_means) > 1 else math.nan
+    spread = float(row_means.std()) / math.sqrt(len(row_means)) if len(row_means) > 1 else None
     return PerplexityResult(
         text=rows.name,
         value=value,
         nll=nll,
-        stderr=value * spread,
+        stderr=None if spread is None else value * spread,
         tokens=predicted * len(row_means),
-        sequence_length=rows.sequence_length,
+        seq_len=rows.sequence_length,
         bits_per_byte=nll / math.log(2) / rows.bytes_per_token,
-        rows_digest=rows.digest,
-        text_digest=rows.text_digest,
+        rows_sha256=rows.digest,
+        text_sha256=rows.text_digest,
     )
 
 

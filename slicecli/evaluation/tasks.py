@@ -22,7 +22,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,9 @@ from slicecli.data.packing import check_embedded
 from slicecli.data.questions import Question, read_questions
 from slicecli.errors import RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
 from slicecli.evaluation.chance import chance_level
+from slicecli.evaluation.document import TaskResult
 from slicecli.family.context_length import context_length_of_config
+from slicecli.record.schema import Metric
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.hub_errors import describe_hub_error, is_of_settings, remedy_of_hub_error
 from slicecli.runtime.inputs import local_path
@@ -49,7 +51,7 @@ from slicecli.runtime.placement import batch_rows
 if TYPE_CHECKING:
     from slicecli.progress import Progress
 
-__all__ = ["LoadedTask", "TaskResult", "load_tasks", "measure_tasks"]
+__all__ = ["LoadedTask", "load_tasks", "measure_tasks"]
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc_norm", "acc")
@@ -71,52 +73,6 @@ class LoadedTask:
     name: str
     loaded: Mapping[str, Any]
     digest: str | None = None
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A measured task, or a group of tasks that lm-eval averages.
-
-    Attributes:
-        metric: The metric that `value` is of: acc_norm, acc or exact_match, whichever the task has first, else the
-            first that it has.
-        stderr: Its standard error; NaN where there is none.
-        chance: What guessing reaches, where that is known.
-        num_fewshot: Number of solved examples before each question.
-        metrics: Value and standard error of every metric.
-        requests_digest: SHA-256 of all that the model was asked, examples included, and of what is right.
-        questions_digest: SHA-256 of all questions of a file; `None` of a task that its name identifies.
-        scores: The metric of each question, in the order of the task; empty for a group.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float
-    chance: float | None
-    samples: int
-    num_fewshot: int
-    metrics: Mapping[str, tuple[float, float]]
-    requests_digest: str
-    questions_digest: str | None
-    scores: tuple[float, ...] = field(default=(), repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as `eval` reports them; what is missing or not finite is null."""
-        return {
-            "metric": self.metric,
-            "value": _finite(self.value),
-            "stderr": _finite(self.stderr),
-            "chance": self.chance,
-            "samples": self.samples,
-            "num_fewshot": self.num_fewshot,
-            "metrics": {
-                name: {"value": _finite(value), "stderr": _finite(stderr)}
-                for name, (value, stderr) in self.metrics.items()
-            },
-            "requests_sha256": self.requests_digest,
-            "questions_sha256": self.questions_digest,
-        }
 
 
 def load_tasks(
@@ -450,14 +406,17 @@ def _result(name: str, task: Any, measured: Mapping[str, Any], digest: str | Non
     return TaskResult(
         task=name,
         metric=_metric_name(chosen),
-        value=value,
-        stderr=stderr,
+        value=_finite(value),
+        stderr=_finite(stderr),
         chance=chance_level(name, _numbers_of_choices(task)) if chosen[0] in CHOICE_METRICS else chance_level(name),
         samples=int(fields["sample_len"]),
         num_fewshot=int(measured["n-shot"].get(name) or 0),
-        metrics={_metric_name(key): found for key, found in metrics.items()},
-        requests_digest=_requests_digest(name, measured),
-        questions_digest=digest,
+        metrics={
+            _metric_name(key): Metric(value=_finite(value), stderr=_finite(stderr))
+            for key, (value, stderr) in metrics.items()
+        },
+        requests_sha256=_requests_digest(name, measured),
+        questions_sha256=digest,
         scores=scores,
     )
 

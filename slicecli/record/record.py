@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.family.slice_plan import SlicePlan
-from slicecli.record.schema import schema_errors
 from slicecli.runtime.json import read_json
 from slicecli.runtime.versions import __version__, package_versions
 
@@ -38,7 +37,6 @@ __all__ = [
 ]
 
 ResultKind = Literal["perplexity", "tasks"]
-RECORD_VERSION = 1
 SPECTRUM_POINTS = 64
 
 
@@ -96,6 +94,8 @@ def build_record(
     other_dims: Mapping[int, int],
 ) -> dict[str, Any]:
     """Put a record together, as far as it is known in planning; energy and weights are entered when they are there."""
+    from slicecli.record.schema import RECORD_VERSION
+
     return {
         "record_version": RECORD_VERSION,
         "slicecli_version": __version__,
@@ -195,4 +195,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def read_sound_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a folder, or `None` where it has none whose fields can be relied on."""
     record = read_record(folder)
-    return None if record is None or schema_errors(record) else record
+    if record is None:
+        return None
+    from slicecli.record.schema import schema_errors
+
+    return None if schema_errors(record) else record

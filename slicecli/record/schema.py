@@ -1,117 +1,505 @@
-"""Checking a record against its JSON schema, `slicecli/record/record-1.schema.json`.
+"""What a record may hold: the models of its fields.
 
 A record may come from anybody's repository. What passes here has every field of the kind and form that the rest of the
 program relies on; that what it says is true is another matter, see `slicecli.hub.verify`.
+
+The JSON schema in `docs/record-1.schema.json` is generated from the models, see `slicecli.record.json_schema`.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-from collections.abc import Iterable
-from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.family.slice_plan import Layout, Method
+from slicecli.runtime.json_object import (
+    CONTROL,
+    LINE,
+    Count,
+    Digest,
+    Figure,
+    JsonObject,
+    Name,
+    NotNegative,
+    Share,
+    Size,
+    faults_of,
+)
 from slicecli.runtime.versions import __version__
 
-__all__ = ["record_schema", "schema_errors"]
+__all__ = [
+    "RECORDS",
+    "RECORD_VERSION",
+    "Alternative",
+    "Calibration",
+    "Curve",
+    "CurveSettings",
+    "Curves",
+    "DenseFigure",
+    "Estimate",
+    "Metric",
+    "Parameter",
+    "Perplexity",
+    "Point",
+    "Prediction",
+    "PublishedRecord",
+    "Record",
+    "RefitRecord",
+    "Task",
+    "schema_errors",
+]
 
-SCHEMA_FILE = "record/record-1.schema.json"
-MOST_ERRORS = 20
-MOST_CHARACTERS = 160
-_KINDS = {
-    "array": "a list",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "null": "null",
-    "number": "a number",
-    "object": "an object",
-    "string": "a text",
-}
+RECORD_VERSION = 1
+ABSENT: Any = None  # the value of a field that a record need not have, and never has as null
+MOST_CURVES = 100
+MOST_POINTS = 100  # each is predicted from all the others
+LEAST_SPARSITY = 1e-6
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+_PART = rf"[^/\\{CONTROL}]+"  # of a path
+_FILE_PART = rf"[^./\\:{CONTROL}][^/\\:{CONTROL}]*"
+_LANGUAGE = "^([a-z]{2,3}(-[A-Za-z0-9]{2,8})?|multilingual)$"
+
+Sentence = Annotated[str, Field(max_length=1000, pattern=LINE)]
+Version = Annotated[str, Field(max_length=50, pattern=r"^[A-Za-z0-9_.+!-]+$")]
+PackageVersion = Annotated[str, Field(min_length=1, max_length=100, pattern=LINE)]
+ModelName = Annotated[str, Field(max_length=255, pattern=f"^{_PART}(/{_PART})?$")]
+HubId = Annotated[str, Field(pattern=f"^{_HUB_NAME}/{_HUB_NAME}$")]
+LicenceName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+File = Annotated[str, Field(max_length=255, pattern=f"^{_FILE_PART}(/{_FILE_PART})*$")]
+WeightFile = Annotated[str, Field(max_length=255, pattern=rf"^{_FILE_PART}\.safetensors$")]
+Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+MeasuredSparsity = Annotated[float, Field(ge=LEAST_SPARSITY, le=1 - LEAST_SPARSITY)]
+# a sum of rounded numbers may be a little more than the whole
+EnergyShare = Annotated[float, Field(ge=0, le=1.000001)]
+Quantity = Literal["perplexity", "accuracy"]
 
 
-@functools.cache
-def record_schema() -> dict[str, Any]:
-    """Return the JSON schema of records."""
-    schema: dict[str, Any] = json.loads((files("slicecli") / SCHEMA_FILE).read_text(encoding="utf-8"))
-    return schema
+class Source(JsonObject):
+    """A model that was sliced."""
+
+    model: ModelName = Field(description="Hub id (owner/name), or the name of its folder without the path to it.")
+    revision: Annotated[str, Field(min_length=1, max_length=255, pattern=LINE)] | None = Field(
+        description="Branch, tag or commit that was asked for; null for the default branch or a folder."
+    )
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = Field(
+        description="Commit on the Hub; null for a folder."
+    )
+    content: Digest = Field(
+        description="SHA-256 of what the model is: fields of its config, and names, dtypes, shapes and values of its "
+        "tensors; see docs/record.md."
+    )
+    model_type: Name = Field(description="Its model_type in transformers.")
+
+
+class Ancestor(Source):
+    """A model that was sliced to make the source."""
+
+    method: Method = Field(description="How it was sliced.")
+    hidden_size: Width = Field(description="Its hidden size.")
+    dim: Width = Field(description="Hidden size of the slice of it.")
+    slicecli_version: Version = Field(description="Version of slicecli that sliced it.")
+
+
+class Inherited(JsonObject):
+    """What the card of the source says, where it is well formed; a field is there or not, and never null."""
+
+    license: LicenceName = Field(default=ABSENT, description="Name of the licence, as the Hub knows it.")
+    license_name: LicenceName = Field(default=ABSENT, description="Name of a licence that the Hub does not know.")
+    license_link: Annotated[str, Field(pattern=r"^(https://)?[A-Za-z0-9_./%-]{1,200}$")] = Field(
+        default=ABSENT, description="Where its text is."
+    )
+    language: Annotated[list[Annotated[str, Field(pattern=_LANGUAGE)]], Field(min_length=1)] = Field(
+        default=ABSENT, description="Codes of the languages."
+    )
+
+
+class Schedule(JsonObject):
+    """Widths of the stream."""
+
+    blocks: Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)] = Field(
+        description="For each block the width at each of its steps."
+    )
+    head: Width = Field(description="The width before the head.")
+
+
+class Change(JsonObject):
+    """A number of the dense model and of the slice."""
+
+    dense: Size = Field(description="Of the dense model.")
+    sliced: Size = Field(description="Of the slice.")
+
+
+class Calibration(JsonObject):
+    """What a slice was fitted to."""
+
+    text: Name = Field(
+        description="Name of the text; a file's name with as many of its folders as tell it from other texts of the "
+        "record."
+    )
+    dataset: Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")] | None = Field(
+        description="Hub id of the dataset it comes from; null where it comes from elsewhere."
+    )
+    samples: Size = Field(description="Rows.")
+    sequence_length: Size = Field(description="Tokens per row.")
+    tokens: Size = Field(description="Tokens in all rows.")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] = Field(description="Seed of their draw.")
+    sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
+    text_sha256: Digest | None = Field(
+        description="SHA-256 of a text from a file, as of a perplexity; null where the name identifies the text."
+    )
+
+
+class EnergyAtDim(JsonObject):
+    """How much of the stream's energy a slice of some dim keeps."""
+
+    dim: Width = Field(description="The dim.")
+    kept: EnergyShare = Field(description="Share that it keeps.")
+
+
+class ImportanceAtDim(EnergyAtDim):
+    """How much of the stream's energy, and of what its readers see, a slice of some dim keeps."""
+
+    importance_kept: EnergyShare = Field(description="Share that it keeps of what the readers of the stream see.")
+
+
+class Energy(JsonObject):
+    """How much of the stream's energy on the calibration text the slice keeps, and slices of other dims would."""
+
+    of: Literal["normalised stream", "stream"] = Field(description="Whose energy.")
+    kept: EnergyShare = Field(description="Share that the slice keeps.")
+
+
+class StreamEnergy(Energy):
+    """Energy of the stream, the mean over the places where it is read."""
+
+    of: Literal["stream"] = Field(description="Of the stream as it is at each place, the mean over the places.")
+    spectrum: list[EnergyAtDim] = Field(description="The same for other dims.")
+
+
+class NormalisedEnergy(Energy):
+    """Energy of the normalised stream, in one basis."""
+
+    of: Literal["normalised stream"] = Field(description="Of the normalised stream, in one basis.")
+    importance_kept: EnergyShare = Field(
+        description="Share that the slice keeps of what the readers of the stream see."
+    )
+    spectrum: list[ImportanceAtDim] = Field(description="The same for other dims.")
+
+
+class Perplexity(JsonObject):
+    """A measured perplexity."""
+
+    value: Annotated[Figure, Field(ge=1)] = Field(description="The perplexity.")
+    nll: NotNegative = Field(description="Mean negative log-likelihood per predicted token, in nats.")
+    stderr: NotNegative | None = Field(description="Standard error of the value; null for a single row.")
+    tokens: Size = Field(description="Predicted tokens.")
+    seq_len: Size = Field(description="Tokens per row.")
+    bits_per_byte: NotNegative = Field(
+        description="The negative log-likelihood in bits per UTF-8 byte of the text, which compares across tokenizers."
+    )
+    rows_sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
+    text_sha256: Digest | None = Field(
+        description="SHA-256 of a text from a file: of its documents, each after its length in bytes as little-endian "
+        "int64; null where the name identifies the text."
+    )
+
+
+class Metric(JsonObject):
+    """A metric of a task."""
+
+    value: float | None = Field(description="Its value; null where it is not finite.")
+    stderr: NotNegative | None = Field(description="Its standard error; null where there is none.")
+
+
+class Task(JsonObject):
+    """A measured task."""
+
+    metric: Name = Field(
+        description="The metric that counts: acc_norm, acc or exact_match, whichever it has first, else its first."
+    )
+    value: float | None = Field(description="Its value; null where it is not finite.")
+    stderr: NotNegative | None = Field(description="Its standard error; null where there is none.")
+    chance: Share | None = Field(description="What a guess would give; null where that is not known.")
+    samples: Size = Field(description="Questions.")
+    num_fewshot: Count = Field(description="Solved examples before each question.")
+    metrics: dict[Name, Metric] = Field(description="All metrics of the task, by name.")
+    requests_sha256: Digest = Field(
+        description="SHA-256 of all that the model was asked, examples included, and of what is right."
+    )
+    questions_sha256: Digest | None = Field(
+        description="SHA-256 of the questions of a file; null where the name identifies the task."
+    )
+
+
+class Figures(JsonObject):
+    """What was measured of a model; a field is there or not, and never null."""
+
+    perplexity: dict[Name, Perplexity] = Field(default=ABSENT, description="Measured perplexities, by text.")
+    tasks: dict[Name, Task] = Field(default=ABSENT, description="Measured tasks, by name.")
+
+
+class Results(Figures):
+    """What was measured of the slice, and of the dense model on the same rows and questions."""
+
+    dense: Figures = Field(default=ABSENT, description="The same of the dense model.")
+    versions: dict[Name, PackageVersion] = Field(default=ABSENT, description="What it was measured with.")
+
+
+class Alternative(JsonObject):
+    """A relation that was fitted."""
+
+    relation: Name = Field(description="Its name.")
+    parameters: list[float] = Field(description="Its parameters, in their order.")
+    loo_error: NotNegative | None = Field(description="Its leave-one-out error; null where there is none.")
+
+
+class CurveSettings(JsonObject):
+    """How it was measured; what is not there was left to the text, model or task."""
+
+    sequence_length: Size = Field(default=ABSENT, description="Tokens per row.")
+    limit: Size = Field(default=ABSENT, description="Only the first so many rows or questions.")
+    num_fewshot: Count = Field(default=ABSENT, description="Solved examples before each question.")
+
+
+class Point(JsonObject):
+    """A measured slice."""
+
+    dim: Width | None = Field(description="Its dim; null where it is not known.")
+    sparsity: MeasuredSparsity = Field(description="s, the fraction of the hidden size removed.")
+    value: Figure = Field(description="What was measured.")
+    stderr: Figure | None = Field(description="Its standard error; null where it is not known.")
+    fitted: float = Field(description="What the curve gives there.")
+
+
+class Curve(JsonObject):
+    """A relation fitted to measured slices of this model."""
+
+    relation: Name = Field(description="Name of the relation (docs/relations.md).")
+    formula: Sentence = Field(description="The relation as a formula.")
+    quantity: Quantity = Field(description="What is predicted.")
+    parameters: dict[Name, float] = Field(description="Fitted parameters, by name.")
+    covariance: list[list[float]] | None = Field(
+        description="Covariance of the parameters, row by row; null where there are no points to spare."
+    )
+    loo_error: NotNegative | None = Field(
+        description="Mean absolute error of predicting each point from the others, in ln PPL or accuracy; null for one "
+        "point."
+    )
+    loo_relative_error: NotNegative | None = Field(description="The same of the perplexity as a fraction.")
+    valid_sparsity: Annotated[list[Sparsity], Field(min_length=2, max_length=2)] = Field(
+        description="The least and the largest s of the points."
+    )
+    reason: Sentence = Field(description="Why this relation.")
+    alternatives: list[Alternative] = Field(description="All relations that were fitted, best first.")
+    model: ModelName = Field(description="The dense model.")
+    model_type: Name = Field(description="Its model_type in transformers.")
+    method: Method = Field(description="How it was sliced.")
+    calibration: Annotated[str, Field(min_length=1, max_length=400, pattern=LINE)] = Field(
+        description="What its slices were calibrated on, in words."
+    )
+    evaluation: Name = Field(description="The text or task.")
+    evaluation_sha256: Digest | None = Field(
+        description="SHA-256 of a text or of questions from a file; null where the name identifies them."
+    )
+    settings: CurveSettings = Field(
+        description="How it was measured; what is not there was left to the text, model or task."
+    )
+    dense: Figure = Field(description="The dense model's figure.")
+    chance: Share | None = Field(description="Chance level of a task; null where it is not known.")
+    points: Annotated[list[Point], Field(min_length=1, max_length=MOST_POINTS)] = Field(
+        description="The measured slices."
+    )
+
+
+class Curves(JsonObject):
+    """Curves fitted to measured slices."""
+
+    curves: Annotated[list[Curve], Field(min_length=1, max_length=MOST_CURVES)] = Field(
+        description="One for each text and task."
+    )
+
+
+class DenseFigure(JsonObject):
+    """A dense model's figure."""
+
+    value: NotNegative = Field(description="The figure.")
+    source: Sentence = Field(description="Who says so.")
+
+
+class Parameter(JsonObject):
+    """A parameter of a relation."""
+
+    value: float = Field(description="Its value.")
+    stderr: NotNegative | None = Field(
+        description="Its standard error; null where it was not fitted to points to spare."
+    )
+
+
+class Estimate(JsonObject):
+    """A prediction for one dim."""
+
+    dim: Width = Field(description="Hidden size of such a slice.")
+    sparsity: Sparsity = Field(description="s, the fraction of the hidden size removed.")
+    parameters: Size | None = Field(description="Its parameters; null where they are not known.")
+    value: NotNegative = Field(description="The prediction.")
+    low: NotNegative = Field(description="Lower end of the 90 % interval.")
+    high: NotNegative = Field(description="Upper end of the 90 % interval.")
+    is_outside: bool = Field(description="Whether s is outside of what the prediction rests on.")
+    paper: float | None = Field(
+        description="The same by the relation of arXiv 2503.04377; null where that says nothing."
+    )
+    measured: NotNegative | None = Field(description="What was measured at this dim; null where nothing was.")
+
+
+class Prediction(JsonObject):
+    """What is predicted of slices of the same model on one text or task. No measurement."""
+
+    quantity: Quantity = Field(description="What is predicted.")
+    evaluation: Name = Field(description="The text or task.")
+    dense: DenseFigure = Field(description="The dense model's figure.")
+    chance: Share | None = Field(description="Chance level of a task; null where it is not known.")
+    relation: Name = Field(description="Name of the relation (docs/relations.md).")
+    formula: Sentence = Field(description="The relation as a formula.")
+    parameters: dict[Name, Parameter] = Field(description="Parameters of the relation, by name.")
+    valid_sparsity: Annotated[list[Sparsity], Field(min_length=2, max_length=2)] = Field(
+        description="The least and the largest s of what it rests on."
+    )
+    basis: Sentence = Field(description="What it rests on.")
+    measured_slices: Count = Field(description="Slices of this model among that.")
+    notes: list[Sentence] = Field(description="What a reader should know.")
+    estimates: list[Estimate] = Field(description="Predictions for the usual dims, and for those that were measured.")
+
+
+class OtherDim(JsonObject):
+    """A dim that was not sliced to."""
+
+    dim: Width = Field(description="The dim.")
+    parameters: Size = Field(description="Parameters of such a slice.")
+
+
+class LeftOut(JsonObject):
+    """Files that do not go along for one reason."""
+
+    reason: Name = Field(description="What they are.")
+    count: Size = Field(description="How many there are; a folder of which nothing goes along counts as one.")
+    files: list[Name] = Field(
+        description="The first names, relative to the source's folder; one that ends in a slash is a folder."
+    )
+
+
+class Record(JsonObject):
+    """slicecli.json: where a slice comes from, how it was made, what it weighs, and what was measured and predicted.
+
+    It holds no token, no user name and no local path.
+    """
+
+    record_version: Annotated[int, Field(ge=RECORD_VERSION, le=RECORD_VERSION)] = Field(
+        description="Version of this schema."
+    )
+    slicecli_version: Version = Field(description="Version of slicecli that made the slice.")
+    source: Source = Field(description="The dense model, or the slice, that was sliced.")
+    ancestry: list[Ancestor] = Field(
+        description="Where the source is a slice itself: what it was made from, and what that was made from; empty "
+        "otherwise."
+    )
+    repository: HubId | None = Field(
+        description="Where the slice is published on the Hub (owner/name); null where it was not pushed."
+    )
+    command: Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)] = Field(
+        description="The command that makes the slice again; a text file and a folder appear by their names only."
+    )
+    inherited: Inherited = Field(
+        description="What the card of the source says of licence and languages, where it is well formed."
+    )
+    adapter: Name = Field(description="Name of the adapter that describes the family; auto where it was inferred.")
+    method: Method = Field(
+        description="refit: one basis for the whole stream, every map refitted by least squares. slicegpt: a basis at "
+        "every place, weights projected, as published in arXiv 2401.15024."
+    )
+    layout: Layout = Field(
+        description="stock: a checkpoint of a class of transformers. custom-code: one that brings its class along."
+    )
+    needs_remote_code: bool = Field(
+        description="Whether transformers has to run code that lies beside the weights (trust_remote_code); true of "
+        "layout custom-code."
+    )
+    hidden_size: Width = Field(description="d, the hidden size of the source.")
+    dim: Width = Field(description="k, the hidden size of the slice; of a schedule of several widths, their mean.")
+    sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")
+    schedule: Schedule | None = Field(
+        description="Widths of the stream, of method slicegpt; null of method refit, which has one width."
+    )
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = Field(description="Dtype of the weights.")
+    parameters: Change = Field(description="Parameters, before and after; buffers do not count.")
+    bytes: Change = Field(description="Bytes of the parameters, before and after.")
+    calibration: Calibration = Field(description="What the slice was fitted to.")
+    energy: Energy = Field(
+        description="How much of the stream's energy on the calibration text the slice keeps, and slices of other dims "
+        "would."
+    )
+    results: Results = Field(
+        description="What was measured of the slice, and of the dense model on the same rows and questions."
+    )
+    curve: Curves | None = Field(
+        description="Curves fitted to measured slices of the source; null without any. `slicecli estimate` reads them."
+    )
+    predictions: list[Prediction] = Field(
+        description="What is predicted of slices to other dims; the card has it as tables."
+    )
+    other_dims: list[OtherDim] = Field(description="Parameters of slices to other dims.")
+    weights: Annotated[dict[WeightFile, Digest], Field(min_length=1)] = Field(
+        description="SHA-256 of each weight file, by name."
+    )
+    files: dict[File, Digest] = Field(description="SHA-256 of each other file but the card and this record, by name.")
+    left_out: list[LeftOut] = Field(
+        description="Files of the source that do not go along, by the reason; its config, weights and card aside."
+    )
+    versions: dict[Name, PackageVersion] = Field(description="What the slice was made with.")
+
+
+class RefitRecord(Record):
+    """The record of a slice by method refit."""
+
+    method: Literal["refit"] = Field(description="One basis for the whole stream, every map refitted by least squares.")
+    schedule: None = Field(description="The stream has one width.")
+    energy: NormalisedEnergy = Field(description="How much of the stream's energy the basis keeps.")
+
+    @field_validator("needs_remote_code")
+    @classmethod
+    def _check_code(cls, value: bool, about: ValidationInfo) -> bool:
+        if about.data.get("layout") == "custom-code" and not value:
+            raise PydanticCustomError("code", "it should be true, since layout is custom-code")
+        return value
+
+
+class PublishedRecord(Record):
+    """The record of a slice by method slicegpt."""
+
+    method: Literal["slicegpt"] = Field(
+        description="A basis at every place, weights projected, as published in arXiv 2401.15024."
+    )
+    layout: Literal["custom-code"] = Field(description="A checkpoint that brings its class along.")
+    needs_remote_code: Literal[True] = Field(description="transformers has to run code that lies beside the weights.")
+    schedule: Schedule = Field(description="Widths of the stream.")
+    energy: StreamEnergy = Field(description="How much of the stream's energy the bases keep.")
+
+
+RECORDS: TypeAdapter[RefitRecord | PublishedRecord] = TypeAdapter(
+    Annotated[RefitRecord | PublishedRecord, Field(discriminator="method")]
+)
 
 
 def schema_errors(record: Any) -> list[str]:
     """Say what in a record is not as its schema has it."""
-    known = record_schema()["properties"]["record_version"]["const"]
     version = record.get("record_version") if isinstance(record, dict) else None
-    if _is_whole(version) and version != known:
+    if isinstance(version, int) and not isinstance(version, bool) and version != RECORD_VERSION:
         return [f"$.record_version is {version}, which slicecli {__version__} does not know"]
-    errors = _validator().iter_errors(record)
-    return sorted({f"{_place(error.absolute_path)} {_fault(error)}" for error in errors})[:MOST_ERRORS]
-
-
-@functools.cache
-def _validator() -> Any:
-    """Return a validator for which 3.0 is no whole number and infinity no number, as the program takes them."""
-    import jsonschema
-
-    schema = record_schema()
-    strict = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
-        {"integer": lambda _, value: _is_whole(value), "number": lambda _, value: _is_finite(value)}
-    )
-    return jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=strict)(schema)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _place(path: Iterable[str | int]) -> str:
-    """Return a JSON path, such as `$.weights['model.safetensors']`."""
-    parts = (
-        f".{part}" if isinstance(part, str) and part.isidentifier() and part.isascii() else f"[{_quoted(part)}]"
-        for part in path
-    )
-    return "$" + "".join(parts)
-
-
-def _fault(error: Any) -> str:
-    """Say in a clause what a validation error means."""
-    value, rule = _quoted(error.instance), error.validator_value
-    if error.validator == "required":
-        return f"lacks {_quoted(_required(error))}"
-    if error.validator == "additionalProperties":
-        unknown = [name for name in error.instance if name not in error.schema["properties"]]
-        return f"has {', '.join(map(_quoted, unknown[:3]))}, which no record has"
-    if error.validator == "type":
-        kinds = [rule] if isinstance(rule, str) else rule
-        return f"is {value}, not {' or '.join(_KINDS[kind] for kind in kinds)}"
-    if error.validator == "enum":
-        return f"is {value}, not one of {', '.join(map(str, rule))}"
-    if error.validator == "const":
-        return f"is {value}, not {_quoted(rule)}"
-    if error.validator == "pattern":
-        return f"is {value}, which does not fit {rule}"
-    if error.validator == "not":
-        return f"is {value}, with control or direction characters"
-    if error.validator == "maxLength":
-        return f"is longer than {rule} characters"
-    return f"is wrong: {_short(error.message)}"
-
-
-def _required(error: Any) -> str:
-    """Return the name that is missing: the library reports each in an error of its own, in the order of the schema."""
-    names: list[str] = error.validator_value
-    return next(name for name in names if error.message.startswith(repr(name)))
-
-
-def _quoted(value: Any) -> str:
-    return _short(json.dumps(value))
-
-
-def _short(text: str) -> str:
-    # what is quoted may be anything and is shown on a terminal
-    line = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
+    try:
+        RECORDS.validate_python(record)
+    except ValidationError as error:
+        return faults_of(error, skips=1)
+    return []

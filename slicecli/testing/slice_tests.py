@@ -16,7 +16,7 @@ from slicecli.record.record import read_record
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
-    from slicecli.evaluation.perplexity import PerplexityResult
+    from slicecli.evaluation.document import PerplexityResult
     from slicecli.hub.verify import Finding
 
 __all__ = ["SliceTests", "SliceUnderTest"]
@@ -144,7 +144,7 @@ class SliceUnderTest:
             tokenizer = self.tokenizer
             prepared = EvaluationSet.prepare(options, self.source, tokenizer)
             measured = measure_loaded(self.model, tokenizer, self.source, prepared, options)
-        return measured.perplexity[0], limit
+        return next(iter(measured.perplexity.values())), limit
 
 
 @functools.lru_cache(maxsize=1)

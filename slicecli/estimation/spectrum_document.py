@@ -1,0 +1,40 @@
+"""The spectrum of a model, as `slicecli spectrum` writes it and `slicecli estimate` reads it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from slicecli.family.dimensions import MOST_WIDTH
+from slicecli.record.schema import Width
+from slicecli.runtime.json_object import JsonObject, Name
+
+__all__ = ["SpectrumDocument"]
+
+
+class WeightsAtDim(JsonObject):
+    """What slices of some dim lose, to second order."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    dim: Width = Field(description="The dim.")
+    fisher: dict[Name, float] = Field(description="The Fisher weight of what is removed, by method.")
+
+
+class SpectrumDocument(JsonObject):
+    """A model's spectrum; a document has other fields besides."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_size: Width = Field(description="Hidden size of the dense model.")
+    spectrum: Annotated[list[WeightsAtDim], Field(max_length=MOST_WIDTH)] = Field(description="An entry for each dim.")
+
+    @field_validator("spectrum")
+    @classmethod
+    def _check_dims(cls, spectrum: list[WeightsAtDim], about: ValidationInfo) -> list[WeightsAtDim]:
+        size = about.data.get("hidden_size", 0)
+        if not any(one.dim < size for one in spectrum) or any(one.dim > size for one in spectrum):
+            raise PydanticCustomError("dims", "it should have dims below the hidden size, and none above")
+        return spectrum
