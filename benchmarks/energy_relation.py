@@ -231,7 +231,7 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     from slicecli.progress import Silent
     from slicecli.runtime.placement import compute_dtype, pick_device
     from slicecli.slicing.context import Batches, DenseModel
-    from slicecli.slicing.refit import collect_basis
+    from slicecli.slicing.refit import collect_statistics
 
     size, is_centred = job.dimensions.hidden_size, job.dimensions.adapter.norm.is_centred
     normalised = [torch.zeros(size, size, dtype=torch.float64) for _ in places]
@@ -253,7 +253,7 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     dense = DenseModel(
         build_runnable_meta_model(job.config), weights, job.dimensions, device, compute_dtype(weights.dtype, device)
     )
-    basis = collect_basis(dense, Batches(rows, batch), Silent())
+    basis = collect_statistics(dense, Batches(rows, batch), Silent()).basis
     own = [principal_basis(moment) for moment in normalised]
     own_raw = [principal_basis(moment)[1] for moment in raw]
     together = principal_basis(torch.stack(normalised).sum(0))[1]

@@ -348,6 +348,7 @@ class Adapter:
             sentence, or a function of the config's fields that returns one; empty where it can.
         shortcut_obstacle: Why blocks cannot be taken apart into the stream and what the branches add to it, which the
             published method needs: likewise.
+        tie_obstacle: Why a slice of a tied model cannot share one table between embedding and head: likewise.
         obstacle: Why the stream cannot be sliced at all: likewise.
     """
 
@@ -369,6 +370,7 @@ class Adapter:
     dim_divisors: tuple[str, ...] = ()
     stock_obstacle: str | Callable[[Fields], str] = ""
     shortcut_obstacle: str | Callable[[Fields], str] = ""
+    tie_obstacle: str | Callable[[Fields], str] = ""
     obstacle: str | Callable[[Fields], str] = ""
 
     def require_sliceable(self, config: Fields) -> None:
@@ -388,6 +390,14 @@ class Adapter:
     def why_no_shortcuts(self, config: Fields) -> str:
         """Say why the published method cannot slice a config; empty where it can."""
         return _reason(self.name, self.shortcut_obstacle, config)
+
+    def why_untied(self, config: Fields) -> str:
+        """Say why a slice of a tied model with a config has a head of its own; empty where it stays tied."""
+        if self.norm.is_centred:
+            return "its norms subtract the mean, so that one table cannot serve as embedding and as head"
+        if not self.norm.has_weight:
+            return "its final norm has no weight, which one table for embedding and head needs"
+        return _reason(self.name, self.tie_obstacle, config)
 
     def layout(self, config: Fields) -> Literal["stock", "custom-code"]:
         """Return how the refit writes a slice of a config: in the family's own class, or with code of its own."""

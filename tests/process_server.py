@@ -47,7 +47,7 @@ def slice_case(family, method, rows, batch, dim=48):
     from slicecli.slicing.context import DenseModel, Target
     from slicecli.slicing.fisher import collect_fisher
     from slicecli.slicing.reductions import share_rows
-    from slicecli.slicing.refit import collect_basis, refit
+    from slicecli.slicing.refit import collect_statistics, refit
     from slicecli.slicing.slicegpt import slice_published
 
     model = random_model(tiny_config(family), 0).double()
@@ -64,8 +64,11 @@ def slice_case(family, method, rows, batch, dim=48):
 
     with Float64Throughout():
         if method == "refit":
-            basis = collect_basis(dense, batches, Silent())
-            refit(dense, basis, [target(stock_config(model.config, dimensions, dim, "float64"))], batches, Silent())
+            statistics = collect_statistics(dense, batches, Silent())
+            basis = statistics.basis
+            refit(
+                dense, statistics, [target(stock_config(model.config, dimensions, dim, "float64"))], batches, Silent()
+            )
             fisher = collect_fisher(dense, basis, batches, 0, Silent())
             about = {"energies": basis.energies, "shared": fisher.shared, "layer": fisher.layer}
             about["nll"] = torch.tensor(fisher.nll, dtype=torch.float64)

@@ -18,7 +18,7 @@ from slicecli.progress import Silent
 from slicecli.proof import declaration as proof
 from slicecli.proof.declaration import ModelWeights, relative_error
 from slicecli.slicing.context import Batches, DenseModel, Target
-from slicecli.slicing.refit import collect_basis, refit
+from slicecli.slicing.refit import collect_statistics, refit
 
 
 def random_rows(rows=40, length=24, seed=1):
@@ -135,7 +135,7 @@ def test_bfloat16_weights_are_fitted_as_they_are_stored():
         torch.bfloat16,
         found.__setitem__,
     )
-    refit(dense, collect_basis(dense, batches, Silent()), [target], batches, Silent())
+    refit(dense, collect_statistics(dense, batches, Silent()), [target], batches, Silent())
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
 
@@ -163,9 +163,8 @@ def test_every_parameter_is_written_once_and_contiguous(family):
         names.append(name)
 
     meta_model = build_runnable_meta_model(stock_config(config, dimensions, 36, "float32"))
-    refit(
-        dense, collect_basis(dense, batches, Silent()), [Target(36, meta_model, torch.float32, sink)], batches, Silent()
-    )
+    statistics = collect_statistics(dense, batches, Silent())
+    refit(dense, statistics, [Target(36, meta_model, torch.float32, sink)], batches, Silent())
     assert sorted(names) == sorted(name for name, _ in meta_model.named_parameters())
     assert sum(parameter.numel() for parameter in meta_model.parameters()) == dimensions.parameters(36)
 

@@ -10,6 +10,7 @@ import torch
 
 from slicecli.checkpoint.folder import file_digest
 from slicecli.linalg.basis import reader_basis
+from slicecli.slicing.context import DenseStatistics
 from slicecli.slicing.statistics_cache import CACHE_VARIABLE, SIZE_VARIABLE, StatisticsCache, default_folder
 
 
@@ -28,10 +29,11 @@ def slice_to(run, checkpoint_copy, slice_words, tmp_path):
     return call
 
 
-def basis_of(width, seed=0):
+def statistics_of(width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(100, width, generator=generator, dtype=torch.float64)
-    return reader_basis(rows.T @ rows, torch.eye(width, dtype=torch.float64))
+    basis = reader_basis(rows.T @ rows, torch.eye(width, dtype=torch.float64))
+    return DenseStatistics(basis, rows.T @ rows)
 
 
 def test_another_dim_starts_at_the_refit_and_gives_the_same_bytes(slice_to):
@@ -84,27 +86,28 @@ def test_the_cache_lies_where_its_variable_says_or_in_the_users_cache_folder(tmp
 def test_the_cache_keeps_within_its_bound_and_drops_what_was_used_longest_ago(tmp_path, monkeypatch):
     cache = StatisticsCache(tmp_path)
     for number in range(3):
-        cache.store({"number": number}, basis_of(20, number), f"model{number}", "text")
+        cache.store({"number": number}, statistics_of(20, number), f"model{number}", "text")
         os.utime(cache._path({"number": number}), (number, number))
     one = max(entry.size for entry in cache.entries())
     monkeypatch.setenv(SIZE_VARIABLE, str(3 * one))
     assert cache.load({"number": 0}, "cpu") is not None  # used last now
-    cache.store({"number": 3}, basis_of(20, 3), "model3", "text")
+    cache.store({"number": 3}, statistics_of(20, 3), "model3", "text")
     assert {entry.model for entry in cache.entries()} == {"model0", "model2", "model3"}
     monkeypatch.setenv(SIZE_VARIABLE, "100")
-    cache.store({"number": 4}, basis_of(20, 4), "model4", "text")
+    cache.store({"number": 4}, statistics_of(20, 4), "model4", "text")
     assert cache.load({"number": 4}, "cpu") is None
 
 
 @pytest.mark.parametrize("width", [1, 2, 33])
-def test_a_basis_comes_back_bit_by_bit(tmp_path, width):
-    cache, basis = StatisticsCache(tmp_path), basis_of(width)
-    cache.store({"a": 1}, basis, "model", "text")
+def test_statistics_come_back_bit_by_bit(tmp_path, width):
+    cache, statistics = StatisticsCache(tmp_path), statistics_of(width)
+    cache.store({"a": 1}, statistics, "model", "text")
     found = cache.load({"a": 1}, "cpu")
-    assert torch.equal(found.vectors, basis.vectors)
-    assert torch.equal(found.energies, basis.energies)
-    assert torch.equal(found.importances, basis.importances)
-    assert found.is_centred == basis.is_centred
+    assert torch.equal(found.basis.vectors, statistics.basis.vectors)
+    assert torch.equal(found.basis.energies, statistics.basis.energies)
+    assert torch.equal(found.basis.importances, statistics.basis.importances)
+    assert found.basis.is_centred == statistics.basis.is_centred
+    assert torch.equal(found.final_moment, statistics.final_moment)
     assert cache.load({"a": 2}, "cpu") is None
 
 

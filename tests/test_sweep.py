@@ -30,7 +30,7 @@ def counted(monkeypatch, tmp_path_factory):
     counts = {"statistics": 0, "refits": 0, "measured": []}
     from slicecli.slicing import refit as pipeline
 
-    collect, refit, evaluate = pipeline.collect_basis, pipeline.refit, measure.evaluate
+    collect, refit, evaluate = pipeline.collect_statistics, pipeline.refit, measure.evaluate
 
     def counting_collect(*arguments):
         counts["statistics"] += 1
@@ -44,7 +44,7 @@ def counted(monkeypatch, tmp_path_factory):
         counts["measured"].append(source.folder.name)
         return evaluate(source, *arguments)
 
-    monkeypatch.setattr(pipeline, "collect_basis", counting_collect)
+    monkeypatch.setattr(pipeline, "collect_statistics", counting_collect)
     monkeypatch.setattr(pipeline, "refit", counting_refit)
     monkeypatch.setattr(measure, "evaluate", counting_evaluate)
     return counts

@@ -51,6 +51,7 @@ def build_runnable_meta_model(config: Any, trust_remote_code: bool = False) -> A
         raise SourceError(
             f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
         ) from error
+    model.tie_weights()  # parameters were replaced while the model was built
     return with_plain_experts(model.eval())
 
 

@@ -421,11 +421,13 @@ class Source:
             )
         return found
 
-    def dimensions(self, adapter: Adapter, fields: Mapping[str, Any]) -> tuple[Dimensions, Comparison]:
+    def dimensions(
+        self, adapter: Adapter, fields: Mapping[str, Any], unties: bool = False
+    ) -> tuple[Dimensions, Comparison]:
         """Return the sizes of the model as it is loaded, and how its weight files differ from its config."""
         tensors = self.stored_tensors()
         check_stored(self.name, tensors or {})
-        dimensions = Dimensions(adapter, self.loaded_fields(adapter, fields))
+        dimensions = Dimensions(adapter, self.loaded_fields(adapter, fields), unties)
         return dimensions, Comparison((), ()) if tensors is None else compare(dimensions, tensors, self.name)
 
     @functools.cached_property

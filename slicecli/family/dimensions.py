@@ -75,12 +75,13 @@ class Dimensions:
         hidden_size: d, the width of the residual stream.
         vocabulary: V, the number of rows of the token embedding.
         is_tied: Whether the head shares the embedding table.
+        keeps_tie: Whether it does so in slices by the refit too.
         layout: How the refit writes a slice: `stock` or `custom-code`.
         shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
         dim_multiple: Every legal dim is a multiple of it.
     """
 
-    def __init__(self, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    def __init__(self, adapter: Adapter, config: Mapping[str, Any], unties: bool = False) -> None:
         self.adapter = adapter
         self._config = config
         self.layout = adapter.layout(config)
@@ -92,6 +93,8 @@ class Dimensions:
         self.key_value_heads = self.number("num_key_value_heads", self.heads)
         self.head_dim = self.number("head_dim", self.hidden_size // self.heads)
         self.is_tied = bool(self.value("tie_word_embeddings", False))
+        self.tie_obstacle = adapter.why_untied(config) if self.is_tied else ""
+        self.keeps_tie = self.is_tied and not unties and not self.tie_obstacle
         # a slice with code of its own keeps the dense config, whose class then has nothing to refuse
         divisors = adapter.dim_divisors if self.layout == "stock" else ()
         self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
@@ -217,16 +220,11 @@ class Dimensions:
         return {one.name: one.shape for one in self.declared_parameters() if None not in one.shape}
 
     def parameters(self, dim: int | None = None) -> int:
-        """Count the parameters: of the dense model as shipped, or of its slice at `dim`.
-
-        A slice has its head apart from the embedding table even where the dense model ties them, because the
-        head is refitted.
-        """
+        """Count the parameters: of the dense model as shipped, or of its slice by the refit at `dim`."""
         kept, per_width = self._counts
-        if dim is None:
-            shared = self.width(self.adapter.head.width) if self.is_tied else 0
-            return kept + (per_width - shared) * self.hidden_size
-        return kept + per_width * dim
+        if self.is_tied if dim is None else self.keeps_tie:
+            per_width -= self.width(self.adapter.head.width)
+        return kept + per_width * (self.hidden_size if dim is None else dim)
 
     @functools.cached_property
     def _counts(self) -> tuple[int, int]:
@@ -366,13 +364,12 @@ class Dimensions:
     def sliced_fields(self, dim: int) -> dict[str, Any]:
         """Return the config fields that a slice changes, with their values at `dim`.
 
-        The width of a head is stated, because the class would otherwise derive it from the new hidden size; the
-        head is refitted and no longer shares the embedding table.
+        The width of a head is stated, because the class would otherwise derive it from the new hidden size.
         """
         return {
             self.adapter.names.get("hidden_size", "hidden_size"): dim,
             "head_dim": self.head_dim,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.keeps_tie,
         }
 
     def legal_dims(self) -> range:

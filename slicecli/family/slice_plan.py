@@ -147,6 +147,7 @@ class SlicePlan:
 
     Attributes:
         method: How weights are made: by the `refit`, or as SliceGPT does.
+        is_tied: Whether the slice shares one table between embedding and head.
         layout: `stock`, a checkpoint that transformers loads without custom code, or `custom-code`.
         dim: k; of a schedule of several widths, their mean.
         dtype: Dtype of the written weights.
@@ -166,6 +167,7 @@ class SlicePlan:
     dense_dtype: str
     method: Method = "refit"
     layout: Layout = "stock"
+    is_tied: bool = False
     schedule: Schedule | None = None
     schedule_name: str = ""
 

@@ -33,7 +33,7 @@ def with_weights(job: Job) -> Job:
         job.source.fetch_weights()
     job.source.check_describes_weights()
     fields = full_fields(job.source, job.config)
-    dimensions, _ = job.source.dimensions(job.adapter, fields)
+    dimensions, _ = job.source.dimensions(job.adapter, fields, job.options.unties)
     parameters = dimensions.parameters()
     slices = tuple(
         dataclasses.replace(one, plan=dataclasses.replace(one.plan, dense_parameters=parameters)) for one in job.slices

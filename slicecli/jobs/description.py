@@ -72,6 +72,8 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
     values: dict[str, Any] = {}
     if plan.method != "refit":
         values |= {"method": plan.method, "orientation": options.orientation}
+    if options.unties:
+        values["unties"] = True
     if job.source.commit:
         values["revision"] = job.source.commit
     values |= {

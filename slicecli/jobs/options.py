@@ -46,6 +46,12 @@ class SliceOptions:
         "slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
         reads=bool,
     ).field()
+    unties: bool = Option(
+        "--untie",
+        "Of a model whose head is its embedding table: give the slice a head of its own.",
+        default=False,
+        reads=bool,
+    ).field()
     calibration: str = Option(
         "--calibration",
         "Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",

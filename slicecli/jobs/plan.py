@@ -117,7 +117,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     )
     layout = _layout(source, chosen, options.method)
     config = source.config()
-    dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)))
+    dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
     requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
@@ -141,6 +141,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
+            is_tied=options.method == "refit" and dimensions.keeps_tie,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
     from slicecli.checkpoint.companions import LeftOut
     from slicecli.data.packing import Rows
-    from slicecli.linalg.basis import Basis
     from slicecli.progress import Progress
     from slicecli.slicing.activation_cache import ActivationCache
-    from slicecli.slicing.context import Batches, DenseModel, Journal, Target
+    from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Journal, Target
 
 __all__ = ["SliceReport", "run_slices"]
 
@@ -195,10 +194,12 @@ def _slice_weights(
     options = job.options
     if options.method == "refit":
         activations = _activation_cache(dense, batches)
-        basis, is_from_cache = _find_basis(job, rows, dense, batches, identity, progress, journal, activations)
+        statistics, is_from_cache = _find_statistics(
+            job, rows, dense, batches, identity, progress, journal, activations
+        )
         for group in _groups_in_memory(job, dense, max(dense.processes.gather(batches.tokens))):
-            refit(dense, basis, [targets[index] for index in group], batches, progress, journal, activations)
-        return [Energy.of_basis(basis, one.plan) for one in job.slices], is_from_cache
+            refit(dense, statistics, [targets[index] for index in group], batches, progress, journal, activations)
+        return [Energy.of_basis(statistics.basis, one.plan) for one in job.slices], is_from_cache
     energies = []
     for one, target in zip(job.slices, targets, strict=True):
         assert one.plan.schedule is not None
@@ -209,7 +210,7 @@ def _slice_weights(
     return energies, False
 
 
-def _find_basis(
+def _find_statistics(
     job: Job,
     rows: Rows,
     dense: DenseModel,
@@ -218,25 +219,25 @@ def _find_basis(
     progress: Progress,
     journal: Journal | None,
     activations: ActivationCache | None,
-) -> tuple[Basis, bool]:
-    """Return the basis, from the cache if it is there; say whether it was."""
-    from slicecli.slicing.reductions import give_basis
-    from slicecli.slicing.refit import STATISTICS, collect_basis
+) -> tuple[DenseStatistics, bool]:
+    """Return the statistics of the dense model, from the cache if they are there; say whether they were."""
+    from slicecli.slicing.reductions import give_statistics
+    from slicecli.slicing.refit import STATISTICS, collect_statistics
     from slicecli.slicing.statistics_cache import StatisticsCache
 
     if not job.options.cache:
-        return collect_basis(dense, batches, progress, journal, activations), False
+        return collect_statistics(dense, batches, progress, journal, activations), False
     cache = StatisticsCache(job.options.cache_folder)
     key = identity.of_statistics(job, batches.size)
     found = cache.load(key, dense.device) if dense.processes.is_main else None
     if dense.processes.from_main(lambda: found is not None):
         progress.start(STATISTICS, 1)
         progress.advance("from the cache")
-        return give_basis(dense, found), True
-    basis = collect_basis(dense, batches, progress, journal, activations)
+        return give_statistics(dense, found), True
+    statistics = collect_statistics(dense, batches, progress, journal, activations)
     if dense.processes.is_main:
-        cache.store(key, basis, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
-    return basis, False
+        cache.store(key, statistics, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
+    return statistics, False
 
 
 def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
@@ -316,7 +317,7 @@ def _open_target(
         return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
     shapes = {
         stored: tuple(tensor.shape)
-        for name, value in meta_model.state_dict().items()
+        for name, value in _stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
@@ -326,6 +327,13 @@ def _open_target(
             writer.write(stored, part)
 
     return Target(plan.dim, meta_model, dtype, sink, number), writer
+
+
+def _stored_values(meta_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a checkpoint of a model holds, a shared table once."""
+    names = {name for name, _ in meta_model.named_parameters()}
+    shared = {name for name, _ in meta_model.named_parameters(remove_duplicate=False)} - names
+    yield from ((name, value) for name, value in meta_model.state_dict().items() if name not in shared)
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:

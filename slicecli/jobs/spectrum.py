@@ -40,7 +40,7 @@ def run_spectrum(
     """
     from slicecli.progress import Silent
     from slicecli.slicing.fisher import collect_fisher
-    from slicecli.slicing.refit import collect_basis
+    from slicecli.slicing.refit import collect_statistics
 
     progress = progress or Silent()
     job = plan_slices(model, (), (), options)
@@ -51,7 +51,7 @@ def run_spectrum(
         job = with_weights(job)
         dense, batches, _ = share_work(job, rows, options.dtype)
         with running(job.source.name):
-            basis = collect_basis(dense, batches, progress)
+            basis = collect_statistics(dense, batches, progress).basis
             fisher = collect_fisher(dense, basis, batches, options.seed, progress)
     size = job.dimensions.hidden_size
     step = max(1, size // SPECTRUM_POINTS)

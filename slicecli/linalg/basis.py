@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Basis", "centred_frame", "principal_basis", "random_rotation", "reader_basis"]
+__all__ = ["Basis", "centred_frame", "principal_basis", "random_rotation", "reader_basis", "with_fixed_signs"]
 
 # share of the identity in M, relative to M's mean eigenvalue
 IDENTITY_SHARE = 0.1
@@ -119,7 +119,7 @@ def reader_basis(second_moment: torch.Tensor, metric: torch.Tensor, is_centred: 
     energies = ((moment @ basis) * basis).sum(0).clamp_min(0.0)
     if frame is not None:
         basis = frame @ basis
-    return Basis(_with_fixed_signs(basis), energies, importances.flip(0).clamp_min(0.0), is_centred)
+    return Basis(with_fixed_signs(basis), energies, importances.flip(0).clamp_min(0.0), is_centred)
 
 
 def principal_basis(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def principal_basis(second_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         float64, descending and not negative.
     """
     energies, vectors = torch.linalg.eigh(second_moment.double())
-    return _with_fixed_signs(vectors.flip(1)), energies.flip(0).clamp_min(0.0)
+    return with_fixed_signs(vectors.flip(1)), energies.flip(0).clamp_min(0.0)
 
 
 def random_rotation(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -150,7 +150,7 @@ def random_rotation(size: int, generator: torch.Generator) -> torch.Tensor:
     return turned
 
 
-def _with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
+def with_fixed_signs(vectors: torch.Tensor) -> torch.Tensor:
     """Turn columns so that the largest component of each is positive."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)

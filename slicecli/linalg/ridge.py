@@ -16,7 +16,7 @@ import torch
 from slicecli.linalg.cholesky import factorise, restore, substitute
 from slicecli.linalg.normal_equations import NormalEquations
 
-__all__ = ["RIDGES", "Correction", "RidgeMemory", "solve_ridge"]
+__all__ = ["RIDGES", "Correction", "RidgeMemory", "best_ridge", "solve_ridge"]
 
 COLUMNS = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -76,25 +76,25 @@ def solve_ridge(
         start: The one to try first; `None` takes the middle.
     """
     first = ridges.index(start) if start in ridges else len(ridges) // 2
-    best_ridge, best_error = _best_ridge(ridges, lambda ridge: _held_out_error(equations, ridge), first)
+    found, best_error = best_ridge(ridges, lambda ridge: _held_out_error(equations, ridge), first)
     energy = float(equations.residual_energy[1])
     left = 1.0 + best_error / energy if energy else 1.0
-    if not math.isfinite(best_ridge):
+    if not math.isfinite(found):
         return _no_correction(equations)
     gram, cross = equations.merge()
-    if not (_add_ridge(gram, best_ridge) and factorise(gram)):
+    if not (_add_ridge(gram, found) and factorise(gram)):
         return _no_correction(equations)
     # outputs do not mix, so a few hundred at a time do, and no second solution is held
     for columns in cross.split(COLUMNS, dim=1):
         columns.copy_(substitute(gram, columns))
-    return Correction(cross.T, best_ridge, left)
+    return Correction(cross.T, found, left)
 
 
 def _no_correction(equations: NormalEquations) -> Correction:
     return Correction(equations.cross.zero_().T, math.inf, 1.0)
 
 
-def _best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
+def best_ridge(ridges: Sequence[float], error_of: Callable[[float], float], first: int) -> tuple[float, float]:
     """Go down from one of the ridges to the least error; return its ridge and it, or infinity and 0.
 
     The error has one valley in practice: too small a ridge fits noise, too large a one fits nothing. So the ridges

@@ -31,7 +31,7 @@ from slicecli.proof.float64 import Float64Throughout
 from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.slicing.context import Batches, DenseModel, Target
 from slicecli.slicing.modules import first_tensor, persistent_buffers
-from slicecli.slicing.refit import collect_basis, refit
+from slicecli.slicing.refit import collect_statistics, refit
 from slicecli.slicing.sliced_tensors import project
 from slicecli.slicing.slicegpt import Orientation, slice_published
 
@@ -97,8 +97,24 @@ def projected_model(model: Any, dimensions: Dimensions, basis: Basis, dim: int |
     tensors: dict[str, torch.Tensor] = {}
     project(dimensions, ModelWeights(model), basis, dim or dimensions.hidden_size, model.dtype, tensors.__setitem__)
     buffers = {name: ModelWeights(model).tensor(name) for name in persistent_buffers(model)}
-    sliced.load_state_dict(buffers | tensors, strict=True)
+    _load(sliced, dimensions, buffers | tensors)
     return sliced
+
+
+def _load(sliced: Any, dimensions: Dimensions, tensors: dict[str, torch.Tensor]) -> None:
+    """Load all tensors of a slice, of a tied one without its head, which has to be its embedding table."""
+    if dimensions.keeps_tie:
+        head = f"{dimensions.adapter.head.path}.weight"
+        weights = ModelWeights(sliced)
+        table = f"{dimensions.adapter.embeddings[0].path}.weight"
+        if weights.tensor(head).data_ptr() != weights.tensor(table).data_ptr():
+            raise PluginError(
+                f"Adapter {dimensions.adapter.name!r} keeps tied models tied, and {type(sliced).__name__} does not "
+                f"share {table} with {head}.",
+                "Say why not with `tie_obstacle`.",
+            )
+        tensors = tensors | {head: tensors[table]}
+    sliced.load_state_dict(tensors, strict=True)
 
 
 def _empty_like(
@@ -117,7 +133,7 @@ def _empty_like(
         cls = _sliced_class()
     elif dim is None or dim == dimensions.hidden_size:
         # a class that ties the heads to the hidden size would not know what to do with a width of their own
-        config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": False})
+        config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": dimensions.keeps_tie})
     elif dimensions.layout == "stock":
         config = stock_config(model.config, dimensions, dim, dtype)
     else:
@@ -291,11 +307,11 @@ def slice_in_memory(
     batches = Batches(token_ids, batch_rows)
     # only there: a narrower model's weights are rounded on purpose
     with _exactly(model):
-        basis = collect_basis(dense, batches, Silent())
-        refit(dense, basis, targets, batches, Silent())
+        statistics = collect_statistics(dense, batches, Silent())
+        refit(dense, statistics, targets, batches, Silent())
     for sliced, found in zip(made, tensors, strict=True):
-        sliced.load_state_dict(found, strict=True)
-    return made, basis
+        _load(sliced, dimensions, found)
+    return made, statistics.basis
 
 
 def published_in_memory(

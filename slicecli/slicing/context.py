@@ -16,6 +16,7 @@ from torch import nn
 
 from slicecli.adapters import Adapter
 from slicecli.family.dimensions import Dimensions
+from slicecli.linalg.basis import Basis
 from slicecli.linalg.normal_equations import normalise
 from slicecli.linalg.ridge import RidgeMemory
 from slicecli.runtime.distributed import ALONE, Processes
@@ -27,6 +28,7 @@ __all__ = [
     "Batches",
     "Content",
     "DenseModel",
+    "DenseStatistics",
     "Journal",
     "NoJournal",
     "Snapshot",
@@ -165,6 +167,19 @@ class DenseModel:
     def block_name(self, index: int) -> str:
         """Return the path of a block in the model."""
         return f"{self.adapter.blocks}.{index}"
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """What one pass over the dense model finds out for slices of every width.
+
+    Attributes:
+        final_moment: Second moment of what the final norm passes on before its weight, float64 of shape (d, d), to
+            which the table of a tied slice is fitted; of several processes only the main one has it.
+    """
+
+    basis: Basis
+    final_moment: torch.Tensor | None
 
 
 @dataclass

@@ -26,6 +26,7 @@ __all__ = [
     "Calls",
     "Routing",
     "WriterInputs",
+    "below",
     "clear",
     "expert_activations",
     "fill",
@@ -467,3 +468,8 @@ def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
         del module.forward
         if own is not None:  # a library had put its own there
             module.forward = own
+
+
+def below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by their names inside a module."""
+    return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}

@@ -18,9 +18,9 @@ from slicecli.linalg.normal_equations import NormalEquations
 from slicecli.linalg.ridge import Correction
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.memory import make_room
-from slicecli.slicing.context import Batches, DenseModel
+from slicecli.slicing.context import Batches, DenseModel, DenseStatistics
 
-__all__ = ["give_basis", "share_rows", "solve_basis", "solve_normal_equations"]
+__all__ = ["give_statistics", "share_rows", "solve_normal_equations", "solve_statistics"]
 
 
 def share_rows(processes: Processes, dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
@@ -55,29 +55,34 @@ def solve_normal_equations(
     return Correction(matrix, ridge, error)
 
 
-def solve_basis(dense: DenseModel, second_moment: torch.Tensor, metric: torch.Tensor) -> Basis:
+def solve_statistics(
+    dense: DenseModel, second_moment: torch.Tensor, metric: torch.Tensor, final_moment: torch.Tensor
+) -> DenseStatistics:
     """Add up the second moments of processes and solve for the basis once.
 
     Args:
         second_moment: C of this process's tokens, float64 of shape (d, d); of no use afterwards.
         metric: M of all tokens, float64 of shape (d, d).
+        final_moment: The part of C at the final norm, likewise.
     """
-    dense.processes.sum_square_to_main(second_moment)
-    basis = reader_basis(second_moment, metric, dense.is_centred) if dense.processes.is_main else None
-    return give_basis(dense, basis)
+    dense.processes.sum_square_to_main(second_moment, final_moment)
+    if not dense.processes.is_main:
+        return give_statistics(dense, None)
+    return give_statistics(dense, DenseStatistics(reader_basis(second_moment, metric, dense.is_centred), final_moment))
 
 
-def give_basis(dense: DenseModel, basis: Basis | None) -> Basis:
+def give_statistics(dense: DenseModel, statistics: DenseStatistics | None) -> DenseStatistics:
     """Give the main process's basis to all processes."""
-    if dense.processes.count == 1 and basis is not None:
-        return basis
+    if dense.processes.count == 1 and statistics is not None:
+        return statistics
     width = dense.dimensions.hidden_size
     directions = width - dense.is_centred
 
     def tensors() -> list[torch.Tensor]:
-        assert basis is not None
-        return [basis.vectors, basis.energies, basis.importances]
+        assert statistics is not None
+        return [statistics.basis.vectors, statistics.basis.energies, statistics.basis.importances]
 
     shapes = [(width, directions), (directions,), (directions,)]
     vectors, energies, importances = dense.processes.tensors_from_main(tensors, shapes, dense.device)
-    return Basis(vectors, energies, importances, dense.is_centred)
+    basis = Basis(vectors, energies, importances, dense.is_centred)
+    return DenseStatistics(basis, None if statistics is None else statistics.final_moment)

@@ -16,15 +16,24 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Block
-from slicecli.linalg.basis import Basis
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeMemory
+from slicecli.linalg.tied import Tie
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
-from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Target, activations_in
+from slicecli.slicing.context import (
+    Batches,
+    Content,
+    DenseModel,
+    DenseStatistics,
+    Journal,
+    NoJournal,
+    Target,
+    activations_in,
+)
 from slicecli.slicing.layerwise import (
     blocks_left,
     embedding_tables,
@@ -37,31 +46,32 @@ from slicecli.slicing.layerwise import (
     require_finite,
 )
 from slicecli.slicing.modules import Calls
-from slicecli.slicing.reductions import solve_basis
+from slicecli.slicing.reductions import solve_statistics
 from slicecli.slicing.sliced_tensors import (
     final_norm_weight_and_bias,
     fold_head,
     matrix_of,
     neutral_norm,
     norm_weight_and_bias,
-    project_embeddings,
+    slice_embeddings,
 )
 from slicecli.slicing.sublayer import BlockPass, Sublayer, fit_reading
+from slicecli.slicing.tied_head import fit_tied_head, solve_tie
 
-__all__ = ["collect_basis", "refit"]
+__all__ = ["collect_statistics", "refit"]
 
 READER_ROWS = 8192
 STATISTICS = "statistics"
 
 
 @torch.no_grad()
-def collect_basis(
+def collect_statistics(
     dense: DenseModel,
     batches: Batches,
     progress: Progress,
     journal: Journal | None = None,
     activations: ActivationCache | None = None,
-) -> Basis:
+) -> DenseStatistics:
     """Run the dense model over the calibration rows and solve for the shared basis."""
     adapter = dense.adapter
     journal = journal or NoJournal()
@@ -102,15 +112,15 @@ def collect_basis(
         statistics.add_tokens(final, batch)
     weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
-    basis = solve_basis(dense, statistics.second_moment, statistics.metric)
+    found = solve_statistics(dense, statistics.second_moment, statistics.metric, final)
     progress.advance()
-    return basis
+    return found
 
 
 @torch.no_grad()
 def refit(
     dense: DenseModel,
-    basis: Basis,
+    statistics: DenseStatistics,
     targets: Sequence[Target],
     batches: Batches,
     progress: Progress,
@@ -129,9 +139,13 @@ def refit(
     held_out = [mask.to(dense.device) for mask in batches.held_out()]
     progress.start("refit", len(dense.blocks) + 1)
     stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
-    bases = [basis.leading(target.dim) for target in targets]
-    for target, leading in zip(targets, bases, strict=True):
-        _slice_embeddings(dense, target, leading, batches)
+    bases = [statistics.basis.leading(target.dim) for target in targets]
+    ties: list[Tie | None] = [None] * len(targets)
+    if dense.dimensions.keeps_tie:
+        ties = [solve_tie(dense, statistics, leading) for leading in bases]
+        bases = [tied.axes for tied in ties if tied is not None]
+    for target, leading, tied in zip(targets, bases, ties, strict=True):
+        _slice_embeddings(dense, target, leading, tied, batches)
     snapshot = journal.resume(phase)
     if snapshot is not None:
         stream = activations_in("dense", snapshot, dense.streams)
@@ -158,8 +172,11 @@ def refit(
         journal.offer(phase, index + 1, _content(stream, targets))
         progress.advance(f"energy kept {1 - lost:.4f}")
 
-    for target, leading in zip(targets, bases, strict=True):
-        _fit_head(dense, target, stream, leading, held_out)
+    for target, leading, tied in zip(targets, bases, ties, strict=True):
+        if tied is None:
+            _fit_head(dense, target, stream, leading, held_out)
+        else:
+            fit_tied_head(dense, target, stream, tied, batches, held_out)
         hand_over_buffers(dense, target)
         target.stream.clear()
     journal.finish(phase, Content())
@@ -282,7 +299,7 @@ def _fit_head(
     """Fit the head, a reader of the final norm, and hand norm and head to the sink."""
     path = dense.adapter.final_norm
     norm = target.meta_model.get_submodule(path)
-    modules.fill(norm, _below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
+    modules.fill(norm, modules.below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     matrix, _ = fit_reading(
         dense, norm, stream, target.stream, basis, held_out, functools.partial(target.ridges.solve, "head")
     )
@@ -293,9 +310,11 @@ def _fit_head(
         target.sink(name, tensor.to("cpu", target.dtype))
 
 
-def _slice_embeddings(dense: DenseModel, target: Target, basis: torch.Tensor, batches: Batches) -> None:
-    """Project the embedding tables, start the sliced stream from them, and hand them to the sink."""
-    tables = project_embeddings(dense.dimensions, dense.weights, basis, target.dtype)
+def _slice_embeddings(
+    dense: DenseModel, target: Target, basis: torch.Tensor, tied: Tie | None, batches: Batches
+) -> None:
+    """Slice the embedding tables, start the sliced stream from them, and hand them to the sink."""
+    tables = slice_embeddings(dense.dimensions, dense.weights, basis, target.dtype, tied)
     target.stream, _ = enter(dense, target.meta_model, tables, batches)
     for name, table in tables.items():
         target.sink(name, table.to("cpu", target.dtype))
@@ -310,8 +329,3 @@ def _reader_matrices(declared: Block, norm: str, weights: Mapping[str, torch.Ten
             if branch.experts is not None:
                 matrices.append(weights[branch.experts.reader_path])
     return matrices
-
-
-def _below(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors by their names inside a module."""
-    return {name.removeprefix(f"{path}."): value for name, value in tensors.items()}

@@ -23,7 +23,9 @@ from slicecli.linalg.sliced_maps import (
     projected_table,
     projected_writer,
     projection_for_readers,
+    rows_times,
 )
+from slicecli.linalg.tied import Tie, tie
 
 __all__ = [
     "WeightReader",
@@ -33,15 +35,18 @@ __all__ = [
     "neutral_norm",
     "norm_weight_and_bias",
     "project",
-    "project_embeddings",
     "project_writers",
     "published_reader",
+    "slice_embeddings",
     "sliced_readers",
     "stored_form",
     "stored_writers",
+    "tie_of",
+    "tied_head",
 ]
 
 Tensors = dict[str, torch.Tensor]
+TIED_TABLE = 0  # the first that is declared is the one a head shares
 
 
 class WeightReader(Protocol):
@@ -197,21 +202,57 @@ def stored_writers(branches: Sequence[Branch], tensors: Mapping[str, torch.Tenso
     return {name: stored_form(writers[name], tensor) if name in writers else tensor for name, tensor in tensors.items()}
 
 
-def project_embeddings(
-    dimensions: Dimensions, weights: WeightReader, basis: torch.Tensor, dtype: torch.dtype
+def tie_of(
+    dimensions: Dimensions, weights: WeightReader, basis: torch.Tensor, second_moment: torch.Tensor | None = None
+) -> Tie:
+    """Return how one table serves as embedding and head of a slice.
+
+    Args:
+        basis: Q, float64 of shape (d, k), on the device that computes.
+        second_moment: As of `slicecli.linalg.tied.tie`.
+    """
+    gain, _ = final_norm_weight_and_bias(dimensions, weights, basis.device)
+    assert gain is not None  # the norms of tied slices have a weight
+    return tie(basis, gain, second_moment, dimensions.adapter.scales_embeddings_by_width)
+
+
+def slice_embeddings(
+    dimensions: Dimensions,
+    weights: WeightReader,
+    basis: torch.Tensor,
+    dtype: torch.dtype,
+    tied: Tie | None = None,
 ) -> Tensors:
     """Return the sliced embedding tables.
 
     Args:
         basis: Q, float64 of shape (d, k), on the device that computes.
         dtype: Dtype to round to.
+        tied: How one of them serves as the head too.
     """
     adapter = dimensions.adapter
-    names = [f"{table.path}.weight" for table in adapter.embeddings]
-    return {
-        name: projected_table(weights.tensor(name).to(basis.device), basis, adapter.scales_embeddings_by_width, dtype)
-        for name in names
-    }
+    tables = {}
+    for number, declared in enumerate(adapter.embeddings):
+        name = f"{declared.path}.weight"
+        table = weights.tensor(name).to(basis.device)
+        if tied is not None and number == TIED_TABLE:
+            tables[name] = rows_times(table, tied.table_map, dtype)
+        else:
+            tables[name] = projected_table(table, basis, adapter.scales_embeddings_by_width, dtype)
+    return tables
+
+
+def tied_head(dimensions: Dimensions, weights: WeightReader, gain: torch.Tensor) -> Tensors:
+    """Return the final norm of a tied slice, and the head's bias where it has one; its weight is the embedding table.
+
+    Args:
+        gain: What the norm multiplies by, float64 of shape (k,).
+    """
+    adapter, head = dimensions.adapter, dimensions.adapter.head
+    tensors = {f"{adapter.final_norm}.weight": gain - adapter.norm.weight_offset}
+    if dimensions.has_bias(head):
+        tensors[f"{head.path}.bias"] = weights.tensor(f"{head.path}.bias")
+    return tensors
 
 
 def project(
@@ -231,8 +272,11 @@ def project(
     """
     adapter = dimensions.adapter
     leading = basis.leading(dim)
+    tied = tie_of(dimensions, weights, leading) if dimensions.keeps_tie else None
+    if tied is not None:
+        leading = tied.axes
     matrix = projection_for_readers(leading)
-    for name, tensor in project_embeddings(dimensions, weights, leading, dtype).items():
+    for name, tensor in slice_embeddings(dimensions, weights, leading, dtype, tied).items():
         sink(name, tensor)
     for index, block in enumerate(dimensions.declared_blocks):
         path = f"{adapter.blocks}.{index}"
@@ -242,7 +286,8 @@ def project(
         tensors |= {kept.path: dense[kept.path] for kept in block.kept}
         for name, tensor in tensors.items():
             sink(f"{path}.{name}", tensor.to(dtype))
-    for name, tensor in fold_head(dimensions, weights, matrix, dtype).items():
+    head = tied_head(dimensions, weights, tied.gain) if tied else fold_head(dimensions, weights, matrix, dtype)
+    for name, tensor in head.items():
         sink(name, tensor.to(dtype))
 
 

@@ -1,7 +1,7 @@
 """The statistics of models that were sliced, on disk, so that another dim of one need not collect them again.
 
-An entry is the basis of one model and calibration: some d² numbers. Entries that were not used for longest go when the
-cache becomes larger than its bound.
+An entry is of one model and calibration: a basis and a second moment, some 2 d² numbers. Entries that were not used
+for longest go when the cache becomes larger than its bound.
 
 Symbols: docs/notation.md.
 """
@@ -20,14 +20,14 @@ from slicecli.errors import OutputError, RequestError
 from slicecli.runtime.inputs import local_path, parse_bytes
 
 if TYPE_CHECKING:
-    from slicecli.linalg.basis import Basis
+    from slicecli.slicing.context import DenseStatistics
 
 __all__ = ["CACHE_VARIABLE", "Entry", "StatisticsCache", "default_folder", "most_bytes"]
 
 CACHE_VARIABLE = "SLICECLI_CACHE"
 SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
 USUAL_BYTES = 10_000_000_000
-FORMAT = 1  # raised when what is cached, or how it is computed, changes
+FORMAT = 2  # raised when what is cached, or how it is computed, changes
 TENSORS = ("vectors", "energies", "importances")
 
 
@@ -71,12 +71,13 @@ class StatisticsCache:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (default_folder() if folder is None else local_path(folder)) / "statistics"
 
-    def load(self, key: Mapping[str, Any], device: Any) -> Basis | None:
-        """Return the basis of a key, and count it as used; `None` where there is none that can be read."""
+    def load(self, key: Mapping[str, Any], device: Any) -> DenseStatistics | None:
+        """Return the statistics of a key, and count it as used; `None` where there are none that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from slicecli.linalg.basis import Basis
+        from slicecli.slicing.context import DenseStatistics
 
         path = self._path(key)
         if not path.is_file():
@@ -85,20 +86,23 @@ class StatisticsCache:
             tensors = load_file(path, device=str(device))
             os.utime(path)
             vectors, energies, importances = (tensors[name] for name in TENSORS)
-            return Basis(vectors, energies, importances, bool(tensors["is_centred"].item()))
+            basis = Basis(vectors, energies, importances, bool(tensors["is_centred"].item()))
+            return DenseStatistics(basis, tensors["final_moment"])
         except (SafetensorError, OSError, KeyError):  # damaged: as if it were not there
             path.unlink(missing_ok=True)
             return None
 
-    def store(self, key: Mapping[str, Any], basis: Basis, model: str, calibration: str) -> None:
-        """Store a basis, and remove old entries beyond the bound; one that does not fit is not stored."""
+    def store(self, key: Mapping[str, Any], statistics: DenseStatistics, model: str, calibration: str) -> None:
+        """Store the statistics of a model, and remove old entries beyond the bound; what does not fit is not stored."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        bound = most_bytes()
+        bound, basis = most_bytes(), statistics.basis
         tensors = {name: getattr(basis, name).contiguous().cpu() for name in TENSORS}
         tensors["is_centred"] = torch.tensor(basis.is_centred)
+        if statistics.final_moment is not None:
+            tensors["final_moment"] = statistics.final_moment.contiguous().cpu()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > bound:
             return

@@ -1,0 +1,72 @@
+"""The tied head of a slice in the making: its axes before the first block, its final norm after the last.
+
+Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slicecli.linalg.normal_equations import add_outer, add_square, widen
+from slicecli.linalg.tied import GainSums, Tie, fit_gain, token_metric
+from slicecli.slicing import modules
+from slicecli.slicing.activations import Stream
+from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Target
+from slicecli.slicing.sliced_tensors import final_norm_weight_and_bias, neutral_norm, tie_of, tied_head
+
+__all__ = ["fit_tied_head", "solve_tie"]
+
+
+def solve_tie(dense: DenseModel, statistics: DenseStatistics, basis: torch.Tensor) -> Tie:
+    """Return how one table serves as embedding and head of a slice, the same bits for all processes.
+
+    Args:
+        basis: Q, float64 of shape (d, k).
+    """
+
+    def solution() -> list[torch.Tensor]:
+        found = tie_of(dense.dimensions, dense.weights, basis, statistics.final_moment)
+        return [found.axes, found.gain, found.table_map]
+
+    shape = tuple(basis.shape)
+    return Tie(*dense.processes.tensors_from_main(solution, [shape, shape[1:], shape], dense.device))
+
+
+def fit_tied_head(
+    dense: DenseModel,
+    target: Target,
+    stream: Stream,
+    found: Tie,
+    batches: Batches,
+    held_out: Sequence[torch.Tensor],
+) -> None:
+    """Fit the weight of the final norm to the sliced stream as it is there, and hand it to the sink."""
+    path = dense.adapter.final_norm
+    norm = target.meta_model.get_submodule(path)
+    modules.fill(norm, modules.below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
+    sums = [_empty(found), _empty(found)]
+    for wide, narrow, mask in zip(stream, target.stream, held_out, strict=True):
+        goal = dense.normalise(wide).flatten(0, -2)
+        given = widen(norm(narrow)).flatten(0, -2)
+        for one, chosen in zip(sums, (~mask, mask), strict=True):
+            add_square(one.sliced, given[chosen])
+            add_outer(one.crossed, goal[chosen], given[chosen])
+    modules.clear(norm)
+    for one in sums:
+        dense.processes.sum_to_main(one.sliced, one.crossed)
+    if not dense.processes.is_main:
+        return
+    gain, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
+    assert gain is not None
+    table = dense.weights.tensor(f"{dense.adapter.head.path}.weight").to(dense.device)
+    counts = torch.bincount(batches.rows.flatten(), minlength=len(table))
+    fitted = fit_gain(found, gain, token_metric(table, counts), sums)
+    for name, tensor in tied_head(dense.dimensions, dense.weights, fitted).items():
+        target.sink(name, tensor.to("cpu", target.dtype))
+
+
+def _empty(found: Tie) -> GainSums:
+    width, dim = found.axes.shape
+    return GainSums(found.axes.new_zeros(dim, dim), found.axes.new_zeros(width, dim))
