@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from programs import run_program
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -395,10 +396,10 @@ def test_a_text_in_another_encoding(refused, checkpoints, tmp_path):
         ("wikitext2", "offline mode is on (HF_HUB_OFFLINE). Unset HF_HUB_OFFLINE."),
     ],
 )
-def test_a_dataset_that_cannot_be_had(checkpoints, forks, tmp_path, text, says):
+def test_a_dataset_that_cannot_be_had(checkpoints, tmp_path, text, says):
     words = ("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = forks.run("-m", "slicecli", *words, env=environment, cwd=tmp_path)
+    done = run_program("-m", "slicecli", *words, env=environment, cwd=tmp_path)
     assert done.returncode == 1
     assert says in done.stderr.strip().splitlines()[-1]
 

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from forks import ALL_IMPORTS, Forks
+from programs import run_program
 
 pytestmark = pytest.mark.usefixtures("without_cache")
 
@@ -16,20 +16,13 @@ def without_cache(monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
 
 
-@pytest.fixture(scope="module")
-def forks():
-    made = Forks(ALL_IMPORTS)
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def runpytest(pytester, forks):
-    """Run pytest in the folder of `pytester`, in a process of its own."""
+def runpytest(pytester):
+    """Run pytest in the folder of `pytester`, in a fork of this process."""
 
     def run(*words):
         # a path inside this project would bring its options, and with them processes more
-        done = forks.run("-m", "pytest", *words, "-n", "0", cwd=pytester.path)
+        done = run_program("-m", "pytest", *words, "-n", "0", cwd=pytester.path, kind="fork")
         return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), 0.0)
 
     return run

@@ -10,12 +10,13 @@ import time
 
 import pytest
 from conftest import tiny_model
+from programs import start_program
 
 from slicecli.checkpoint.folder import file_digest
 
 pytestmark = pytest.mark.slow
 
-SLICES, SWEEPS = 6, 4  # of each method, killed twice; killed once
+SLICES, SWEEPS = 4, 2  # of each method, killed twice; killed once
 
 
 def digests(folder):
@@ -31,38 +32,14 @@ def in_child(words, log, kill_when=None, signal_number=signal.SIGKILL, **variabl
     With `kill_when` it is killed as soon as that says so, unless it has ended before.
     """
     log.write_text("")
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            import sys
-
-            from slicecli.cli import main
-
-            stream = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(stream, 1)
-            os.dup2(stream, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.environ.update(variables)
-            sys.argv = ["slicecli", *map(str, words)]
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    ended, status = 0, 0
-    while kill_when is not None and not ended:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended and kill_when():
-            os.kill(child, signal_number)
+    child = start_program(("-m", "slicecli", *words), log, log, env={**os.environ, **variables}, kind="fork")
+    while kill_when is not None and child.is_alive():
+        if kill_when():
+            os.kill(child.pid, signal_number)
             break
         time.sleep(0.001)
-    if not ended:
-        _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    child.join()
+    return child.exitcode
 
 
 def after_lines(log, count, pause=0.0):
@@ -84,7 +61,7 @@ def model(tmp_path_factory):
 
     from slicecli.testing.checkpoints import save_checkpoint
 
-    return save_checkpoint(tiny_model("llama", num_hidden_layers=10), tmp_path_factory.mktemp("many") / "model")
+    return save_checkpoint(tiny_model("llama", num_hidden_layers=8), tmp_path_factory.mktemp("many") / "model")
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
         (("--tasks", "no-such-task", "--dims", "36"), "no-such-task"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(run, words, more, message, tmp_path):
+def test_what_cannot_be_is_refused_before_anything_is_written(run, words, own_defaults, more, message, tmp_path):
     result = run(*words, "-o", tmp_path / "sweep", *more)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
