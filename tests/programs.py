@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ FRESH.set_forkserver_preload(
     ["torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "sklearn.metrics", "pandas"]
 )
 FORK = multiprocessing.get_context("fork")
+# the command line as a program; in a fork, pytest has its hand on what `-m` would run
+SLICECLI = ("-c", "from slicecli.cli import main; main()")
+PATH = list(sys.path)  # without what packages add to it later
 
 
 @contextlib.contextmanager
@@ -88,7 +92,8 @@ def start_program(
     """
     context = FRESH if kind == "fresh" else FORK
     environment = dict(os.environ) if env is None else dict(env)
-    arguments = ([str(word) for word in words], str(output), str(errors), str(cwd or Path.cwd()), environment)
+    folder = str(cwd or Path.cwd())
+    arguments = ([str(word) for word in words], str(output), str(errors), folder, environment, [folder, *PATH])
     process = context.Process(target=_be_program, args=arguments)
     process.start()
     return process
@@ -114,14 +119,18 @@ def run_python(*words: str | Path, **options: Any) -> CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def _be_program(words: list[str], output: str, errors: str, folder: str, environment: dict[str, str]) -> None:
+def _be_program(
+    words: list[str], output: str, errors: str, folder: str, environment: dict[str, str], path: list[str]
+) -> None:
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), os.fdopen(1, "w"), os.fdopen(2, "w")  # noqa: SIM115
+    # a test run in the background of a shell has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path.insert(0, folder)
+    sys.path[:] = path
     kind, what, *more = words
     sys.argv = [kind if kind == "-c" else what, *more]
     code: Any = 1

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import tiny_model
-from programs import start_program
+from programs import SLICECLI, start_program
 
 from slicecli.checkpoint.folder import file_digest
 
@@ -32,7 +32,7 @@ def in_child(words, log, kill_when=None, signal_number=signal.SIGKILL, **variabl
     With `kill_when` it is killed as soon as that says so, unless it has ended before.
     """
     log.write_text("")
-    child = start_program(("-m", "slicecli", *words), log, log, env={**os.environ, **variables}, kind="fork")
+    child = start_program((*SLICECLI, *words), log, log, env={**os.environ, **variables}, kind="fork")
     while kill_when is not None and child.is_alive():
         if kill_when():
             os.kill(child.pid, signal_number)
@@ -85,9 +85,10 @@ def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_pa
     for number in range(SLICES):
         output = tmp_path / f"out{number}"
         command = slice_command(output, *words, "--resume")
-        # killed twice on its way, at moments drawn over the whole run
+        # killed twice on its way, at moments drawn over each part of the run
         for _ in range(2):
-            moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.03))
+            line = int(lines * (number + generator.random()) / SLICES)
+            moment = after_lines(log, line, generator.uniform(0, 0.03))
             in_child(command, log, kill_when=moment, SLICECLI_JOURNAL_SECONDS="0")
             if output.exists():
                 break
