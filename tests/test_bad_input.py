@@ -9,9 +9,9 @@ import signal
 import time
 
 import pytest
-from programs import SLICECLI, run_command, start_program
 import torch
 import transformers
+from programs import SLICECLI, run_command, start_program
 from safetensors.torch import load_file, save_file
 
 from slicecli.proof.tiny import random_model, tiny_config

@@ -9,9 +9,9 @@ import json
 import sys
 
 import pytest
-from programs import run_program
 import torch
 import transformers
+from programs import run_program
 from test_cli import python
 from test_families import CASES
 from test_slicing import dimensions_of

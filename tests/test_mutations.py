@@ -104,26 +104,54 @@ def without_bias(linears):
 MUTATIONS = {
     # norms
     "norm of another kind: a LayerNorm declared as RMSNorm": Mutation(
-        "starcoder2", lambda a: replace(a, norm=replace(a.norm, kind="rms")), "model.layers.0.self_attn.q_proj", caught_by=(ROTATION, FOLDING)),
+        "starcoder2",
+        lambda a: replace(a, norm=replace(a.norm, kind="rms")),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION, FOLDING),
+    ),
     "centred RMSNorm stream": Mutation(
-        "llama", lambda a: replace(a, norm=replace(a.norm, kind="layer")), "model.layers.0.self_attn.q_proj", caught_by=(ROTATION_32,)),
+        "llama",
+        lambda a: replace(a, norm=replace(a.norm, kind="layer")),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION_32,),
+    ),
     "norm weight without its offset": Mutation(
-        "gemma", lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)), "model.layers.0.self_attn.q_proj", caught_by=(ROTATION,)),
+        "gemma",
+        lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION,),
+    ),
     "norm of the other branch": Mutation(
-        "llama", in_branch(0, norm="post_attention_layernorm"), "model.layers.0.input_layernorm", caught_by=(NAMES, COUNTS)),
+        "llama",
+        in_branch(0, norm="post_attention_layernorm"),
+        "model.layers.0.input_layernorm",
+        caught_by=(NAMES, COUNTS),
+    ),
     "norm weight undeclared": Mutation(
-        "llama", lambda a: replace(a, norm=replace(a.norm, has_weight=False)), "model.layers.0.input_layernorm.weight", caught_by=(NAMES, GROWS)),
+        "llama",
+        lambda a: replace(a, norm=replace(a.norm, has_weight=False)),
+        "model.layers.0.input_layernorm.weight",
+        caught_by=(NAMES, GROWS),
+    ),
     "norm bias undeclared": Mutation(
         "phi", lambda a: replace(a, norm=replace(a.norm, has_bias=False)), "model.layers.0.input_layernorm.bias"
     ),
     "wrong epsilon": Mutation(
-        "olmo", lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)), "norm", caught_by=(REFIT, PUBLISHED)),
+        "olmo",
+        lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)),
+        "norm",
+        caught_by=(REFIT, PUBLISHED),
+    ),
     "final norm of a block": Mutation(
         "llama", lambda a: replace(a, final_norm="model.layers.0.input_layernorm"), "model.norm.weight"
     ),
     # readers
     "missed reader": Mutation(
-        "llama", in_branch(0, readers=lambda readers: readers[:2]), "model.layers.0.self_attn.v_proj.weight", caught_by=(NAMES, OPERATIONS)),
+        "llama",
+        in_branch(0, readers=lambda readers: readers[:2]),
+        "model.layers.0.self_attn.v_proj.weight",
+        caught_by=(NAMES, OPERATIONS),
+    ),
     "reader of a width it has not": Mutation(
         "llama",
         in_branch(1, readers=lambda readers: tuple(replace(one, width="query") for one in readers)),
@@ -153,17 +181,36 @@ MUTATIONS = {
     # writers and branches
     "missed writer": Mutation("llama", in_branch(1, writer=None), "model.layers.0.mlp.down_proj.weight"),
     "forgotten multiplier": Mutation(
-        "granite", in_branch(0, multiplier=""), "model.layers.0", changes={"residual_multiplier": 0.22}, caught_by=(REFIT, PUBLISHED)),
+        "granite",
+        in_branch(0, multiplier=""),
+        "model.layers.0",
+        changes={"residual_multiplier": 0.22},
+        caught_by=(REFIT, PUBLISHED),
+    ),
     "forgotten gate": Mutation(
-        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0", caught_by=(REFIT,)),
+        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0", caught_by=(REFIT,)
+    ),
     "parallel block declared as sequential": Mutation(
-        "gpt_neox", in_block(lambda block: replace(block, is_parallel=False)), "gpt_neox.layers.0", caught_by=(REFIT, PUBLISHED)),
+        "gpt_neox",
+        in_block(lambda block: replace(block, is_parallel=False)),
+        "gpt_neox.layers.0",
+        caught_by=(REFIT, PUBLISHED),
+    ),
     "sequential block declared as parallel": Mutation(
-        "llama", in_block(lambda block: replace(block, is_parallel=True)), "model.layers.0", caught_by=(REFIT, PUBLISHED)),
+        "llama",
+        in_block(lambda block: replace(block, is_parallel=True)),
+        "model.layers.0",
+        caught_by=(REFIT, PUBLISHED),
+    ),
     "width that may change": Mutation(
-        "gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel", caught_by=(PROVED,)),
+        "gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel", caught_by=(PROVED,)
+    ),
     "branch in a module that is not there": Mutation(
-        "llama", in_branch(1, module="feed_forward"), "feed_forward", caught_by=(WIDER, WIDER_PUBLISHED, REFIT, PUBLISHED, PROVED)),
+        "llama",
+        in_branch(1, module="feed_forward"),
+        "feed_forward",
+        caught_by=(WIDER, WIDER_PUBLISHED, REFIT, PUBLISHED, PROVED),
+    ),
     "experts of another width": Mutation(
         "mixtral",
         in_branch(1, experts=lambda experts: replace(experts, writer_width="query")),
@@ -185,11 +232,15 @@ MUTATIONS = {
     "embeddings not said to grow with the width": Mutation(
         "gemma",
         lambda a: replace(a, scales_embeddings_by_width=False),
-        "the stream that model.embed_tokens start", caught_by=(START,)),
+        "the stream that model.embed_tokens start",
+        caught_by=(START,),
+    ),
     "embeddings said to grow with the width": Mutation(
         "llama",
         lambda a: replace(a, scales_embeddings_by_width=True),
-        "the stream that model.embed_tokens start", caught_by=(START,)),
+        "the stream that model.embed_tokens start",
+        caught_by=(START,),
+    ),
     "forgotten parameter apart from the stream": Mutation(
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
     ),
@@ -197,14 +248,24 @@ MUTATIONS = {
     "own name of the longest row forgotten": Mutation(
         "gptj",
         lambda a: replace(a, names={usual: own for usual, own in a.names.items() if own != "n_positions"}),
-        "max_position_embeddings is n_positions", caught_by=(CONTEXT,)),
+        "max_position_embeddings is n_positions",
+        caught_by=(CONTEXT,),
+    ),
     "rule on dims that none keeps": Mutation(
-        "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal", caught_by=(ILLEGAL,)),
-    "rule on dims forgotten": Mutation("llama", lambda a: replace(a, dim_divisors=()), "hidden size", caught_by=(CONFIG_CLASS,)),
+        "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal", caught_by=(ILLEGAL,)
+    ),
+    "rule on dims forgotten": Mutation(
+        "llama", lambda a: replace(a, dim_divisors=()), "hidden size", caught_by=(CONFIG_CLASS,)
+    ),
     "rule on dims invented": Mutation(
-        "qwen2", lambda a: replace(a, dim_divisors=("num_attention_heads",)), "dim_divisors rules out", caught_by=(CONFIG_CLASS,)),
+        "qwen2",
+        lambda a: replace(a, dim_divisors=("num_attention_heads",)),
+        "dim_divisors rules out",
+        caught_by=(CONFIG_CLASS,),
+    ),
     "a tied class declared as stock": Mutation(
-        "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention", caught_by=(NAMES, CACHE)),
+        "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention", caught_by=(NAMES, CACHE)
+    ),
 }
 
 
