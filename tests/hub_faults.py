@@ -102,7 +102,6 @@ class ReadOnly:
 
     folder = ""
     is_installed = False
-    changed = {"os.rename": 0, "os.remove": 0, "os.rmdir": 0, "os.chmod": 0, "os.symlink": 1, "os.link": 1}
 
     @classmethod
     def refuse(cls, event: str, arguments: Any) -> None:
@@ -113,8 +112,10 @@ class ReadOnly:
             path, changes = arguments[0], arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         elif event == "os.mkdir":
             path, changes = arguments[0], not Path(arguments[0]).exists()
-        elif event in cls.changed:
-            path, changes = arguments[cls.changed[event]], True
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.chmod"):
+            path, changes = arguments[0], True
+        elif event in ("os.symlink", "os.link"):
+            path, changes = arguments[1], True
         else:
             return
         if changes and not isinstance(path, int) and os.fspath(path).startswith(cls.folder):

@@ -181,8 +181,10 @@ def test_a_token_that_cannot_be_sent_is_no_broken_connection(
         lambda: find_slices(token=token),
         lambda: read_text("me/text", "calibration", token),
     ):
-        with surroundings(loopback_hub.environment(isolated_hub_cache), tmp_path):
-            with pytest.raises(SlicecliError, match="the token has characters that no token has") as raised:
-                call()
+        with (
+            surroundings(loopback_hub.environment(isolated_hub_cache), tmp_path),
+            pytest.raises(SlicecliError, match="the token has characters that no token has") as raised,
+        ):
+            call()
         assert "hf_" not in str(raised.value)
     assert waits == []

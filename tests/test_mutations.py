@@ -1,4 +1,4 @@
-"""The conformance suite against adapters and slices that are deliberately wrong: each is caught, and the fault is named.
+"""The conformance suite against adapters and slices that are deliberately wrong: all are caught, by name.
 
 Each row damages one thing in a shipped declaration and names the tests of the suite that must fail; the message of one
 must name the module or parameter at fault.
