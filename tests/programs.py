@@ -13,21 +13,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
 
-# half of the time of an import of transformers; none of them reads the environment, or knows of this program
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "sklearn.metrics", "pandas"]
-)
-FORK = multiprocessing.get_context("fork")
-# the command line as a program; in a fork, pytest has its hand on what `-m` would run
-SLICECLI = ("-c", "from slicecli.cli import main; main()")
+# Processes that are forked from one that has imported the heavy packages, and has no threads that a fork would lack.
+# The first does without what reads the environment at its import, or knows of this program.
+PACKAGES = ["torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "sklearn.metrics", "pandas"]
+PROGRAM = ["accelerate", "datasets", "transformers.models.llama.modeling_llama", "slicecli.slicing.refit"]
+SERVERS = {"fresh": forkserver.ForkServer(), "warm": forkserver.ForkServer()}
+SERVERS["fresh"].set_forkserver_preload(PACKAGES)
+SERVERS["warm"].set_forkserver_preload(PACKAGES + PROGRAM)
+# the command line as a program
+SLICECLI = ("-m", "slicecli")
 PATH = list(sys.path)  # without what packages add to it later
 
 
@@ -41,17 +44,17 @@ def surroundings(environment: Mapping[str, str], folder: Path) -> Iterator[None]
         hf_api.api.endpoint = constants.ENDPOINT
         close_session()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with pytest.MonkeyPatch.context() as changes:
+        changes.chdir(folder)
         for name in set(os.environ) - set(environment):
-            patch.delenv(name)
+            changes.delenv(name)
         for name, value in environment.items():
-            patch.setenv(name, value)
+            changes.setenv(name, value)
         read_environment()
         try:
             yield
         finally:
-            patch.undo()
+            changes.undo()
             read_environment()
 
 
@@ -80,9 +83,9 @@ def start_program(
     errors: Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    kind: Literal["fresh", "fork"] = "fresh",
+    kind: Literal["fresh", "warm"] = "fresh",
 ) -> Any:
-    """Start a program in a process of its own: a fresh one, or a fork of this one, which need not import anything.
+    """Start a program in a process of its own: a fresh one, or a warm one that need not import this program either.
 
     Args:
         words: As after `python`: `-m`, a module and its arguments, or `-c`, code and its arguments.
@@ -91,12 +94,12 @@ def start_program(
         cwd: The folder in which it runs.
         env: Its environment, where it is another.
     """
-    context = FRESH if kind == "fresh" else FORK
     environment = dict(os.environ) if env is None else dict(env)
     folder = str(cwd or Path.cwd())
     arguments = ([str(word) for word in words], str(output), str(errors), folder, environment, [folder, *PATH])
-    process = context.Process(target=_be_program, args=arguments)
-    process.start()
+    process = multiprocessing.get_context("forkserver").Process(target=_be_program, args=arguments)
+    with patch.object(forkserver, "connect_to_new_process", SERVERS[kind].connect_to_new_process):
+        process.start()
     return process
 
 
@@ -104,7 +107,7 @@ def run_program(
     *words: str | Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    kind: Literal["fresh", "fork"] = "fresh",
+    kind: Literal["fresh", "warm"] = "fresh",
 ) -> CompletedProcess[str]:
     """Run a program to its end, see `start_program`."""
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import transformers
-from programs import SLICECLI, run_command, start_program
+from programs import SLICECLI, run_command, run_program, start_program
 from safetensors.torch import load_file, save_file
 
 from slicecli.proof.tiny import random_model, tiny_config
@@ -395,7 +395,7 @@ def test_a_text_in_another_encoding(refused, checkpoints, tmp_path):
 def test_a_dataset_that_cannot_be_had(checkpoints, tmp_path, text, says):
     words = ("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = run_command(*words, env=environment, cwd=tmp_path)
+    done = run_program(*SLICECLI, *words, env=environment, cwd=tmp_path)
     assert done.returncode == 1
     assert says in done.stderr.strip().splitlines()[-1]
 
@@ -588,7 +588,7 @@ def test_eval_of_bad_input(run, checkpoints, checkpoint_copy, text_file, tmp_pat
 
 def started_until(words, word, log):
     """Start the command line, and wait for a line that begins with a word."""
-    process = start_program((*SLICECLI, *words), log, log, kind="fork")
+    process = start_program((*SLICECLI, *words), log, log, kind="warm")
     while process.is_alive() and f"\n{word}" not in f"\n{log.read_text() if log.exists() else ''}":
         time.sleep(0.001)
     assert process.is_alive(), log.read_text()

@@ -413,7 +413,7 @@ def test_whoever_runs_the_suite_on_a_wrong_adapter_reads_what_is_wrong(tmp_path,
         "    adapter = mutant('missed reader')\n"
     )
     words = ["-k", "names_every_parameter or context_length", "--slicecli-report", "report.json"]
-    done = run_program("-m", "pytest", *words, "test_mine.py", cwd=tmp_path, kind="fork")
+    done = run_program("-m", "pytest", *words, "test_mine.py", cwd=tmp_path, kind="warm")
     assert done.returncode == 1, done.stdout
     report = json.loads((tmp_path / "report.json").read_text())["tests"]
     (failed,) = [test for test in report if test["outcome"] == "failed"]

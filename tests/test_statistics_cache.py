@@ -13,6 +13,8 @@ from slicecli.checkpoint.folder import file_digest
 from slicecli.linalg.basis import reader_basis
 from slicecli.slicing.statistics_cache import SIZE_VARIABLE, StatisticsCache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def kept(checkpoints, text_file, tmp_path_factory):

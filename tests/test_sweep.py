@@ -15,6 +15,8 @@ from slicecli.jobs.plan import SliceOptions
 from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
 from slicecli.runtime import placement
 
+pytestmark = pytest.mark.slow
+
 DIMS = "44,36,24"
 
 
