@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from forks import Forks
 
 from slicecli.proof.tiny import random_model
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
@@ -19,6 +18,8 @@ pytest_plugins = ["pytester"]
 
 # the models are tiny: threads would only wait for each other, badly so where several test runs share a machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the Hub's client reads it once
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,12 +138,13 @@ def run() -> Callable[..., Result]:
     return call
 
 
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Run programs in processes of their own, with the environment that there is by then."""
-    made = Forks()
-    yield made
-    made.close()
+@pytest.fixture
+def own_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of lm-eval's own tasks, which take seconds to index."""
+    folder = tmp_path / "defaults"
+    folder.mkdir()
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
+    return folder
 
 
 @pytest.fixture

@@ -6,19 +6,22 @@ said, what it left on the disk and on the Hub, and what the same command does on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-import subprocess
+import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forks import ALL_IMPORTS, Forks
+import pytest
+from programs import call_command, surroundings
 
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 from slicecli.testing.loopback_hub import Fault, LoopbackHub, Request
@@ -36,6 +39,87 @@ SHARDS = 3
 SHARD = "model-00002-of-00003.safetensors"
 # what a push may change on this machine
 DESCRIPTIONS = ("README.md", "slicecli.json")
+PIECE = 2000  # bytes that the client takes from a connection at once, in place of 10 MB
+ROOM = 20_000  # bytes of each download that go onto a disk before it is full
+
+
+def small_pieces(patch: pytest.MonkeyPatch) -> None:
+    """Let a download be kept in small pieces, as one of many gigabytes is in pieces of 10 MB."""
+    patch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", PIECE)
+
+
+def disk_becomes_full(patch: pytest.MonkeyPatch) -> None:
+    """Let the disk take some bytes of a download and then no more."""
+    from huggingface_hub import file_download
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, content: bytes) -> Any:
+            if self._file.tell() + len(content) > ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(content)
+
+    get = file_download.http_get
+    patch.setattr(file_download, "http_get", lambda url, file, **more: get(url, Full(file), **more))
+    small_pieces(patch)
+
+
+def disk_is_small(patch: pytest.MonkeyPatch) -> None:
+    """Let the disk with the cache say that little is free."""
+    usage = shutil.disk_usage
+
+    def little(path: Any) -> Any:
+        in_cache = os.fspath(path).startswith(os.environ["HF_HOME"])
+        return usage(path)._replace(free=ROOM) if in_cache else usage(path)
+
+    patch.setattr(shutil, "disk_usage", little)
+
+
+def no_network(patch: pytest.MonkeyPatch) -> None:
+    """Let the system find no way to any other machine."""
+
+    def refuse(*_arguments: Any) -> None:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    patch.setattr(socket.socket, "connect", refuse)
+
+
+def cache_cannot_be_written(patch: pytest.MonkeyPatch) -> None:
+    """Let the system refuse every change below HF_HOME, as on a file system that is mounted for reading."""
+    patch.setattr(ReadOnly, "folder", os.environ["HF_HOME"])
+    if not ReadOnly.is_installed:
+        sys.addaudithook(ReadOnly.refuse)  # for good: the system has no way to take one back
+        ReadOnly.is_installed = True
+
+
+class ReadOnly:
+    """The folder in which the system refuses every change; none where it is empty."""
+
+    folder = ""
+    is_installed = False
+
+    @classmethod
+    def refuse(cls, event: str, arguments: Any) -> None:
+        """Raise where something there is to be changed."""
+        if not cls.folder:
+            return
+        if event == "open":
+            path, changes = arguments[0], arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        elif event == "os.mkdir":
+            path, changes = arguments[0], not Path(arguments[0]).exists()
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.chmod"):
+            path, changes = arguments[0], True
+        elif event in ("os.symlink", "os.link"):
+            path, changes = arguments[1], True
+        else:
+            return
+        if changes and not isinstance(path, int) and os.fspath(path).startswith(cls.folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
 @dataclass(frozen=True)
@@ -53,8 +137,8 @@ class Scenario:
         gated: Whether it is gated.
         token: Whose token the user has, or a token; `None` is none.
         faults: What the Hub does; `{name}` and `{digest}` in paths stand for the repository and a weight file.
-        circumstances: What is wrong with the machine, see `fork_server`.
-        environment: More of the environment; the command runs in a Python of its own then.
+        circumstances: What is wrong with the machine.
+        environment: More of the environment.
         first: A command that ran before, when all was well.
         prepare: What else is done before the command.
         mend: What is done after it, besides that the fault goes, the token is the owner's, and the machine is sound.
@@ -71,7 +155,7 @@ class Scenario:
     gated: bool = False
     token: str | None = "me"
     faults: tuple[Fault, ...] = ()
-    circumstances: tuple[str, ...] = ()
+    circumstances: tuple[Callable[[pytest.MonkeyPatch], None], ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     first: tuple[str, ...] = ()
     prepare: Callable[[World, Scenario], None] | None = None
@@ -166,7 +250,6 @@ class World:
             (root / folder).mkdir()
         self.tokens = {"me": self.hub.token, "lab": self.hub.token, "them": self.hub.add_user("them")}
         self.environment = {**self.hub.environment(self.home, None), "HOME": str(root / "somebody")}
-        self.forks = Forks(ALL_IMPORTS, self.environment)
         self._seen: dict[str, Seen] = {}
         self.slice = root / "slice"
         self.hub.upload("lab/first", self.model)
@@ -175,29 +258,19 @@ class World:
         (root / "out").rename(self.slice)
         self.digests = json.loads((self.slice / "slicecli.json").read_text(encoding="utf-8"))["weights"]
 
-    def close(self) -> None:
-        """End what was begun."""
-        self.forks.close()
-
     def run(self, words: tuple[str, ...], scenario: Scenario, folder: Path) -> Outcome:
         """Run a command under the circumstances of a scenario."""
         known = {"name": scenario.repository, "text": os.path.relpath(self.text, folder)}
         words = ("-q", *(word.format_map(known) for word in words))
         token = {} if scenario.token is None else {"HF_TOKEN": self.tokens.get(scenario.token, scenario.token)}
         environment = {**self.environment, **token, **scenario.environment}
-        before = len(self.hub.requests)
-        if scenario.environment:
-            command = [sys.executable, "-m", "slicecli", *words]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-            return Outcome(done.returncode, done.stdout, done.stderr, [], self.hub.requests[before:])
-        done = self.forks.run(
-            *("-m", "slicecli", *words),
-            cwd=folder,
-            env=environment,
-            circumstances=scenario.circumstances,
-            notes_waits=True,
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr, done.waits, self.hub.requests[before:])
+        before, waits = len(self.hub.requests), []
+        with surroundings(environment, folder), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "sleep", waits.append)
+            for circumstance in scenario.circumstances:
+                circumstance(patch)
+            done = call_command(*words)
+        return Outcome(done.returncode, done.stdout, done.stderr, waits, self.hub.requests[before:])
 
     def play(self, scenario: Scenario) -> Seen:
         """Let a fault happen, once, and return what was seen."""

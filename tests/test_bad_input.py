@@ -6,13 +6,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import transformers
+from programs import SLICECLI, run_command, run_program, start_program
 from safetensors.torch import load_file, save_file
 
 from slicecli.proof.tiny import random_model, tiny_config
@@ -126,9 +125,7 @@ def test_a_model_that_does_not_exist(refused, tmp_path):
 def test_the_hub_out_of_reach(checkpoints, text_file, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = ["slice", "owner/name", "--dim", "36", "-o", str(tmp_path / "out"), "--calibration", str(text_file)]
-    done = subprocess.run(
-        [sys.executable, "-m", "slicecli", *words], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_command(*words, env=environment)
     assert done.returncode == 1
     assert "the cache does not have all of it" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -395,10 +392,10 @@ def test_a_text_in_another_encoding(refused, checkpoints, tmp_path):
         ("wikitext2", "offline mode is on (HF_HUB_OFFLINE). Unset HF_HUB_OFFLINE."),
     ],
 )
-def test_a_dataset_that_cannot_be_had(checkpoints, forks, tmp_path, text, says):
+def test_a_dataset_that_cannot_be_had(checkpoints, tmp_path, text, says):
     words = ("slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = forks.run("-m", "slicecli", *words, env=environment, cwd=tmp_path)
+    done = run_program(*SLICECLI, *words, env=environment, cwd=tmp_path)
     assert done.returncode == 1
     assert says in done.stderr.strip().splitlines()[-1]
 
@@ -589,46 +586,40 @@ def test_eval_of_bad_input(run, checkpoints, checkpoint_copy, text_file, tmp_pat
         assert done.stdout == ""
 
 
+def started_until(words, word, log):
+    """Start the command line, and wait for a line that begins with a word."""
+    process = start_program((*SLICECLI, *words), log, log, kind="warm")
+    while process.is_alive() and f"\n{word}" not in f"\n{log.read_text() if log.exists() else ''}":
+        time.sleep(0.001)
+    assert process.is_alive(), log.read_text()
+    return process
+
+
+@pytest.fixture
+def long_slice(checkpoints, text_file, tmp_path):
+    words = ["slice", checkpoints(), "--dim", "36", "-o", tmp_path / "work" / "out", "--calibration", text_file]
+    (tmp_path / "work").mkdir()
+    return [*words, "--samples", "100", "--seq-len", "32", "--no-cache", "--batch-size", "1"]
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_leaves_nothing(checkpoints, text_file, tmp_path, signal_number):
-    words = ["slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text_file]
-    words += ["--samples", "200", "--seq-len", "32", "--batch-size", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slicecli", *map(str, words)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # a test run in the background of a shell has SIGINT ignored, and its children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("statistics"):
-            break
-    assert (tmp_path / ".out.incomplete").is_dir()
-    process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
-    assert "Traceback" not in errors
-    assert os.listdir(tmp_path) == []
+def test_a_run_that_is_stopped_leaves_nothing(long_slice, tmp_path, signal_number):
+    process = started_until(long_slice, "statistics", tmp_path / "log")
+    assert (tmp_path / "work" / ".out.incomplete").is_dir()
+    os.kill(process.pid, signal_number)
+    process.join(60)
+    assert process.exitcode not in (0, None)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert os.listdir(tmp_path / "work") == []
 
 
-def test_a_killed_run_leaves_no_folder_of_the_final_name_and_the_next_cleans_up(checkpoints, text_file, tmp_path):
-    words = ["slice", checkpoints(), "--dim", "36", "-o", tmp_path / "out", "--calibration", text_file]
-    words += ["--samples", "40", "--seq-len", "32"]
-    command = [sys.executable, "-m", "slicecli", *map(str, words)]
-    process = subprocess.Popen([*command, "--batch-size", "1"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("refit"):
-            break
+def test_a_killed_run_leaves_no_folder_of_the_final_name_and_the_next_cleans_up(run, long_slice, tmp_path):
+    process = started_until(long_slice, "refit", tmp_path / "log")
     process.kill()
-    process.wait()
-    process.stderr.close()
-    time.sleep(0.1)
-    assert not (tmp_path / "out").exists()
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    assert os.listdir(tmp_path) == ["out"]
+    process.join()
+    assert os.listdir(tmp_path / "work") == [".out.incomplete"]
+    assert run(*long_slice).exit_code == 0
+    assert os.listdir(tmp_path / "work") == ["out"]
 
 
 @pytest.mark.parametrize("method", ["refit", "slicegpt"])

@@ -162,7 +162,9 @@ def test_text_of_others_renders_as_itself(text):
     assert "\n" not in heading(text)
 
 
-def test_what_the_owner_writes_stays(slice_copy, record):
+@pytest.fixture
+def owned(slice_copy):
+    """The path of a card in which the owner has written: metadata, and text before and after ours."""
     path = slice_copy / "README.md"
     text = path.read_text()
     begin = text.index("<!-- slicecli")
@@ -170,68 +172,110 @@ def test_what_the_owner_writes_stays(slice_copy, record):
     mine = mine.replace("\n---\n", "\nwidget: []\nmodel-index: []\n---\n", 1)
     path.write_text(mine + "\nBefore, I say.\n\n" + text[begin:] + "\nAnd after.\n")
     write_card(slice_copy)
-    card = read_card(slice_copy)
+    return path
+
+
+def test_what_the_owner_writes_stays(owned):
+    card = read_card(owned.parent)
     assert (card.before, card.after) == ("Before, I say.", "And after.")
     assert "mine" in card.metadata["tags"]
     assert card.metadata["license"] == "mit"
     assert card.metadata["widget"] == []
-    assert "model-index" not in card.metadata
-    once = path.read_text()
-    write_card(slice_copy)
-    assert path.read_text() == once
-    # a card without our marks is the owner's, all of it
-    path.write_text("---\nlicense: mit\n---\n\n# My own\n")
+
+
+def test_an_index_without_measured_figures_goes(owned):
+    assert "model-index" not in read_card(owned.parent).metadata
+
+
+def test_a_card_that_is_written_again_is_the_same(owned):
+    once = owned.read_text()
+    write_card(owned.parent)
+    assert owned.read_text() == once
+
+
+def test_a_card_without_our_marks_is_the_owner_s_all_of_it(slice_copy):
+    (slice_copy / "README.md").write_text("---\nlicense: mit\n---\n\n# My own\n")
     write_card(slice_copy)
     assert read_card(slice_copy).before == "# My own"
     assert read_card(slice_copy).body
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_left_alone(slice_copy):
+    path = slice_copy / "README.md"
     path.write_text("---\nlicense: [\n---\n")
     with pytest.raises(OutputError, match="Mend the YAML"):
         write_card(slice_copy)
     assert path.read_text() == "---\nlicense: [\n---\n"
 
 
-def test_measured_figures_go_to_the_index_and_predictions_do_not(slice_copy, record):
+MEASURED = {"wikitext2": {**FIGURE, "value": 15.5}}
+
+
+@pytest.fixture
+def curves(record):
+    """The curves through a slice of perplexity 15.5."""
     from slicecli.estimation.results import fit_results, series_of
 
-    name, method = record["source"]["model"], record["method"]
+    name = record["source"]["model"]
     settings = {"limit": None, "num_fewshot": None, "sequence_length": 32, "seed": 1, "dtype": "float32", "rows": {}}
-    measured = {"wikitext2": {**FIGURE, "value": 15.5}}
     dense = {
         "model": name, "model_type": "llama", "revision": None, "perplexity": {"wikitext2": FIGURE}, "tasks": {},
         "parameters": 1000, "hidden_size": 48, "dim": 48, "sparsity": 0.0, "method": None,
         "source": {"model": name, "commit": None, "content": None}, "calibration": None, "evaluation": settings,
     }  # fmt: skip
-    calibration = record["calibration"]
-    own = {**dense, "perplexity": measured, "dim": 36, "sparsity": 0.25, "method": method, "calibration": calibration}
-    curves = [one.to_json() for one in fit_results(series_of([dense, own]))]
-    enter_results(slice_copy, measured, {"piqa": TASK}, {"perplexity": dense["perplexity"]}, curves)
-    text = (slice_copy / "README.md").read_text()
-    check_is_harmless(text)
-    (index,) = metadata_of(text)["model-index"]
+    method, calibration = record["method"], record["calibration"]
+    own = {**dense, "perplexity": MEASURED, "dim": 36, "sparsity": 0.25, "method": method, "calibration": calibration}
+    return [one.to_json() for one in fit_results(series_of([dense, own]))]
+
+
+@pytest.fixture
+def measured(slice_copy, curves):
+    """A slice whose figures have been entered, with the text of its card."""
+    enter_results(slice_copy, MEASURED, {"piqa": TASK}, {"perplexity": {"wikitext2": FIGURE}}, curves)
+    return slice_copy, (slice_copy / "README.md").read_text()
+
+
+def test_measured_figures_go_to_the_index_and_predictions_do_not(measured):
+    (index,) = metadata_of(measured[1])["model-index"]
     found = {
         (result["dataset"]["name"], result["dataset"]["type"], metric["type"]): metric["value"]
         for result in index["results"]
         for metric in result["metrics"]
     }
     assert found == {("wikitext2", "Salesforce/wikitext", "perplexity"): 15.5, ("piqa", "piqa", "acc"): 0.5}
+
+
+def test_measured_figures_are_shown_beside_those_of_the_model(measured):
+    _, text = measured
+    check_is_harmless(text)
     assert "| 12.500 ± 0.250 | 15.500 ± 0.250 |" in text
     assert "| not measured | 0.5000 ± 0.0500 |" in text
-    assert (slice_copy / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_is_drawn_on_the_card(measured):
+    folder, text = measured
+    assert (folder / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
     assert "](plots/prediction.png)" in text
-    new = json.loads((slice_copy / "slicecli.json").read_text())
+
+
+def test_predictions_go_through_what_was_measured(measured):
+    new = json.loads((measured[0] / "slicecli.json").read_text())
     (prediction,) = new["predictions"]
     rows = {row["dim"]: row for row in prediction["estimates"]}
     assert rows[36]["measured"] == pytest.approx(15.5)
     assert rows[36]["value"] == pytest.approx(15.5, rel=1e-6)
     assert set(rows) >= {one["dim"] for one in new["other_dims"]}
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
-    # a curve through more slices is not replaced by one through this slice
+
+
+def test_a_curve_through_more_slices_is_not_replaced_by_one_through_this_slice(measured, curves):
+    folder, _ = measured
     longer = copy.deepcopy(curves)
     longer[0]["points"].append({**longer[0]["points"][0], "dim": 24, "sparsity": 0.5, "value": 40.0})
     longer[0] |= {"relation": "power"}
-    enter_results(slice_copy, {}, {}, None, longer)
-    enter_results(slice_copy, {}, {}, None, curves)
-    kept = json.loads((slice_copy / "slicecli.json").read_text())["curve"]["curves"]
+    enter_results(folder, {}, {}, None, longer)
+    enter_results(folder, {}, {}, None, curves)
+    kept = json.loads((folder / "slicecli.json").read_text())["curve"]["curves"]
     assert [len(one["points"]) for one in kept] == [2]
 
 
@@ -266,14 +310,19 @@ def test_the_base_model_is_the_nearest_on_the_hub(record):
     assert base_model_of(record) == "owner/model"
 
 
-def test_the_command_keeps_results_and_needs_a_slice(run, slice_copy, tmp_path):
+def test_the_command_prints_the_card(run, slice_copy):
     result = run("card", slice_copy, "--print")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == (slice_copy / "README.md").read_text().strip()
-    (tmp_path / "empty").mkdir()
-    result = run("card", tmp_path / "empty")
+
+
+def test_the_command_needs_a_slice(run, tmp_path):
+    result = run("card", tmp_path)
     assert result.exit_code == 1
     assert "Only a slice" in result.stderr
+
+
+def test_the_command_needs_a_curve_of_this_slice(run, slice_copy, tmp_path):
     (tmp_path / "curve.json").write_text('{"curves": [{"model": "other", "method": "refit"}]}')
     result = run("card", slice_copy, "--curve", tmp_path / "curve.json")
     assert result.exit_code == 2

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 from safetensors.torch import load_file
 
 from slicecli.checkpoint.folder import file_digest
@@ -127,7 +128,7 @@ def test_no_local_path_and_no_token_is_written(run, checkpoints, slice_words, tm
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "phi3"])
-def test_a_slice_loads_and_generates_without_slicecli(run, checkpoints, slice_words, forks, tmp_path, family):
+def test_a_slice_loads_and_generates_without_slicecli(run, checkpoints, slice_words, tmp_path, family):
     output = tmp_path / "out"
     assert run("slice", checkpoints(family), "--dim", "36", "-o", output, *slice_words).exit_code == 0
     code = """
@@ -143,7 +144,7 @@ cached, plain = (model.generate(ids, max_new_tokens=12, do_sample=False, use_cac
 assert torch.equal(cached, plain), (cached, plain)
 assert cached.shape[1] > ids.shape[1]
 """
-    done = forks.run("-c", code, output)
+    done = run_program("-c", code, output)
     assert done.returncode == 0, done.stderr
 
 

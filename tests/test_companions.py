@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from programs import run_command, run_program
 
+from slicecli.checkpoint import companions
 from slicecli.checkpoint.companions import MOST_FILE_BYTES, MOST_FILES, MOST_KNOWN_BYTES, choose_companions
 from slicecli.errors import SourceError
 from slicecli.hub.card import CARD_FILE, PLOT_FILE
@@ -280,7 +282,7 @@ def test_links_within_the_model(checkpoint_copy, sliced):
 
 
 @pytest.mark.parametrize("method", ["refit", "slicegpt"])
-def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, sliced, run, forks, tmp_path, method):
+def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, sliced, run, tmp_path, method):
     model = with_own_tokenizer(checkpoint_copy)
     folder, _ = sliced(model, "--trust-remote-code", "--method", method)
     assert {"tokenization_mine.py", "words_mine.py", "mine.tiktoken"} <= files_in(folder)
@@ -304,7 +306,7 @@ def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, slic
         "    print(type(tokenizer).__name__, tokenizer('the quick fox')['input_ids'])"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = forks.run("-c", code, folder, tmp_path / "gone", env=environment)
+    done = run_program("-c", code, folder, tmp_path / "gone", env=environment)
     assert done.returncode == 0, done.stderr
     ours, theirs = done.stdout.splitlines()
     assert ours == theirs
@@ -366,7 +368,7 @@ def test_a_chat_template_that_draws_or_fails_is_compared_too(checkpoint_copy, sl
 
 
 @pytest.mark.parametrize("has_config", [True, False])
-def test_a_slice_of_another_type_keeps_the_class_of_its_tokenizer(sliced, forks, run, tmp_path, has_config):
+def test_a_slice_of_another_type_keeps_the_class_of_its_tokenizer(sliced, run, tmp_path, has_config):
     """What a type alone says of its tokenizer, as GPT-2's does, is said in the folder of a slice with its own type."""
     from slicecli.proof.tiny import random_model, tiny_config
     from slicecli.testing.checkpoints import save_checkpoint
@@ -389,7 +391,7 @@ def test_a_slice_of_another_type_keeps_the_class_of_its_tokenizer(sliced, forks,
         "assert both[0].eos_token_id == both[1].eos_token_id is not None\n"
         "assert both[0]('a b')['input_ids'] == both[1]('a b')['input_ids']"
     )
-    done = forks.run("-c", code, model, folder)
+    done = run_program("-c", code, model, folder)
     assert done.returncode == 0, done.stderr
 
 
@@ -417,14 +419,12 @@ def hub_model(loopback_hub, checkpoint_copy):
 
 
 @pytest.fixture
-def slicecli(loopback_hub, isolated_hub_cache, forks, tmp_path):
+def slicecli(loopback_hub, isolated_hub_cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(companions, "MOST_FILE_BYTES", 1000)
+
     def call(*words, **more):
-        code = (
-            "import sys; from slicecli.checkpoint import companions; companions.MOST_FILE_BYTES = 1000\n"
-            "from slicecli.cli import main; main()"
-        )
         environment = {**loopback_hub.environment(isolated_hub_cache), **more}
-        return forks.run("-c", code, *words, env=environment, cwd=tmp_path)
+        return run_command(*words, env=environment, cwd=tmp_path)
 
     return call
 

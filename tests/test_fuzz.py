@@ -1082,9 +1082,7 @@ def with_card(room, models):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "shards"), [("slice", ()), ("slice", ("--max-shard-size", "50KB")), ("published", ())]
-)
+@pytest.mark.parametrize(("kind", "shards"), [("slice", ("--max-shard-size", "50KB")), ("published", ())])
 def test_a_slice_on_a_disk_that_becomes_full(
     refused, ends_well, with_card, measured, little_text, full_disk, monkeypatch, tmp_path, kind, shards
 ):

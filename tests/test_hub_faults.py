@@ -13,7 +13,23 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from conftest import tiny_model
-from hub_faults import INSPECT, PUSH, SHARD, SHARDS, SLICE, SLICE_AND_PUSH, Scenario, World, contents
+from hub_faults import (
+    INSPECT,
+    PUSH,
+    SHARD,
+    SHARDS,
+    SLICE,
+    SLICE_AND_PUSH,
+    Scenario,
+    World,
+    cache_cannot_be_written,
+    contents,
+    disk_becomes_full,
+    disk_is_small,
+    no_network,
+    small_pieces,
+)
+from programs import run_python
 
 from slicecli.runtime.hub_client import PAUSES
 from slicecli.testing.loopback_hub import Fault, LoopbackHub
@@ -144,14 +160,14 @@ DOWNLOADING = (
         says="the connection to the Hub broke off",
         words=SLICE,
         faults=(*once("GET", FETCH, drop_after=50_000), *forever("GET", FETCH, drop_after=0)),
-        circumstances=("small_pieces",),
+        circumstances=(small_pieces,),
     ),
     Scenario(
         name="break-once",
         what="the same, once",
         words=SLICE,
         faults=once("GET", FETCH, drop_after=50_000),
-        circumstances=("small_pieces",),
+        circumstances=(small_pieces,),
         note=bytes_not_repeated,
     ),
     Scenario(
@@ -185,13 +201,13 @@ DOWNLOADING = (
             *forever("GET", FETCH, drop_after=0),
         ),
     ),
-    Scenario(name="network", what="there is no network", says="cannot be reached", circumstances=("no_network",)),
+    Scenario(name="network", what="there is no network", says="cannot be reached", circumstances=(no_network,)),
     Scenario(
         name="network-cached",
         what="the same, and the files are in the cache",
         first=SLICE,
         words=(*SLICE, "--overwrite"),
-        circumstances=("no_network",),
+        circumstances=(no_network,),
     ),
     Scenario(name="offline", what="`HF_HUB_OFFLINE` is set", says="offline mode is on", environment=OFFLINE),
     Scenario(
@@ -205,26 +221,26 @@ DOWNLOADING = (
         what="the disk becomes full within the weight files",
         says="the disk became full",
         words=SLICE,
-        circumstances=("disk_becomes_full",),
+        circumstances=(disk_becomes_full,),
     ),
     Scenario(
         name="small",
         what="the disk has less room than a weight file takes",
         says="too little room",
         words=SLICE,
-        circumstances=("disk_is_small",),
+        circumstances=(disk_is_small,),
     ),
     Scenario(
         name="read-only",
         what="the cache cannot be written",
         says="cache cannot be written",
-        circumstances=("cache_cannot_be_written",),
+        circumstances=(cache_cannot_be_written,),
     ),
     Scenario(
         name="read-only-cached",
         what="the same, and the files are in it",
         first=INSPECT,
-        circumstances=("cache_cannot_be_written",),
+        circumstances=(cache_cannot_be_written,),
     ),
 )
 
@@ -383,7 +399,7 @@ PUBLISHING = (
         says="cannot be reached",
         words=PUSH,
         exists=False,
-        circumstances=("no_network",),
+        circumstances=(no_network,),
     ),
     Scenario(
         name="damaged-slice",
@@ -477,9 +493,7 @@ SECTIONS = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     with LoopbackHub() as hub:
-        made = World(tmp_path_factory.mktemp("faults"), hub, tiny_model("llama-3"))
-        yield made
-        made.close()
+        yield World(tmp_path_factory.mktemp("faults"), hub, tiny_model("llama-3"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -526,12 +540,13 @@ def test_what_arrived_does_not_travel_again(world, scenario):
 
 
 def test_the_commands_here_are_the_program(world):
-    """A fork with patches says what a Python of its own says."""
-    scenario = Scenario(name="missing-too", what="", exists=False)
-    folder = world.root
-    alone = dataclasses.replace(scenario, environment={"PYTHONUNBUFFERED": "1"})
-    fork, program = (world.run(INSPECT, one, folder) for one in (scenario, alone))
-    assert (fork.code, fork.out, fork.err) == (program.code, program.out, program.err)
+    """A command in this process says what a Python of its own says."""
+    here = world.run(INSPECT, Scenario(name="missing-too", what="", exists=False), world.root)
+    token = {"HF_TOKEN": world.hub.token}
+    program = run_python(
+        "-m", "slicecli", "-q", "inspect", "lab/missing-too", cwd=world.root, env=world.environment | token
+    )
+    assert (here.code, here.out, here.err) == (program.returncode, program.stdout, program.stderr)
 
 
 def test_the_pauses_are_those_that_the_page_states(world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from programs import run_command, run_program
 
 from slicecli.checkpoint.folder import file_digest
 
@@ -20,10 +21,10 @@ def commit(loopback_hub, checkpoints):
 
 
 @pytest.fixture
-def slicecli(loopback_hub, isolated_hub_cache, commit, forks, tmp_path):
+def slicecli(loopback_hub, isolated_hub_cache, commit, tmp_path):
     def call(*words, **more):
         environment = {**loopback_hub.environment(isolated_hub_cache), **more}
-        return forks.run("-m", "slicecli", *words, env=environment, cwd=tmp_path)
+        return run_command(*words, env=environment, cwd=tmp_path)
 
     return call
 
@@ -165,21 +166,21 @@ def test_a_quantised_model_of_the_hub_is_told_by_a_file_beside_its_config(slicec
 
 
 @pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_é"])
-def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isolated_hub_cache, commit, forks, token):
+def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isolated_hub_cache, commit, token):
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from slicecli.errors import SlicecliError\n"
         "from slicecli.hub.search import find_slices\n"
         "from slicecli.checkpoint.source import Source\n"
         "from slicecli.data.text import read_text\n"
+        "time.sleep = lambda _: print('waits')\n"
         "for call in (lambda: Source.find(sys.argv[1], token=sys.argv[2]), lambda: find_slices(token=sys.argv[2]),\n"
         "             lambda: read_text('me/text', 'calibration', sys.argv[2])):\n"
         "    try: call()\n"
         "    except SlicecliError as error: print(error)\n"
     )
-    done = forks.run("-c", code, NAME, token, env=loopback_hub.environment(isolated_hub_cache))
+    done = run_program("-c", code, NAME, token, env=loopback_hub.environment(isolated_hub_cache))
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done.stderr
     assert all("the token has characters that no token has" in line for line in lines)
     assert "hf_" not in done.stdout
-    assert done.waits == []

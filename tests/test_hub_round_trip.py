@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from programs import run_command, run_program
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 CARD = b"---\nlicense: llama3\nlanguage:\n- en\npipeline_tag: text-generation\n---\n\n# A model\n"
@@ -37,12 +38,12 @@ print(type(model).__name__, out[0].tolist())
     ids=["stock", "custom"],
 )
 def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
-    loopback_hub, checkpoints, slice_words, tmp_path, forks, method, class_name
+    loopback_hub, checkpoints, slice_words, tmp_path, method, class_name
 ):
     loopback_hub.upload(NAME, checkpoints("llama-3"))
     commit = loopback_hub.upload(NAME, {"README.md": CARD})
-    done = forks.run(
-        "-m", "slicecli", "slice", NAME, "--dim", "36", "--method", method, "--push", "me/slice", "--private",
+    done = run_command(
+        "slice", NAME, "--dim", "36", "--method", method, "--push", "me/slice", "--private",
         "--format", "json", *slice_words, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -75,24 +76,24 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
 
     # it generates where slicecli is not, and writes the same as the folder
     trust = "trust" if method == "slicegpt" else "no"
-    from_hub = forks.run("-c", LOAD, "me/slice", trust)
+    from_hub = run_program("-c", LOAD, "me/slice", trust)
     assert from_hub.returncode == 0, from_hub.stderr
     assert from_hub.stdout.split()[0] == class_name
-    from_folder = forks.run("-c", LOAD, folder, trust)
+    from_folder = run_program("-c", LOAD, folder, trust)
     assert from_hub.stdout == from_folder.stdout
 
     # and with slicecli, without trusting anything
     code = "import slicecli; model, tokenizer = slicecli.load('me/slice'); print(type(model).__module__)"
-    loaded = forks.run("-c", code)
+    loaded = run_program("-c", code)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.startswith("transformers." if method == "refit" else "slicecli.modeling.")
 
 
-def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_words, run, forks, tmp_path):
+def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_words, run, tmp_path):
     loopback_hub.upload(NAME, checkpoints("llama-3"))
-    first = forks.run("-m", "slicecli", "slice", NAME, "--dim", "40", "--push", "me/first", *slice_words, cwd=tmp_path)
+    first = run_command("slice", NAME, "--dim", "40", "--push", "me/first", *slice_words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    done = forks.run("-m", "slicecli", "slice", "me/first", "--dim", "32", *slice_words, cwd=tmp_path)
+    done = run_command("slice", "me/first", "--dim", "32", *slice_words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "first-dim32"
     record = json.loads((folder / "slicecli.json").read_text())
@@ -111,7 +112,7 @@ def test_a_slice_of_a_slice_remembers_both(loopback_hub, checkpoints, slice_word
     assert "base_model: me/first\n" in (tmp_path / "third" / "README.md").read_text()
 
 
-def test_published_slices_are_found_by_their_base_model(loopback_hub, forks):
+def test_published_slices_are_found_by_their_base_model(loopback_hub):
     def card(*lines):
         return {"README.md": "\n".join(["---", *lines, "---", "", "# A model"]).encode()}
 
@@ -120,7 +121,7 @@ def test_published_slices_are_found_by_their_base_model(loopback_hub, forks):
     loopback_hub.upload("me/no-slice", card(f"base_model: {NAME}"))
 
     def search(*words):
-        done = forks.run("-m", "slicecli", "search", *words, "--format", "json")
+        done = run_command("search", *words, "--format", "json")
         assert done.returncode == 0, done.stderr
         return {one["repository"]: one["base_model"] for one in json.loads(done.stdout)}
 

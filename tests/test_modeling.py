@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
+from programs import run_program
 from test_cli import python
 from test_families import CASES
 from test_slicing import dimensions_of
@@ -82,10 +83,10 @@ def model(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def test_slices_load_and_write_the_same_without_slicecli(slices, forks, monkeypatch, tmp_path):
+def test_slices_load_and_write_the_same_without_slicecli(slices, monkeypatch, tmp_path):
     folders = [str(path) for path in slices.values()]
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    done = forks.run("-c", BARE, json.dumps(folders), json.dumps(IDS.tolist()))
+    done = run_program("-c", BARE, json.dumps(folders), json.dumps(IDS.tolist()))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for name in folders:
@@ -95,12 +96,12 @@ def test_slices_load_and_write_the_same_without_slicecli(slices, forks, monkeypa
         assert found[name] == [expected] * 4
 
 
-def test_without_slicecli_code_runs_only_with_consent(folder, forks):
+def test_without_slicecli_code_runs_only_with_consent(folder):
     code = (
         "import sys; sys.modules['slicecli'] = None; import transformers\n"
         "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)"
     )
-    done = forks.run("-c", code, folder)
+    done = run_program("-c", code, folder)
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
 
@@ -116,7 +117,7 @@ def test_without_slicecli_code_runs_only_with_consent(folder, forks):
         "from slicecli.modeling.configuration_slicecli import SlicedConfig; import transformers",
     ],
 )
-def test_with_slicecli_the_installed_code_runs_whatever_is_imported_first(folder, forks, imports):
+def test_with_slicecli_the_installed_code_runs_whatever_is_imported_first(folder, imports):
     code = (
         f"{imports}\nimport sys\n"
         "config = transformers.AutoConfig.from_pretrained(sys.argv[1])\n"
@@ -125,7 +126,7 @@ def test_with_slicecli_the_installed_code_runs_whatever_is_imported_first(folder
         "    model = auto.from_pretrained(sys.argv[1])\n"
         "    assert type(model).__module__ == 'slicecli.modeling.modeling_slicecli', type(model)\n"
     )
-    done = forks.run("-c", code, folder)
+    done = run_program("-c", code, folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,75 +1,47 @@
-"""The conformance suite against adapters that are deliberately wrong: every mutation is caught, and named.
+"""The conformance suite against adapters and slices that are deliberately wrong: all are caught, by name.
 
-Each row damages one thing in a shipped declaration. The suite is run on it as an author would run it; it must fail,
-and a message must name the module or parameter at fault.
+Each row damages one thing in a shipped declaration and names the tests of the suite that must fail; the message of one
+must name the module or parameter at fault.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 
 from slicecli.adapters import Adapter, Block, Embedding, Norm
 from slicecli.family.plugins import plugins
+from slicecli.proof.tiny import random_model
+from slicecli.testing.adapter_tests import AdapterTests, Subject, tiny_of
 
 pytestmark = pytest.mark.slow
 
-SUITE = """
-import pytest
-from slicecli.testing import AdapterTests
-from test_mutations import DAMAGES, MUTATIONS, mutant, sound
-
-class Declaration(AdapterTests):
-    # without what looks at slices in files: the damaged slices are for that
-    pass
-
-class Declared(Declaration):
-    # without what slices in memory, where that need not be
-    pass
-
-class Damaged(AdapterTests):
-    # with what looks at slices in files only
-    adapter = sound("llama")
-
-    @pytest.fixture
-    def subject(self, slicecli_subject):
-        if not hasattr(slicecli_subject, "is_damaged"):
-            slicecli_subject.is_damaged = True
-            self.damage(slicecli_subject)
-        return slicecli_subject
-
-for name in [name for name in dir(AdapterTests) if name.startswith("test_")]:
-    setattr(Declaration if name in {of_files} else Damaged, name, None)
-for name in {in_memory}:
-    assert hasattr(Declaration, name)
-    setattr(Declared, name, None)
-
-for number, (damage, _) in enumerate(DAMAGES.values()):
-    globals()[f"TestDamaged{number}"] = type(f"TestDamaged{number}", (Damaged,), {"damage": staticmethod(damage)})
-
-for number, (name, mutation) in enumerate(MUTATIONS.items()):
-    globals()[f"TestMutant{number}"] = type(
-        f"TestMutant{number}",
-        (Declaration if mutation.needs_slices else Declared,),
-        {"adapter": mutant(name), "tiny_config": mutation.changes},
-    )
-class TestSound(Declaration):
-    adapter = sound("llama")
-
-class TestUndamaged(Damaged):
-    damage = staticmethod(lambda subject: None)
-
-del Declaration, Declared, Damaged
-"""
+NAMES = "test_it_names_every_parameter_with_its_size"
+COUNTS = "test_counts_equal_the_model"
+GROWS = "test_exactly_what_touches_the_stream_grows_with_it"
+CONTEXT = "test_the_context_length_is_that_of_the_config_class"
+OPERATIONS = "test_estimated_operations_are_those_of_the_model"
+CACHE = "test_the_estimated_cache_is_that_of_the_model"
+FOLDING = "test_folding_the_norms_leaves_logits_unchanged"
+ROTATION = "test_a_rotation_leaves_logits_unchanged_in_float64"
+ROTATION_32 = "test_a_rotation_leaves_logits_unchanged_in_float32"
+REFIT = "test_the_refit_at_full_width_finds_nothing_to_mend"
+START = "test_a_slice_starts_from_the_projection_of_the_stream"
+ILLEGAL = "test_illegal_dims_are_refused_with_the_legal_neighbours"
+CONFIG_CLASS = "test_the_config_class_takes_the_legal_dims_and_no_others"
+WIDER = "test_a_wider_slice_is_closer_to_the_model"
+WIDER_PUBLISHED = "test_a_wider_published_slice_is_closer_to_the_model"
+PROVED = "test_the_published_method_is_proved_on_a_small_model"
+PUBLISHED = "test_the_published_method_at_full_width_leaves_logits_unchanged"
+# what looks at slices in files
 OF_FILES = [
     "test_a_slice_has_the_parameters_that_were_predicted",
     "test_a_slice_loads_whole",
@@ -78,14 +50,6 @@ OF_FILES = [
     "test_generation_with_cache_equals_generation_without",
     "test_a_padded_batch_equals_single_rows",
     "test_a_slice_runs_in_bfloat16",
-]
-
-IN_MEMORY = [
-    "test_the_refit_at_full_width_finds_nothing_to_mend",
-    "test_a_wider_slice_is_closer_to_the_model",
-    "test_a_wider_published_slice_is_closer_to_the_model",
-    "test_the_published_method_at_full_width_leaves_logits_unchanged",
-    "test_the_published_method_is_proved_on_a_small_model",
 ]
 
 
@@ -97,15 +61,15 @@ class Mutation:
         family: The adapter that is damaged.
         damage: Makes the damaged one of it.
         names: What a message must name.
+        caught_by: The tests that must fail.
         changes: Config fields of the tiny model.
-        needs_slices: Nothing quicker than a slice in memory names the fault.
     """
 
     family: str
     damage: Callable[[Adapter], Adapter]
     names: str
+    caught_by: tuple[str, ...] = (NAMES,)
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    needs_slices: bool = False
 
 
 def in_block(change: Callable[[Block], Block]) -> Callable[[Adapter], Adapter]:
@@ -140,32 +104,53 @@ def without_bias(linears):
 MUTATIONS = {
     # norms
     "norm of another kind: a LayerNorm declared as RMSNorm": Mutation(
-        "starcoder2", lambda a: replace(a, norm=replace(a.norm, kind="rms")), "model.layers.0.self_attn.q_proj"
+        "starcoder2",
+        lambda a: replace(a, norm=replace(a.norm, kind="rms")),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION, FOLDING),
     ),
     "centred RMSNorm stream": Mutation(
-        "llama", lambda a: replace(a, norm=replace(a.norm, kind="layer")), "model.layers.0.self_attn.q_proj"
+        "llama",
+        lambda a: replace(a, norm=replace(a.norm, kind="layer")),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION_32,),
     ),
     "norm weight without its offset": Mutation(
-        "gemma", lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)), "model.layers.0.self_attn.q_proj"
+        "gemma",
+        lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)),
+        "model.layers.0.self_attn.q_proj",
+        caught_by=(ROTATION,),
     ),
     "norm of the other branch": Mutation(
-        "llama", in_branch(0, norm="post_attention_layernorm"), "model.layers.0.input_layernorm"
+        "llama",
+        in_branch(0, norm="post_attention_layernorm"),
+        "model.layers.0.input_layernorm",
+        caught_by=(NAMES, COUNTS),
     ),
     "norm weight undeclared": Mutation(
-        "llama", lambda a: replace(a, norm=replace(a.norm, has_weight=False)), "model.layers.0.input_layernorm.weight"
+        "llama",
+        lambda a: replace(a, norm=replace(a.norm, has_weight=False)),
+        "model.layers.0.input_layernorm.weight",
+        caught_by=(NAMES, GROWS),
     ),
     "norm bias undeclared": Mutation(
         "phi", lambda a: replace(a, norm=replace(a.norm, has_bias=False)), "model.layers.0.input_layernorm.bias"
     ),
     "wrong epsilon": Mutation(
-        "olmo", lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)), "norm", needs_slices=True
+        "olmo",
+        lambda a: replace(a, norm=Norm("layer", epsilon=0.5, has_weight=False)),
+        "norm",
+        caught_by=(REFIT, PUBLISHED),
     ),
     "final norm of a block": Mutation(
         "llama", lambda a: replace(a, final_norm="model.layers.0.input_layernorm"), "model.norm.weight"
     ),
     # readers
     "missed reader": Mutation(
-        "llama", in_branch(0, readers=lambda readers: readers[:2]), "model.layers.0.self_attn.v_proj.weight"
+        "llama",
+        in_branch(0, readers=lambda readers: readers[:2]),
+        "model.layers.0.self_attn.v_proj.weight",
+        caught_by=(NAMES, OPERATIONS),
     ),
     "reader of a width it has not": Mutation(
         "llama",
@@ -196,22 +181,35 @@ MUTATIONS = {
     # writers and branches
     "missed writer": Mutation("llama", in_branch(1, writer=None), "model.layers.0.mlp.down_proj.weight"),
     "forgotten multiplier": Mutation(
-        "granite", in_branch(0, multiplier=""), "model.layers.0", {"residual_multiplier": 0.22}, needs_slices=True
+        "granite",
+        in_branch(0, multiplier=""),
+        "model.layers.0",
+        changes={"residual_multiplier": 0.22},
+        caught_by=(REFIT, PUBLISHED),
     ),
     "forgotten gate": Mutation(
-        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0", needs_slices=True
+        "qwen2_moe", in_branch(1, writer=lambda writer: replace(writer, gate="")), "model.layers.0", caught_by=(REFIT,)
     ),
     "parallel block declared as sequential": Mutation(
-        "gpt_neox", in_block(lambda block: replace(block, is_parallel=False)), "gpt_neox.layers.0", needs_slices=True
+        "gpt_neox",
+        in_block(lambda block: replace(block, is_parallel=False)),
+        "gpt_neox.layers.0",
+        caught_by=(REFIT, PUBLISHED),
     ),
     "sequential block declared as parallel": Mutation(
-        "llama", in_block(lambda block: replace(block, is_parallel=True)), "model.layers.0", needs_slices=True
+        "llama",
+        in_block(lambda block: replace(block, is_parallel=True)),
+        "model.layers.0",
+        caught_by=(REFIT, PUBLISHED),
     ),
     "width that may change": Mutation(
-        "gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel", needs_slices=True
+        "gpt2", lambda a: replace(a, keeps_width=False), "GPT2LMHeadModel", caught_by=(PROVED,)
     ),
     "branch in a module that is not there": Mutation(
-        "llama", in_branch(1, module="feed_forward"), "feed_forward", needs_slices=True
+        "llama",
+        in_branch(1, module="feed_forward"),
+        "feed_forward",
+        caught_by=(WIDER, WIDER_PUBLISHED, REFIT, PUBLISHED, PROVED),
     ),
     "experts of another width": Mutation(
         "mixtral",
@@ -235,11 +233,13 @@ MUTATIONS = {
         "gemma",
         lambda a: replace(a, scales_embeddings_by_width=False),
         "the stream that model.embed_tokens start",
+        caught_by=(START,),
     ),
     "embeddings said to grow with the width": Mutation(
         "llama",
         lambda a: replace(a, scales_embeddings_by_width=True),
         "the stream that model.embed_tokens start",
+        caught_by=(START,),
     ),
     "forgotten parameter apart from the stream": Mutation(
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
@@ -249,21 +249,27 @@ MUTATIONS = {
         "gptj",
         lambda a: replace(a, names={usual: own for usual, own in a.names.items() if own != "n_positions"}),
         "max_position_embeddings is n_positions",
+        caught_by=(CONTEXT,),
     ),
     "rule on dims that none keeps": Mutation(
-        "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal"
+        "qwen2", lambda a: replace(a, dim_divisors=("vocab_size",)), "no dim at all is legal", caught_by=(ILLEGAL,)
     ),
-    "rule on dims forgotten": Mutation("llama", lambda a: replace(a, dim_divisors=()), "hidden size"),
+    "rule on dims forgotten": Mutation(
+        "llama", lambda a: replace(a, dim_divisors=()), "hidden size", caught_by=(CONFIG_CLASS,)
+    ),
     "rule on dims invented": Mutation(
-        "qwen2", lambda a: replace(a, dim_divisors=("num_attention_heads",)), "dim_divisors rules out"
+        "qwen2",
+        lambda a: replace(a, dim_divisors=("num_attention_heads",)),
+        "dim_divisors rules out",
+        caught_by=(CONFIG_CLASS,),
     ),
     "a tied class declared as stock": Mutation(
-        "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention"
+        "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention", caught_by=(NAMES, CACHE)
     ),
 }
 
 
-# what can be wrong with a slice though its declaration is right; the test that must notice
+# what can be wrong with a slice though its declaration is right; the tests that must notice
 
 
 def ignores_the_attention_mask(subject):
@@ -320,25 +326,13 @@ def has_a_parameter_more(subject):
 
 
 DAMAGES = {
-    "a slice that ignores the attention mask": (
-        ignores_the_attention_mask,
-        "test_a_padded_batch_equals_single_rows[refit]",
-    ),
-    "a slice that answers differently with a cache": (
-        answers_differently_with_a_cache,
-        "test_generation_with_cache_equals_generation_without[refit]",
-    ),
-    "a slice that saves other weights": (saves_other_weights, "test_saving_and_loading_a_slice_keeps_it[refit]"),
-    "a slice that computes otherwise in half precision": (
-        computes_otherwise_in_half_precision,
-        "test_a_slice_runs_in_bfloat16[refit]",
-    ),
-    "a slice that lacks a tensor": (lacks_a_tensor, "test_a_slice_loads_whole[refit]"),
-    "a slice that brings code": (brings_code, "test_a_slice_loads_whole[refit]"),
-    "a slice that has a parameter more": (
-        has_a_parameter_more,
-        "test_a_slice_has_the_parameters_that_were_predicted[refit]",
-    ),
+    ignores_the_attention_mask: {"test_a_padded_batch_equals_single_rows"},
+    answers_differently_with_a_cache: {"test_generation_with_cache_equals_generation_without"},
+    saves_other_weights: {"test_saving_and_loading_a_slice_keeps_it"},
+    computes_otherwise_in_half_precision: {"test_a_slice_runs_in_bfloat16"},
+    lacks_a_tensor: {"test_a_slice_loads_whole", "test_a_slice_loads_without_its_head"},
+    brings_code: {"test_a_slice_loads_whole"},
+    has_a_parameter_more: {"test_a_slice_has_the_parameters_that_were_predicted"},
 }
 
 
@@ -352,54 +346,76 @@ def mutant(name: str) -> Adapter:
     return MUTATIONS[name].damage(sound(MUTATIONS[name].family))
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """The report of one run of the suite on all mutants, and on an adapter unharmed."""
-    folder = tmp_path_factory.mktemp("mutants")
-    (folder / "test_mutants.py").write_text(
-        SUITE.replace("{of_files}", repr(OF_FILES)).replace("{in_memory}", repr(IN_MEMORY))
-    )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    words = ["-q", "-p", "no:cacheprovider", "--slicecli-report", "report.json", "test_mutants.py"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stdout
-    return json.loads((folder / "report.json").read_text())["tests"]
+def tiny_subject(adapter: Adapter, folder: Any, **changes: Any) -> Subject:
+    """Return what the suite tests an adapter on."""
+    config = tiny_of(adapter, adapter.model_types[0], **changes)
+    return Subject(adapter, random_model(config), folder, is_real=False)
+
+
+def complaint(test: str, subject: Subject, folder: Any) -> str:
+    """Return the message with which a test of the suite fails; nothing where it passes."""
+    known = {"seed": 0, "orientation": "pca", "method": "refit", "record_property": lambda *_: None}
+    known |= {"subject": subject, "tmp_path": folder}
+    function = getattr(AdapterTests(), test)
+    try:
+        function(**{name: known[name] for name in inspect.signature(function).parameters})
+    except (Exception, pytest.fail.Exception) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_declaration_is_caught_and_the_fault_is_named(name, report):
-    own = f"::TestMutant{list(MUTATIONS).index(name)}::"
-    failed = [test for test in report if own in test["name"] and test["outcome"] == "failed"]
-    assert failed, "no test failed"
-    messages = [test["message"] for test in failed]
-    assert any(MUTATIONS[name].names in message for message in messages), "\n".join(messages)
+def test_a_wrong_declaration_is_caught_and_the_fault_is_named(name, tmp_path):
+    row = MUTATIONS[name]
+    subject = tiny_subject(mutant(name), tmp_path, **row.changes)
+    messages = [complaint(test, subject, tmp_path) for test in row.caught_by]
+    assert all(messages), dict(zip(row.caught_by, messages, strict=True))
+    assert any(row.names in message for message in messages), messages
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_slice_of_a_sound_declaration_is_caught(name, report):
-    own = f"::TestDamaged{list(DAMAGES).index(name)}::"
-    failed = [
-        test["name"].rpartition("::")[2] for test in report if own in test["name"] and test["outcome"] == "failed"
-    ]
-    assert DAMAGES[name][1] in failed
+@pytest.fixture(scope="module")
+def slice_of_llama(tmp_path_factory):
+    return tiny_subject(sound("llama"), tmp_path_factory.mktemp("sound")).sliced("refit")
+
+
+@pytest.fixture
+def subject(slice_of_llama, tmp_path):
+    """A sound declaration, with a slice that may be damaged."""
+    made = tiny_subject(sound("llama"), tmp_path)
+    copy = shutil.copytree(slice_of_llama, tmp_path / "copy")
+    made.sliced = lambda _method: copy
+    return made
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_slice_of_a_sound_declaration_is_caught(damage, subject, tmp_path):
+    damage(subject)
+    failed = {one for one in OF_FILES if complaint(one, subject, tmp_path / one)}
+    assert DAMAGES[damage] <= failed
     assert len(failed) < 4
 
 
-def test_every_test_of_the_suite_catches_something(report):
-    names = {test["name"].rpartition("::")[2].partition("[")[0] for test in report}
-    caught = {test["name"].rpartition("::")[2].partition("[")[0] for test in report if test["outcome"] == "failed"}
-    assert names == caught
+def test_an_undamaged_slice_of_a_sound_declaration_passes(subject, tmp_path):
+    assert not [one for one in OF_FILES if complaint(one, subject, tmp_path / one)]
 
 
-@pytest.mark.parametrize("name", ["TestSound", "TestUndamaged"])
-def test_without_a_mutation_the_same_suite_passes(name, report):
-    outcomes = [test["outcome"] for test in report if f"::{name}::" in test["name"]]
-    assert outcomes.count("passed") > 8
-    assert "failed" not in outcomes
+def test_every_test_of_the_suite_catches_something():
+    caught = {test for row in MUTATIONS.values() for test in row.caught_by}.union(*DAMAGES.values())
+    assert caught == {name for name in dir(AdapterTests) if name.startswith("test_")}
+
+
+def test_whoever_runs_the_suite_on_a_wrong_adapter_reads_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+    (tmp_path / "test_mine.py").write_text(
+        "from slicecli.testing import AdapterTests\n"
+        "from test_mutations import mutant\n"
+        "class TestMine(AdapterTests):\n"
+        "    adapter = mutant('missed reader')\n"
+    )
+    words = ["-k", "names_every_parameter or context_length", "--slicecli-report", "report.json"]
+    done = run_program("-m", "pytest", *words, "test_mine.py", cwd=tmp_path, kind="warm")
+    assert done.returncode == 1, done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())["tests"]
+    (failed,) = [test for test in report if test["outcome"] == "failed"]
+    assert NAMES in failed["name"]
+    assert MUTATIONS["missed reader"].names in failed["message"]

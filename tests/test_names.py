@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_tasks import YAML, models, own_defaults, write_questions  # noqa: F401
+from test_tasks import YAML, models, write_questions  # noqa: F401
 
 from slicecli.data.names import LONGEST_NAME, Named, distinct_names
 from slicecli.data.text import read_text, read_texts
@@ -149,7 +149,7 @@ def test_a_file_called_like_a_known_task_has_the_chance_of_its_questions(tmp_pat
     assert [document["tasks"][name]["chance"] for name in names] == [pytest.approx(0.2)] * 3
 
 
-def test_tasks_of_the_user_that_share_a_name_are_told_apart_or_refused(tmp_path, own_defaults):  # noqa: F811
+def test_tasks_of_the_user_that_share_a_name_are_told_apart_or_refused(tmp_path, own_defaults):
     questions, folder = write_questions(tmp_path / "q.jsonl", count=3), tmp_path / "yaml"
     folder.mkdir()
     for file, name in (("a", "q.jsonl"), ("b", "demo"), ("c", "twice"), ("d", "twice")):

@@ -10,12 +10,13 @@ import time
 
 import pytest
 from conftest import tiny_model
+from programs import SLICECLI, start_program
 
 from slicecli.checkpoint.folder import file_digest
 
 pytestmark = pytest.mark.slow
 
-SLICES, SWEEPS = 6, 4  # of each method, killed twice; killed once
+SLICES, SWEEPS = 4, 2  # of each method, killed twice; killed once
 
 
 def digests(folder):
@@ -26,43 +27,19 @@ def digests(folder):
 
 
 def in_child(words, log, kill_when=None, signal_number=signal.SIGKILL, **variables):
-    """Run the command line in a fork of this process, where everything is imported; return its exit status.
+    """Run the command line in a process of its own; return its exit status.
 
     With `kill_when` it is killed as soon as that says so, unless it has ended before.
     """
     log.write_text("")
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            import sys
-
-            from slicecli.cli import main
-
-            stream = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(stream, 1)
-            os.dup2(stream, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.environ.update(variables)
-            sys.argv = ["slicecli", *map(str, words)]
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    ended, status = 0, 0
-    while kill_when is not None and not ended:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended and kill_when():
-            os.kill(child, signal_number)
+    child = start_program((*SLICECLI, *words), log, log, env={**os.environ, **variables}, kind="warm")
+    while kill_when is not None and child.is_alive():
+        if kill_when():
+            os.kill(child.pid, signal_number)
             break
-        time.sleep(0.001)
-    if not ended:
-        _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+        time.sleep(0.003)
+    child.join()
+    return child.exitcode
 
 
 def after_lines(log, count, pause=0.0):
@@ -79,12 +56,10 @@ def after_lines(log, count, pause=0.0):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model of many blocks; everything that a run imports is imported here, before the forks."""
-    import accelerate  # noqa: F401
-
+    """A tiny model of many blocks."""
     from slicecli.testing.checkpoints import save_checkpoint
 
-    return save_checkpoint(tiny_model("llama", num_hidden_layers=10), tmp_path_factory.mktemp("many") / "model")
+    return save_checkpoint(tiny_model("llama", num_hidden_layers=6), tmp_path_factory.mktemp("many") / "model")
 
 
 @pytest.fixture
@@ -108,10 +83,12 @@ def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_pa
     for number in range(SLICES):
         output = tmp_path / f"out{number}"
         command = slice_command(output, *words, "--resume")
-        # killed twice on its way, at moments drawn over the whole run
+        # killed twice on its way, at moments drawn over each part of the run
         for _ in range(2):
-            moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.03))
+            line = int(lines * (number + generator.random()) / SLICES)
+            moment = after_lines(log, line, generator.uniform(0, 0.03))
             in_child(command, log, kill_when=moment, SLICECLI_JOURNAL_SECONDS="0")
+            resumed += "done before" in log.read_text()
             if output.exists():
                 break
         if not output.exists():
@@ -125,7 +102,7 @@ def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_pa
 
 def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, slice_words, tmp_path):
     log = tmp_path / "log"
-    measure = ["--perplexity", text_file, "--limit", "4", "--keep-slices", "--dims", "40,36,32", "--no-cache"]
+    measure = ["--perplexity", text_file, "--limit", "4", "--keep-slices", "--dims", "40,32", "--no-cache"]
 
     def words(output):
         return ["sweep", model, "-o", output, *slice_words, *measure]
@@ -142,68 +119,83 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, s
         code = in_child(words(output), log, SLICECLI_JOURNAL_SECONDS="0")
         assert code == 0, log.read_text()
         assert json.loads((output / "results.json").read_text()) == expected
-        for dim in (40, 36, 32):
+        for dim in (40, 32):
             place = f"slices/dim{dim}/model.safetensors"
             assert file_digest(output / place) == file_digest(tmp_path / "whole" / place)
         assert not list((output / "slices").glob(".*"))
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(slice_command, tmp_path, signal_number, code):
-    log = tmp_path / "log"
+@pytest.fixture
+def interrupt(slice_command, tmp_path):
+    """A function that interrupts a run by a signal, and returns its exit code; and the words of the run."""
     words = slice_command(tmp_path / "out", "--no-cache")
-    assert in_child(slice_command(tmp_path / "whole", "--no-cache"), log) == 0
-    partial = tmp_path / ".out.incomplete"
-    found = in_child(
-        words,
-        log,
-        kill_when=(partial / ".journal" / "state.json").exists,
-        signal_number=signal_number,
-        SLICECLI_JOURNAL_SECONDS="0",
-    )
-    assert found == code, log.read_text()
-    assert "--resume goes on" in log.read_text()
-    assert "Traceback" not in log.read_text()
+
+    def call(signal_number):
+        state = tmp_path / ".out.incomplete" / ".journal" / "state.json"
+        variables = {"SLICECLI_JOURNAL_SECONDS": "0"}
+        return in_child(words, tmp_path / "log", kill_when=state.exists, signal_number=signal_number, **variables)
+
+    return call, words
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(interrupt, tmp_path, signal_number, code):
+    found, said = interrupt[0](signal_number), (tmp_path / "log").read_text()
+    assert found == code, said
+    assert "--resume goes on" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
-    # another plan does not go on with it, and says why
-    other = ["--dim", "32"]
-    refused = in_child([*words, *other, "--resume"], log)
-    assert refused == 1
-    assert "differs in slices" in log.read_text()
-    assert partial.exists()
-    # nor another calibration
-    refused = in_child([*words, "--seed", "7", "--resume"], log)
-    assert refused == 1
-    assert "calibration" in log.read_text()
-    # without --resume it starts clean
-    again = in_child(words, log)
-    assert again == 0, log.read_text()
-    assert "done before" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"), [(["--dim", "32"], "differs in slices"), (["--seed", "7"], "calibration")], ids=["dim", "seed"]
+)
+def test_another_plan_does_not_go_on_and_says_why(run, interrupt, tmp_path, more, says):
+    call, words = interrupt
+    call(signal.SIGINT)
+    refused = run(*words, *more, "--resume")
+    assert refused.exit_code == 1
+    assert says in refused.stderr
+    assert (tmp_path / ".out.incomplete").exists()
+
+
+def test_without_resume_a_run_starts_clean(run, interrupt, slice_command, tmp_path):
+    call, words = interrupt
+    call(signal.SIGINT)
+    again = run(*words)
+    assert again.exit_code == 0, again.output
+    assert "done before" not in again.output
+    assert not (tmp_path / ".out.incomplete").exists()
+    assert run(*slice_command(tmp_path / "whole", "--no-cache")).exit_code == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-    assert not partial.exists()
 
 
-def test_two_runs_do_not_write_the_same_output(slice_command, tmp_path):
+def test_two_runs_do_not_write_the_same_output(run, slice_command, tmp_path):
     from filelock import FileLock
 
     partial = tmp_path / ".out.incomplete"
     partial.mkdir()
     with FileLock(partial / ".lock"):
-        log = tmp_path / "log"
-        code = in_child(slice_command(tmp_path / "out"), log)
-    assert code == 1
-    assert "Another process is writing 'out'" in log.read_text()
+        done = run(*slice_command(tmp_path / "out"))
+    assert done.exit_code == 1
+    assert "Another process is writing 'out'" in done.stderr
 
 
-def test_a_damaged_journal_starts_anew(slice_command, tmp_path):
-    log = tmp_path / "log"
-    for number, content in enumerate(("", "{", "[]", '{"fingerprint": {}}')):
-        journal = tmp_path / f".out{number}.incomplete" / ".journal"
-        journal.mkdir(parents=True)
-        (journal / "state.json").write_text(content)
-        code = in_child(slice_command(tmp_path / f"out{number}", "--resume"), log)
-        if number < 3:
-            assert code == 0, log.read_text()
-        else:
-            assert code == 1
-            assert "cannot go on" in log.read_text()
+def leave_journal(tmp_path, content):
+    journal = tmp_path / ".out.incomplete" / ".journal"
+    journal.mkdir(parents=True)
+    (journal / "state.json").write_text(content)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_journal_starts_anew(run, slice_command, tmp_path, content):
+    leave_journal(tmp_path, content)
+    done = run(*slice_command(tmp_path / "out", "--resume"))
+    assert done.exit_code == 0, done.output
+
+
+def test_a_journal_of_another_run_is_not_gone_on_with(run, slice_command, tmp_path):
+    leave_journal(tmp_path, '{"fingerprint": {}}')
+    done = run(*slice_command(tmp_path / "out", "--resume"))
+    assert done.exit_code == 1
+    assert "cannot go on" in done.stderr

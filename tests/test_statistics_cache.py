@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,15 +14,33 @@ from slicecli.linalg.basis import reader_basis
 from slicecli.slicing.context import DenseStatistics
 from slicecli.slicing.statistics_cache import CACHE_VARIABLE, SIZE_VARIABLE, StatisticsCache, default_folder
 
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def kept(checkpoints, text_file, tmp_path_factory):
+    """A cache with the statistics of a slice, and the digest of its weights."""
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+
+    folder = tmp_path_factory.mktemp("kept")
+    words = ["slice", checkpoints(), "--dim", "36", "-o", folder / "out", "--cache-dir", folder / "cache"]
+    words += ["--calibration", text_file, "--samples", "24", "--seq-len", "32", "--format", "json"]
+    done = CliRunner().invoke(group, [str(word) for word in words], prog_name="slicecli")
+    assert json.loads(done.stdout)["statistics"] == "collected"
+    return folder / "cache", file_digest(folder / "out" / "model.safetensors")
+
 
 @pytest.fixture
-def slice_to(run, checkpoint_copy, slice_words, tmp_path):
-    """A function that slices with a cache of the test's own, and tells where the statistics came from."""
+def slice_to(run, kept, checkpoints, slice_words, tmp_path):
+    """A function that slices with a copy of that cache, and tells where the statistics came from."""
+    shutil.copytree(kept[0], tmp_path / "cache")
 
-    def call(dim, *more, model=checkpoint_copy):
+    def call(dim, *more, model=None):
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
         words = [*slice_words, "--cache-dir", tmp_path / "cache", *more]
-        result = run("slice", model, "--dim", dim, "-o", output, "--format", "json", *words)
+        result = run("slice", model or checkpoints(), "--dim", dim, "-o", output, "--format", "json", *words)
         assert result.exit_code == 0, result.output
         assert ("from the cache" in result.stderr) == (json.loads(result.stdout)["statistics"] == "cache")
         return json.loads(result.stdout)["statistics"], file_digest(output / "model.safetensors")
@@ -37,14 +56,15 @@ def statistics_of(width, seed=0):
 
 
 def test_another_dim_starts_at_the_refit_and_gives_the_same_bytes(slice_to):
-    assert slice_to(40)[0] == "collected"
-    assert slice_to(36)[0] == "cache"
-    assert slice_to(36) == ("cache", slice_to(36, "--no-cache")[1])
+    assert slice_to(40) == ("cache", slice_to(40, "--no-cache")[1])
+
+
+def test_the_same_dim_gives_the_same_bytes(slice_to, kept):
+    assert slice_to(36) == ("cache", kept[1])
 
 
 @pytest.mark.parametrize("more", [["--seed", "7"], ["--samples", "20"], ["--seq-len", "16"], ["--batch-size", "3"]])
 def test_what_statistics_depend_on_makes_an_entry_of_its_own(slice_to, more):
-    slice_to(36)
     assert slice_to(36, *more)[0] == "collected"
     assert slice_to(40, *more)[0] == "cache"
 
@@ -52,27 +72,28 @@ def test_what_statistics_depend_on_makes_an_entry_of_its_own(slice_to, more):
 def test_other_weights_have_other_statistics(slice_to, checkpoint_copy):
     from safetensors.torch import load_file, save_file
 
-    slice_to(36)
+    assert [slice_to(36, model=checkpoint_copy)[0] for _ in range(2)] == ["collected", "cache"]
     path = checkpoint_copy / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
-    assert slice_to(36)[0] == "collected"
+    assert slice_to(36, model=checkpoint_copy)[0] == "collected"
 
 
 def test_without_a_cache_nothing_is_kept(slice_to, tmp_path):
+    shutil.rmtree(tmp_path / "cache")
     slice_to(36, "--no-cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_damaged_entry_is_collected_again(slice_to, tmp_path):
-    _, expected = slice_to(36)
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda whole: whole[: len(whole) // 2], lambda whole: b"x" * len(whole)]
+)
+def test_a_damaged_entry_is_collected_again(slice_to, kept, tmp_path, damage):
     (entry,) = (tmp_path / "cache").rglob("*.safetensors")
-    whole = entry.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"x" * len(whole)):
-        entry.write_bytes(content)
-        assert slice_to(36) == ("collected", expected)
-        assert slice_to(36)[0] == "cache"
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert slice_to(36) == ("collected", kept[1])
+    assert slice_to(36)[0] == "cache"
 
 
 def test_the_cache_lies_where_its_variable_says_or_in_the_users_cache_folder(tmp_path, monkeypatch):
@@ -113,8 +134,7 @@ def test_statistics_come_back_bit_by_bit(tmp_path, width):
 
 def test_the_command_lists_and_clears(run, slice_to, tmp_path):
     cache = ["--cache-dir", tmp_path / "cache"]
-    assert "empty" in run("cache", "ls", *cache).stderr
-    slice_to(36)
+    assert "empty" in run("cache", "ls", "--cache-dir", tmp_path / "none").stderr
     (entry,) = json.loads(run("cache", "ls", "--format", "json", *cache).stdout)
     assert entry["hidden_size"] == 48
     assert entry["bytes"] > 8 * 48 * 48
@@ -125,6 +145,7 @@ def test_the_command_lists_and_clears(run, slice_to, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_a_slice(slice_to, tmp_path):
+    shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "statistics").write_text("not a folder")
     assert slice_to(36)[0] == "collected"

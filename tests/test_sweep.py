@@ -15,12 +15,29 @@ from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.sweep import PLOT_FILE, RESULTS_FILE, run_sweep
 from slicecli.runtime import placement
 
+pytestmark = pytest.mark.slow
+
 DIMS = "44,36,24"
 
 
 @pytest.fixture
 def words(checkpoints, text_file, slice_words):
     return ["-q", "sweep", checkpoints(), "--perplexity", text_file, "--limit", "6", *slice_words]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, text_file, tmp_path_factory):
+    """The folder of a sweep over all dims that nothing stopped."""
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+
+    output = tmp_path_factory.mktemp("sweeps") / "whole"
+    words = ["-q", "sweep", checkpoints(), "--perplexity", text_file, "--limit", "6", "--calibration", text_file]
+    words += ["--samples", "24", "--seq-len", "32", "--dims", DIMS, "-o", output]
+    done = CliRunner().invoke(group, [str(word) for word in words], prog_name="slicecli")
+    assert done.exit_code == 0, done.output
+    return output
 
 
 @pytest.fixture
@@ -88,9 +105,8 @@ def test_a_point_is_what_slicing_and_measuring_by_hand_gives(run, words, checkpo
     assert point["parameters"] == by_hand["parameters"]
 
 
-def test_added_dims_go_on_from_what_is_measured(run, words, counted, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(*words, "--dims", DIMS, "-o", whole).exit_code == 0
+def test_added_dims_go_on_from_what_is_measured(run, words, whole, counted, tmp_path):
+    parts = tmp_path / "parts"
     assert run(*words, "--dims", "36", "-o", parts).exit_code == 0
     counted["measured"].clear()
     assert run(*words, "--dims", DIMS, "-o", parts).exit_code == 0
@@ -104,9 +120,8 @@ def test_added_dims_go_on_from_what_is_measured(run, words, counted, tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", ["tiny-llama", "dim44", "dim24", "refit"])
-def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(run, words, counted, monkeypatch, tmp_path, fails_at):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(*words, "--dims", DIMS, "-o", whole).exit_code == 0
+def test_a_sweep_that_is_stopped_goes_on_where_it_stopped(run, words, whole, counted, monkeypatch, tmp_path, fails_at):
+    stopped = tmp_path / "stopped"
     evaluate, run_slices = measure.evaluate, sweep.run_slices
 
     def failing_evaluate(source, *arguments):
@@ -187,22 +202,20 @@ def test_slices_are_kept_on_request(run, words, tmp_path):
     assert one["perplexity"]["source"].startswith("2 measured slices (dim36)")
 
 
-def test_the_published_method_sweeps_too_and_both_fit_together(run, words, tmp_path):
-    for method in ("refit", "slicegpt"):
-        done = run(*words, "--dims", DIMS, "--method", method, "-o", tmp_path / method)
-        assert done.exit_code == 0, done.output
-    files = [tmp_path / method / RESULTS_FILE for method in ("refit", "slicegpt")]
+def test_the_published_method_sweeps_too_and_both_fit_together(run, words, whole, tmp_path):
+    done = run(*words, "--dims", DIMS, "--method", "slicegpt", "-o", tmp_path / "published")
+    assert done.exit_code == 0, done.output
+    files = [folder / RESULTS_FILE for folder in (whole, tmp_path / "published")]
     curves = json.loads(run("fit", *files, "--format", "json").stdout)["curves"]
     assert [one["method"] for one in curves] == ["refit", "slicegpt"]
 
 
-def test_estimate_takes_a_sweeps_results_as_a_curve(run, words, checkpoints, text_file, tmp_path):
-    assert run(*words, "--dims", DIMS, "-o", tmp_path / "sweep").exit_code == 0
-    curve = ["--curve", tmp_path / "sweep" / RESULTS_FILE, "--text", text_file.name]
+def test_estimate_takes_a_sweeps_results_as_a_curve(run, whole, checkpoints, text_file):
+    curve = ["--curve", whole / RESULTS_FILE, "--text", text_file.name]
     result = run("-q", "estimate", checkpoints(), *curve, "--dim", "40,36", "--format", "json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    measured = results_of(tmp_path / "sweep")
+    measured = results_of(whole)
     assert document["dense"]["perplexity"]["value"] == measured["dense"]["perplexity"][text_file.name]["value"]
     at_36 = next(one for one in document["estimates"] if one["dim"] == 36)["perplexity"]
     known = next(point for point in measured["points"] if point["dim"] == 36)["perplexity"][text_file.name]["value"]
@@ -239,7 +252,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
         (("--tasks", "no-such-task", "--dims", "36"), "no-such-task"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(run, words, more, message, tmp_path):
+def test_what_cannot_be_is_refused_before_anything_is_written(run, words, own_defaults, more, message, tmp_path):
     result = run(*words, "-o", tmp_path / "sweep", *more)
     assert result.exit_code == 2, result.output
     assert message in result.stderr

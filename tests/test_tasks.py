@@ -225,15 +225,6 @@ def no_network(monkeypatch):
     assert asked == []
 
 
-@pytest.fixture
-def own_defaults(tmp_path, monkeypatch):
-    """A folder in the place of lm-eval's own tasks, which take seconds to index."""
-    folder = tmp_path / "defaults"
-    folder.mkdir()
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
-    return folder
-
-
 def test_yaml_tasks_of_the_user_measure_the_same_without_network(
     models, question_file, tmp_path, no_network, own_defaults, monkeypatch
 ):
