@@ -393,6 +393,8 @@ class Adapter:
 
     def why_untied(self, config: Fields) -> str:
         """Say why a slice of a tied model with a config has a head of its own; empty where it stays tied."""
+        if self.layout(config) != "stock":
+            return "a slice brings code of its own, which has no shared table"
         if self.norm.is_centred:
             return "its norms subtract the mean, so that one table cannot serve as embedding and as head"
         if not self.norm.has_weight:

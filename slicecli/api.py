@@ -183,6 +183,7 @@ def estimate(
     *,
     method: Method = "refit",
     slice_head: bool | None = None,
+    unties: bool = False,
     dtype: str | None = None,
     batch: int = 1,
     length: int | None = None,
@@ -198,6 +199,7 @@ def estimate(
         dims: The slices.
         method: How it would be sliced.
         slice_head: Whether the published method slices the input of the head.
+        unties: Whether slices of a tied model get a head of their own.
         dtype: Of weights and cache; `None` takes the checkpoint's.
         batch: Sequences served at a time.
         length: Tokens of each; `None` takes 2048, or what the model can do if that is less.
@@ -213,7 +215,7 @@ def estimate(
     from slicecli.estimation.devices import device_named
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
-    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token)
+    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token, unties=unties)
     forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)

@@ -232,7 +232,7 @@ def test_too_few_tokens_are_said_with_the_number(run, checkpoints, slice_words, 
 
 
 def test_a_slice_that_grows_the_model_says_so(run, checkpoints, slice_words, tmp_path):
-    done = run("slice", checkpoints("llama-tied"), "--dim", "44", "-o", tmp_path / "a", *slice_words)
+    done = run("slice", checkpoints("llama-tied"), "--dim", "44", "--untie", "-o", tmp_path / "a", *slice_words)
     assert "more parameters than the dense model" in done.stderr
 
 

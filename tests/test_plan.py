@@ -30,8 +30,8 @@ PHI_3_MINI = {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 81
 PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064}
 
 
-def dimensions(fields):
-    return Dimensions(select_adapter(fields, plugins().adapters), fields)
+def dimensions(fields, unties=False):
+    return Dimensions(select_adapter(fields, plugins().adapters), fields, unties)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,17 @@ def test_a_sliced_llama_3_has_three_quarters_of_its_parameters():
     assert dimensions(LLAMA_3_8B).parameters(3072) == 6_022_695_936
 
 
-def test_a_tied_model_is_counted_with_its_head_apart():
-    sizes = dimensions(LLAMA_32_1B)
+@pytest.mark.parametrize(("unties", "tables"), [(False, 1), (True, 2)])
+def test_a_slice_of_a_tied_model_has_one_table_or_two(unties, tables):
+    sizes = dimensions(LLAMA_32_1B, unties)
     block = (sizes.parameters() - 128256 * 2048 - 2048) * 1920 // 2048
-    assert sizes.parameters(1920) == block + 2 * 128256 * 1920 + 1920
+    assert sizes.parameters(1920) == block + tables * 128256 * 1920 + 1920
+
+
+def test_a_target_chooses_a_wider_slice_where_the_table_is_shared():
+    target = Width(target_parameters=900_000_000)
+    tied, untied = (target.resolve(dimensions(LLAMA_32_1B, unties), 2) for unties in (False, True))
+    assert tied > untied
 
 
 @pytest.mark.parametrize(("dim", "neighbours"), [(3000, "2976 and 3008"), (1, "32"), (4095, "4064")])

@@ -10,6 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.jobs.options import SliceOptions
 
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="How it is sliced."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
+@shared.add_options(SliceOptions, "unties")
 @click.option(
     "--text",
     type=shared.TEXT,
@@ -124,6 +126,7 @@ def command(
     max_perplexity: float | None,
     method: Any,
     slice_head: bool | None,
+    unties: bool,
     text: str,
     calibration: str,
     dense_perplexity: float | None,
@@ -180,7 +183,7 @@ def command(
         accelerator = device_named(device)
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
-    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code)
+    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties)
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
@@ -239,6 +242,7 @@ def _print(document: dict[str, Any]) -> None:
     )
     device = document["device"]
     named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
+    untied = [(f"{one['dim']} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
     show.print_table(
         ["dim", "s", "parameters", "weights", "cache/token", "to serve"],
         [
@@ -250,7 +254,7 @@ def _print(document: dict[str, Any]) -> None:
                 show.size(one["kv_cache_bytes_per_token"]),
                 show.size(one["serve_bytes"]),
             ]
-            for name, one in named
+            for name, one in [*named, *untied]
         ],
     )
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]

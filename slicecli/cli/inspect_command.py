@@ -68,6 +68,8 @@ def command(
         "head_dim": dimensions.head_dim,
         "vocabulary": dimensions.vocabulary,
         "is_tied": dimensions.is_tied,
+        "keeps_tie": dimensions.keeps_tie,
+        "tie_obstacle": dimensions.tie_obstacle,
         "parameters": dimensions.parameters(),
         "legal_dims": {
             "multiple_of": dimensions.dim_multiple,
@@ -103,6 +105,8 @@ def command(
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
         show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
+    if document["tie_obstacle"]:
+        show.note(f"A slice gets a head of its own: {document['tie_obstacle']}.")
     if document["shortcut_obstacle"]:
         show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
     for text in comparison.remarks(source.name):

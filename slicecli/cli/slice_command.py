@@ -162,6 +162,7 @@ def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
         "layout": plan.layout,
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "adapter": plan.adapter,
+        "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,

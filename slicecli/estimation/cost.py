@@ -169,6 +169,7 @@ class CostModel:
         self._dimensions = dimensions
         self._published = PublishedSizes(dimensions, slice_head) if method == "slicegpt" else None
         self._slices_head = method == "refit" or slices_head(dimensions, slice_head)
+        self._keeps_tie = method == "refit" and dimensions.keeps_tie
         self._steps = sum(len(block.sublayers) for block in dimensions.declared_blocks)
         self._windows = Counter(dimensions.window(block) for block in range(dimensions.blocks))
         self._list_matrices()
@@ -244,7 +245,7 @@ class CostModel:
         """Return the number of weights that are read when some tokens pass at once."""
         widths = self._widths(dim)
         looked_up = self._embeddings.at(widths)
-        if dim is None and self._dimensions.is_tied:
+        if self._dimensions.is_tied if dim is None else self._keeps_tie:
             looked_up -= self._dimensions.width(self._dimensions.adapter.head.width) * widths[1]  # read as the head
         idle = sum(one.elements.at(widths) * one.idle(tokens) for one in self._mixtures)
         return parameters - looked_up - idle

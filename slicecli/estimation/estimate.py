@@ -68,6 +68,7 @@ class Subject:
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        unties: bool = False,
     ) -> Subject:
         """Find a model by Hub id or folder, from its config alone.
 
@@ -84,11 +85,11 @@ class Subject:
             source = origin.source
         family = select_adapter(source.fields, found.adapters, adapter, found.refusals)
         if origin is None:
-            dimensions, comparison = source.dimensions(family, source.fields)
+            dimensions, comparison = source.dimensions(family, source.fields, unties)
             for text in comparison.remarks(source.name):
                 warnings.warn(text, SlicecliWarning, stacklevel=2)
         else:
-            dimensions = Dimensions(family, source.fields)  # the weights at hand are the slice's
+            dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
         sizes = slice_sizes(dimensions, method, slice_head)
         return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
 
@@ -113,6 +114,8 @@ class Slice:
 
     Attributes:
         nearest_legal: The legal dims next to it, where it is not legal.
+        is_tied: It shares one table between embedding and head.
+        untied_cost: Of a tied slice: what it would cost with a head of its own.
         speed_up: Against the dense model, on a device.
     """
 
@@ -120,7 +123,9 @@ class Slice:
     sparsity: float
     is_legal: bool
     nearest_legal: tuple[int, ...]
+    is_tied: bool
     cost: Cost
+    untied_cost: Cost | None
     speed_up: SpeedUp | None
 
 
@@ -182,7 +187,9 @@ class Estimate:
             "sparsity": one.sparsity,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
+            "is_tied": one.is_tied,
             **_cost_json(one.cost),
+            "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
             "speed_up": None if one.speed_up is None else one.speed_up.to_json(),
         }
         if perplexity:
@@ -217,6 +224,8 @@ def estimate(
     """Put an estimate together."""
     dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
     costs = CostModel(dimensions, subject.method, subject.slice_head)
+    is_tied = subject.method == "refit" and dimensions.keeps_tie
+    untied = CostModel(dimensions.untied(), subject.method) if is_tied else None
     dense = costs.dense(dtype, workload)
     slices = []
     for dim in dims:
@@ -230,7 +239,9 @@ def estimate(
                 sparsity=1 - dim / dimensions.hidden_size,
                 is_legal=is_legal,
                 nearest_legal=() if is_legal else nearest_in(sizes.legal_dims(), dim),
+                is_tied=is_tied,
                 cost=cost,
+                untied_cost=None if untied is None else untied.sliced(dim, dtype, workload),
                 speed_up=None if device is None else speed_up(dense, cost, workload, device),
             )
         )

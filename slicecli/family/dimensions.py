@@ -372,6 +372,10 @@ class Dimensions:
             "tie_word_embeddings": self.keeps_tie,
         }
 
+    def untied(self) -> Dimensions:
+        """Return the same sizes for slices with a head of their own."""
+        return Dimensions(self.adapter, self._config, unties=True)
+
     def legal_dims(self) -> range:
         """Return the dims a slice of this model may have, in ascending order."""
         smallest = self.dim_multiple

@@ -385,9 +385,20 @@ class _Inferring:
             # where heads have no width of their own, what a head computes grows with the hidden size too
             wider = self._probe.shapes(self._probe.wider())
             prove_accounting({self._width: shapes, 2 * self._width: wider}, dimensions)
+        if dimensions.keeps_tie and (obstacle := self._why_untied(dimensions)):
+            self.adapter = dataclasses.replace(self.adapter, tie_obstacle=obstacle)
+            dimensions = Dimensions(self.adapter, self._probe.fields)
         errors = [prove_rotation(self._model, dimensions, self._ids, TOLERANCE, seed) for seed in range(2)]
         self.error = max(*errors, prove_refit(self._model, dimensions, self._ids, TOLERANCE))
         self._try_shortcuts(dimensions)
+
+    def _why_untied(self, dimensions: Dimensions) -> str:
+        """Say why a slice of the tied tiny model cannot share its table; empty where it can."""
+        try:
+            prove_rotation(self._model, dimensions, self._ids, TOLERANCE)
+        except SlicecliError as error:
+            return f"one table does not serve as embedding and head here: {error.cause}"
+        return ""
 
     def _try_shortcuts(self, dimensions: Dimensions) -> None:
         """Find out whether the published method can slice the model too, and whether it wants its width kept."""

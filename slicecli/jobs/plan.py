@@ -122,6 +122,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dtype = options.dtype or stored_dtype
     requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
+    config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
     meta_model = build_runnable_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)

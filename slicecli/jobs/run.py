@@ -362,7 +362,7 @@ def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:
         f"This slice has more parameters than the dense model ({plan.sliced_parameters:,} against "
         f"{plan.dense_parameters:,}): "
         + (
-            "its head is refitted, so it no longer shares the embedding table."
+            "its head no longer shares the embedding table."
             if plan.method == "refit"
             else "its shortcut matrices, and a head of its own, weigh more than the slicing saves."
         ),

@@ -32,7 +32,7 @@ from slicecli.proof.tiny import SIZES, random_model, tiny_config
 from slicecli.slicing.context import Batches, DenseModel, Target
 from slicecli.slicing.modules import first_tensor, persistent_buffers
 from slicecli.slicing.refit import collect_statistics, refit
-from slicecli.slicing.sliced_tensors import project
+from slicecli.slicing.sliced_tensors import project, tie_of
 from slicecli.slicing.slicegpt import Orientation, slice_published
 
 __all__ = [
@@ -142,6 +142,7 @@ def _empty_like(
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights() if on_meta else nullcontext(), no_init_weights():
         made = cls(config)
+    made.tie_weights()
     return with_plain_experts(made if on_meta else made.to(device=model.device, dtype=model.dtype)).eval()
 
 
@@ -234,7 +235,7 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
     dense, sliced = (
         _run(one, dimensions, token_ids)[0].value for one in (model, projected_model(model, dimensions, basis, dim))
     )
-    error = _stream_error(sliced, dense, basis, dim)
+    error = _stream_error(sliced, dense, _axes(model, dimensions, basis, dim), dimensions)
     if error > tolerance:
         tables = ", ".join(table.path for table in dimensions.adapter.embeddings)
         raise PluginError(
@@ -413,9 +414,10 @@ def _prove_same(
     what: str,
 ) -> float:
     """Compare a model with its slice at full width, step by step."""
+    axes = _axes(model, dimensions, basis, dimensions.hidden_size)
     for dense, other in zip(_run(model, dimensions, token_ids), _run(sliced, dimensions, token_ids), strict=True):
         if dense.is_stream:
-            error = _stream_error(other.value, dense.value, basis, dimensions.hidden_size)
+            error = _stream_error(other.value, dense.value, axes, dimensions)
         else:
             error = relative_error(other.value, dense.value)
         if error > tolerance:
@@ -427,12 +429,18 @@ def _prove_same(
     return relative_error(logits(sliced, token_ids), logits(model, token_ids))
 
 
-def _stream_error(sliced: torch.Tensor, dense: torch.Tensor, basis: Basis, dim: int) -> float:
+def _stream_error(sliced: torch.Tensor, dense: torch.Tensor, axes: torch.Tensor, dimensions: Dimensions) -> float:
     """Return the relative error of a sliced stream against the projection of the dense one."""
-    if basis.is_centred:
+    if dimensions.adapter.norm.is_centred:
         # a LayerNorm's stream is known but for its mean
         sliced = sliced - sliced.mean(-1, keepdim=True)
-    return relative_error(sliced, dense @ projection_of_stream(basis.leading(dim)).to(dense.dtype))
+    return relative_error(sliced, dense @ projection_of_stream(axes).to(dense.dtype))
+
+
+def _axes(model: Any, dimensions: Dimensions, basis: Basis, dim: int) -> torch.Tensor:
+    """Return the axes of a slice by projection, float64 of shape (d, dim)."""
+    leading = basis.leading(dim)
+    return tie_of(dimensions, ModelWeights(model), leading).axes if dimensions.keeps_tie else leading
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def build_record(
         "method": plan.method,
         "layout": plan.layout,
         "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
+        "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,

@@ -427,6 +427,9 @@ class Record(JsonObject):
         description="Whether transformers has to run code that lies beside the weights (trust_remote_code); true of "
         "layout custom-code."
     )
+    is_tied: bool = Field(
+        description="Whether the slice shares one table between embedding and head, as the source does."
+    )
     hidden_size: Width = Field(description="d, the hidden size of the source.")
     dim: Width = Field(description="k, the hidden size of the slice; of a schedule of several widths, their mean.")
     sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")

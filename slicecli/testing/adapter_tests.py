@@ -6,6 +6,7 @@ require (`slicecli_requires`), and are skipped elsewhere: whether a family is st
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -95,6 +96,19 @@ class Subject:
         return with_plain_experts(model)
 
     @functools.cached_property
+    def tied(self) -> Any:
+        """The model in float64 with its embedding table as its head."""
+        config = copy.deepcopy(self.model.config)
+        config.tie_word_embeddings = True
+        model = type(self.model)(config).to(self.device, torch.float64).eval()
+        state = {
+            name: value for name, value in self.model.state_dict().items() if name in dict(model.named_parameters())
+        }
+        model.load_state_dict(state, strict=False)
+        model.tie_weights()
+        return with_plain_experts(model)
+
+    @functools.cached_property
     def token_ids(self) -> torch.Tensor:
         """Random tokens, shape (rows, sequence length)."""
         generator = torch.Generator().manual_seed(1)
@@ -151,6 +165,8 @@ class Subject:
         found = {
             self.adapter.layout(self.fields): True,
             "tied": self.dimensions.is_tied,
+            "keeps-tie": self.dimensions.keeps_tie,
+            "can-tie": not self.adapter.why_untied(self.fields),
             "biases": any(self.dimensions.has_bias(linear) for linear in linears),
             "parallel": any(block.is_parallel for block in blocks),
             "experts": any(branch.experts is not None for branch in branches),
@@ -298,6 +314,19 @@ class AdapterTests:
     def test_a_rotation_leaves_logits_unchanged_in_float32(self, subject: Subject, record_property: Any) -> None:
         """The same in the precision that models are run in."""
         error = prove_rotation(subject.model, subject.dimensions, subject.token_ids, FLOAT32)
+        record_property("relative_error", error)
+
+    @pytest.mark.slicecli_requires("can-tie")
+    def test_a_tied_model_stays_tied_without_loss(self, subject: Subject, record_property: Any) -> None:
+        """One table serves a rotated model as embedding and as head, whether this config is tied or not."""
+        dimensions = Dimensions(subject.adapter, {**subject.fields, "tie_word_embeddings": True})
+        error = prove_rotation(subject.tied, dimensions, subject.token_ids, FLOAT64)
+        record_property("relative_error", error)
+
+    @pytest.mark.slicecli_requires("keeps-tie")
+    def test_a_tied_model_can_get_a_head_of_its_own(self, subject: Subject, record_property: Any) -> None:
+        """So it can with `--untie`."""
+        error = prove_rotation(subject.exact, subject.dimensions.untied(), subject.token_ids, FLOAT64)
         record_property("relative_error", error)
 
     def test_the_refit_at_full_width_finds_nothing_to_mend(self, subject: Subject, record_property: Any) -> None:
