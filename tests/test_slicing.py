@@ -164,10 +164,11 @@ def test_every_parameter_is_written_once_and_contiguous(family):
 
     meta_model = build_runnable_meta_model(stock_config(config, dimensions, 36, "float32"))
     expected = sorted(name for name, _ in meta_model.named_parameters())
+    count = sum(parameter.numel() for parameter in meta_model.parameters())
     statistics = collect_statistics(dense, batches, Silent())
     refit(dense, statistics, [Target(36, meta_model, torch.float32, sink)], batches, Silent())
     assert sorted(names) == expected
-    assert sum(parameter.numel() for parameter in meta_model.parameters()) == dimensions.parameters(36)
+    assert count == dimensions.parameters(36)
 
 
 def test_counts_equal_the_instantiated_models(family):
