@@ -515,7 +515,9 @@ class Source:
             for name, value in build_meta_model(self.config(), self.trust_remote_code).named_parameters():
                 stored = find_stored(tensors, name)
                 if stored is not None and tensors[stored].shape != tuple(value.shape):
-                    sizes = f"{tensors[stored].shape} in the weight files, but {tuple(value.shape)} according to its config.json"
+                    sizes = (
+                        f"{tensors[stored].shape} in the weight files, but its config.json implies {tuple(value.shape)}"
+                    )
                     return WeightsError(f"{stored} of {self.name} is {sizes}.", remedy)
         return WeightsError(f"The weights of {self.name} cannot be loaded: {reason_of(error)}.", remedy)
 

@@ -80,7 +80,7 @@ def entry_file(names: Collection[str], fields: Mapping[str, Any]) -> str | None:
     if named is not None:
         if not isinstance(named, str) or not is_file_name(named) or not named.endswith(ENTRY_SUFFIXES):
             raise WeightsError(
-                f"config.json gives {NAMED_ENTRY} = {shown(named)}, which is not a safetensors file or index next to it.",
+                f"config.json gives {NAMED_ENTRY} = {shown(named)}, but no such safetensors file or index exists.",
                 "Remove the field, or set it to the file that holds the weights.",
             )
         return named
