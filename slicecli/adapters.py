@@ -428,8 +428,8 @@ def ask(adapter: str, function: Callable[..., Answer], *arguments: object) -> An
         raise
     except Exception as error:  # it is a plugin's, and a config may hold anything
         raise PluginError(
-            f"Adapter {adapter!r} fails on this config: {type(error).__name__}: {reason_of(error)}.",
-            "Check config.json, or mend the adapter.",
+            f"Adapter {adapter!r} failed on this config: {type(error).__name__}: {reason_of(error)}.",
+            "Check config.json, or fix the adapter.",
         ) from error
 
 
@@ -459,7 +459,7 @@ def select_adapter(
             raise NoAdapterError(
                 f"Models of type {shown(model_type)} are not supported."
                 if model_type
-                else "config.json states no model_type.",
+                else "config.json has no model_type.",
                 _known(model_type, (kind for candidate in adapters.values() for kind in candidate.model_types)),
             )
         adapter = found[0]

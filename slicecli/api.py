@@ -247,16 +247,16 @@ def generate_text(
     check_sampling(max_new_tokens, temperature, seed)
     found = _prompt_ids(model, tokenizer, prompt)
     if not found:
-        raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+        raise RequestError("The prompt is empty, and the tokenizer adds no start token.", "Pass a prompt.")
     check_embedded(max(found), model.get_input_embeddings().num_embeddings)
     longest = context_length_of_config(model.config)
     # the last token is not read any more
     room = max_new_tokens if longest is None else longest - len(found) + 1
     if room < max_new_tokens:
         raise RequestError(
-            f"The prompt has {len(found):,} tokens, and {max_new_tokens:,} more do not fit into the {longest:,} that "
-            "the model can do.",
-            f"Give --max-new-tokens {room} or less." if room > 0 else "Give a shorter prompt.",
+            f"The prompt has {len(found):,} tokens; with {max_new_tokens:,} more it exceeds the model's limit of "
+            f"{longest:,} tokens.",
+            f"Use --max-new-tokens {room} or less." if room > 0 else "Use a shorter prompt.",
         )
     ids = torch.tensor([found])
     torch.manual_seed(seed)
@@ -293,5 +293,5 @@ def _ending(ids: Sequence[int], ends: Container[int]) -> int:
 def _refuse_nan(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Refuse NaN logits, which would rank the first token of the vocabulary as the likeliest."""
     if bool(logits.isnan().any()):
-        raise WeightsError("The model's logits are NaN.", "Try --dtype float32, or check its weights.")
+        raise WeightsError("The model's logits are NaN.", "Try --dtype float32, or check the weights.")
     return logits

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 @click.command("fit")
 @click.argument("results", nargs=-1, required=True, type=shared.LocalPath(exists=True, dir_okay=False))
 @click.option(
-    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+    "--relation", type=shared.TEXT, metavar="NAME", help="Relation to fit.  [default: the best by leave-one-out]"
 )
 @click.option(
     "-o",
     "--output",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Also write the curves here.",
+    help="Also write the curves to FILE.",
 )
 @click.option(
     "--plot",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Draw the curves with their points (.png, .svg, .pdf).",
+    help="Plot the curves with their points (.png, .svg, .pdf).",
 )
 @shared.format_option
 def command(
@@ -71,7 +71,7 @@ def command(
     if shared:
         show.result("One set of parameters for all groups:")
         show.print_table(
-            ["relation", "of", "groups", "parameters", "error of a group left out"],
+            ["relation", "of", "groups", "parameters", "leave-one-group-out error"],
             [
                 [
                     one.relation,

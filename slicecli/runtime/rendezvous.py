@@ -67,7 +67,7 @@ def meet(rank: int, count: int, notify: Callable[[str], object]) -> Any:
             absent = [_keeper()] if store is None else _absent(store, keys)
             if has_notified:
                 raise ProcessError(
-                    f"{who}, but {_first_of(absent)} did not connect at {meeting_place()} within {MEETING:.0f} seconds.",
+                    f"{who}; {_first_of(absent)} did not connect at {meeting_place()} within {MEETING:.0f} seconds.",
                     meeting_remedy(),
                 )
             notify(f"{who}. Waiting up to {MEETING:.0f} seconds for {_first_of(absent)} at {meeting_place()}.")
