@@ -242,7 +242,7 @@ class Source:
         for field in self.fields:
             if field in CLASS_FIELDS or callable(getattr(transformers.PreTrainedConfig, field, None)):
                 raise SourceError(
-                    f"The config.json of {self.name} has a field {shown(field)}, which would overwrite an attribute of the config class.",
+                    f"The config.json of {self.name} has a field {shown(field)}, which is reserved by config classes.",
                     "Remove the field.",
                 )
         try:

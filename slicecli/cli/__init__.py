@@ -164,8 +164,8 @@ def main() -> None:
         processes.stay_alone()
     if started_alone():
         click.echo(
-            "Warning: accelerate launch started only one process. To start several without GPUs, add --multi_gpu or use "
-            "torchrun --nproc_per_node N.",
+            "Warning: accelerate launch started only one process. To start several without GPUs, add --multi_gpu or "
+            "use torchrun --nproc_per_node N.",
             err=True,
         )
     try:

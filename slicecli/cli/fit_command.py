@@ -39,9 +39,9 @@ def command(
 ) -> None:
     """Fit prediction curves to measured slices, for `slicecli estimate --curve`.
 
-    RESULTS are files that `slicecli sweep` or `slicecli eval -o` wrote: of slices, and of the dense models they come
-    from. What was measured on one model, method, calibration and text or task makes one curve; the relation is the one
-    that best predicts each point from the others.
+    RESULTS are files written by `slicecli sweep` or `slicecli eval -o`, for slices and for the dense models they were
+    made from. Measurements with the same model, method, calibration and text or task form one curve. By default it uses
+    the relation that best predicts each point from the others.
 
     \b
     Example:

@@ -87,7 +87,7 @@ def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
     """Refuse token ids for which a model has no embedding."""
     if largest >= vocabulary:
         raise SourceError(
-            f"The tokenizer{name and f' of {name}'} produces token {largest}, beyond the model's vocabulary of {vocabulary}.",
+            f"The tokenizer{name and f' of {name}'} gives token {largest}, but the model has only {vocabulary}.",
             "Use the tokenizer that belongs to this model.",
         )
 
