@@ -90,7 +90,7 @@ def compare(dimensions: Dimensions, tensors: Mapping[str, StoredTensor], name: s
         if parameter.role != "kept" and tensors[stored].elements != parameter.elements(dimensions.hidden_size):
             shape = tuple(dimensions.hidden_size if size is None else size for size in parameter.shape)
             raise WeightsError(
-                f"{stored} is {tensors[stored].shape} in the weight files of {name}, but its config.json implies {shape}.",
+                f"{stored} is {tensors[stored].shape} in the weight files of {name}, but config.json implies {shape}.",
                 "Check that config.json belongs to these weights.",
             )
     if dimensions.is_tied and (head := find_stored(tensors, f"{dimensions.adapter.head.path}.weight")):

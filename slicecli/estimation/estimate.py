@@ -267,7 +267,7 @@ def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
     far = [one.dim for one in slices if one.sparsity > FARTHEST]
     if far and forecasts:
         notes.append(
-            f"No measurement is published beyond s = {FARTHEST}; predictions for dim {', '.join(map(str, far))} are guesses."
+            f"Nothing is published beyond s = {FARTHEST}; predictions for dim {', '.join(map(str, far))} are guesses."
         )
     illegal = [one for one in slices if not one.is_legal]
     for one in illegal:

@@ -307,8 +307,8 @@ def _new_notes(
         )
     if is_other_text:
         notes.append(
-            "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come from "
-            "three models calibrated on wikitext2 and measured on c4."
+            "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
+            "from three models calibrated on wikitext2 and measured on c4."
         )
     if quantity == "accuracy" and chance is None:
         notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")

@@ -151,8 +151,8 @@ def measure_tasks(
                 ) from error
             if harness.cut and progress is not None:
                 progress.note(
-                    f"{task.name}: {harness.cut:,} requests exceed the model's limit of {harness.max_length:,} tokens; their "
-                    "beginning was cut off."
+                    f"{task.name}: {harness.cut:,} requests exceed the model's limit of {harness.max_length:,} tokens; "
+                    "their beginning was cut off."
                 )
             harness.cut = 0
             for name in measured["results"]:

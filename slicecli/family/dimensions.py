@@ -396,7 +396,7 @@ class Dimensions:
         elif dim >= self.hidden_size:
             cause = f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}."
         elif self.dim_multiple == 1:
-            cause = f"A dim of {dim} is too small: {self.adapter.name} norms subtract the mean, which uses up one direction."
+            cause = f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract uses up one."
         else:
             fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
             cause = f"A dim of {dim} is not legal: the {self.adapter.name} config requires a multiple of {fields}."

@@ -106,16 +106,16 @@ class Schedule:
                 )
         if dimensions.adapter.keeps_width and self.head != self.places[0]:
             raise RequestError(
-                f"{dimensions.adapter.name} models must start and end with the same width, but the schedule starts with "
-                f"{self.places[0]} and ends with {self.head}.",
+                f"{dimensions.adapter.name} models must start and end with the same width, but the schedule starts "
+                f"with {self.places[0]} and ends with {self.head}.",
                 "Use --slice-head, or a schedule that ends with its first width.",
             )
         for index, block in enumerate(dimensions.declared_blocks):
             for step, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
                 if before != after and any(branch.experts for branch in step):
                     raise RequestError(
-                        f"The residual stream is {before} wide before the experts of block {index} and {after} after them, "
-                        "but experts write the width they read.",
+                        f"The residual stream is {before} wide before the experts of block {index} and {after} after "
+                        "them, but experts write the width they read.",
                         "Use --slice-head, or a schedule that keeps the width there.",
                     )
 

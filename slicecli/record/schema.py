@@ -497,7 +497,7 @@ def schema_errors(record: Any) -> list[str]:
     """Say what in a record is not as its schema has it."""
     version = record.get("record_version") if isinstance(record, dict) else None
     if isinstance(version, int) and not isinstance(version, bool) and version != RECORD_VERSION:
-        return [f"$.record_version is {version}, which slicecli {__version__} does not know"]
+        return [f"$.record_version is {version}, which slicecli {__version__} does not support"]
     try:
         RECORDS.validate_python(record)
     except ValidationError as error:
