@@ -95,8 +95,8 @@ def test_a_bias_is_tied_to_the_field_that_switches_it():
         ("gemma3_text", "branches", "passes through"),
         ("glm4", "branches", "passes through model.layers.0.post_self_attn_layernorm and"),
         ("olmo2", "branches", "no norm of model.layers.0 sees the stream"),
-        ("bloom", "embeddings", "something changes the embeddings"),
-        ("doge", "branches", "not the sum of what its linear maps return"),
+        ("bloom", "embeddings", "something else changes the embeddings"),
+        ("doge", "branches", "not the sum of its linear maps' outputs"),
         ("bert", "head", "neither an RMSNorm nor a LayerNorm"),
         ("t5", "blocks", "cannot build"),
         ("openai-gpt", "head", "no norm lies between"),
@@ -317,7 +317,7 @@ def test_inspect_shows_what_was_found_of_one_that_was_not_inferred(run, unknown)
     assert "found embeddings: model.embed_tokens" in done.stderr
     refused = run("slice", model, "--dim", "48")
     assert refused.exit_code == 1
-    assert "not the sum of what its linear maps return" in refused.stderr
+    assert "not the sum of its linear maps' outputs" in refused.stderr
 
 
 def test_a_family_refused_by_name_is_not_inferred(run, unknown):

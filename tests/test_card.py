@@ -185,7 +185,7 @@ def test_what_the_owner_writes_stays(slice_copy, record):
     assert read_card(slice_copy).before == "# My own"
     assert read_card(slice_copy).body
     path.write_text("---\nlicense: [\n---\n")
-    with pytest.raises(OutputError, match="Mend the YAML"):
+    with pytest.raises(OutputError, match="Fix the YAML"):
         write_card(slice_copy)
     assert path.read_text() == "---\nlicense: [\n---\n"
 
@@ -273,7 +273,7 @@ def test_the_command_keeps_results_and_needs_a_slice(run, slice_copy, tmp_path):
     (tmp_path / "empty").mkdir()
     result = run("card", tmp_path / "empty")
     assert result.exit_code == 1
-    assert "Only a slice" in result.stderr
+    assert "Pass the folder of a slice" in result.stderr
     (tmp_path / "curve.json").write_text('{"curves": [{"model": "other", "method": "refit"}]}')
     result = run("card", slice_copy, "--curve", tmp_path / "curve.json")
     assert result.exit_code == 2

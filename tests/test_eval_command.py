@@ -178,9 +178,9 @@ def test_what_cannot_be_measured_is_refused_first(run, checkpoints, words, tmp_p
     # no weight is read
     monkeypatch.setattr("slicecli.evaluation.measure.load_model", None)
     for options, code, message in (
-        ((*words, "--limit", "0"), 2, "Give 1 or more"),
-        ((*words, "--num-fewshot", "-1"), 2, "Give 0 or more"),
-        ((*words, "--batch-size", "0"), 2, "Give 1 or more"),
+        ((*words, "--limit", "0"), 2, "Use 1 or more"),
+        ((*words, "--num-fewshot", "-1"), 2, "Use 0 or more"),
+        ((*words, "--batch-size", "0"), 2, "Use 1 or more"),
         ((*words, "--include-path", tmp_path / "none"), 2, "no folder"),
         ((*words, "-o", tmp_path / "none" / "x.json"), 1, "x.json"),
         ((*words, "--tasks", tmp_path / "none.jsonl"), 1, "none.jsonl"),

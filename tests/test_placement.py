@@ -89,20 +89,20 @@ def test_a_dry_run_says_where_everything_would_be(run, checkpoints):
     done = run("slice", checkpoints(), "--dim", 36, "--dry-run", "--max-memory", "cpu=200KB", "--format", "json")
     assert done.exit_code == 0
     assert set(json.loads(done.stdout)["placement"]["weights"].values()) == {"cpu", "disk"}
-    assert "weights rest: " in done.stderr
+    assert "weights are kept: " in done.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "no device map"),
-        ("{}", "no device map"),
-        ('{"": [1]}', "no device map"),
-        ('{"": true}', "no device map"),
+        ("[1]", "not a device map"),
+        ("{}", "not a device map"),
+        ('{"": [1]}', "not a device map"),
+        ('{"": true}', "not a device map"),
         ('{"": "moon"}', "no device 'moon'"),
         ('{"": 99}', "no device 'cuda:99'"),
         ('{"": "meta"}', "no device 'meta'"),
-        ('{"": "disk", "model.layers.0.mlp": "cpu"}', "divides a block"),
+        ('{"": "disk", "model.layers.0.mlp": "cpu"}', "splits a block"),
         ('{"": "disk", "model.layers.7": "cpu"}', "does not have"),
         ('{"model": "cpu"}', "leaves out lm_head.weight"),
         ("{", "cannot be read"),

@@ -59,7 +59,7 @@ def test_a_tied_model_is_counted_with_its_head_apart():
 
 @pytest.mark.parametrize(("dim", "neighbours"), [(3000, "2976 and 3008"), (1, "32"), (4095, "4064")])
 def test_an_illegal_dim_names_its_neighbours(dim, neighbours):
-    with pytest.raises(RequestError, match=f"nearest legal: {neighbours}"):
+    with pytest.raises(RequestError, match=f"nearest legal dims: {neighbours}"):
         dimensions(LLAMA_3_8B).check_dim(dim)
 
 

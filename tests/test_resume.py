@@ -162,7 +162,7 @@ def test_an_interrupted_run_says_how_to_go_on(slice_command, tmp_path, signal_nu
         SLICECLI_JOURNAL_SECONDS="0",
     )
     assert found == code, log.read_text()
-    assert "--resume goes on" in log.read_text()
+    assert "with --resume to continue" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (tmp_path / "out").exists()
     # another plan does not go on with it, and says why
@@ -206,4 +206,4 @@ def test_a_damaged_journal_starts_anew(slice_command, tmp_path):
             assert code == 0, log.read_text()
         else:
             assert code == 1
-            assert "cannot go on" in log.read_text()
+            assert "cannot be resumed" in log.read_text()

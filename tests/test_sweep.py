@@ -150,7 +150,7 @@ def test_another_sweeps_results_are_left_alone_unless_overwritten(run, words, te
     (other / "dear.txt").write_text("dear all")
     result = run(*words, "--dims", "36", "-o", other)
     assert result.exit_code == 1
-    assert "left alone" in result.stderr
+    assert "will not be changed" in result.stderr
     assert [path.name for path in other.iterdir()] == ["dear.txt"]
 
 

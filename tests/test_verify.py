@@ -165,8 +165,12 @@ def _results(record):
 
 
 DAMAGES = {
-    "no record": (lambda folder: (folder / "slicecli.json").unlink(), "record", "there is no slicecli.json"),
-    "a record that is no JSON": (lambda folder: (folder / "slicecli.json").write_text("{"), "record", "no JSON"),
+    "no record": (lambda folder: (folder / "slicecli.json").unlink(), "record", "slicecli.json is missing"),
+    "a record that is no JSON": (
+        lambda folder: (folder / "slicecli.json").write_text("{"),
+        "record",
+        "not a JSON object",
+    ),
     "a record of nested lists": (
         lambda folder: (folder / "slicecli.json").write_text("[" * 100_000),
         "record",
@@ -177,7 +181,7 @@ DAMAGES = {
     "weights that break off": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
         "counts",
-        "model.safetensors is no safetensors file",
+        "model.safetensors is damaged, or not a safetensors file",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "files", "model.safetensors is missing"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "files", "tokenizer.json is missing"),
@@ -244,7 +248,7 @@ DAMAGES = {
         "card",
         "cannot be read as a card",
     ),
-    "a card without marks": (edit_card(": begin -->", " -->"), "card", "nothing between the marks"),
+    "a card without marks": (edit_card(": begin -->", " -->"), "card", "no text between slicecli's markers"),
     "a number in the card's text": (edit_card("| 36 |", "| 40 |"), "card", "| 40 |"),
     "another perplexity in the record": (
         edit_record(lambda record: _results(record).update(value=2.5)),
@@ -254,7 +258,7 @@ DAMAGES = {
     "no perplexity in the record": (
         edit_record(lambda record: record["results"].pop("perplexity")),
         "card",
-        "which the record has not",
+        "which is not in the record",
     ),
     "no licence": (edit_card("license: other\n", ""), "card", "license is null"),
     "another library": (edit_card("library_name: transformers", "library_name: peft"), "card", "library_name is peft"),
@@ -301,7 +305,7 @@ def test_each_damage_is_found_and_named(stock, name, monkeypatch):
             "sharded",
             edit_recorded("model.safetensors.index.json", lambda index: index["weight_map"].popitem()),
             "counts",
-            "does not lead to the tensors",
+            "does not match the tensors",
         ),
         (
             "sharded",
@@ -388,7 +392,7 @@ def test_what_is_no_folder_and_no_repository_is_refused(run, stock, embedded_mod
     done = run("verify", embedded_model)
     assert done.exit_code == 1
     assert done.stdout.splitlines() == [
-        "record: there is no slicecli.json, so this is no slice",
+        "record: slicecli.json is missing, so this is not a slice",
         f"{embedded_model.name}: 1 difference.",
     ]
 
@@ -756,7 +760,7 @@ def test_a_head_that_is_damaged_on_the_hub_is_named(loopback_hub, slices, head):
     done = verify("me/slice")
     assert done.returncode == 1, done.stderr
     assert "files: model.safetensors is not the file that was recorded" in done.stdout
-    assert "counts: model.safetensors is no safetensors file, or a damaged one" in done.stdout
+    assert "counts: model.safetensors is damaged, or not a safetensors file" in done.stdout
 
 
 def test_a_slice_in_shards_is_checked_in_another_s_repository(loopback_hub, slices):
@@ -775,7 +779,7 @@ def test_a_slice_in_shards_is_checked_in_another_s_repository(loopback_hub, slic
 def test_a_repository_that_is_missing_or_no_slice_is_named(loopback_hub, checkpoints):
     done = verify("me/nothing")
     assert done.returncode == 1
-    assert "The repository 'me/nothing' cannot be checked: there is no such repository" in done.stderr
+    assert "The repository 'me/nothing' cannot be checked: the repository does not exist" in done.stderr
     loopback_hub.upload("me/dense", checkpoints("llama-3"))
     done = verify("me/dense")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "me/dense: 1 difference.")

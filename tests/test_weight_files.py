@@ -148,7 +148,7 @@ def test_a_baseline_of_the_same_folder_name_is_not_the_dense_model(run, text_fil
 
     dense, message = recorded_dense(tmp_path / "run2" / "model")
     assert dense is None
-    assert "not the model that the slice was made from (config or weights differ)" in message
+    assert "not the model the slice was made from (config or weights differ)" in message
     moved = shutil.copytree(tmp_path / "run1" / "model", tmp_path / "renamed")
     assert recorded_dense(moved)[0] is not None
 

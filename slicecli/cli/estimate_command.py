@@ -181,7 +181,7 @@ def command(
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
         raise RequestError(
-            "The width is given more than once.",
+            "The width was chosen more than once.",
             "Use only one of --dim, --sweep, --target-params, --memory and --max-perplexity.",
         )
     if plot is not None:

@@ -235,11 +235,11 @@ def _layout_sentence(record: Mapping[str, Any]) -> str:
     model_type = code(record["source"]["model_type"])
     if record["layout"] == "custom-code":
         return (
-            f"It is a {model_type} model with a narrower residual stream than the stock class can describe, so it "
-            "includes `configuration_slicecli.py` and `modeling_slicecli.py`, which need only torch and transformers: read "
-            "them before you trust them. After `import slicecli` transformers uses the installed classes instead, and the "
-            f"flag is not needed. Made with transformers {code(record['versions']['transformers'])}; vLLM and "
-            "llama.cpp cannot load it."
+            f"It is a {model_type} model with a narrower residual stream than the stock class can describe, so "
+            "it includes `configuration_slicecli.py` and `modeling_slicecli.py`, which need only torch and "
+            "transformers: read them before you trust them. After `import slicecli` transformers uses the installed "
+            "classes instead, and the flag is not needed. Made with transformers "
+            f"{code(record['versions']['transformers'])}; vLLM and llama.cpp cannot load it."
         )
     if record["needs_remote_code"]:
         return "It runs the code of its base model, which is stored with the weights: read it before you trust it."

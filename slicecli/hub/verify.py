@@ -353,7 +353,7 @@ def _check_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Itera
         elif shown[name] != recorded[name]:
             yield _error(
                 "card",
-                f"its model-index has {_short(shown[name])} for {_short(name)}, but the record {_short(recorded[name])}",
+                f"{_short(name)} is {_short(shown[name])} in its model-index, but should be {_short(recorded[name])}",
             )
     if shown == recorded and theirs.get("model-index") != ours.get("model-index"):
         yield _error("card", "its model-index describes another model, or names different texts from the record")
