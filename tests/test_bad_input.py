@@ -191,7 +191,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
     larger = byte_tokenizer()
     larger.add_tokens([f"<{number}>" for number in range(100)] + ["the"])
     larger.save_pretrained(checkpoint_copy)
-    assert "the model knows 300" in refused(checkpoint_copy)
+    assert "the model has only 300" in refused(checkpoint_copy)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_folder_without_a_config_is_told_by_what_is_in_it(refused, checkpoint_
 def test_a_folder_that_hides_a_model_of_the_hub(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai-community" / "gpt2").mkdir(parents=True)
-    said = "openai-community/gpt2 is a folder here, and folders come first: for openai-community/gpt2 on the Hub run"
+    said = "openai-community/gpt2 is a folder here, and local folders come first; for openai-community/gpt2 on the Hub, run"
     for words in ((), ("--revision", "main")):
         assert said in run("inspect", "openai-community/gpt2", *words).stderr
     assert said not in run("inspect", "./openai-community/gpt2").stderr
@@ -339,7 +339,7 @@ def test_a_prompt_with_a_token_that_the_model_does_not_know(run, checkpoint_copy
     done = run("generate", checkpoint_copy, "the")
     assert done.exit_code == 1
     assert "gives token" in done.stderr
-    assert "the model knows 300" in done.stderr
+    assert "the model has only 300" in done.stderr
 
 
 # byte order marks
@@ -408,7 +408,7 @@ def test_a_folder_is_no_text(refused, checkpoints, tmp_path, monkeypatch):
     (tmp_path / "me" / "text").mkdir(parents=True)
     message = refused(checkpoints(), "--calibration", "me/text")
     assert "is a folder, not a text" in message
-    assert "for me/text on the Hub run the command in another folder" in message
+    assert "for me/text on the Hub, run the command elsewhere" in message
 
 
 # the weights
