@@ -293,7 +293,7 @@ def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, slic
     text = (stranger / "tokenizer_config.json").read_text()
     (stranger / "tokenizer_config.json").write_text(text.replace("tokenization_mine.", "you/x--tokenization_mine."))
     done = run("verify", stranger)
-    assert "tokenizer_config.json takes code from another repository: you/x--tokenization_mine" in done.stdout
+    assert "tokenizer_config.json loads code from another repository: you/x--tokenization_mine" in done.stdout
     # where slicecli is not, and the model neither
     model.rename(tmp_path / "gone")
     code = (

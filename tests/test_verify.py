@@ -174,7 +174,7 @@ DAMAGES = {
     "a record of nested lists": (
         lambda folder: (folder / "slicecli.json").write_text("[" * 100_000),
         "record",
-        "no JSON",
+        "not a JSON object",
     ),
     "a record of a later version": (edit_record(lambda record: record.update(record_version=2)), "record", "is 2"),
     "other weights": (flip_byte("model.safetensors"), "files", "model.safetensors differs from the recorded file"),
@@ -188,7 +188,7 @@ DAMAGES = {
     "another tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         "files",
-        "tokenizer.json is not the file",
+        "tokenizer.json differs",
     ),
     "code that nobody recorded": (
         lambda folder: (folder / "modeling.py").write_text("print()"),
@@ -224,7 +224,7 @@ DAMAGES = {
     "another width": (
         edit_recorded("config.json", lambda config: config.update(hidden_size=40)),
         "config",
-        "hidden_size is 40 in config.json, 36 by the record",
+        "hidden_size is 40 in config.json, but 36 in the record",
     ),
     "another type": (
         edit_recorded("config.json", lambda config: config.update(model_type="gemma")),
@@ -239,7 +239,7 @@ DAMAGES = {
     "code without a file": (
         edit_recorded("config.json", lambda config: config.update(auto_map={"AutoModel": "modeling.Model"})),
         "config",
-        "a file that is not in the record: modeling.Model",
+        "an unrecorded file: modeling.Model",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config", "config.json is missing"),
     "no card": (lambda folder: (folder / "README.md").unlink(), "card", "README.md is missing"),
