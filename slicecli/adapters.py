@@ -341,8 +341,8 @@ class Adapter:
         derived: Fields that follow from others, by the usual name: functions of the config's fields.
         has_window: Whether a block's attention uses the config's `sliding_window` if the config does not list
         `layer_types`: a function of the model's sizes and the block's index. Used only for costs.
-        unused_tensors: Regular expressions (searched) for names of tensors that old checkpoints of the family contain but
-        its class does not use; they are left out with a warning. Other unused tensors stop a slice.
+        unused_tensors: Regular expressions (searched) for names of tensors that old checkpoints of the family contain
+        but its class does not use; they are left out with a warning. Other unused tensors stop a slice.
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
         stock_obstacle: Why the family's own class cannot describe a slice, which then needs custom code: a sentence, or
         a function of the config's fields that returns one; empty if it can.

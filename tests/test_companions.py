@@ -230,7 +230,7 @@ def test_what_stays_behind_is_said(checkpoint_copy, run, slice_words, tmp_path):
     put(checkpoint_copy, {"a.gguf": "x", "b.gguf": "x", "c.gguf": "x", "d.gguf": "x"})
     done = run("slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", "--dry-run", *slice_words)
     assert done.exit_code == 0, done.output
-    assert "Not taken over: a.gguf, b.gguf, c.gguf and 1 more (other weights)" in done.stderr
+    assert "Not copied: a.gguf, b.gguf, c.gguf and 1 more (other weights)" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -256,7 +256,7 @@ def test_nothing_is_taken_over_from_outside_of_the_model(checkpoint_copy, refuse
     put(outside, {"secret.jinja": "secret"})
     (checkpoint_copy / place).parent.mkdir(exist_ok=True)
     (checkpoint_copy / place).symlink_to(outside / "secret.jinja" if "." in place else outside)
-    assert f"{place} of copy is a link to something outside" in refused(checkpoint_copy)
+    assert f"{place} of copy links to something outside" in refused(checkpoint_copy)
 
 
 def test_what_is_no_regular_file_is_refused(checkpoint_copy, refused):
@@ -322,7 +322,7 @@ def test_a_tokenizer_that_needs_code_is_not_replaced_by_another(
     }
     done = run(command, model, *words[command])
     assert done.exit_code == 1
-    assert "runs code of its own ('tokenization_mine.MineTokenizer'), which is not trusted" in done.stderr
+    assert "runs its own code ('tokenization_mine.MineTokenizer'), which is not trusted" in done.stderr
     assert "--trust-remote-code" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -343,7 +343,7 @@ def test_a_tokenizer_that_would_be_another_in_the_slice_is_refused(checkpoint_co
     model = with_own_tokenizer(checkpoint_copy, "words.pkl", needed)
     sentence = refused(model, "--trust-remote-code")
     assert problem in sentence
-    assert "These files do not go along: words.pkl (other weights)" in sentence
+    assert "These files are not copied: words.pkl (other weights)" in sentence
 
 
 def test_a_chat_template_that_does_not_go_along_is_noticed(checkpoint_copy, refused):

@@ -126,7 +126,7 @@ def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
     assert not one["legal"]
     assert one["nearest_legal"] == [2976, 3008]
     assert "3000 is not legal" in document["notes"][0]
-    assert "does not slice" in refused(run("estimate", llama, "--dim", "4096"))
+    assert "is not below" in refused(run("estimate", llama, "--dim", "4096"))
     assert "positive" in refused(run("estimate", llama, "--dim", "0"))
 
 
@@ -143,16 +143,16 @@ def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
         (("--chance", "piqa=nan"), "not a number"),
         (("--sweep", "0.5:0.1:0.1"), "not a range from"),
         (("--sweep", "0.1-0.5"), "LO:HI:STEP"),
-        (("--relation", "hearsay", "--dense-perplexity", "8"), "There are: paper"),
+        (("--relation", "hearsay", "--dense-perplexity", "8"), "Available: paper"),
         (("--relation", "paper", "--dense-accuracy", "mine=0.7"), "chance level"),
         (("--measured", "3072=9"), "require the dense perplexity"),
         (("--measured", "5000=9", "--dense-perplexity", "8"), "cannot have a slice"),
         (("--measured", "wide=9", "--dense-perplexity", "8"), "not a dim"),
         (("--curve", "missing.json"), "no file"),
         (("--device", "abacus"), "h100-sxm"),
-        (("--device", "h100-sxm", "--tflops", "10"), "has its own"),
+        (("--device", "h100-sxm", "--tflops", "10"), "already sets"),
         (("--plot", "picture.txt", "--dense-perplexity", "8"), ".png"),
-        (("--slice-head",), "published method"),
+        (("--slice-head",), "slicegpt method"),
         (("--batch", "0"), "positive"),
     ],
 )
@@ -451,7 +451,7 @@ def test_models_methods_and_settings_make_groups_of_their_own(run, results):
     assert shared["odds"]["parameters"] == pytest.approx([(0.5 + (1.3 + 2.0) / 2) / 2])
     assert shared["odds"]["groups"] == 3
     assert shared["paper"]["parameters"] == []
-    assert "left out" in run("fit", *two_models).stdout
+    assert "leave-one-group-out" in run("fit", *two_models).stdout
 
 
 def test_several_runs_of_a_slice_are_one_point(run, results):
@@ -486,7 +486,7 @@ def test_results_that_do_not_make_a_curve_are_refused(run, results, tmp_path):
         path.write_text(content)
         assert "bad.json" in refused(run("fit", path)) or "incomplete" in refused(run("fit", path))
     files = results(eval_document(4096, 6.0), eval_document(3072, 9.0))
-    assert "There are: paper" in refused(run("fit", *files, "--relation", "hearsay"))
+    assert "Available: paper" in refused(run("fit", *files, "--relation", "hearsay"))
 
 
 def test_a_curve_file_that_was_changed_by_hand_is_refused(run, llama, results, tmp_path):

@@ -307,7 +307,7 @@ def test_a_dense_figure_of_other_rows_does_not_stay_beside_the_slice_s(measure, 
     assert read_record(one_slice)["results"]["dense"] == before
     measure(one_slice, ["en"], "--record", limit=3)
     for what, name in (("rows", "en/t.jsonl"), ("questions", "en/q.jsonl")):
-        assert f"The figure on {name} was measured on different {what}" in measure.warnings
+        assert f"The recorded figure on {name} was measured on different {what}" in measure.warnings
         assert f"dense model's figure on {name} was measured on different {what}" in measure.warnings
     results = read_record(one_slice)["results"]
     assert results["perplexity"]["en/t.jsonl"]["tokens"] == 3 * 31
@@ -368,7 +368,7 @@ def test_a_dense_model_asked_other_questions_is_said_to_be(run, measure, models,
         measure(models[name], ["en"], "--num-fewshot", "1", *more, "-o", tmp_path / f"{name}.json")
     done = run("fit", tmp_path / "dense.json", tmp_path / "stock.json")
     assert done.exit_code == 2
-    assert "other questions of q.jsonl" in done.stderr
+    assert "different questions of q.jsonl" in done.stderr
 
 
 def test_slices_calibrated_on_texts_of_one_name_are_two_series(run, measure, files, checkpoints, tmp_path):

@@ -288,9 +288,9 @@ def test_a_schedule_is_sliced_by_the_command(run, checkpoints, slice_words, tmp_
         (["--dim", "36", "--final-orientation", "random"], "--final-orientation requires the slicegpt method"),
         (["--schedule", "linear:0:0.5"], "--schedule requires the slicegpt method"),
         (["--dim", "36", "--schedule", "linear:0:0.5", "--method", "slicegpt"], "chosen more than once"),
-        (["--schedule", "none.json", "--method", "slicegpt"], "no schedule 'none.json'"),
+        (["--schedule", "none.json", "--method", "slicegpt"], "schedule 'none.json' does not exist"),
         (["--schedule", "constant", "--method", "slicegpt"], "No width"),
-        (["--dim", "48", "--method", "slicegpt"], "does not slice"),
+        (["--dim", "48", "--method", "slicegpt"], "is not below"),
     ],
 )
 def test_wishes_that_do_not_go_together_are_refused(run, checkpoints, tmp_path, words, says):

@@ -229,7 +229,7 @@ class _Inferring:
         steps: list[_Sublayer] = []
         stream, group = block.entering, [norm for norm in norms if is_close(norm.entering, block.entering)]
         if not group:
-            raise UnsupportedModelError(f"no norm of {block.path} reads the stream that enters it")
+            raise UnsupportedModelError(f"no norm of {block.path} reads the stream as it enters the block")
         for norm in norms:
             if norm in group:
                 continue

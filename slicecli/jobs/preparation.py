@@ -197,7 +197,7 @@ def _problem_with_tokenizer(folder: Path, source: Source, tokenizer: Any) -> str
             seen = _outcome(look, tokenizer)
             # some draw at random, or tell the time
             if _outcome(look, own) != seen and _outcome(look, tokenizer) == seen:
-                return f"would differ in a slice: {what} would not be the same"
+                return f"would not be the same in a slice: {what} would differ"
     return None
 
 
