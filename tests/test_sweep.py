@@ -233,8 +233,8 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
     ("more", "message"),
     [
         (("--dims", "37"), "not legal"),
-        (("--dims", "48"), "does not slice"),
-        (("--relation", "hearsay", "--dims", "36"), "There are: paper"),
+        (("--dims", "48"), "is not below"),
+        (("--relation", "hearsay", "--dims", "36"), "Available: paper"),
         (("--limit", "0", "--dims", "36"), "too small"),
         (("--tasks", "no-such-task", "--dims", "36"), "no-such-task"),
     ],

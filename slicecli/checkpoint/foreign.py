@@ -24,10 +24,10 @@ QUANTISATION_FIELDS = {"quantization": "MLX", "compression_config": "compressed-
 FOREIGN_FILES = (ADAPTER_FILE, *QUANTISATION_FILES)
 # files of models without config.json, by what their names match, and what they belong to
 OTHER_FORMATS = {
-    "*.gguf": "the format of llama.cpp",
-    "params.json": "the format in which Llama and Mistral were first released",
-    "model_index.json": "a pipeline of diffusers",
-    "*.nemo": "the format of NeMo",
+    "*.gguf": "in the format of llama.cpp",
+    "params.json": "in the format in which Llama and Mistral were first released",
+    "model_index.json": "part of a diffusers pipeline",
+    "*.nemo": "in the format of NeMo",
 }
 MOST_SHOWN = 3
 
@@ -72,7 +72,7 @@ def refuse_without_config(name: str, folder: Path, files: Collection[str], remed
     for pattern, what in OTHER_FORMATS.items():
         for file in fnmatch.filter(sorted(files), pattern):
             raise UnsupportedModelError(
-                f"{name} has no config.json; its {shown(file)} belongs to {what}.",
+                f"{name} has no config.json; its {shown(file)} is {what}.",
                 f"Pass the transformers checkpoint it was made from, or convert it to one. {remedy}".strip(),
             )
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
