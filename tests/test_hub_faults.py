@@ -62,7 +62,7 @@ DOWNLOADING = (
     Scenario(
         name="missing",
         what="the repository does not exist",
-        says="no such repository, or it is private and the token does not open it",
+        says="the repository does not exist, or it is private and the token has no access",
         exists=False,
         mend=upload,
     ),
@@ -76,7 +76,7 @@ DOWNLOADING = (
     Scenario(
         name="private",
         what="it is private and somebody else's",
-        says="it is private and the token does not open it",
+        says="it is private and the token has no access",
         owner="them",
         private=True,
     ),
@@ -118,7 +118,7 @@ DOWNLOADING = (
     Scenario(
         name="status",
         what="status 503, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         faults=forever("GET", ASK, status=503),
     ),
     Scenario(name="status-once", what="the same, once", faults=once("GET", ASK, status=503)),
@@ -131,7 +131,7 @@ DOWNLOADING = (
     Scenario(
         name="file-status",
         what="status 503 for the weight files, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         words=SLICE,
         faults=forever("GET", FETCH_ANY, status=503),
     ),
@@ -210,7 +210,7 @@ DOWNLOADING = (
     Scenario(
         name="small",
         what="the disk has less room than a weight file takes",
-        says="too little room",
+        says="too little space",
         words=SLICE,
         circumstances=("disk_is_small",),
     ),
@@ -295,7 +295,7 @@ PUBLISHING = (
     Scenario(
         name="foreign-new",
         what="it is to be made under somebody else's name",
-        says="refuses it (status 403",
+        says="refused the request (status 403",
         words=PUSH,
         owner="them",
         exists=False,
@@ -316,7 +316,7 @@ PUBLISHING = (
     Scenario(
         name="push-status",
         what="status 503 for the commit, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         words=PUSH,
         faults=forever("POST", COMMIT, status=503),
     ),
@@ -352,7 +352,7 @@ PUBLISHING = (
     Scenario(
         name="refused",
         what="the Hub refuses the weight files",
-        says="refuses it (status 400: The checksum differs)",
+        says="refused the request (status 400: The checksum differs)",
         words=PUSH,
         faults=forever("PUT", SEND_ANY, status=400, headers={"X-Error-Message": "The checksum differs"}),
     ),
