@@ -1,9 +1,9 @@
-"""What a model family must declare so that its residual stream can be sliced.
+"""Declarations of model families: what slicecli must know to slice a residual stream.
 
-An adapter is data: the names of the modules that read and write the stream, the kind of norm in between, and
-the rule for legal dims. It holds no code of the forward pass: the family's own modules of transformers are run
-as they are. The sizes of one model, and with them the exact parameter counts, follow from the declaration and a
-config alone (`slicecli.family.dimensions`), so nothing here imports torch.
+An adapter is data: the names of the modules that read and write the stream, the kind of norm between them, and
+the rule for legal dims. It contains no forward pass: the family's own transformers modules run unchanged. The
+sizes and exact parameter counts of a model follow from the declaration and a config alone
+(`slicecli.family.dimensions`), so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 AUTO_ADAPTER = "auto"
-"""The name that asks for an inferred adapter; no plugin can take it."""
+"""The name that requests an inferred adapter; plugins cannot use it."""
 
 Answer = TypeVar("Answer")
 
@@ -57,7 +57,7 @@ Fields: TypeAlias = Mapping[str, Any]
 
 
 class Sizes(Protocol):
-    """The sizes of one model, as a declaration may ask for them; `slicecli.family.dimensions.Dimensions` answers.
+    """The sizes of one model, available to a declaration; implemented by `slicecli.family.dimensions.Dimensions`.
 
     Attributes:
         heads: Attention heads.
@@ -68,7 +68,7 @@ class Sizes(Protocol):
     key_value_heads: int
 
     def value(self, name: str, otherwise: Any = None) -> Any:
-        """Return a config field by its usual name; where it has none, the family's default, then `otherwise`."""
+        """Return a config field by its usual name; if missing, the family's default, then `otherwise`."""
         ...
 
     def number(self, name: str, otherwise: int | None = None) -> int:
@@ -82,7 +82,7 @@ class Norm:
 
     Attributes:
         kind: `rms` divides by the root mean square; `layer` subtracts the mean first.
-        epsilon: The ε under the root: a config field, or a number where the class fixes it.
+        epsilon: The ε under the root: a config field, or a number if the class fixes it.
         has_weight: Whether it multiplies by a weight.
         has_bias: Whether it adds a bias after that.
         weight_offset: What is added to the stored weight before it multiplies (1 for Gemma).
@@ -105,11 +105,11 @@ class Linear:
     """One linear map that reads or writes the residual stream.
 
     Attributes:
-        path: Module path inside the block (of the head: in the model).
+        path: Module path inside the block (for the head, in the model).
         width: Size of the side that is not the stream, as `Dimensions.width` reads it.
         bias: Whether it has a bias, or the config field that says so.
-        is_transposed: The weight is stored as (inputs, outputs), as in a Conv1D of GPT-2.
-        gate: Of a writer: path of the one-row linear whose sigmoid multiplies the output for each token.
+        is_transposed: Whether the weight is stored as (inputs, outputs), as in GPT-2's Conv1D.
+        gate: For a writer, path of the one-row linear whose sigmoid multiplies the output of each token.
     """
 
     path: str
@@ -121,7 +121,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Kept:
-    """A parameter of the block without an axis of hidden size; it is copied unchanged.
+    """A parameter of the block without an axis of hidden size; it is passed through.
 
     Attributes:
         path: Parameter path inside the block, for example `self_attn.q_norm.weight`.
@@ -149,7 +149,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts whose weights lie in two three-dimensional parameters.
+    """A mixture of experts whose weights are stored in two three-dimensional parameters.
 
     Attributes:
         module: Path of the module inside the block; it is called with the normalised tokens (tokens, d), the
@@ -159,7 +159,7 @@ class Experts:
         writer_width: Columns of one expert's second map.
         reader: Name of the parameter with all first maps, shape (experts, reader_width, d).
         writer: Name of the parameter with all second maps, shape (experts, d, writer_width).
-        per_token: Number of experts that one token meets, as `Dimensions.width` reads it. Only costs follow from it.
+        per_token: Number of experts per token, as `Dimensions.width` reads it. Used only for costs.
     """
 
     module: str
@@ -183,17 +183,17 @@ class Experts:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: a norm, linears that read, and what writes back.
+    """One residual branch: a norm, its readers, and its writers.
 
     Attributes:
         norm: Path of its norm inside the block.
         readers: Linears applied to the normalised stream (a fused one counts once).
-        writer: The linear whose output is added to the stream; `None` where only experts write.
-        module: Path of the module inside the block that holds the branch; it is left out of the run while
-            another branch is looked at. Only a block's last branch may do without.
-        activation: Where there is no such module: path of the function between its one reader and its writer.
+        writer: The linear whose output is added to the stream; `None` if only experts write.
+        module: Path of the module inside the block that holds the branch; it is skipped while another branch
+        runs alone. Only a block's last branch may lack one.
+        activation: If there is no such module, path of the function between its only reader and its writer.
         multiplier: Config field that multiplies what the branch adds.
-        experts: Experts that read and write besides.
+        experts: Experts that also read and write.
     """
 
     norm: str
@@ -206,18 +206,18 @@ class Branch:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its readers, then its writer where it has one."""
+        """Its readers, then its writer if it has one."""
         return self.readers if self.writer is None else (*self.readers, self.writer)
 
     @property
     def reader_paths(self) -> list[str]:
-        """Paths inside the block of all that reads, experts too."""
+        """Paths inside the block of all readers, including experts."""
         experts = [] if self.experts is None else [self.experts.reader_path]
         return [reader.path for reader in self.readers] + experts
 
     @property
     def writer_paths(self) -> list[str]:
-        """Paths inside the block of all that writes, experts too."""
+        """Paths inside the block of all writers, including experts."""
         experts = [] if self.experts is None else [self.experts.writer_path]
         return ([] if self.writer is None else [self.writer.path]) + experts
 
@@ -228,8 +228,8 @@ class Block:
 
     Attributes:
         branches: Its branches in the order in which they run.
-        is_parallel: All of them read the stream as it enters the block, instead of each what the one before left.
-        kept: Parameters that do not touch the stream.
+        is_parallel: Whether all branches read the stream as it enters the block, instead of after the previous branch.
+        kept: Parameters that do not touch the stream; they are passed through.
     """
 
     branches: tuple[Branch, ...]
@@ -243,7 +243,7 @@ class Block:
 
     @property
     def sublayers(self) -> tuple[tuple[Branch, ...], ...]:
-        """The branches grouped by the stream they read: one group if parallel, else one for each."""
+        """The branches grouped by the stream they read: one group if parallel, otherwise one per branch."""
         return (self.branches,) if self.is_parallel else tuple((branch,) for branch in self.branches)
 
 
@@ -313,8 +313,8 @@ def mlp(
         norm: Name of the norm.
         bias: Bias of both.
         width: Size between them.
-        module: Path of the module that holds them; empty where they hang on the block itself.
-        activation: Path of the function between them, where they do.
+        module: Path of the module that holds them; empty if they belong to the block itself.
+        activation: In that case, path of the function between them.
     """
     return Branch(norm, (Linear(reader, width, bias),), Linear(writer, width, bias), module, activation)
 
@@ -326,30 +326,30 @@ class Adapter:
     Attributes:
         name: Name of the adapter, for `--adapter`.
         model_types: Values of `config.model_type` it serves.
-        block: The block; where blocks differ with the config or with their place, a function of the model's
-            sizes and the block's index that returns it.
+        block: The block, or a function of the model's sizes and the block's index that returns it, if blocks differ
+        with the config or their position.
         blocks: Path of the list of blocks in the model.
         embeddings: The tables that add into the stream.
         final_norm: Path of the norm before the head.
         head: The head.
         norm: Kind of every norm that reads the stream.
-        scales_embeddings_by_width: The embeddings are multiplied by sqrt(hidden size) on their way into the stream.
-        keeps_width: The family's model gives the stream before the head the width that it has behind the embeddings,
-            whatever its blocks return.
+        scales_embeddings_by_width: Whether the embeddings are multiplied by sqrt(hidden size).
+        keeps_width: Whether the model reshapes the stream before the head to the width of the embeddings, whatever its
+        blocks return.
         names: The family's own names of config fields, by the usual name (`hidden_size`: `n_embd`).
         defaults: Values of the config class for fields that a config file may leave out, by the usual name.
         derived: Fields that follow from others, by the usual name: functions of the config's fields.
-        has_window: Whether a block's attention keeps to the `sliding_window` of a config that has one but does not list
-            its `layer_types`: a function of the model's sizes and the block's index. Only costs follow from it.
-        unused_tensors: Patterns (regular expressions, searched for) of the names of tensors that old checkpoints of the
-            family hold and its class does not use; they are left out with a warning, others stop a slice.
+        has_window: Whether a block's attention uses the config's `sliding_window` if the config does not list
+        `layer_types`: a function of the model's sizes and the block's index. Used only for costs.
+        unused_tensors: Regular expressions (searched) for names of tensors that old checkpoints of the family contain
+        but its class does not use; they are left out with a warning. Other unused tensors stop a slice.
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
-        stock_obstacle: Why the family's own class cannot describe a slice, which then needs code of its own: a
-            sentence, or a function of the config's fields that returns one; empty where it can.
-        shortcut_obstacle: Why blocks cannot be taken apart into the stream and what the branches add to it, which the
-            published method needs: likewise.
-        tie_obstacle: Why a slice of a tied model cannot share one table between embedding and head: likewise.
-        obstacle: Why the stream cannot be sliced at all: likewise.
+        stock_obstacle: Why the family's own class cannot describe a slice, which then needs custom code: a sentence, or
+            a function of the config's fields that returns one; empty if it can.
+        shortcut_obstacle: Why blocks cannot be split into the stream and the branches that add to it, as the published
+            method requires; in the same form.
+        tie_obstacle: Why a slice of a tied model cannot share one table between embedding and head; in the same form.
+        obstacle: Why the stream cannot be sliced at all; in the same form.
     """
 
     name: str
@@ -374,21 +374,21 @@ class Adapter:
     obstacle: str | Callable[[Fields], str] = ""
 
     def require_sliceable(self, config: Fields) -> None:
-        """Refuse a config whose residual stream cannot be sliced.
+        """Check that the residual stream of a config can be sliced.
 
         Raises:
-            UnsupportedModelError: It cannot; the message says why.
+            UnsupportedModelError: It cannot be sliced; the message gives the reason.
         """
         reason = _reason(self.name, self.obstacle, config)
         if reason:
             raise UnsupportedModelError(reason)
 
     def why_not_stock(self, config: Fields) -> str:
-        """Say why the family's own class cannot describe a slice of a config; empty where it can."""
+        """Return why the family's own class cannot describe a slice of a config; empty if it can."""
         return _reason(self.name, self.stock_obstacle, config)
 
     def why_no_shortcuts(self, config: Fields) -> str:
-        """Say why the published method cannot slice a config; empty where it can."""
+        """Return why the published method cannot slice a config; empty if it can."""
         return _reason(self.name, self.shortcut_obstacle, config)
 
     def why_untied(self, config: Fields) -> str:
@@ -402,7 +402,7 @@ class Adapter:
         return _reason(self.name, self.tie_obstacle, config)
 
     def layout(self, config: Fields) -> Literal["stock", "custom-code"]:
-        """Return how the refit writes a slice of a config: in the family's own class, or with code of its own."""
+        """Return the layout of a refitted slice of a config: the family's own class, or custom code."""
         return "custom-code" if self.why_not_stock(config) else "stock"
 
 
@@ -412,7 +412,7 @@ class Refusal:
 
     Attributes:
         model_types: Values of `config.model_type`.
-        reason: Why, in one sentence.
+        reason: The reason, in one sentence.
     """
 
     model_types: tuple[str, ...]
@@ -424,15 +424,15 @@ def _reason(adapter: str, given: str | Callable[[Fields], str], config: Fields) 
 
 
 def ask(adapter: str, function: Callable[..., Answer], *arguments: object) -> Answer:
-    """Return what a function of a declaration says.
+    """Call a function of a declaration.
 
     Args:
         adapter: Name of the adapter, for the message.
         function: The function.
-        *arguments: What it takes.
+        *arguments: Its arguments.
 
     Raises:
-        PluginError: It fails.
+        PluginError: The function fails.
     """
     try:
         return function(*arguments)
@@ -440,8 +440,8 @@ def ask(adapter: str, function: Callable[..., Answer], *arguments: object) -> An
         raise
     except Exception as error:  # it is a plugin's, and a config may hold anything
         raise PluginError(
-            f"Adapter {adapter!r} fails on this config: {type(error).__name__}: {reason_of(error)}.",
-            "Check config.json, or mend the adapter.",
+            f"Adapter {adapter!r} failed on this config: {type(error).__name__}: {reason_of(error)}.",
+            "Check config.json, or fix the adapter.",
         ) from error
 
 
@@ -451,10 +451,10 @@ def select_adapter(
     name: str | None = None,
     refusals: Iterable[Refusal] = (),
 ) -> Adapter:
-    """Choose the adapter of a config: by name where one is given, else by `model_type`.
+    """Choose the adapter of a config by name if given, otherwise by `model_type`.
 
     Raises:
-        RequestError: No adapter has the name.
+        RequestError: No adapter has that name.
         UnsupportedModelError: No adapter serves the model type, or the type or this config is refused.
     """
     if name is not None:
@@ -471,7 +471,7 @@ def select_adapter(
             raise NoAdapterError(
                 f"Models of type {shown(model_type)} are not supported."
                 if model_type
-                else "config.json states no model_type.",
+                else "config.json has no model_type.",
                 _known(model_type, (kind for candidate in adapters.values() for kind in candidate.model_types)),
             )
         adapter = found[0]
@@ -480,7 +480,7 @@ def select_adapter(
 
 
 def _known(name: str, known: Iterable[str]) -> str:
-    """Say which names exist, the nearest first where one is near."""
+    """List the known names, with a suggestion if one is similar."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     listed = f"Supported: {', '.join(names) or 'none (no adapter plugin is loaded)'}."

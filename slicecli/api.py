@@ -1,4 +1,4 @@
-"""The Python interface: what the commands do, as functions.
+"""The Python interface: the commands as functions.
 
 Example:
     >>> import slicecli
@@ -52,18 +52,18 @@ def slice_model(
         model: Hub id or folder.
         dim: The hidden size to keep.
         sparsity: Instead: the fraction of the hidden size to remove.
-        target_parameters: Instead: the most parameters the slice may have.
-        memory: Instead: the most bytes its weights may take.
+        target_parameters: Instead: maximum number of parameters of the slice.
+        memory: Instead: maximum bytes of its weights.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Progress callback.
         **options: Fields of `slicecli.jobs.options.SliceOptions`.
 
     Returns:
-        What was made, and where.
+        A report with the plan, the output folder and the warnings.
 
     Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
     width = Width(dim, sparsity, target_parameters, memory, schedule)
     folder = None if output is None else local_path(output)
@@ -84,14 +84,14 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model, sliced or not, to run it.
 
-    A slice with code of its own needs no `trust_remote_code` here: the code is that of this package, whatever lies
-    beside the weights.
+    A custom-code slice needs no `trust_remote_code` here: the code of this package is used, not the code stored with
+    the weights.
 
     Args:
         model: Hub id or folder.
-        dtype: Name of the dtype to compute in; `None` takes the checkpoint's, or float32 on a CPU.
-        device_map: As in transformers; a device name is one too.
-        max_memory: The most bytes of weights by device, by its number or `cpu`, for the maps that are named.
+        dtype: Name of the compute dtype; `None` uses the checkpoint's, or float32 on a CPU.
+        device_map: As in transformers; the name of a device is also accepted.
+        max_memory: Maximum bytes of weights per device (its number, or `cpu`), for the named maps.
         revision: Revision on the Hub.
         token: Hub token.
         trust_remote_code: Whether code from the model's repository may run.
@@ -100,7 +100,7 @@ def load(
         The transformers model, in evaluation mode, and its tokenizer.
 
     Raises:
-        SlicecliError: It does not exist, cannot be reached or loaded, or arrived damaged.
+        SlicecliError: The model does not exist, cannot be reached or loaded, or arrived damaged.
 
     Example:
         >>> import slicecli
@@ -123,7 +123,7 @@ def perplexity(model: str, text: str = "wikitext2", **options: Any) -> Perplexit
         **options: Keyword arguments of `perplexities`.
 
     Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
     return perplexities(model, [text], **options)[0]
 
@@ -141,12 +141,12 @@ def perplexities(
     Args:
         model: Hub id or folder, dense or sliced.
         texts: Names of the texts, see `slicecli.data.text.read_text`.
-        samples: Measure only the first so many rows; `None` measures the whole text.
+        samples: Number of rows to measure; `None` measures the whole text.
         progress: Progress callback.
         **options: Other fields of `slicecli.evaluation.options.EvaluationOptions`.
 
     Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
     return list(evaluate(model, texts, limit=samples, progress=progress, **options).perplexity.values())
 
@@ -169,7 +169,7 @@ def evaluate(
         **options: Other fields of `slicecli.evaluation.options.EvaluationOptions`.
 
     Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
     from slicecli.evaluation.measure import evaluate as measure
     from slicecli.evaluation.options import EvaluationOptions
@@ -192,24 +192,24 @@ def estimate(
     token: str | None = None,
     **knowledge: Any,
 ) -> Estimate:
-    """Tell what slices of a model would cost and how good they would be, from its config alone.
+    """Estimate the cost and quality of slices of a model from its config alone.
 
     Args:
         model: Hub id or folder.
-        dims: The slices.
-        method: How it would be sliced.
+        dims: Hidden sizes of the slices.
+        method: Slicing method.
         slice_head: Whether the published method slices the input of the head.
         unties: Whether slices of a tied model get a head of their own.
-        dtype: Of weights and cache; `None` takes the checkpoint's.
-        batch: Sequences served at a time.
-        length: Tokens of each; `None` takes 2048, or what the model can do if that is less.
-        device: Name of an accelerator for speed-ups, see `slicecli.estimation.devices`.
+        dtype: Dtype of weights and cache; `None` uses the checkpoint's.
+        batch: Sequences served at once.
+        length: Tokens per sequence; `None` uses 2048, or the model's limit if that is less.
+        device: Name of an accelerator to compute speed-ups for, see `slicecli.estimation.devices`.
         revision: Revision on the Hub.
         token: Hub token.
-        **knowledge: Fields of `slicecli.estimation.forecasts.ForecastInputs`: what is known of the model's quality.
+        **knowledge: Fields of `slicecli.estimation.forecasts.ForecastInputs`: known figures of the model.
 
     Raises:
-        SlicecliError: It cannot be done; the message says why and what to do.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
     from slicecli.estimation import estimate as estimating
     from slicecli.estimation.devices import device_named
@@ -224,14 +224,14 @@ def estimate(
 def generate_text(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 42
 ) -> tuple[str, int]:
-    """Continue a prompt.
+    """Generate text from a prompt.
 
     Args:
         model: A loaded model.
         tokenizer: Its tokenizer.
         prompt: The text to continue.
-        max_new_tokens: Tokens to write at most.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: 0 always takes the likeliest token; above 0 samples.
         seed: Seed for sampling.
 
     Returns:
@@ -249,16 +249,16 @@ def generate_text(
     check_sampling(max_new_tokens, temperature, seed)
     found = _prompt_ids(model, tokenizer, prompt)
     if not found:
-        raise RequestError("The prompt is empty, and the tokenizer adds no token of its own.", "Give some text.")
+        raise RequestError("The prompt is empty, and the tokenizer adds no start token.", "Pass a prompt.")
     check_embedded(max(found), model.get_input_embeddings().num_embeddings)
     longest = context_length_of_config(model.config)
     # the last token is not read any more
     room = max_new_tokens if longest is None else longest - len(found) + 1
     if room < max_new_tokens:
         raise RequestError(
-            f"The prompt has {len(found):,} tokens, and {max_new_tokens:,} more do not fit into the {longest:,} that "
-            "the model can do.",
-            f"Give --max-new-tokens {room} or less." if room > 0 else "Give a shorter prompt.",
+            f"The prompt has {len(found):,} tokens; with {max_new_tokens:,} more it exceeds the model's limit of "
+            f"{longest:,} tokens.",
+            f"Use --max-new-tokens {room} or less." if room > 0 else "Use a shorter prompt.",
         )
     ids = torch.tensor([found])
     torch.manual_seed(seed)
@@ -295,5 +295,5 @@ def _ending(ids: Sequence[int], ends: Container[int]) -> int:
 def _refuse_nan(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Refuse NaN logits, which would rank the first token of the vocabulary as the likeliest."""
     if bool(logits.isnan().any()):
-        raise WeightsError("The model's logits are NaN.", "Try --dtype float32, or check its weights.")
+        raise WeightsError("The model's logits are NaN.", "Try --dtype float32, or check the weights.")
     return logits

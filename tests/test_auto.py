@@ -94,9 +94,9 @@ def test_a_bias_is_tied_to_the_field_that_switches_it():
         ("gemma2", "branches", "passes through model.layers.0.post_attention_layernorm and"),
         ("gemma3_text", "branches", "passes through"),
         ("glm4", "branches", "passes through model.layers.0.post_self_attn_layernorm and"),
-        ("olmo2", "branches", "no norm of model.layers.0 sees the stream"),
-        ("bloom", "embeddings", "something changes the embeddings"),
-        ("doge", "branches", "not the sum of what its linear maps return"),
+        ("olmo2", "branches", "no norm of model.layers.0 reads the stream"),
+        ("bloom", "embeddings", "something else changes the embeddings"),
+        ("doge", "branches", "not the sum of its linear maps' outputs"),
         ("bert", "head", "neither an RMSNorm nor a LayerNorm"),
         ("t5", "blocks", "cannot build"),
         ("openai-gpt", "head", "no norm lies between"),
@@ -294,7 +294,7 @@ def test_code_of_another_repository_is_refused(run, with_own_class, slice_words,
     folder = with_own_class(reference="you/code--modeling_mine.MineForCausalLM")
     done = run("slice", folder, "--dim", "36", "-o", tmp_path / "out", *slice_words, "--trust-remote-code")
     assert done.exit_code == 1
-    assert "takes its code from another repository: 'you/code--modeling_mine.MineForCausalLM'" in done.stderr
+    assert "loads code from another repository: 'you/code--modeling_mine.MineForCausalLM'" in done.stderr
 
 
 def test_inspect_shows_an_inferred_declaration(run, unknown):
@@ -304,7 +304,7 @@ def test_inspect_shows_an_inferred_declaration(run, unknown):
     assert document["declaration"]["scales_embeddings_by_width"] is True
     shown = run("inspect", model)
     assert "adapter inferred, stock layout" in shown.stdout
-    assert "every parameter is accounted for" in shown.stderr
+    assert "it accounts for every parameter" in shown.stderr
 
 
 def test_inspect_shows_what_was_found_of_one_that_was_not_inferred(run, unknown):
@@ -317,7 +317,7 @@ def test_inspect_shows_what_was_found_of_one_that_was_not_inferred(run, unknown)
     assert "found embeddings: model.embed_tokens" in done.stderr
     refused = run("slice", model, "--dim", "48")
     assert refused.exit_code == 1
-    assert "not the sum of what its linear maps return" in refused.stderr
+    assert "not the sum of its linear maps' outputs" in refused.stderr
 
 
 def test_a_family_refused_by_name_is_not_inferred(run, unknown):
@@ -372,7 +372,7 @@ def test_the_scaffold_replaces_nothing(tmp_path):
     config = transformers.CONFIG_MAPPING["apertus"]()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
-    with pytest.raises(OutputError, match="'mine' exists"):
+    with pytest.raises(OutputError, match="'mine' already exists"):
         write_package(config, tmp_path / "mine")
     with pytest.raises(NotInferredError):
         write_package(transformers.CONFIG_MAPPING["gemma2"](), tmp_path / "other")

@@ -59,7 +59,7 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("dim", ["48", "49", "0", "-4", "37"])
 def test_a_dim_that_is_not_legal(refused, checkpoints, dim):
-    assert "The nearest legal: " in refused(checkpoints(), dim=dim, code=2)
+    assert "The nearest legal dims: " in refused(checkpoints(), dim=dim, code=2)
 
 
 def test_a_dim_is_refused_before_weights_are_looked_at(refused, checkpoint_copy):
@@ -75,7 +75,7 @@ def test_no_width_or_two(refused, checkpoints):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--sparsity", "1.5"), "Give 0 < F < 1"),
+        (("--sparsity", "1.5"), "Use 0 < F < 1"),
         (("--target-params", "10"), "The smallest"),
         (("--memory", "1kB"), "The smallest"),
     ],
@@ -127,7 +127,7 @@ def test_the_hub_out_of_reach(checkpoints, text_file, tmp_path):
     words = ["slice", "owner/name", "--dim", "36", "-o", str(tmp_path / "out"), "--calibration", str(text_file)]
     done = run_command(*words, env=environment)
     assert done.returncode == 1
-    assert "the cache does not have all of it" in done.stderr
+    assert "the cache is incomplete" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
     larger = byte_tokenizer()
     larger.add_tokens([f"<{number}>" for number in range(100)] + ["the"])
     larger.save_pretrained(checkpoint_copy)
-    assert "the model knows 300" in refused(checkpoint_copy)
+    assert "the model has only 300" in refused(checkpoint_copy)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ def test_an_adapter_is_to_be_merged_first(refused, checkpoint_copy, monkeypatch,
         ("model-Q4.gguf", "the format of llama.cpp"),
         ("params.json", "first released"),
         ("model_index.json", "a pipeline of diffusers"),
-        ("hyperparams.json", "has no config.json. Give the folder of a transformers model"),
-        ("checkpoint-500/config.json", "Give one of its folders that have one: checkpoint-500"),
+        ("hyperparams.json", "has no config.json. Pass the folder of a transformers model"),
+        ("checkpoint-500/config.json", "Pass one of its subfolders that has one: checkpoint-500"),
     ],
 )
 def test_a_folder_without_a_config_is_told_by_what_is_in_it(refused, checkpoint_copy, file, says):
@@ -290,7 +290,7 @@ def test_a_folder_without_a_config_is_told_by_what_is_in_it(refused, checkpoint_
 def test_a_folder_that_hides_a_model_of_the_hub(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai-community" / "gpt2").mkdir(parents=True)
-    said = "openai-community/gpt2 is a folder here, and folders come first: for openai-community/gpt2 on the Hub run"
+    said = "openai-community/gpt2 is a folder here, and local folders come first; for openai-community/gpt2 on the Hub,"
     for words in ((), ("--revision", "main")):
         assert said in run("inspect", "openai-community/gpt2", *words).stderr
     assert said not in run("inspect", "./openai-community/gpt2").stderr
@@ -299,7 +299,7 @@ def test_a_folder_that_hides_a_model_of_the_hub(run, tmp_path, monkeypatch):
 def test_a_folder_has_no_revisions(run, checkpoints):
     done = run("inspect", checkpoints(), "--revision", "main")
     assert done.exit_code == 2
-    assert "a folder, which has no revisions" in done.stderr
+    assert "a local folder, which has no revisions" in done.stderr
 
 
 # tokenizers
@@ -326,7 +326,7 @@ def test_a_model_without_a_tokenizer(run, text_file, tmp_path, family, kept):
 def test_a_tokenizer_of_which_a_part_is_missing(refused, checkpoint_copy):
     (checkpoint_copy / "tokenizer.json").unlink()
     (checkpoint_copy / "merges.txt").write_text("#version: 0.2\n")
-    assert "its files are not complete" in refused(checkpoint_copy)
+    assert "its files are incomplete" in refused(checkpoint_copy)
 
 
 def test_a_prompt_with_a_token_that_the_model_does_not_know(run, checkpoint_copy):
@@ -336,7 +336,7 @@ def test_a_prompt_with_a_token_that_the_model_does_not_know(run, checkpoint_copy
     done = run("generate", checkpoint_copy, "the")
     assert done.exit_code == 1
     assert "gives token" in done.stderr
-    assert "the model knows 300" in done.stderr
+    assert "the model has only 300" in done.stderr
 
 
 # byte order marks
@@ -386,8 +386,8 @@ def test_a_text_in_another_encoding(refused, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("https://huggingface.co/datasets/me/x", "not a valid Hub id. Give me/x."),
-        ("me/a--b", "not a valid Hub id"),
+        ("https://huggingface.co/datasets/me/x", "valid Hub id. Use me/x."),
+        ("me/a--b", "nor a valid Hub id"),
         ("me/x:config", "offline mode is on (HF_HUB_OFFLINE). Unset HF_HUB_OFFLINE."),
         ("wikitext2", "offline mode is on (HF_HUB_OFFLINE). Unset HF_HUB_OFFLINE."),
     ],
@@ -405,7 +405,7 @@ def test_a_folder_is_no_text(refused, checkpoints, tmp_path, monkeypatch):
     (tmp_path / "me" / "text").mkdir(parents=True)
     message = refused(checkpoints(), "--calibration", "me/text")
     assert "is a folder, not a text" in message
-    assert "for me/text on the Hub run the command in another folder" in message
+    assert "for me/text on the Hub, run the command elsewhere" in message
 
 
 # the weights
@@ -420,7 +420,7 @@ def test_weights_that_are_pickles_only(refused, checkpoint_copy):
     tensors = load_file(checkpoint_copy / WEIGHTS)
     (checkpoint_copy / WEIGHTS).unlink()
     torch.save(tensors, checkpoint_copy / "pytorch_model.bin")
-    assert "only as pickle files" in refused(checkpoint_copy)
+    assert "only pickle weight files" in refused(checkpoint_copy)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -456,7 +456,7 @@ def test_a_weight_that_is_not_finite_is_named(refused, checkpoint_copy, value):
 def test_an_index_that_points_elsewhere(refused, checkpoint_copy, file):
     (checkpoint_copy / WEIGHTS).unlink()
     (checkpoint_copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
-    assert "not a safetensors file beside it" in refused(checkpoint_copy)
+    assert "not a safetensors file next to it" in refused(checkpoint_copy)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_a_shard_that_is_missing(refused, checkpoint_copy):
 
 
 def test_a_calibration_text_that_is_missing_or_short(refused, checkpoints, tmp_path):
-    assert "no text file" in refused(checkpoints(), "--calibration", "./missing.txt")
+    assert "There is no text file" in refused(checkpoints(), "--calibration", "./missing.txt")
     (tmp_path / "short.txt").write_text("abc")
     assert "4 tokens, fewer than one row" in refused(checkpoints(), "--calibration", tmp_path / "short.txt")
 
@@ -510,7 +510,7 @@ def test_no_command_writes_over_the_model_it_reads(run, checkpoints, slice_words
     ):
         done = run(*words)
         assert done.exit_code == 1, done.output
-        assert "Give another with --output" in done.stderr
+        assert "Choose another with --output" in done.stderr
     assert contents(tmp_path) == before
 
 
@@ -522,7 +522,7 @@ def test_a_sweep_does_not_clear_the_slice_it_is_of(run, checkpoints, slice_words
     source = tmp_path / "sweep" / "slices" / "dim36"
     done = run("sweep", source, "--dims", "24", "--overwrite", "-o", tmp_path / "sweep", *words)
     assert done.exit_code == 1
-    assert "take the place of 'dim36'" in done.stderr
+    assert "would overwrite 'dim36'" in done.stderr
     assert contents(tmp_path) == before
 
 
@@ -541,7 +541,7 @@ def test_results_do_not_go_over_what_they_come_from(run, checkpoint_copy, text_f
     ):
         done = run(*words)
         assert done.exit_code == 1, done.output
-        assert "Give another file." in done.stderr
+        assert "Choose another file." in done.stderr
     assert contents(tmp_path) == before
 
 
@@ -569,14 +569,14 @@ def test_a_disk_that_becomes_full(refused, checkpoints, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "write", fail)
-    assert "disk became full" in refused(checkpoints())
+    assert "disk filled up" in refused(checkpoints())
 
 
 def test_eval_of_bad_input(run, checkpoints, checkpoint_copy, text_file, tmp_path):
     for words, code, message in (
         ((checkpoints(), "--perplexity", "./missing.txt"), 1, "no text file"),
         ((checkpoints(), "--perplexity", text_file, "--seq-len", "999"), 2, "128 or less"),
-        ((checkpoints(), "--perplexity", text_file, "--seq-len", "32", "--limit", "0"), 2, "Give 1 or more"),
+        ((checkpoints(), "--perplexity", text_file, "--seq-len", "32", "--limit", "0"), 2, "Use 1 or more"),
         ((checkpoints(), "--perplexity", text_file, "-o", tmp_path / "no" / "x.json", "--seq-len", "32"), 1, "x.json"),
         (("./missing", "--perplexity", text_file), 1, "no folder"),
     ):
@@ -633,7 +633,7 @@ def test_a_number_that_the_dtype_of_the_slice_cannot_hold(run, checkpoint_copy, 
     done = run(*words, "-o", tmp_path / "out" / "half")
     assert done.exit_code == 1
     sentence = done.stderr.strip().splitlines()[-1]
-    assert sentence.startswith(f"Error: {name} of the slice holds infinity: float16 reaches to")
+    assert sentence.startswith(f"Error: {name} of the slice holds infinity: one of its numbers exceeds")
     assert "--dtype bfloat16" in sentence
     assert os.listdir(tmp_path / "out") == []
     done = run(*words, "-o", tmp_path / "out" / "wide", "--dtype", "bfloat16")

@@ -203,7 +203,7 @@ def test_a_card_without_our_marks_is_the_owner_s_all_of_it(slice_copy):
 def test_a_card_whose_metadata_cannot_be_read_is_left_alone(slice_copy):
     path = slice_copy / "README.md"
     path.write_text("---\nlicense: [\n---\n")
-    with pytest.raises(OutputError, match="Mend the YAML"):
+    with pytest.raises(OutputError, match="Fix the YAML"):
         write_card(slice_copy)
     assert path.read_text() == "---\nlicense: [\n---\n"
 
@@ -319,7 +319,7 @@ def test_the_command_prints_the_card(run, slice_copy):
 def test_the_command_needs_a_slice(run, tmp_path):
     result = run("card", tmp_path)
     assert result.exit_code == 1
-    assert "Only a slice" in result.stderr
+    assert "Pass the folder of a slice" in result.stderr
 
 
 def test_the_command_needs_a_curve_of_this_slice(run, slice_copy, tmp_path):

@@ -111,8 +111,8 @@ def refused(run, slice_words, tmp_path):
         ("mine.tiktoken", None),
         ("tekken.json", None),
         (TEMPLATE, None),
-        ("custom_generate/generate.py", "code, which goes along with --trust-remote-code only"),
-        ("tokenization_mine.py", "code, which goes along with --trust-remote-code only"),
+        ("custom_generate/generate.py", "code, copied only with --trust-remote-code"),
+        ("tokenization_mine.py", "code, copied only with --trust-remote-code"),
         ("LICENSE", None),
         ("README.pt.md", None),
         ("eval_results.json", None),
@@ -124,9 +124,9 @@ def refused(run, slice_words, tmp_path):
         ("model-Q4_K_M.gguf", "other weights"),
         ("model.onnx", "other weights"),
         ("model.onnx.data", "other weights"),
-        ("optimizer.pt", "state of a training"),
-        ("trainer_state.json", "state of a training"),
-        ("training_args.bin", "state of a training"),
+        ("optimizer.pt", "training state"),
+        ("trainer_state.json", "training state"),
+        ("training_args.bin", "training state"),
         ("params.json", "sizes of the dense weights"),
         ("hf_quant_config.json", "sizes of the dense weights"),
         ("library.so", "programs"),
@@ -214,9 +214,9 @@ def test_everything_small_goes_along_and_the_rest_is_named(checkpoint_copy, slic
     assert report["left_out"] == record["left_out"]
     assert left_out(record) == {
         "another checkpoint": ["onnx/"],
-        "code, which goes along with --trust-remote-code only": ["handler.py"],
+        "code, copied only with --trust-remote-code": ["handler.py"],
         "other weights": ["old.gguf"],
-        "state of a training": ["optimizer.pt"],
+        "training state": ["optimizer.pt"],
     }
     assert run("verify", folder).exit_code == 0
     for name in taken:
@@ -232,7 +232,7 @@ def test_what_stays_behind_is_said(checkpoint_copy, run, slice_words, tmp_path):
     put(checkpoint_copy, {"a.gguf": "x", "b.gguf": "x", "c.gguf": "x", "d.gguf": "x"})
     done = run("slice", checkpoint_copy, "--dim", "36", "-o", tmp_path / "out", "--dry-run", *slice_words)
     assert done.exit_code == 0, done.output
-    assert "Not taken over: a.gguf, b.gguf, c.gguf and 1 more (other weights)" in done.stderr
+    assert "Not copied: a.gguf, b.gguf, c.gguf and 1 more (other weights)" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -244,7 +244,7 @@ def test_what_must_not_be_published_stays_behind(checkpoint_copy, sliced, run):
     )
     folder, report = sliced(checkpoint_copy)
     assert "a.txt" in files_in(folder)
-    assert left_out(report) == {"with tokens or local paths in them": ["notes.txt", "train.yaml"]}
+    assert left_out(report) == {"containing tokens or local paths": ["notes.txt", "train.yaml"]}
     assert run("verify", folder).exit_code == 0
 
 
@@ -258,13 +258,13 @@ def test_nothing_is_taken_over_from_outside_of_the_model(checkpoint_copy, refuse
     put(outside, {"secret.jinja": "secret"})
     (checkpoint_copy / place).parent.mkdir(exist_ok=True)
     (checkpoint_copy / place).symlink_to(outside / "secret.jinja" if "." in place else outside)
-    assert f"{place} of copy is a link to something outside" in refused(checkpoint_copy)
+    assert f"{place} of copy links to something outside" in refused(checkpoint_copy)
 
 
 def test_what_is_no_regular_file_is_refused(checkpoint_copy, refused):
     (checkpoint_copy / "docs").mkdir()
     os.mkfifo(checkpoint_copy / "docs" / "pipe")
-    assert "docs/pipe of copy is no regular file" in refused(checkpoint_copy)
+    assert "docs/pipe of copy is not a regular file" in refused(checkpoint_copy)
 
 
 def test_links_within_the_model(checkpoint_copy, sliced):
@@ -295,7 +295,7 @@ def test_a_tokenizer_with_code_and_a_vocabulary_of_its_own(checkpoint_copy, slic
     text = (stranger / "tokenizer_config.json").read_text()
     (stranger / "tokenizer_config.json").write_text(text.replace("tokenization_mine.", "you/x--tokenization_mine."))
     done = run("verify", stranger)
-    assert "tokenizer_config.json takes code from another repository: you/x--tokenization_mine" in done.stdout
+    assert "tokenizer_config.json loads code from another repository: you/x--tokenization_mine" in done.stdout
     # where slicecli is not, and the model neither
     model.rename(tmp_path / "gone")
     code = (
@@ -324,7 +324,7 @@ def test_a_tokenizer_that_needs_code_is_not_replaced_by_another(
     }
     done = run(command, model, *words[command])
     assert done.exit_code == 1
-    assert "runs code of its own ('tokenization_mine.MineTokenizer'), which is not trusted" in done.stderr
+    assert "runs its own code ('tokenization_mine.MineTokenizer'), which is not trusted" in done.stderr
     assert "--trust-remote-code" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -345,7 +345,7 @@ def test_a_tokenizer_that_would_be_another_in_the_slice_is_refused(checkpoint_co
     model = with_own_tokenizer(checkpoint_copy, "words.pkl", needed)
     sentence = refused(model, "--trust-remote-code")
     assert problem in sentence
-    assert "These files do not go along: words.pkl (other weights)" in sentence
+    assert "These files are not copied: words.pkl (other weights)" in sentence
 
 
 def test_a_chat_template_that_does_not_go_along_is_noticed(checkpoint_copy, refused):
@@ -453,7 +453,7 @@ def test_a_hub_model_brings_all_that_is_small(hub_model, slicecli, loopback_hub,
     words = ["slice", hub_model, "--dim", "36", "-o", "trusted", *slice_words, "--trust-remote-code"]
     missing = slicecli(*words, HF_HUB_OFFLINE="1")
     assert missing.returncode == 1
-    assert "the cache does not have all of it" in missing.stderr
+    assert "the cache is incomplete" in missing.stderr
     assert slicecli(*words).returncode == 0
     assert files_in(tmp_path / "trusted") == there | {"tokenization_mine.py"}
 
@@ -467,12 +467,12 @@ def test_without_the_network_what_loading_does_not_read_may_be_missing(
     note.unlink()
     done = slicecli(*words, "-o", "second", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert left_out(json.loads(done.stdout))["not in this copy of the model"] == ["a[1].txt"]
+    assert left_out(json.loads(done.stdout))["missing from this copy of the model"] == ["a[1].txt"]
     (template,) = isolated_hub_cache.rglob("tool_use.jinja")
     template.unlink()
     done = slicecli(*words, "-o", "third", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "the cache does not have all of it" in done.stderr
+    assert "the cache is incomplete" in done.stderr
 
 
 def test_an_estimate_fetches_only_what_describes_the_model(hub_model, slicecli, loopback_hub):

@@ -48,7 +48,7 @@ def test_rows_are_by_default_as_long_as_the_model_can_do(run, folders, text_file
 def test_longer_rows_are_refused_with_the_number(run, folders, text_file, kind):
     done = run("eval", folders(kind), "--perplexity", text_file, "--seq-len", LONGEST + 1)
     assert done.exit_code == 2
-    assert f"Give --seq-len {LONGEST} or less." in done.stderr
+    assert f"Use --seq-len {LONGEST} or less." in done.stderr
 
 
 @pytest.mark.parametrize("kind", UNBOUNDED)
@@ -92,7 +92,7 @@ def test_a_prompt_leaves_room_for_what_is_written(run, folders):
     assert document_of(run, *words, "20")["tokens"] <= 20
     done = run(*words, "21")
     assert done.exit_code == 2
-    assert "Give --max-new-tokens 20 or less." in done.stderr
+    assert "Use --max-new-tokens 20 or less." in done.stderr
     assert "shorter prompt" in run("generate", folders("gpt2"), "a" * LONGEST).stderr
 
 

@@ -341,7 +341,7 @@ def test_figures_of_devices():
 
 def test_impossible_work_is_refused():
     for batch, length in ((0, 1), (1, 0), (-1, 5)):
-        with pytest.raises(RequestError, match="no work"):
+        with pytest.raises(RequestError, match="is empty"):
             Workload(batch, length)
     for dim in (0, -1, 4097):
         with pytest.raises(RequestError, match="from 1 to 4096"):

@@ -72,7 +72,7 @@ def test_a_python_without_documentation_is_explained(monkeypatch: pytest.MonkeyP
     from slicecli.errors import SlicecliError
 
     monkeypatch.setattr(text, "_parts", lambda: ((), ()))
-    with pytest.raises(SlicecliError, match="too little documentation"):
+    with pytest.raises(SlicecliError, match="too few docstrings"):
         documents("train")
 
 

@@ -126,33 +126,33 @@ def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
     assert not one["legal"]
     assert one["nearest_legal"] == [2976, 3008]
     assert "3000 is not legal" in document["notes"][0]
-    assert "does not slice" in refused(run("estimate", llama, "--dim", "4096"))
+    assert "is not below" in refused(run("estimate", llama, "--dim", "4096"))
     assert "positive" in refused(run("estimate", llama, "--dim", "0"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--dim", "3072", "--memory", "12GiB"), "More than one width"),
+        (("--dim", "3072", "--memory", "12GiB"), "chosen more than once"),
         (("--max-perplexity", "9"), "which is unknown"),
         (("--max-perplexity", "7", "--dense-perplexity", "8"), "No slice is predicted"),
-        (("--target-params", "1M"), "No slice of this model has only"),
+        (("--target-params", "1M"), "No slice of this model fits in"),
         (("--dense-perplexity", "0.5"), "not above 1"),
         (("--dense-accuracy", "piqa=79"), "not between 0 and 1"),
         (("--dense-accuracy", "piqa"), "equals sign"),
         (("--chance", "piqa=nan"), "not a number"),
-        (("--sweep", "0.5:0.1:0.1"), "does not go from"),
+        (("--sweep", "0.5:0.1:0.1"), "not a range from"),
         (("--sweep", "0.1-0.5"), "LO:HI:STEP"),
-        (("--relation", "hearsay", "--dense-perplexity", "8"), "There are: paper"),
+        (("--relation", "hearsay", "--dense-perplexity", "8"), "Available: paper"),
         (("--relation", "paper", "--dense-accuracy", "mine=0.7"), "chance level"),
-        (("--measured", "3072=9"), "dense perplexity too"),
-        (("--measured", "5000=9", "--dense-perplexity", "8"), "not one of this model"),
+        (("--measured", "3072=9"), "require the dense perplexity"),
+        (("--measured", "5000=9", "--dense-perplexity", "8"), "cannot have a slice"),
         (("--measured", "wide=9", "--dense-perplexity", "8"), "not a dim"),
         (("--curve", "missing.json"), "no file"),
         (("--device", "abacus"), "h100-sxm"),
-        (("--device", "h100-sxm", "--tflops", "10"), "has its own"),
+        (("--device", "h100-sxm", "--tflops", "10"), "already sets"),
         (("--plot", "picture.txt", "--dense-perplexity", "8"), ".png"),
-        (("--slice-head",), "published method"),
+        (("--slice-head",), "slicegpt method"),
         (("--batch", "0"), "positive"),
     ],
 )
@@ -163,10 +163,10 @@ def test_what_cannot_be_is_refused(run, llama, words, message):
 def test_beyond_what_is_published_there_is_a_warning(run, llama):
     result = run("estimate", llama, "--dim", "1024", "--dense-perplexity", "8")
     assert "Nothing is published beyond s = 0.6" in result.stderr
-    assert "not measured there" in result.stdout
+    assert "outside measured range" in result.stdout
     near = run("estimate", llama, "--dim", "3072", "--dense-perplexity", "8")
     assert "beyond" not in near.stderr
-    assert "not measured there" not in near.stdout
+    assert "outside measured range" not in near.stdout
 
 
 def test_measured_slices_narrow_the_interval(estimate):
@@ -196,7 +196,7 @@ def test_another_text_than_that_of_the_calibration_costs_more(estimate):
 
 def test_nothing_is_predicted_silently(run, llama, estimate):
     result = run("estimate", llama, "--dim", "3072")
-    assert "No quality is predicted" in result.stderr
+    assert "Quality cannot be predicted" in result.stderr
     document = estimate("--dim", "3072")
     assert "perplexity" not in document["dense"]
     assert "perplexity" not in document["estimates"][0]
@@ -338,7 +338,7 @@ def test_a_plot_is_a_picture_and_the_same_each_time(run, llama, tmp_path):
     text = (tmp_path / "one.svg").read_text()
     assert str(tmp_path) not in text
     assert "nothing to draw" not in text
-    assert "no prediction to draw" in refused(run("estimate", llama, "--plot", tmp_path / "three.png"))
+    assert "no prediction to plot" in refused(run("estimate", llama, "--plot", tmp_path / "three.png"))
     assert not (tmp_path / "three.png").exists()
 
 
@@ -451,7 +451,7 @@ def test_models_methods_and_settings_make_groups_of_their_own(run, results):
     assert shared["odds"]["parameters"] == pytest.approx([(0.5 + (1.3 + 2.0) / 2) / 2])
     assert shared["odds"]["groups"] == 3
     assert shared["paper"]["parameters"] == []
-    assert "left out" in run("fit", *two_models).stdout
+    assert "leave-one-group-out" in run("fit", *two_models).stdout
 
 
 def test_several_runs_of_a_slice_are_one_point(run, results):
@@ -484,9 +484,9 @@ def test_results_that_do_not_make_a_curve_are_refused(run, results, tmp_path):
     for content in ("[]", "{}", "{", '{"perplexity": {"a": {"value": 1}}}'):
         path = tmp_path / "bad.json"
         path.write_text(content)
-        assert "bad.json" in refused(run("fit", path)) or "not complete" in refused(run("fit", path))
+        assert "bad.json" in refused(run("fit", path)) or "incomplete" in refused(run("fit", path))
     files = results(eval_document(4096, 6.0), eval_document(3072, 9.0))
-    assert "There are: paper" in refused(run("fit", *files, "--relation", "hearsay"))
+    assert "Available: paper" in refused(run("fit", *files, "--relation", "hearsay"))
 
 
 def test_a_curve_file_that_was_changed_by_hand_is_refused(run, llama, results, tmp_path):
@@ -496,7 +496,7 @@ def test_a_curve_file_that_was_changed_by_hand_is_refused(run, llama, results, t
     document = json.loads(path.read_text())
     document["curves"][0]["points"][0]["sparsity"] = 7
     path.write_text(json.dumps(document))
-    assert "not a curve" in refused(run("estimate", llama, "--curve", path))
+    assert "curve is invalid" in refused(run("estimate", llama, "--curve", path))
     path.write_text("{}")
     assert "no curves" in refused(run("estimate", llama, "--curve", path))
 

@@ -178,9 +178,9 @@ def test_what_cannot_be_measured_is_refused_first(run, checkpoints, words, tmp_p
     # no weight is read
     monkeypatch.setattr("slicecli.evaluation.measure.load_model", None)
     for options, code, message in (
-        ((*words, "--limit", "0"), 2, "Give 1 or more"),
-        ((*words, "--num-fewshot", "-1"), 2, "Give 0 or more"),
-        ((*words, "--batch-size", "0"), 2, "Give 1 or more"),
+        ((*words, "--limit", "0"), 2, "Use 1 or more"),
+        ((*words, "--num-fewshot", "-1"), 2, "Use 0 or more"),
+        ((*words, "--batch-size", "0"), 2, "Use 1 or more"),
         ((*words, "--include-path", tmp_path / "none"), 2, "no folder"),
         ((*words, "-o", tmp_path / "none" / "x.json"), 1, "x.json"),
         ((*words, "--tasks", tmp_path / "none.jsonl"), 1, "none.jsonl"),
@@ -236,13 +236,13 @@ def test_a_choice_that_is_longer_than_the_model_can_do_is_named(run, checkpoints
     questions = write_long(tmp_path / "long.jsonl", "a", "of a list " * 20)
     done = run("eval", checkpoints(), "--tasks", questions)
     assert done.exit_code == 1
-    assert re.search(r"The choice 'of a list .*' has \d+ tokens, more than the 128 that the model can do", done.stderr)
+    assert re.search(r"The choice 'of a list .*' has \d+ tokens, above the model's limit of 128", done.stderr)
 
 
 def test_a_question_whose_beginning_is_cut_off_is_said(run, checkpoints, tmp_path):
     done = run("eval", checkpoints(), "--tasks", write_long(tmp_path / "long.jsonl", "of a list " * 20, "y"))
     assert done.exit_code == 0, done.output
-    assert "long.jsonl: 2 requests are longer than the 128 tokens that the model can do at once" in done.stderr
+    assert "long.jsonl: 2 requests exceed the model's limit of 128 tokens" in done.stderr
     assert "longer than" not in run("eval", checkpoints(), "--tasks", write_long(tmp_path / "s.jsonl", "a", "y")).stderr
 
 
@@ -255,4 +255,4 @@ def test_a_token_that_a_slice_with_code_of_its_own_does_not_know(run, models, tm
     (tmp_path / "text.txt").write_text("the cat and the dog " * 50)
     done = run("eval", model, "--perplexity", tmp_path / "text.txt", "--seq-len", "32")
     assert done.exit_code == 1
-    assert "the model knows 300" in done.stderr
+    assert "the model has only 300" in done.stderr

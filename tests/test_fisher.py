@@ -235,10 +235,10 @@ def test_the_spectrum_is_of_the_basis_that_a_refit_takes(run, words, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ([], "nowhere to go"),
-        (["-o", "no-such-folder/spectrum.json"], "no such folder"),
+        ([], "no output for the spectrum"),
+        (["-o", "no-such-folder/spectrum.json"], "folder does not exist"),
         (["--format", "json", "--samples", "0"], "calibration samples are too few"),
-        (["--format", "json", "--seq-len", "1000"], "longer than"),
+        (["--format", "json", "--seq-len", "1000"], "exceeds the limit"),
         (["--format", "json", "--adapter", "nonsense"], "nonsense"),
     ],
 )

@@ -77,8 +77,8 @@ def upload_revision(world, scenario):
 DOWNLOADING = (
     Scenario(
         name="missing",
-        what="there is no such repository",
-        says="no such repository, or it is private and the token does not open it",
+        what="the repository does not exist",
+        says="the repository does not exist, or it is private and the token has no access",
         exists=False,
         mend=upload,
     ),
@@ -92,7 +92,7 @@ DOWNLOADING = (
     Scenario(
         name="private",
         what="it is private and somebody else's",
-        says="it is private and the token does not open it",
+        says="it is private and the token has no access",
         owner="them",
         private=True,
     ),
@@ -104,7 +104,7 @@ DOWNLOADING = (
         private=True,
         token=None,
     ),
-    Scenario(name="gated", what="it is gated", says="gated, and the token does not give it", owner="them", gated=True),
+    Scenario(name="gated", what="it is gated", says="gated, and the token has no access", owner="them", gated=True),
     Scenario(
         name="gated-no-token",
         what="it is gated, and there is no token",
@@ -113,11 +113,11 @@ DOWNLOADING = (
         gated=True,
         token=None,
     ),
-    Scenario(name="token", what="the token is not valid", says="does not accept the token", token="hf_nobodys"),
+    Scenario(name="token", what="the token is not valid", says="rejects the token", token="hf_nobodys"),
     Scenario(
         name="rate",
         what="status 429 with `Retry-After: 7`, always",
-        says="asked too often (status 429). Run it again in 7 seconds",
+        says="rate limit was exceeded (status 429). Run it again in 7 seconds",
         faults=forever("GET", ASK, status=429, headers=RATE),
     ),
     Scenario(
@@ -128,13 +128,13 @@ DOWNLOADING = (
     Scenario(
         name="rate-long",
         what="status 429 with `Retry-After: 300`, always",
-        says="asked too often (status 429). Run it again in 300 seconds",
+        says="rate limit was exceeded (status 429). Run it again in 300 seconds",
         faults=forever("GET", ASK, status=429, headers={"Retry-After": "300"}),
     ),
     Scenario(
         name="status",
         what="status 503, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         faults=forever("GET", ASK, status=503),
     ),
     Scenario(name="status-once", what="the same, once", faults=once("GET", ASK, status=503)),
@@ -147,7 +147,7 @@ DOWNLOADING = (
     Scenario(
         name="file-status",
         what="status 503 for the weight files, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         words=SLICE,
         faults=forever("GET", FETCH_ANY, status=503),
     ),
@@ -157,7 +157,7 @@ DOWNLOADING = (
     Scenario(
         name="break",
         what="the connection breaks off within a weight file, always",
-        says="the connection to the Hub broke off",
+        says="the connection to the Hub was lost",
         words=SLICE,
         faults=(*once("GET", FETCH, drop_after=50_000), *forever("GET", FETCH, drop_after=0)),
         circumstances=(small_pieces,),
@@ -194,7 +194,7 @@ DOWNLOADING = (
     Scenario(
         name="damaged-and-break",
         what="one comes with a wrong byte, and for another the connection breaks off, always",
-        says="the connection to the Hub broke off",
+        says="the connection to the Hub was lost",
         words=SLICE,
         faults=(
             *once("GET", r"^/{name}/resolve/.*00001-of-00003\.safetensors$", corrupt=True),
@@ -219,21 +219,21 @@ DOWNLOADING = (
     Scenario(
         name="full",
         what="the disk becomes full within the weight files",
-        says="the disk became full",
+        says="the disk is full",
         words=SLICE,
         circumstances=(disk_becomes_full,),
     ),
     Scenario(
         name="small",
         what="the disk has less room than a weight file takes",
-        says="too little room",
+        says="too little space",
         words=SLICE,
         circumstances=(disk_is_small,),
     ),
     Scenario(
         name="read-only",
-        what="the cache cannot be written",
-        says="cache cannot be written",
+        what="the cache is not writable",
+        says="cache is not writable",
         circumstances=(cache_cannot_be_written,),
     ),
     Scenario(
@@ -288,7 +288,7 @@ PUBLISHING = (
     Scenario(
         name="no-token",
         what="there is no token",
-        says="no token is given or stored",
+        says="no token was passed or stored",
         words=PUSH,
         exists=False,
         token=None,
@@ -296,7 +296,7 @@ PUBLISHING = (
     Scenario(
         name="wrong-token",
         what="the token is not valid",
-        says="does not accept the token",
+        says="rejects the token",
         words=PUSH,
         exists=False,
         token="hf_nobodys",
@@ -304,14 +304,14 @@ PUBLISHING = (
     Scenario(
         name="foreign",
         what="the repository is somebody else's",
-        says="the token does not give the right to change it",
+        says="the token has no write access",
         words=PUSH,
         owner="them",
     ),
     Scenario(
         name="foreign-new",
         what="it is to be made under somebody else's name",
-        says="refuses it (status 403",
+        says="refused the request (status 403",
         words=PUSH,
         owner="them",
         exists=False,
@@ -319,7 +319,7 @@ PUBLISHING = (
     Scenario(
         name="push-rate",
         what='status 429 with `RateLimit: "api";r=0;t=7` for the commit, always',
-        says="asked too often (status 429)",
+        says="rate limit was exceeded (status 429)",
         words=PUSH,
         faults=forever("POST", COMMIT, status=429, headers=LIMIT),
     ),
@@ -332,7 +332,7 @@ PUBLISHING = (
     Scenario(
         name="push-status",
         what="status 503 for the commit, always",
-        says="a fault of its own (status 503)",
+        says="an internal error (status 503)",
         words=PUSH,
         faults=forever("POST", COMMIT, status=503),
     ),
@@ -347,7 +347,7 @@ PUBLISHING = (
     Scenario(
         name="html",
         what="a page in HTML comes instead of an answer about the card, always",
-        says="what came from the Hub is not valid JSON",
+        says="the Hub's response is not valid JSON",
         words=PUSH,
         faults=forever("POST", "^/api/validate-yaml$", status=502, body=b"<html></html>"),
     ),
@@ -360,7 +360,7 @@ PUBLISHING = (
     Scenario(
         name="push-break",
         what="the connection breaks off within a weight file, always",
-        says="the connection to the Hub broke off",
+        says="the connection to the Hub was lost",
         words=PUSH,
         faults=forever("PUT", SEND, drop_after=20_000),
     ),
@@ -368,28 +368,28 @@ PUBLISHING = (
     Scenario(
         name="refused",
         what="the Hub refuses the weight files",
-        says="refuses it (status 400: The checksum differs)",
+        says="refused the request (status 400: The checksum differs)",
         words=PUSH,
         faults=forever("PUT", SEND_ANY, status=400, headers={"X-Error-Message": "The checksum differs"}),
     ),
     Scenario(
         name="conflict",
         what="somebody else pushes at the same time",
-        says="somebody else changed the repository",
+        says="someone else changed the repository",
         words=PUSH,
         faults=once("POST", COMMIT, status=412),
     ),
     Scenario(
         name="other-bytes",
         what="the Hub keeps other bytes than were sent",
-        says=f"is not what was sent: {SHARD}.",
+        says=f"differ from those sent: {SHARD}.",
         words=PUSH,
         **store_otherwise(other_bytes),
     ),
     Scenario(
         name="dropped",
         what="the Hub drops a file",
-        says="is not what was sent: config.json.",
+        says="differ from those sent: config.json.",
         words=PUSH,
         **store_otherwise(without_one),
     ),
@@ -404,7 +404,7 @@ PUBLISHING = (
     Scenario(
         name="damaged-slice",
         what="a weight file of the slice is damaged",
-        says="is not fit to be published",
+        says="cannot be published",
         words=PUSH,
         exists=False,
         prepare=damage_shard,
@@ -413,7 +413,7 @@ PUBLISHING = (
     Scenario(
         name="secret",
         what="a token stands in the card",
-        says="is not fit to be published",
+        says="cannot be published",
         words=PUSH,
         exists=False,
         prepare=plant_secret,
@@ -422,7 +422,7 @@ PUBLISHING = (
     Scenario(
         name="slice-no-token",
         what="`slice --push` without a token",
-        says="no token is given or stored",
+        says="no token was passed or stored",
         words=SLICE_AND_PUSH,
         exists=False,
         token=None,
@@ -444,47 +444,48 @@ NO_SLICE = ("damaged-slice", "slice-no-token")
 HEAD = """\
 # Faults
 
-What is seen when the Hub, the network or the disk fails. This page is written by
+What a user sees when the Hub, the network or the disk fails. This page is generated by
 
 ```
 pytest tests/test_hub_faults.py --write-faults-page
 ```
 
-from what the command line did, with huggingface_hub {version}, at a [Hub for tests](testing.md#a-hub-for-tests) that
-was told to fail. Without that option the same tests fail where this page is not what they see.
+from real runs of the command line, with huggingface_hub {version}, against a
+[Hub for tests](testing.md#a-hub-for-tests) with injected faults. Without that option the same tests fail if this page
+differs from what they observe.
 
-An error is one line on standard error, after `Error:`, with exit code 1, and has no token, home folder or temporary
-folder in it. `-v` before the command shows the traceback instead; `HF_HUB_VERBOSITY=info` shows what the client does. A
-slice on this machine is there whole or not at all, whatever the Hub does.
+An error is one line on standard error that starts with `Error:`; the exit code is 1. It never contains a token, the
+home folder or the temporary folder. `-v` before the command shows the traceback instead; `HF_HUB_VERBOSITY=info` shows
+what the Hub client does. Whatever the Hub does, a slice on this machine is complete or absent, never partial.
 
-## What is tried again
+## Retries
 
-- The client sends a large file again that broke off or met a status such as 503, up to five times, after {first_pauses}
-  and {last_pause} seconds.
-- The client goes on with a download where it ended, in pieces of 10 MB, until nothing has come five times, a second
-  apart.
-- slicecli begins anew what failed for a reason that may pass, after {second} and {third} seconds, or when the Hub asks
-  for it if that is within a minute: all that the client tries is tried up to three times. A pull request is not begun
-  anew, since there could be two then.
-- The next command finds in the cache what arrived whole, and on the Hub what was sent whole. A file that broke off
-  begins at the start: the client keeps no part of a file from one command to the next.
+- When the upload of a large file is interrupted or meets a status such as 503, the client sends it again up to five
+  times, after {first_pauses} and {last_pause} seconds.
+- The client resumes an interrupted download, in chunks of 10 MB, until five attempts in a row, a second apart, have
+  brought nothing.
+- slicecli repeats an operation that failed for a transient reason up to twice, after {second} and {third} seconds, or
+  when the Hub says so if that is within a minute. Each repetition includes all retries of the client. Opening a pull
+  request is not repeated, since that could open two.
+- The next command reuses files that are complete in the cache or on the Hub. An incomplete file starts over: the client
+  keeps no partial files between commands.
 
-"Always" and "once" say how often the Hub does it, "tries" how many requests for the same thing meet it, and how long
-the pauses between them are together. The tests do not wait for them, and make the pieces of 2 kB. A disk that is full
-or cannot be written and a network that is gone are put on: the test refuses what the system would.
+"Always" and "once" say how often the Hub fails; "tries" gives the number of requests for the same thing, and the total
+of the pauses between them. The tests skip the pauses and use chunks of 2 kB. A full or read-only disk and a missing
+network are simulated: the test refuses what the system would refuse.
 
-Not seen here is Xet, by which the real Hub and the client move large files where `hf_xet` is installed, with attempts
-of its own; `HF_HUB_DISABLE_XET=1` turns it off.
+Xet is not covered: if `hf_xet` is installed, the real Hub and the client use it for large files, with its own retries.
+`HF_HUB_DISABLE_XET=1` turns it off.
 """
 SECTIONS = {
     "Downloading": (
         DOWNLOADING,
-        "By `slicecli inspect`, or by `slicecli slice` where weights matter, of a model in {shards} weight files.",
+        "With `slicecli inspect`, or `slicecli slice` where weights matter, of a model in {shards} weight files.",
         "in the cache",
     ),
     "Publishing": (
         PUBLISHING,
-        "By `slicecli push`, where nothing else is said, of a slice in {shards} weight files.",
+        "With `slicecli push`, unless stated otherwise, of a slice in {shards} weight files.",
         "on the Hub",
     ),
 }

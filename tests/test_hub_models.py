@@ -121,11 +121,11 @@ def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, loopb
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nobody/nothing",), "no such repository"),
+        (("nobody/nothing",), "the repository does not exist"),
         (("meta-llama/gated",), "gated"),
         ((NAME, "--revision", "missing"), "no such revision"),
-        (("bad//name",), "no folder"),
-        (("bad name",), "not a valid Hub id"),
+        (("bad//name",), "neither an existing folder"),
+        (("bad name",), "nor a valid Hub id"),
     ],
 )
 def test_a_model_that_cannot_be_fetched_is_one_sentence(slicecli, loopback_hub, words, message):
@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_fetched_is_one_sentence(slicecli, loopback_hub, 
             b'{"base_model_name_or_path": "meta-llama/base"}',
             "changes to another model, meta-llama/base",
         ),
-        ("model-Q4_K_M.gguf", b"GGUF", "its 'model-Q4_K_M.gguf' is of the format of llama.cpp"),
+        ("model-Q4_K_M.gguf", b"GGUF", "its 'model-Q4_K_M.gguf' is in the format of llama.cpp"),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "estimate"])
@@ -182,5 +182,5 @@ def test_a_token_that_cannot_be_sent_is_no_broken_connection(loopback_hub, isola
     done = run_program("-c", code, NAME, token, env=loopback_hub.environment(isolated_hub_cache))
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done.stderr
-    assert all("the token has characters that no token has" in line for line in lines)
+    assert all("the token contains an invalid character" in line for line in lines)
     assert "hf_" not in done.stdout

@@ -307,8 +307,8 @@ def test_a_dense_figure_of_other_rows_does_not_stay_beside_the_slice_s(measure, 
     assert read_record(one_slice)["results"]["dense"] == before
     measure(one_slice, ["en"], "--record", limit=3)
     for what, name in (("rows", "en/t.jsonl"), ("questions", "en/q.jsonl")):
-        assert f"The figure on {name} that was in the record was measured on other {what}" in measure.warnings
-        assert f"dense model's figure on {name} is of other {what}" in measure.warnings
+        assert f"The recorded figure on {name} was measured on different {what}" in measure.warnings
+        assert f"dense model's figure on {name} was measured on different {what}" in measure.warnings
     results = read_record(one_slice)["results"]
     assert results["perplexity"]["en/t.jsonl"]["tokens"] == 3 * 31
     assert set(figures(results["dense"])) == {("perplexity", "de/t.jsonl"), ("tasks", "de/q.jsonl")}
@@ -323,12 +323,12 @@ def test_a_text_called_like_the_calibration_text_is_told_from_it(run, measure, f
     document = measure(folder, ["en"], "--record")
     assert list(document["perplexity"]) == ["en/t.jsonl"]
     assert document["calibration"]["text"] == "t.jsonl"
-    assert "of the text it was calibrated on" not in (folder / "README.md").read_text()
+    assert "on the text it was calibrated on" not in (folder / "README.md").read_text()
     done = run("-q", "eval", folder, "--perplexity", text, "--seq-len", "32", "--limit", "6", "--record")
     assert done.exit_code == 0, done.output
     assert list(read_record(folder)["results"]["perplexity"]) == ["en/t.jsonl", "t.jsonl"]
     (line,) = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `t.jsonl`")]
-    assert "of the text it was calibrated on" in line
+    assert "on the text it was calibrated on" in line
 
 
 def test_results_of_several_files_are_joined_by_what_was_measured(run, measure, models, one_slice, tmp_path):  # noqa: F811
@@ -352,7 +352,7 @@ def test_results_of_several_files_are_joined_by_what_was_measured(run, measure, 
     assert len({(one["quantity"], one["evaluation"]) for one in curves}) == 4
     mixed = run("fit", tmp_path / "dense-de.json", tmp_path / "slice-en.json")
     assert mixed.exit_code == 2
-    assert "and not the dense model" in mixed.stderr
+    assert "but not the dense model" in mixed.stderr
     # a curve gets the name that its text has in the record
     measure(one_slice, LANGUAGES, "--record")
     (tmp_path / "curves.json").write_text(done.stdout)
@@ -368,7 +368,7 @@ def test_a_dense_model_asked_other_questions_is_said_to_be(run, measure, models,
         measure(models[name], ["en"], "--num-fewshot", "1", *more, "-o", tmp_path / f"{name}.json")
     done = run("fit", tmp_path / "dense.json", tmp_path / "stock.json")
     assert done.exit_code == 2
-    assert "other questions of q.jsonl" in done.stderr
+    assert "different questions of q.jsonl" in done.stderr
 
 
 def test_slices_calibrated_on_texts_of_one_name_are_two_series(run, measure, files, checkpoints, tmp_path):

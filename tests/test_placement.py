@@ -74,7 +74,7 @@ def test_no_place_changes_a_byte(slice_to, family, method, tmp_path):
         report, other, said = slice_to("--method", method, *words, family=family)
         assert other == digest
         assert report["placement"]["streams"] == place
-        assert ("weights rest" in said) == ("--device-map" in words)
+        assert ("weights are kept" in said) == ("--device-map" in words)
 
 
 def test_max_memory_divides_the_model_between_memory_and_disk(slice_to):
@@ -89,20 +89,20 @@ def test_a_dry_run_says_where_everything_would_be(run, checkpoints):
     done = run("slice", checkpoints(), "--dim", 36, "--dry-run", "--max-memory", "cpu=200KB", "--format", "json")
     assert done.exit_code == 0
     assert set(json.loads(done.stdout)["placement"]["weights"].values()) == {"cpu", "disk"}
-    assert "weights rest: " in done.stderr
+    assert "weights are kept: " in done.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "no device map"),
-        ("{}", "no device map"),
-        ('{"": [1]}', "no device map"),
-        ('{"": true}', "no device map"),
+        ("[1]", "not a device map"),
+        ("{}", "not a device map"),
+        ('{"": [1]}', "not a device map"),
+        ('{"": true}', "not a device map"),
         ('{"": "moon"}', "no device 'moon'"),
         ('{"": 99}', "no device 'cuda:99'"),
         ('{"": "meta"}', "no device 'meta'"),
-        ('{"": "disk", "model.layers.0.mlp": "cpu"}', "divides a block"),
+        ('{"": "disk", "model.layers.0.mlp": "cpu"}', "splits a block"),
         ('{"": "disk", "model.layers.7": "cpu"}', "does not have"),
         ('{"model": "cpu"}', "leaves out lm_head.weight"),
         ("{", "cannot be read"),
@@ -308,7 +308,7 @@ def test_slicing_goes_on_in_halves_when_the_memory_runs_out(slice_to, request, t
     slice_to("--method", method, "--batch-size", "7")
     request.getfixturevalue("little_memory")
     _, _, said = slice_to("--method", method, "--batch-size", "7")
-    assert "ran out with 7 rows at once; the run went on with 1" in said
+    assert "ran out with 7 rows per batch; the run continued with 1" in said
     usual, divided = (load_file(tmp_path / name / "model.safetensors") for name in ("out0", "out1"))
     for name, value in usual.items():
         assert float((divided[name] - value).norm()) <= 5e-3 * float(value.norm()), name

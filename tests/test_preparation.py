@@ -135,8 +135,8 @@ def test_a_config_that_cannot_be_written(dense, layout, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_attention_heads": 7}, "transformers refuses the config that a slice of model would have"),
-        ({"num_hidden_layers": 1}, "parameters at dim 36, and the model has"),
+        ({"num_attention_heads": 7}, "transformers rejects the config of a slice of model"),
+        ({"num_hidden_layers": 1}, "parameters at dim 36, but the model has"),
     ],
 )
 def test_a_config_that_is_not_read_back_as_it_was_meant(refused, dense, monkeypatch, changes, message):
@@ -151,7 +151,7 @@ def test_a_config_that_is_not_read_back_as_it_was_meant(refused, dense, monkeypa
 def test_a_generation_config_that_keeps_the_model_from_loading(refused, dense):
     model = dense("llama")
     (model / "generation_config.json").write_text('{"watermarking_config": 3}')
-    assert "transformers refuses the generation config of model" in refused(model)
+    assert "transformers rejects the generation config of model" in refused(model)
 
 
 def test_a_name_that_no_record_can_hold_is_refused_before_any_pass(run, dense, text_file, tmp_path):

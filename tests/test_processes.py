@@ -225,7 +225,7 @@ def test_a_process_that_nobody_joins_says_what_it_waits_for_and_stops(launched, 
         Processes.find().join(said.append)
     assert len(said) == 1
     for text in (said[0], stopped.value.cause):
-        assert f"process {rank} of 3, by RANK and WORLD_SIZE" in text
+        assert f"process {rank} of 3 according to RANK and WORLD_SIZE" in text
         assert absent in text
     assert "unset RANK and WORLD_SIZE" in stopped.value.remedy
 
@@ -255,7 +255,7 @@ def test_many_processes_do_not_share_one_device(launched):
     from slicecli.runtime.placement import pick_device
 
     launched(**MEETING, RANK="0", WORLD_SIZE="2")
-    with pytest.raises(RequestError, match="Many processes"):
+    with pytest.raises(RequestError, match="Several processes cannot"):
         pick_device("cuda:0")
     assert pick_device("cpu") == torch.device("cpu")
 
@@ -280,7 +280,7 @@ def test_what_is_exchanged_arrives(start):
     assert one["square_is_right"]
     assert one["only_main"] == [1.0, 1.0]
     assert one["given"] == [0.0, 1.0, 2.0]
-    assert "Process 2 has another colour" in one["refused"]
+    assert "Process 2 has a different colour" in one["refused"]
     assert one["was_first"] == [True, False, False]
 
 
@@ -366,7 +366,7 @@ def test_processes_without_rows_are_named(start, checkpoints, slice_options):
     words = [*slice_options, "--batch-size", "16"]
     done = start(3, "slice", checkpoints(), "--dim", "36", *words, "-o", "idle")
     assert done["codes"] == [0, 0, 0], done["err"]
-    assert "22 rows in batches of 16 occupy 2 of 3 processes; --batch-size 7 would" in done["err"][0]
+    assert "22 rows in batches of 16 keep only 2 of 3 processes busy; use --batch-size 7" in done["err"][0]
 
 
 @pytest.mark.parametrize(
@@ -406,10 +406,10 @@ def test_a_process_that_fails_ends_all(start, checkpoints, slice_options, rank, 
         assert errors == ["Error: NaN was found here. Mend it."]
     elif how == "bug":
         assert sum("no sentence" in text and "Traceback" in text for text in done["err"]) == 1
-        assert errors == (["Error: Process 1 of 3 failed: TypeError: no sentence. What it printed says where."] * rank)
+        assert errors == (["Error: Process 1 of 3 failed: TypeError: no sentence. Its own output shows where."] * rank)
     elif how == "SIGKILL" and rank:
         assert len(errors) == 1
-        assert "without a word" in errors[0]
+        assert "without reporting an error" in errors[0]
     else:
         assert errors == []
 

@@ -220,7 +220,7 @@ def test_the_proof_finds_a_small_model_for_configs_of_real_ones(model_type, fiel
 def test_a_family_that_keeps_its_width_is_found_out():
     adapter, config = CASES["gpt2"]
     prove_shortcuts(adapter, config, slices_head=True)
-    with pytest.raises(PluginError, match=r"does not run with a narrow stream.*--slice-head"):
+    with pytest.raises(PluginError, match=r"fails to run with a narrow stream.*--slice-head"):
         prove_shortcuts(adapter, config, slices_head=False)
 
 
@@ -284,13 +284,13 @@ def test_a_schedule_is_sliced_by_the_command(run, checkpoints, slice_words, tmp_
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--dim", "36", "--slice-head"], "--slice-head is of the published method"),
-        (["--dim", "36", "--final-orientation", "random"], "--final-orientation is of the published method"),
-        (["--schedule", "linear:0:0.5"], "--schedule is of the published method"),
-        (["--dim", "36", "--schedule", "linear:0:0.5", "--method", "slicegpt"], "More than one width"),
-        (["--schedule", "none.json", "--method", "slicegpt"], "no schedule 'none.json'"),
+        (["--dim", "36", "--slice-head"], "--slice-head requires the slicegpt method"),
+        (["--dim", "36", "--final-orientation", "random"], "--final-orientation requires the slicegpt method"),
+        (["--schedule", "linear:0:0.5"], "--schedule requires the slicegpt method"),
+        (["--dim", "36", "--schedule", "linear:0:0.5", "--method", "slicegpt"], "chosen more than once"),
+        (["--schedule", "none.json", "--method", "slicegpt"], "schedule 'none.json' does not exist"),
         (["--schedule", "constant", "--method", "slicegpt"], "No width"),
-        (["--dim", "48", "--method", "slicegpt"], "does not slice"),
+        (["--dim", "48", "--method", "slicegpt"], "is not below"),
     ],
 )
 def test_wishes_that_do_not_go_together_are_refused(run, checkpoints, tmp_path, words, says):
@@ -320,4 +320,4 @@ def test_a_slice_with_code_of_its_own_is_evaluated_and_generates(run, checkpoint
     assert written.exit_code == 0, written.output
     looked_at = run("inspect", tmp_path / "slice")
     assert looked_at.exit_code == 1
-    assert "is a slice already" in looked_at.stderr
+    assert "is already a slice" in looked_at.stderr

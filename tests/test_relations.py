@@ -329,7 +329,7 @@ def test_what_is_not_a_curve_is_refused(damage):
 
 
 def test_a_relation_that_cannot_be_fitted_is_refused_with_the_reason():
-    with pytest.raises(RequestError, match="There are: paper, power"):
+    with pytest.raises(RequestError, match="Available: paper, power"):
         fit_curve(series_from(relation_named("odds", "perplexity")), "hearsay")
     accuracy = series_from(relation_named("decay", "accuracy"))
     hopeless = dataclasses.replace(accuracy, dense=Dense(0.7, None))

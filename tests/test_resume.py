@@ -142,13 +142,13 @@ def interrupt(slice_command, tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(interrupt, tmp_path, signal_number, code):
     found, said = interrupt[0](signal_number), (tmp_path / "log").read_text()
     assert found == code, said
-    assert "--resume goes on" in said
+    assert "with --resume to continue" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "says"), [(["--dim", "32"], "differs in slices"), (["--seed", "7"], "calibration")], ids=["dim", "seed"]
+    ("more", "says"), [(["--dim", "32"], "its slices differed"), (["--seed", "7"], "calibration")], ids=["dim", "seed"]
 )
 def test_another_plan_does_not_go_on_and_says_why(run, interrupt, tmp_path, more, says):
     call, words = interrupt
@@ -198,4 +198,4 @@ def test_a_journal_of_another_run_is_not_gone_on_with(run, slice_command, tmp_pa
     leave_journal(tmp_path, '{"fingerprint": {}}')
     done = run(*slice_command(tmp_path / "out", "--resume"))
     assert done.exit_code == 1
-    assert "cannot go on" in done.stderr
+    assert "cannot be resumed" in done.stderr

@@ -172,6 +172,6 @@ def test_the_commands_on_the_page_of_long_runs_run_as_written(tmp_path, monkeypa
         result = CliRunner().invoke(group, words, prog_name="slicecli")
         assert result.exit_code == 0, result.output
         printed.append(result.output)
-    assert "weights rest" in printed[1]
+    assert "weights are kept" in printed[1]
     assert "from the cache" not in printed[2]
     assert "statistics 1/1 from the cache" in printed[3]

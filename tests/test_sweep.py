@@ -165,7 +165,7 @@ def test_another_sweeps_results_are_left_alone_unless_overwritten(run, words, te
     (other / "dear.txt").write_text("dear all")
     result = run(*words, "--dims", "36", "-o", other)
     assert result.exit_code == 1
-    assert "left alone" in result.stderr
+    assert "will not be changed" in result.stderr
     assert [path.name for path in other.iterdir()] == ["dear.txt"]
 
 
@@ -246,8 +246,8 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
     ("more", "message"),
     [
         (("--dims", "37"), "not legal"),
-        (("--dims", "48"), "does not slice"),
-        (("--relation", "hearsay", "--dims", "36"), "There are: paper"),
+        (("--dims", "48"), "is not below"),
+        (("--relation", "hearsay", "--dims", "36"), "Available: paper"),
         (("--limit", "0", "--dims", "36"), "too small"),
         (("--tasks", "no-such-task", "--dims", "36"), "no-such-task"),
     ],

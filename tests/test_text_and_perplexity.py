@@ -92,7 +92,7 @@ def test_a_monotonous_text_is_warned_of(run, checkpoints, tmp_path):
     for command in (["slice", "--dim", "36", "-o", tmp_path / "out"], ["spectrum", "-o", tmp_path / "spectrum.json"]):
         done = run("-q", command[0], *words, *command[1:])
         assert done.exit_code == 0, done.output
-        assert "Warning: The calibration text is monotonous: it has 1 different tokens in 768." in done.stderr
+        assert "Warning: The calibration text is repetitive: it has 1 different tokens in 768." in done.stderr
 
 
 def test_files_are_read_as_one_text_or_as_documents(tmp_path):

@@ -154,7 +154,7 @@ def test_buffers_in_the_weight_files_are_no_parameters(slices, tmp_path):
         )
         (found,) = (one for one in verify_folder(folder) if one.check == "counts")
         assert found.is_error == is_wrong
-        assert "2 numbers more" in found.text or is_wrong
+        assert "2 numbers besides" in found.text or is_wrong
 
 
 # damage
@@ -165,26 +165,30 @@ def _results(record):
 
 
 DAMAGES = {
-    "no record": (lambda folder: (folder / "slicecli.json").unlink(), "record", "there is no slicecli.json"),
-    "a record that is no JSON": (lambda folder: (folder / "slicecli.json").write_text("{"), "record", "no JSON"),
+    "no record": (lambda folder: (folder / "slicecli.json").unlink(), "record", "slicecli.json is missing"),
+    "a record that is no JSON": (
+        lambda folder: (folder / "slicecli.json").write_text("{"),
+        "record",
+        "not a JSON object",
+    ),
     "a record of nested lists": (
         lambda folder: (folder / "slicecli.json").write_text("[" * 100_000),
         "record",
-        "no JSON",
+        "not a JSON object",
     ),
     "a record of a later version": (edit_record(lambda record: record.update(record_version=2)), "record", "is 2"),
-    "other weights": (flip_byte("model.safetensors"), "files", "model.safetensors is not the file that was recorded"),
+    "other weights": (flip_byte("model.safetensors"), "files", "model.safetensors differs from the recorded file"),
     "weights that break off": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
         "counts",
-        "model.safetensors is no safetensors file",
+        "model.safetensors is damaged, or not a safetensors file",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "files", "model.safetensors is missing"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "files", "tokenizer.json is missing"),
     "another tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         "files",
-        "tokenizer.json is not the file",
+        "tokenizer.json differs",
     ),
     "code that nobody recorded": (
         lambda folder: (folder / "modeling.py").write_text("print()"),
@@ -220,7 +224,7 @@ DAMAGES = {
     "another width": (
         edit_recorded("config.json", lambda config: config.update(hidden_size=40)),
         "config",
-        "hidden_size is 40 in config.json, 36 by the record",
+        "hidden_size is 40 in config.json, but 36 in the record",
     ),
     "another type": (
         edit_recorded("config.json", lambda config: config.update(model_type="gemma")),
@@ -235,7 +239,7 @@ DAMAGES = {
     "code without a file": (
         edit_recorded("config.json", lambda config: config.update(auto_map={"AutoModel": "modeling.Model"})),
         "config",
-        "a file that is not in the record: modeling.Model",
+        "an unrecorded file: modeling.Model",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config", "config.json is missing"),
     "no card": (lambda folder: (folder / "README.md").unlink(), "card", "README.md is missing"),
@@ -244,7 +248,7 @@ DAMAGES = {
         "card",
         "cannot be read as a card",
     ),
-    "a card without marks": (edit_card(": begin -->", " -->"), "card", "nothing between the marks"),
+    "a card without marks": (edit_card(": begin -->", " -->"), "card", "no text between slicecli's markers"),
     "a number in the card's text": (edit_card("| 36 |", "| 40 |"), "card", "| 40 |"),
     "another perplexity in the record": (
         edit_record(lambda record: _results(record).update(value=2.5)),
@@ -254,7 +258,7 @@ DAMAGES = {
     "no perplexity in the record": (
         edit_record(lambda record: record["results"].pop("perplexity")),
         "card",
-        "which the record has not",
+        "which is not in the record",
     ),
     "no licence": (edit_card("license: other\n", ""), "card", "license is null"),
     "another library": (edit_card("library_name: transformers", "library_name: peft"), "card", "library_name is peft"),
@@ -295,13 +299,13 @@ def test_each_damage_is_found_and_named(stock, name, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "damage", "check", "words"),
     [
-        ("sharded", flip_byte("model-00002-of-00005.safetensors"), "files", "model-00002-of-00005.safetensors is not"),
-        ("sharded", lambda folder: (folder / "model.safetensors.index.json").unlink(), "counts", "without which"),
+        ("sharded", flip_byte("model-00002-of-00005.safetensors"), "files", "model-00002-of-00005.safetensors differs"),
+        ("sharded", lambda folder: (folder / "model.safetensors.index.json").unlink(), "counts", "cannot be found"),
         (
             "sharded",
             edit_recorded("model.safetensors.index.json", lambda index: index["weight_map"].popitem()),
             "counts",
-            "does not lead to the tensors",
+            "does not match the tensors",
         ),
         (
             "sharded",
@@ -309,7 +313,7 @@ def test_each_damage_is_found_and_named(stock, name, monkeypatch):
             "counts",
             "states 1 bytes",
         ),
-        ("published", flip_byte("modeling_slicecli.py"), "files", "modeling_slicecli.py is not the file"),
+        ("published", flip_byte("modeling_slicecli.py"), "files", "modeling_slicecli.py differs"),
         (
             "published",
             edit_recorded("config.json", lambda config: config.update(embedding_size=35)),
@@ -373,7 +377,7 @@ def test_the_report_says_what_differs_and_where(stock, run):
     report = json.loads(done.stdout)
     assert (report["subject"], report["ok"]) == ("slice", False)
     assert report["checks"] == {**dict.fromkeys(CHECKS, 0), "files": 1}
-    text = "model.safetensors is not the file that was recorded"
+    text = "model.safetensors differs from the recorded file"
     assert report["findings"] == [{"check": "files", "is_error": True, "text": text}]
     done = run("verify", stock)
     assert done.exit_code == 1
@@ -388,7 +392,7 @@ def test_what_is_no_folder_and_no_repository_is_refused(run, stock, embedded_mod
     done = run("verify", embedded_model)
     assert done.exit_code == 1
     assert done.stdout.splitlines() == [
-        "record: there is no slicecli.json, so this is no slice",
+        "record: slicecli.json is missing, so this is not a slice",
         f"{embedded_model.name}: 1 difference.",
     ]
 
@@ -755,8 +759,8 @@ def test_a_head_that_is_damaged_on_the_hub_is_named(loopback_hub, slices, head):
     loopback_hub.upload("me/slice", {"model.safetensors": content.ljust(200_000)})
     done = verify("me/slice")
     assert done.returncode == 1, done.stderr
-    assert "files: model.safetensors is not the file that was recorded" in done.stdout
-    assert "counts: model.safetensors is no safetensors file, or a damaged one" in done.stdout
+    assert "files: model.safetensors differs from the recorded file" in done.stdout
+    assert "counts: model.safetensors is damaged, or not a safetensors file" in done.stdout
 
 
 def test_a_slice_in_shards_is_checked_in_another_s_repository(loopback_hub, slices):
@@ -769,13 +773,13 @@ def test_a_slice_in_shards_is_checked_in_another_s_repository(loopback_hub, slic
     loopback_hub.upload("you/copy", changed)
     done = verify("you/copy", "--format", "json")
     texts = [one["text"] for one in json.loads(done.stdout)["findings"] if one["check"] == "record"]
-    assert texts == ["it says that the slice is published as me/slice"]
+    assert texts == ["according to it the slice is published as me/slice"]
 
 
 def test_a_repository_that_is_missing_or_no_slice_is_named(loopback_hub, checkpoints):
     done = verify("me/nothing")
     assert done.returncode == 1
-    assert "The repository 'me/nothing' cannot be checked: there is no such repository" in done.stderr
+    assert "The repository 'me/nothing' cannot be checked: the repository does not exist" in done.stderr
     loopback_hub.upload("me/dense", checkpoints("llama-3"))
     done = verify("me/dense")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "me/dense: 1 difference.")

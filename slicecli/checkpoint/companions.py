@@ -105,10 +105,10 @@ _TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "logs", "wandb", "l
 _OTHER_FORMATS = frozenset({"original", "onnx", "openvino", "coreml", "gguf", "mlx", "tflite", "metal"})
 
 WEIGHTS, OTHER_MODEL, SIZES_OF_SOURCE = "other weights", "another checkpoint", "sizes of the dense weights"
-TRAINING, PROGRAMS, UNFIT_NAME = "state of a training", "programs", "a name that a record cannot hold"
-UNTRUSTED_CODE = "code, which goes along with --trust-remote-code only"
-LINKED_FOLDER, ABSENT = "links to folders", "not in this copy of the model"
-PRIVATE = "with tokens or local paths in them"
+TRAINING, PROGRAMS, UNFIT_NAME = "training state", "programs", "a name that a record cannot hold"
+UNTRUSTED_CODE = "code, copied only with --trust-remote-code"
+LINKED_FOLDER, ABSENT = "links to folders", "missing from this copy of the model"
+PRIVATE = "containing tokens or local paths"
 TOO_LARGE = f"larger than {MOST_FILE_BYTES / 1e6:.0f} MB"
 TOO_MUCH = f"beyond the first {MOST_FILES:,} files or {MOST_BYTES / 1e6:.0f} MB"
 
@@ -184,7 +184,7 @@ def choose_companions(sizes: Mapping[str, int], name: str, trusts_code: bool) ->
         elif _is_known(path):
             if sizes[file] > MOST_KNOWN_BYTES:
                 raise SourceError(
-                    f"{file} of {name} has {sizes[file]:,} bytes, more than such a file needs.", "Get it again."
+                    f"{file} of {name} has {sizes[file]:,} bytes, too large for such a file.", "Download it again."
                 )
             known.append(file)
         elif sizes[file] > MOST_FILE_BYTES:
@@ -281,7 +281,7 @@ def list_folder(folder: Path) -> tuple[dict[str, int], list[str]]:
 
     def refuse(error: OSError) -> None:
         name = Path(error.filename).name
-        raise SourceError(f"The folder {name!r} cannot be read: {error.strerror}.", "Check who may read it.") from error
+        raise SourceError(f"The folder {name!r} cannot be read: {error.strerror}.", "Check its permissions.") from error
 
     sizes: dict[str, int] = {}
     links: list[str] = []

@@ -37,8 +37,8 @@ class Comparison:
     def remarks(self, name: str) -> list[str]:
         """Say what differs, in sentences."""
         kinds = (
-            (self.unused, "hold", "tensors that a model of its config does not use"),
-            (self.lacking, "lack", "of the parameters of a model of its config"),
+            (self.unused, "hold", "tensors that its config does not account for"),
+            (self.lacking, "lack", "parameters that its config requires"),
         )
         return [
             f"The weight files of {name} {verb} {len(names):,} {what}: {some_of(names)}."
@@ -90,7 +90,7 @@ def compare(dimensions: Dimensions, tensors: Mapping[str, StoredTensor], name: s
         if parameter.role != "kept" and tensors[stored].elements != parameter.elements(dimensions.hidden_size):
             shape = tuple(dimensions.hidden_size if size is None else size for size in parameter.shape)
             raise WeightsError(
-                f"{stored} is {tensors[stored].shape} in the weight files of {name}, and {shape} by its config.json.",
+                f"{stored} is {tensors[stored].shape} in the weight files of {name}, but config.json implies {shape}.",
                 "Check that config.json belongs to these weights.",
             )
     if dimensions.is_tied and (head := find_stored(tensors, f"{dimensions.adapter.head.path}.weight")):

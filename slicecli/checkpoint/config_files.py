@@ -34,7 +34,7 @@ def read_config(folder: Path, name: str) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise SourceError(f"The config.json of {name} cannot be read: {reason_of(error)}.") from None
     if not isinstance(fields, dict):
-        raise SourceError(f"The config.json of {name} is not a JSON object.", "Give the folder of a model.")
+        raise SourceError(f"The config.json of {name} is not a JSON object.", "Pass the folder of a model.")
     _check_counts(fields, name)
     return fields
 
@@ -51,6 +51,6 @@ def _check_counts(content: Any, name: str, field: str = "", is_listed: bool = Fa
         most = MOST_LISTED if is_listed else MOST_OF.get(field)
         if most is not None and content > most:
             raise SourceError(
-                f"The config.json of {name} gives {field} = {shown(content)}, and no model has more than {most:,}.",
+                f"The config.json of {name} gives {field} = {shown(content)}, above the limit of {most:,}.",
                 "Check config.json.",
             )

@@ -33,7 +33,7 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_
         with quiet_libraries():
             sliced = type(config).from_dict(fields)
     except Exception as error:  # config classes raise what they like
-        raise RequestError(f"{type(config).__name__} refuses a hidden size of {dim}: {reason_of(error)}.") from error
+        raise RequestError(f"{type(config).__name__} rejects a hidden size of {dim}: {reason_of(error)}.") from error
     if has_code:
         sliced.name_or_path = config.name_or_path  # where transformers finds the code; it is not written
     return sliced

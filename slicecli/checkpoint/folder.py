@@ -64,7 +64,7 @@ def whole_folder(
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
-            f"Another process is writing {output.name!r}.", "Wait for it, or give another with --output."
+            f"Another process is writing {output.name!r}.", "Wait for it, or choose another with --output."
         ) from None
     except OSError as error:
         raise _writing_error(output, error) from error
@@ -143,11 +143,14 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise OutputError(f"The output {output.name!r} exists.", "Give another with --output, or --overwrite it.")
+        raise OutputError(
+            f"The output {output.name!r} already exists.",
+            "Choose another with --output, or replace it with --overwrite.",
+        )
     if not (output / RECORD_FILE).is_file():
         raise OutputError(
-            f"The output {output.name!r} exists and is not a slice (it has no {RECORD_FILE}), so it is left alone.",
-            "Give another with --output, or remove it yourself.",
+            f"The output {output.name!r} exists and is not a slice (no {RECORD_FILE}), so it will not be replaced.",
+            "Choose another with --output, or remove it yourself.",
         )
 
 
@@ -158,13 +161,11 @@ def check_apart(output: Path, model: Path, inputs: Iterable[Path] = ()) -> None:
         found = next((file for file in files if _is_within(file, place)), None)
         if found is not None:
             raise OutputError(
-                f"The output {output.name!r} would take the place of {found.name!r}, from which it is made.",
-                "Give another with --output.",
+                f"The output {output.name!r} would overwrite {found.name!r}, which it is made from.",
+                "Choose another with --output.",
             )
     if _is_within(output, model):
-        raise OutputError(
-            f"The output {output.name!r} lies inside the folder of the model.", "Give another with --output."
-        )
+        raise OutputError(f"The output {output.name!r} is inside the model's folder.", "Choose another with --output.")
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -176,14 +177,16 @@ def _is_within(path: Path, folder: Path) -> bool:
 def check_results_file(path: Path, models: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> None:
     """Refuse a file for results that cannot be made, or in place of something that they come from."""
     if not path.parent.is_dir():
-        raise OutputError(f"{str(path)!r} cannot be written: there is no such folder.", "Make it first.")
+        raise OutputError(f"{str(path)!r} cannot be written: its folder does not exist.", "Create the folder first.")
     for file in inputs:
         if path.exists() and file.exists() and path.samefile(file):
-            raise OutputError(f"{str(path)!r} is read to make what would be written there.", "Give another file.")
+            raise OutputError(
+                f"{str(path)!r} is an input of this command and would be overwritten.", "Choose another file."
+            )
     for model in models:
         is_beside = model.is_dir() and path.parent.samefile(model)
         if is_beside and (_is_named_like_a_models(path.name) or (path.exists() and not _is_of_results(path))):
-            raise OutputError(f"{str(path)!r} is a file of the model.", "Give another file.")
+            raise OutputError(f"{str(path)!r} belongs to the model and would be overwritten.", "Choose another file.")
 
 
 def _is_named_like_a_models(name: str) -> bool:
@@ -202,8 +205,8 @@ def require_disk_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"The slice needs {needed / 1e9:.2f} GB on disk, and {free / 1e9:.2f} GB are free.",
-            "Free some, or give an --output on another disk.",
+            f"The slice needs {needed / 1e9:.2f} GB of disk space, but only {free / 1e9:.2f} GB are free.",
+            "Free some space, or choose an --output on another disk.",
         )
 
 
@@ -243,9 +246,9 @@ def _put_back(output: Path) -> None:
 def _writing_error(output: Path, error: OSError) -> OutputError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return OutputError(
-            f"The disk became full while {output.name!r} was written; nothing is left of it.",
-            "Free some space, or give an --output on another disk.",
+            f"The disk filled up while writing {output.name!r}; the partial output was removed.",
+            "Free some space, or choose an --output on another disk.",
         )
     return OutputError(
-        f"The output {output.name!r} cannot be written: {error.strerror or error}.", "Give another with --output."
+        f"The output {output.name!r} cannot be written: {error.strerror or error}.", "Choose another with --output."
     )

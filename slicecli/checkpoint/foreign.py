@@ -24,10 +24,10 @@ QUANTISATION_FIELDS = {"quantization": "MLX", "compression_config": "compressed-
 FOREIGN_FILES = (ADAPTER_FILE, *QUANTISATION_FILES)
 # files of models without config.json, by what their names match, and what they belong to
 OTHER_FORMATS = {
-    "*.gguf": "the format of llama.cpp",
-    "params.json": "the format in which Llama and Mistral were first released",
-    "model_index.json": "a pipeline of diffusers",
-    "*.nemo": "the format of NeMo",
+    "*.gguf": "in the format of llama.cpp",
+    "params.json": "in the format in which Llama and Mistral were first released",
+    "model_index.json": "part of a diffusers pipeline",
+    "*.nemo": "in the format of NeMo",
 }
 MOST_SHOWN = 3
 
@@ -40,10 +40,10 @@ def check_is_whole(name: str, folder: Path) -> None:
     content = read_json(path)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     is_known = isinstance(base, str) and is_repository_name(base) and not Path(base).exists()
-    merged = "Merge them into that model with merge_and_unload() of peft, save the result, and give its folder"
+    merged = "Merge them into that model with merge_and_unload() of peft, save the result, and pass its folder"
     has_weights = (folder / "config.json").exists()
     raise UnsupportedModelError(
-        f"{name} has an {ADAPTER_FILE}: it holds changes to another model" + (f", {base}." if is_known else "."),
+        f"{name} has an {ADAPTER_FILE}: it only holds changes to another model" + (f", {base}." if is_known else "."),
         f"{merged}; or remove the file if this is the merged model." if has_weights else f"{merged}.",
     )
 
@@ -72,13 +72,13 @@ def refuse_without_config(name: str, folder: Path, files: Collection[str], remed
     for pattern, what in OTHER_FORMATS.items():
         for file in fnmatch.filter(sorted(files), pattern):
             raise UnsupportedModelError(
-                f"{name} has no config.json: its {shown(file)} is of {what}.",
-                f"Give the transformers checkpoint that it was made from, or convert it to one. {remedy}".strip(),
+                f"{name} has no config.json; its {shown(file)} is {what}.",
+                f"Pass the transformers checkpoint it was made from, or convert it to one. {remedy}".strip(),
             )
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         more = f" and {len(inner) - MOST_SHOWN} more" if len(inner) > MOST_SHOWN else ""
-        usual = f"Give one of its folders that have one: {', '.join(inner[:MOST_SHOWN])}{more}."
+        usual = f"Pass one of its subfolders that has one: {', '.join(inner[:MOST_SHOWN])}{more}."
     else:
-        usual = "Give the folder of a transformers model."
+        usual = "Pass the folder of a transformers model."
     raise SourceError(f"{name} has no config.json.", f"{usual} {remedy}".strip())

@@ -63,17 +63,17 @@ def check_report(
         )
         raise WeightsError(
             f"The checkpoint of {name} lacks {_tensors(missing)}.",
-            f"Download it again, or check that config.json belongs to it.{head}",
+            f"Download it again, or check that config.json belongs to these weights.{head}",
         )
-    found = f"The checkpoint of {name} holds {_tensors(unexpected, 'unused ')}: a model of its config has none such"
+    found = f"The checkpoint of {name} holds {_tensors(unexpected, 'unused ')}: its config does not account for them"
     if unexpected and is_strict:
         raise WeightsError(
             f"{found}.",
-            "Check that config.json belongs to these weights (number of layers, biases), or remove what is not needed.",
+            "Check that config.json belongs to these weights (number of layers, biases), or remove these tensors.",
         )
     warnings = [f"{found}."] if unexpected else []
     if ignored:
-        warnings.append(f"The checkpoint of {name} holds {_tensors(ignored, 'unused ')}: its class leaves them aside.")
+        warnings.append(f"The checkpoint of {name} holds {_tensors(ignored, 'unused ')}; its model class ignores them.")
     return tuple(warnings)
 
 
@@ -91,7 +91,7 @@ def check_stored(name: str, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse weight files that do not hold the weights themselves, by what their headers say."""
     if any(part in one for one in tensors for part in (".lora_A.", ".lora_B.", ".base_layer.")):
         raise UnsupportedModelError(
-            f"{name} holds LoRA matrices: changes to another model.",
+            f"{name} holds LoRA matrices, which are changes to another model.",
             "Merge them into that model first, with merge_and_unload() of peft.",
         )
     remedy = "Slice the original weights, then quantise the slice."
@@ -110,9 +110,9 @@ def _check_wrapper(name: str, missing: Sequence[str], stored: Collection[str]) -
         if wrapped := sorted(one for one in stored if f".{wrapper}" in f".{one}"):
             by = f", as {program} writes them," if program else ""
             raise WeightsError(
-                f"The names of {_tensors(wrapped)} of {name} have {wrapper!r} in them{by} and the model's class does "
-                "not find them.",
-                f"Save the inner model, or take {wrapper!r} out of the names.",
+                f"The names of {_tensors(wrapped)} of {name} contain {wrapper!r}{by} and the model class does "
+                "not recognise them.",
+                f"Save the inner model, or remove {wrapper!r} from the names.",
             )
 
 

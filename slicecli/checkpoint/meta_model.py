@@ -23,11 +23,11 @@ def build_meta_model(config: Any, trust_remote_code: bool = False, most_bytes: i
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
+            f"transformers cannot build a model from this config: {reason_of(error)}.", "Check config.json."
         ) from error
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if most_bytes is not None and size > most_bytes:
-        raise SourceError(f"A model of this config takes {size / 1e9:,.2f} GB, too much here.", "Check config.json.")
+        raise SourceError(f"A model with this config takes {size / 1e9:,.2f} GB, too much here.", "Check config.json.")
     return model
 
 
@@ -41,15 +41,15 @@ def build_runnable_meta_model(config: Any, trust_remote_code: bool = False) -> A
     tables = sum(buffer.nbytes for buffer in build_meta_model(config, trust_remote_code).buffers())
     if tables > MOST_TABLE_BYTES:
         raise SourceError(
-            f"A model of this config computes tables of {tables / 1e9:,.2f} GB for itself.",
-            "Check max_position_embeddings and the like in config.json.",
+            f"A model with this config precomputes tables of {tables / 1e9:,.2f} GB.",
+            "Check max_position_embeddings and similar fields in config.json.",
         )
     try:
         with quiet_libraries(), init_empty_weights(), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SourceError(
-            f"transformers cannot build a model of this config: {reason_of(error)}.", "Check config.json."
+            f"transformers cannot build a model from this config: {reason_of(error)}.", "Check config.json."
         ) from error
     model.tie_weights()  # parameters were replaced while the model was built
     return with_plain_experts(model.eval())

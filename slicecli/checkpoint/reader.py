@@ -88,7 +88,7 @@ class DenseWeights:
             ) from error
         if not is_sound:
             raise WeightsError(
-                f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: get it again."
+                f"{name} of {self._name} holds NaN or infinity.", "The checkpoint is damaged: download it again."
             )
         return tensor
 

@@ -26,8 +26,8 @@ __all__ = ["ShardWriter", "content_of", "write_tensors"]
 
 ENTRY_BYTES = 256  # most that a tensor takes in a header of ours
 WIDER_DTYPE = {
-    "float16": "Give --dtype bfloat16, which reaches as far as float32.",
-    "bfloat16": "Give --dtype float32, which reaches a little further.",
+    "float16": "Use --dtype bfloat16, which has the range of float32.",
+    "bfloat16": "Use --dtype float32, which has a slightly larger range.",
 }
 
 
@@ -145,8 +145,8 @@ class ShardWriter:
         if handle.read(len(head)) != head or not least <= os.fstat(handle.fileno()).st_size <= max(ends.values()):
             self.close()
             raise OutputError(
-                f"What an interrupted run left of this output is damaged ({file}), so it cannot go on.",
-                "Leave out --resume to start anew.",
+                f"The interrupted run cannot be resumed: what it left is damaged ({file}).",
+                "Leave out --resume to start over.",
             )
 
 
@@ -184,12 +184,12 @@ def _require_finite(name: str, tensor: torch.Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if bool(torch.isnan(tensor).any()):
         raise WeightsError(
-            f"{name} of the slice holds NaN.", "Try --dtype float32; if it stays, the checkpoint is damaged."
+            f"{name} of the slice holds NaN.", "Try --dtype float32; if that does not help, the checkpoint is damaged."
         )
     raise WeightsError(
-        f"{name} of the slice holds infinity: {dtype} reaches to {torch.finfo(tensor.dtype).max:.4g}, and one of its "
-        "numbers is larger.",
-        WIDER_DTYPE.get(dtype, "The checkpoint is damaged: no trained model has numbers of that size."),
+        f"{name} of the slice holds infinity: one of its numbers exceeds {torch.finfo(tensor.dtype).max:.4g}, the "
+        f"largest that {dtype} can hold.",
+        WIDER_DTYPE.get(dtype, "The checkpoint is damaged: trained models do not have numbers of that size."),
     )
 
 

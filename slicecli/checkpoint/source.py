@@ -122,7 +122,7 @@ def check_may_change(folder: Path) -> None:
     """Refuse to change the files of a slice in the Hub's cache, where they stand for what was published."""
     if (snapshot := HubSnapshot.of(folder)) is not None:
         raise OutputError(
-            f"{snapshot.name} lies in the cache of the Hub, which keeps what was published.",
+            f"{snapshot.name} is in the Hub cache, which must not be changed.",
             "Copy the folder to another place first.",
         )
 
@@ -164,11 +164,11 @@ class Source:
     ) -> Source:
         """Find a model by Hub id or folder and read its config."""
         if revision is not None and not revision.strip():
-            raise RequestError("The revision is empty.", "Give a branch, a tag or a commit, or leave --revision out.")
+            raise RequestError("The revision is empty.", "Pass a branch, tag or commit, or leave out --revision.")
         local = find_folder(model)
         if local is not None and revision is not None:
             raise RequestError(
-                f"{shown(model)} is a folder, which has no revisions.",
+                f"{shown(model)} is a local folder, which has no revisions.",
                 f"Leave out --revision. {describe_shadow(model)}",
             )
         snapshot = None if local is None else HubSnapshot.of(local)
@@ -187,7 +187,7 @@ class Source:
                 _download_companions(name, commit, token, companions, with_companions, cache)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise SourceError(
-                f"The name {name!r} is too long, or has characters that cannot be printed, for a record to hold it.",
+                f"The name {name!r} cannot be recorded: it is too long or has unprintable characters.",
                 "Rename the folder.",
             )
         if not (folder / CONFIG_FILE).exists():
@@ -200,8 +200,8 @@ class Source:
         value = self.fields.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise SourceError(
-                f"The config.json of {self.name} gives {field} = {shown(value)}, where an integer of {least} or more "
-                "is needed.",
+                f"The config.json of {self.name} gives {field} = {shown(value)}, but an integer of {least} or more is "
+                "required.",
                 "Check config.json.",
             )
         return value
@@ -212,8 +212,8 @@ class Source:
         architectures = self.fields.get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
             raise SourceError(
-                f"The config.json of {self.name} gives architectures = {shown(architectures)}, where a list of names "
-                "is needed.",
+                f"The config.json of {self.name} gives architectures = {shown(architectures)}, but a list of names is "
+                "required.",
                 "Check config.json.",
             )
         check_is_whole(self.name, self.folder)
@@ -242,8 +242,8 @@ class Source:
         for field in self.fields:
             if field in CLASS_FIELDS or callable(getattr(transformers.PreTrainedConfig, field, None)):
                 raise SourceError(
-                    f"The config.json of {self.name} has {shown(field)}, which is a part of config classes.",
-                    "Remove it.",
+                    f"The config.json of {self.name} has a field {shown(field)}, which is reserved by config classes.",
+                    "Remove the field.",
                 )
         try:
             with quiet_libraries():
@@ -252,7 +252,7 @@ class Source:
                 )
         except Exception as error:  # transformers raises many kinds for a bad config
             raise SourceError(
-                f"transformers refuses the config of {self.name}: {reason_of(error)}.", "Check config.json."
+                f"transformers rejects the config of {self.name}: {reason_of(error)}.", "Check config.json."
             ) from error
 
     def tokenizer(self) -> Any:
@@ -276,8 +276,8 @@ class Source:
         stems = {name.rpartition(".")[2].removesuffix("Fast") for name in references}
         if references and not any(tokenizer_class_from_name(f"{stem}{end}") for stem in stems for end in ("", "Fast")):
             raise SourceError(
-                f"The tokenizer of {self.name} runs code of its own ({shown(references[0])}), which is not trusted.",
-                "Give --trust-remote-code if you have read that code and trust it.",
+                f"The tokenizer of {self.name} runs its own code ({shown(references[0])}), which is not trusted.",
+                "Use --trust-remote-code if you have read that code and trust it.",
             )
 
     def check_companions(self) -> None:
@@ -305,7 +305,9 @@ class Source:
             else:
                 self._check_belongs(file)
                 if not (self.folder / file).is_file():
-                    raise SourceError(f"{file} of {self.name} is no regular file.", "Get it again, or remove it.")
+                    raise SourceError(
+                        f"{file} of {self.name} is not a regular file.", "Download it again, or remove it."
+                    )
                 if may_be_private(file, sizes[file]) and self._is_private(file):
                     reasons[file] = PRIVATE
         return found.without(reasons)
@@ -316,7 +318,7 @@ class Source:
             text = (self.folder / file).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise SourceError(
-                f"{file} of {self.name} cannot be read: {error.strerror}.", "Check who may read it, or remove it."
+                f"{file} of {self.name} cannot be read: {error.strerror}.", "Check its permissions, or remove it."
             ) from error
         return bool(find_tokens(text) or (self.commit is None and find_paths(text)))
 
@@ -327,9 +329,9 @@ class Source:
         real = Path(os.path.realpath(self.folder / file))  # also where it leads nowhere
         if not real.is_relative_to(folder) and real.parent != blobs:
             raise SourceError(
-                f"{file} of {self.name} is a link to something outside of the model's folder, and a slice would take "
-                "it over.",
-                "Copy it into the folder if it belongs to the model, else remove the link.",
+                f"{file} of {self.name} links to something outside the model's folder, which would be copied into the "
+                "slice.",
+                "Copy it into the folder if it belongs to the model; otherwise remove the link.",
             )
 
     def _check_sizes(self) -> None:
@@ -337,12 +339,12 @@ class Source:
         known = {path for pattern in KNOWN_FILES for path in self.folder.glob(pattern) if not path.is_dir()}
         for path in sorted({*known, *(self.folder / name for name in DESCRIPTION_FILES)}):
             if path.exists() and not path.is_file():
-                raise SourceError(f"{path.name} of {self.name} is no regular file.", "Get it again.")
+                raise SourceError(f"{path.name} of {self.name} is not a regular file.", "Download it again.")
             most = MOST_BYTES_OF.get(path.name, MOST_KNOWN_BYTES)
             if path.exists() and path.stat().st_size > most:
                 raise SourceError(
-                    f"{path.name} of {self.name} has {path.stat().st_size:,} bytes, more than such a file needs.",
-                    "Get it again.",
+                    f"{path.name} of {self.name} has {path.stat().st_size:,} bytes, too large for such a file.",
+                    "Download it again.",
                 )
 
     def stored_dtype(self) -> str:
@@ -378,8 +380,8 @@ class Source:
         elsewhere = next((named[kind] for kind in CODE_CLASSES if "--" in str(named.get(kind, ""))), None)
         if elsewhere is not None:
             raise UnsupportedModelError(
-                f"{self.name} takes its code from another repository: {shown(elsewhere)}.",
-                "Copy the Python files into a folder with the model, and let auto_map in config.json name them there.",
+                f"{self.name} loads code from another repository: {shown(elsewhere)}.",
+                "Copy the Python files into the model's folder, and point auto_map in config.json to them.",
             )
 
     def weight_files(self) -> list[str]:
@@ -390,8 +392,8 @@ class Source:
         names = _all_files(self.folder, self.name, self.commit, self.token, self.cache)
         if any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in names):
             raise WeightsError(
-                f"{self.name} has its weights only as pickle files, which can run code when they are read.",
-                "Convert them to safetensors, or take a revision that has them.",
+                f"{self.name} has only pickle weight files, which can run code when loaded.",
+                "Convert them to safetensors, or use a revision that has safetensors files.",
             )
         raise WeightsError(
             f"{self.name} has no weights ({SINGLE_FILE} or {INDEX_FILE}).",
@@ -414,8 +416,8 @@ class Source:
         found = loaded_fields(adapter, fields, self.folder, self.stored_tensors())
         if found is not fields:
             warnings.warn(
-                f"The config.json of {self.name} says that the head is the embedding table (tie_word_embeddings). "
-                "The weight files hold a head of its own, which is what is loaded and counted.",
+                f"The config.json of {self.name} ties the head to the embeddings (tie_word_embeddings), but the "
+                "weight files hold a separate head, which is loaded and counted.",
                 SlicecliWarning,
                 stacklevel=2,
             )
@@ -486,8 +488,8 @@ class Source:
             raise
         if damaged := self._remove_damaged(new):
             raise WeightsError(
-                f"{_listed(damaged)} of {self.name} arrived damaged: the hash is not the one that the Hub states.",
-                "What was damaged is removed; run it again to fetch it anew.",
+                f"{_listed(damaged)} of {self.name} arrived damaged: the hash differs from the Hub's.",
+                "The damaged files were removed; run the command again to download them.",
             )
 
     def check_describes_weights(self) -> None:
@@ -503,8 +505,8 @@ class Source:
         held = sum(one.elements for one in tensors.values())
         if 2 * held < parameters:
             raise WeightsError(
-                f"The weight files of {self.name} hold {held:,} numbers, and a model of its config has {parameters:,}.",
-                "Download it again, or check that config.json belongs to it.",
+                f"The weight files of {self.name} hold {held:,} numbers, but its config requires {parameters:,}.",
+                "Download them again, or check that config.json belongs to them.",
             )
 
     def loading_error(self, error: Exception) -> WeightsError:
@@ -515,7 +517,9 @@ class Source:
             for name, value in build_meta_model(self.config(), self.trust_remote_code).named_parameters():
                 stored = find_stored(tensors, name)
                 if stored is not None and tensors[stored].shape != tuple(value.shape):
-                    sizes = f"{tensors[stored].shape} in the weight files, and {tuple(value.shape)} by its config.json"
+                    sizes = (
+                        f"{tensors[stored].shape} in the weight files, but its config.json implies {tuple(value.shape)}"
+                    )
                     return WeightsError(f"{stored} of {self.name} is {sizes}.", remedy)
         return WeightsError(f"The weights of {self.name} cannot be loaded: {reason_of(error)}.", remedy)
 
@@ -641,5 +645,5 @@ def _download(
     except Exception as error:
         remedy = remedy_of_hub_error(error)
         if is_transient(error):
-            remedy = f"{remedy[:-1]}; files that have arrived whole are kept."
+            remedy = f"{remedy[:-1]}; completed files are kept."
         raise SourceError(f"The model {model!r} cannot be fetched: {describe_hub_error(error)}.", remedy) from error

@@ -21,7 +21,7 @@ VOCABULARY_FILES = (
     "*.vocab",
     "tokenization_*.py",
 )
-REMEDY = "Copy the tokenizer's files from the model that this one was made from, next to config.json."
+REMEDY = "Copy the tokenizer files of its base model next to config.json."
 
 
 def has_vocabulary(tokenizer: Any) -> bool:
@@ -39,7 +39,7 @@ def has_vocabulary(tokenizer: Any) -> bool:
 def why_not_loaded(error: Exception) -> str:
     """Say in a clause what transformers found wrong with a tokenizer's files."""
     if "instantiate the backend tokenizer" in str(error):  # followed by all the ways that it tried
-        return "its files are not complete"
+        return "its files are incomplete"
     reason = reason_of(error)
     return reason if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {reason}"
 
@@ -52,7 +52,7 @@ def tokenizer_error(name: str, folder: Path, reason: str) -> SourceError:
         if path.is_file() and _begins_with_mark(path):
             return SourceError(
                 f"The tokenizer of {name} cannot be loaded: {path.name} begins with a byte order mark (BOM).",
-                "Save that file without it.",
+                "Save that file without the mark.",
             )
     return SourceError(f"The tokenizer of {name} cannot be loaded: {reason}.", REMEDY)
 

@@ -80,8 +80,8 @@ def entry_file(names: Collection[str], fields: Mapping[str, Any]) -> str | None:
     if named is not None:
         if not isinstance(named, str) or not is_file_name(named) or not named.endswith(ENTRY_SUFFIXES):
             raise WeightsError(
-                f"config.json gives {NAMED_ENTRY} = {shown(named)}, which is no safetensors file or index beside it.",
-                "Remove the field, or name the file that holds the weights.",
+                f"config.json gives {NAMED_ENTRY} = {shown(named)}, but no such safetensors file or index exists.",
+                "Remove the field, or set it to the file that holds the weights.",
             )
         return named
     return next((name for name in (SINGLE_FILE, INDEX_FILE) if name in names), None)
@@ -162,15 +162,15 @@ def _indexed_files(path: Path) -> list[str]:
         weight_map = load_json(path, MOST_INDEX_BYTES, allows_mark=False)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Get it again.") from None
+        raise WeightsError(f"The index {path.name} is damaged: {reason_of(error)}.", "Download it again.") from None
     for file in files:
         if not isinstance(file, str) or not is_file_name(file) or not file.endswith(".safetensors"):
             raise WeightsError(
-                f"The index {path.name} points to {shown(file)}, which is not a safetensors file beside it.",
+                f"The index {path.name} points to {shown(file)}, which is not a safetensors file next to it.",
                 "Do not use this checkpoint unless you know why.",
             )
     if not files:
-        raise WeightsError(f"The index {path.name} names no files.", "Get it again.")
+        raise WeightsError(f"The index {path.name} lists no files.", "Download it again.")
     return files
 
 
@@ -192,7 +192,7 @@ def _read_header(path: Path, total: int, _changed: int) -> Mapping[str, StoredTe
             continue
         start, end = (data + int(offset) for offset in entry["data_offsets"])
         if not data <= start <= end <= total:
-            raise ValueError(f"{shown(name)} lies outside of the file")
+            raise ValueError(f"{shown(name)} lies outside the file")
         found[name] = StoredTensor(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
     return found
 
@@ -212,5 +212,5 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise WeightsError(
-            f"The weight file {path.name} cannot be read: {error.strerror}.", "Check who may read it."
+            f"The weight file {path.name} cannot be read: {error.strerror}.", "Check its permissions."
         ) from None

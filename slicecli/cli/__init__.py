@@ -26,22 +26,22 @@ __all__ = ["group", "main", "say_error"]
 
 COMMANDS = {
     "slice": "Slice the hidden size of a model.",
-    "estimate": "Tell what slices would cost and how good they would be, from the config alone.",
-    "spectrum": "Measure what slices of a model would lose, without slicing.",
+    "estimate": "Estimate the cost and quality of slices, from the config alone.",
+    "spectrum": "Measure what slicing a model would lose, without slicing it.",
     "eval": "Measure a model: perplexity and tasks.",
     "sweep": "Slice a model to many dims, measure each, and fit a prediction curve.",
     "fit": "Fit prediction curves to measured slices.",
-    "relations": "List the relations between width and quality, or validate them.",
+    "relations": "List or validate the relations between width and quality.",
     "inspect": "Show how a model would be sliced, from its config alone.",
-    "card": "Write the model card of a slice again, or with a curve.",
+    "card": "Rewrite the model card of a slice, optionally with curves.",
     "verify": "Check a slice against its record: files, counts, card.",
     "push": "Publish a slice on the Hugging Face Hub.",
     "search": "List slices on the Hugging Face Hub.",
-    "cache": "List or clear the statistics kept for other dims.",
-    "generate": "Continue a prompt with a model.",
+    "cache": "List or clear the cached statistics.",
+    "generate": "Generate text from a prompt.",
     "adapters": "List the model families that can be sliced.",
-    "plugins": "List the installed plugins and what became of them.",
-    "demo": "Slice the embedded model at several dims and measure it.",
+    "plugins": "List the installed plugins and whether they loaded.",
+    "demo": "Slice the bundled demo model to several dims and measure it.",
 }
 
 
@@ -164,8 +164,8 @@ def main() -> None:
         processes.stay_alone()
     if started_alone():
         click.echo(
-            "Warning: accelerate launch has started one process. Without GPUs it starts several with --multi_gpu, and "
-            "so does torchrun --nproc_per_node N.",
+            "Warning: accelerate launch started only one process. To start several without GPUs, add --multi_gpu or "
+            "use torchrun --nproc_per_node N.",
             err=True,
         )
     try:

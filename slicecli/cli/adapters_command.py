@@ -16,14 +16,14 @@ from slicecli.cli import output as show
     "model",
     type=shared.MODEL,
     metavar="MODEL",
-    help="Infer the adapter of MODEL and write it as the source of a plugin package.",
+    help="Infer an adapter for MODEL and write it as a plugin package.",
 )
 @click.option(
     "-o",
     "--output",
     type=shared.LocalPath(file_okay=False),
     metavar="DIR",
-    help="Folder of the package.  [default: ./slicecli-<type>]",
+    help="Folder for the package.  [default: ./slicecli-<type>]",
 )
 @shared.model_options
 @shared.format_option
@@ -35,7 +35,7 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """List the model families that can be sliced, and the plugin each comes from.
+    """List the model families that can be sliced, and the plugin that provides each.
 
     \b
     Example:
@@ -78,7 +78,7 @@ def command(
         )
         for refusal in found.refusals:
             show.result(f"  Not {', '.join(refusal.model_types)}: {refusal.reason}")
-        show.note("For any other type an adapter is inferred and proved; `slicecli inspect MODEL` shows it.")
+        show.note("For other types an adapter is inferred and proved; see `slicecli inspect MODEL`.")
     show.warn_of_broken_plugins()
 
 
@@ -104,9 +104,7 @@ def _scaffold(
         adapter = write_package(config, folder, trust_remote_code)
     taken = [other.name for other in plugins().adapters.values() if config.model_type in other.model_types]
     if taken:
-        show.warn(
-            f"type {config.model_type} is served by adapter {taken[0]} already, beside which the new plugin is skipped"
-        )
+        show.warn(f"adapter {taken[0]} already serves type {config.model_type}, so the new plugin would be skipped")
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if output_format == "json":
         show.print_json({"output": str(folder), "adapter": adapter.name, "files": files})

@@ -15,16 +15,16 @@ FOLDER = click.option(
     "--cache-dir",
     type=shared.LocalPath(file_okay=False),
     metavar="DIR",
-    help="Where the cache lies.  [default: SLICECLI_CACHE, or the user's cache folder]",
+    help="Folder of the cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
 )
 
 
 @click.group("cache")
 def command() -> None:
-    """List or clear the statistics that are kept for other dims of the same models.
+    """List or clear the cached statistics, which other dims of the same model reuse.
 
-    Slicing needs the statistics of a model on its calibration text; they do not depend on the dim. The least recently
-    used go when all together exceed SLICECLI_CACHE_SIZE (10 GB).
+    Slicing needs the statistics of a model on its calibration text; they do not depend on the dim. When the cache
+    exceeds SLICECLI_CACHE_SIZE (10 GB), the least recently used are removed.
     """
 
 
@@ -32,7 +32,7 @@ def command() -> None:
 @FOLDER
 @shared.format_option
 def ls(cache_dir: Path | None, output_format: str) -> None:
-    """List what is in the cache, the last used first."""
+    """List the cache, most recently used first."""
     from slicecli.slicing.statistics_cache import StatisticsCache
 
     entries = StatisticsCache(cache_dir).entries()
@@ -66,12 +66,12 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
 @FOLDER
 @click.pass_obj
 def clear(context: dict[str, Any], /, cache_dir: Path | None) -> None:
-    """Remove everything from the cache."""
+    """Empty the cache."""
     from slicecli.slicing.statistics_cache import StatisticsCache
 
     freed = StatisticsCache(cache_dir).clear()
     if not context["quiet"]:
-        show.note(f"{show.size(freed)} are free again.")
+        show.note(f"Freed {show.size(freed)}.")
 
 
 def _day(seconds: float) -> str:

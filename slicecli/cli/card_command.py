@@ -17,15 +17,15 @@ from slicecli.cli import output as show
     "--curve",
     type=shared.LocalPath(exists=True, dir_okay=False),
     metavar="FILE",
-    help="Enter the curves that `fit` or `sweep` wrote here, for the predictions of other dims.",
+    help="Add the curves in FILE, written by `fit` or `sweep`, as predictions for other dims.",
 )
-@click.option("--print", "is_printed", is_flag=True, help="Print the card on standard output.")
+@click.option("--print", "is_printed", is_flag=True, help="Print the card to standard output.")
 @click.pass_obj
 def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printed: bool) -> None:
-    """Write the model card of the slice in DIR again, from its record.
+    """Rewrite the model card of the slice in DIR from its record.
 
-    What slicecli writes stands between two marks; what you write before and after them, and metadata that you add,
-    stay.
+    Only the text between slicecli's two markers is replaced; text that you add outside them and metadata that you add
+    are preserved.
 
     \b
     Examples:
@@ -45,9 +45,9 @@ def command(context: dict[str, Any], folder: Path, curve: Path | None, is_printe
         content = read_json(curve)
         found = content.get("curves") if isinstance(content, dict) else None
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-            raise RequestError(f"{curve.name!r} holds no curves.", "Give a file that slicecli fit or sweep wrote.")
+            raise RequestError(f"{curve.name!r} contains no curves.", "Pass a file written by slicecli fit or sweep.")
         enter_curves(folder, found)
     if is_printed:
         show.result((folder / CARD_FILE).read_text(encoding="utf-8"))
     elif not context["quiet"]:
-        show.note(f"{folder / CARD_FILE} is written.")
+        show.note(f"Wrote {folder / CARD_FILE}.")

@@ -21,7 +21,7 @@ PROMPT = "This function returns"
     default=Path("slicecli-demo"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the slices, one folder for each dim; slices of an earlier demo are replaced.",
+    help="Folder for the slices, one subfolder per dim; slices of an earlier demo are replaced.",
 )
 @click.option(
     "--dims", type=shared.DimList(), default="84,72,60", show_default=True, metavar="N,N,...", help="Dims to slice to."
@@ -29,10 +29,10 @@ PROMPT = "This function returns"
 @shared.format_option
 @click.pass_obj
 def command(context: dict[str, Any], output: Path, dims: tuple[int, ...], output_format: str) -> None:
-    """Slice the embedded model at several dims, measure each, and write a sentence with each.
+    """Slice the bundled demo model to several dims, measure each slice, and generate a sentence with each.
 
-    The model was trained on prose of the Python documentation; calibration and evaluation text is taken from the
-    Python installation that runs the program. Nothing is downloaded.
+    The model was trained on Python docstrings. Calibration and evaluation text comes from the docstrings of the
+    running Python installation. Nothing is downloaded.
     """
     from slicecli.api import generate_text
     from slicecli.checkpoint.loading import load_model

@@ -19,18 +19,27 @@ if TYPE_CHECKING:
 @click.command("estimate")
 @click.argument("model", type=shared.MODEL)
 @click.option("--dim", "dims", type=shared.DimList(), metavar="N,N,...", help="Hidden sizes to keep.")
-@click.option("--sweep", type=shared.Sweep(), metavar="LO:HI:STEP", help="Instead: fractions to remove.")
+@click.option("--sweep", type=shared.Sweep(), metavar="LO:HI:STEP", help="Instead: range of fractions to remove.")
 @click.option(
-    "--target-params", type=shared.COUNT, metavar="6B", help="Instead: the largest slice with at most so many."
+    "--target-params",
+    type=shared.COUNT,
+    metavar="6B",
+    help="Instead: the largest slice with at most this many parameters.",
 )
 @click.option(
-    "--memory", type=shared.BYTES, metavar="12GiB", help="Instead: the largest whose weights take at most this."
+    "--memory",
+    type=shared.BYTES,
+    metavar="12GiB",
+    help="Instead: the largest slice whose weights take at most this many bytes.",
 )
 @click.option(
-    "--max-perplexity", type=float, metavar="P", help="Instead: the smallest that is predicted to stay within this."
+    "--max-perplexity",
+    type=float,
+    metavar="P",
+    help="Instead: the smallest slice predicted to stay within this perplexity.",
 )
 @click.option(
-    "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="How it is sliced."
+    "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="Slicing method."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
 @shared.add_options(SliceOptions, "unties")
@@ -40,7 +49,7 @@ if TYPE_CHECKING:
     default="wikitext2",
     show_default=True,
     metavar="NAME",
-    help="Text the perplexity is of.",
+    help="Evaluation text of the perplexity.",
 )
 @click.option(
     "--calibration",
@@ -48,61 +57,67 @@ if TYPE_CHECKING:
     default="wikitext2",
     show_default=True,
     metavar="NAME",
-    help="Text it will be calibrated on; on texts of another kind slices lose more.",
+    help="Calibration text; slices lose more on other kinds of text.",
 )
 @click.option(
     "--dense-perplexity",
     type=float,
     metavar="P",
-    help="Of the dense model.  [default: from its card, its slicecli.json, or published]",
+    help="Perplexity of the dense model.  [default: from its card, its slicecli.json, or publications]",
 )
 @click.option(
     "--dense-accuracy",
     type=shared.Named(),
     multiple=True,
     metavar="TASK=A",
-    help="Of the dense model, between 0 and 1; may be given several times.  [default: likewise]",
+    help="Accuracy of the dense model, between 0 and 1; repeatable.  [default: as above]",
 )
-@click.option("--chance", type=shared.Named(), multiple=True, metavar="TASK=H", help="Chance level of a task.")
+@click.option(
+    "--chance", type=shared.Named(), multiple=True, metavar="TASK=H", help="Chance level of a task; repeatable."
+)
 @click.option(
     "--measured",
     type=shared.Named(),
     multiple=True,
     metavar="DIM=P",
-    help="A slice's measured perplexity, to fit the relation to; may be given several times.",
+    help="Measured perplexity of a slice, to fit the relation to; repeatable.",
 )
 @click.option(
     "--relation",
     type=shared.TEXT,
     metavar="NAME",
-    help="Relation to predict by, see `slicecli relations`; paper is one.",
+    help="Relation to predict with, such as paper; see `slicecli relations`.",
 )
 @click.option(
-    "--curve", type=shared.TEXT, metavar="FILE|HUB_REPO", help="Predict by the curves that `fit` or `sweep` wrote."
+    "--curve", type=shared.TEXT, metavar="FILE|HUB_REPO", help="Predict with curves written by `fit` or `sweep`."
 )
 @click.option(
     "--spectrum",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Predict from what `slicecli spectrum` wrote, by the relation fisher.",
+    help="Predict with the relation fisher, from a file written by `slicecli spectrum`.",
 )
-@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at a time.")
-@click.option("--length", type=int, metavar="N", help="Tokens of each.  [default: 2048, or the model's longest]")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at once.")
+@click.option("--length", type=int, metavar="N", help="Tokens per sequence.  [default: 2048, or the model's longest]")
 @click.option(
     "--device",
     type=shared.TEXT,
     metavar="NAME",
-    help="Accelerator for the speed-ups, such as h100-sxm; a wrong name lists them.",
+    help="Accelerator to compute speed-ups for, such as h100-sxm; an unknown name lists all.",
 )
-@click.option("--bandwidth", type=shared.TEXT, metavar="2TB", help="Instead: its memory bandwidth in bytes per second.")
-@click.option("--tflops", type=float, metavar="T", help="Instead, or with it: its peak in 10^12 operations per second.")
+@click.option(
+    "--bandwidth", type=shared.TEXT, metavar="2TB", help="Instead of --device: memory bandwidth in bytes per second."
+)
+@click.option(
+    "--tflops", type=float, metavar="T", help="Instead of --device: peak speed in 10^12 operations per second."
+)
 @click.option(
     "--dtype",
     type=shared.DTYPE,
     default="auto",
     show_default=True,
     callback=shared.auto_as_none,
-    help="Dtype of weights and cache; auto takes the checkpoint's.",
+    help="Dtype of weights and cache; auto uses the checkpoint's.",
 )
 @click.option(
     "--adapter", type=shared.TEXT, metavar="NAME", help="Use this adapter instead of the one for the model's type."
@@ -111,7 +126,7 @@ if TYPE_CHECKING:
     "--plot",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Draw the predictions against the dim (.png, .svg, .pdf).",
+    help="Plot the predictions against the dim (.png, .svg, .pdf).",
 )
 @shared.model_options
 @shared.format_option
@@ -149,10 +164,10 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Tell what slices of MODEL would cost and how good they would be, without loading or measuring anything.
+    """Estimate the cost and quality of slices of MODEL, without loading or measuring anything.
 
-    Costs are exact. Quality is predicted from the dense figures, with 90 % intervals: those of published measurements,
-    or much narrower ones near measured slices (--measured, --curve).
+    Costs are exact. Quality is predicted from the dense model's figures, with 90 % intervals from published
+    measurements; measured slices (--measured, --curve) make them much narrower.
 
     \b
     Examples:
@@ -169,15 +184,17 @@ def command(
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
         raise RequestError(
-            "More than one width is given.",
-            "Give one of --dim, --sweep, --target-params, --memory and --max-perplexity.",
+            "The width was chosen more than once.",
+            "Use only one of --dim, --sweep, --target-params, --memory and --max-perplexity.",
         )
     if plot is not None:
         from slicecli.estimation.plot import check_plot_file
 
         check_plot_file(plot)
     if device is not None and (bandwidth is not None or tflops is not None):
-        raise RequestError("A device has its own --bandwidth and --tflops.", "Give either.")
+        raise RequestError(
+            "--device already sets the bandwidth and speed.", "Leave out --device, or --bandwidth and --tflops."
+        )
     accelerator = None
     if device is not None:
         accelerator = device_named(device)
@@ -217,8 +234,8 @@ def command(
             show.note(f"Note: {note}")
     if not forecasts and not context["quiet"]:
         show.note(
-            "No quality is predicted: no dense figure is given, on the model's card, in its slicecli.json or "
-            "published. Give --dense-perplexity, or measure it with slicecli eval."
+            "Quality cannot be predicted: no figure of the dense model was passed, is on its card, in its "
+            "slicecli.json or published. Pass --dense-perplexity, or measure it with slicecli eval."
         )
 
 
@@ -228,7 +245,9 @@ def _measured(pairs: Sequence[tuple[str, float]]) -> Iterator[tuple[int, float]]
 
     for name, value in pairs:
         if not name.isdecimal():
-            raise RequestError(f"--measured {name}={value:g} is not a dim and its perplexity.", "Give 3072=9.8.")
+            raise RequestError(
+                f"--measured {name}={value:g} is not a dim and its perplexity.", "Write 3072=9.8, for example."
+            )
         yield int(name), value
 
 
@@ -270,7 +289,7 @@ def _print(document: dict[str, Any]) -> None:
             row += [f"{speed['prefill']:.2f} x", f"{speed['decode']:.2f} x", speed["decode_bound"]]
     show.print_table(columns, rows)
     if device is not None:
-        show.result(f"Speed-ups are expected, at best, on {device['name']} ({device['source']}).")
+        show.result(f"Speed-ups are upper bounds for {device['name']} ({device['source']}).")
     if "perplexity" in dense:
         about = dense["perplexity"]
         show.result(
@@ -301,7 +320,7 @@ def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell:
                 f"{cell(forecast['low'])} to {cell(forecast['high'])}",
                 forecast["relation"],
                 "-" if forecast["paper"] is None else cell(forecast["paper"]),
-                "not measured there" if forecast["is_outside"] else "",
+                "outside measured range" if forecast["is_outside"] else "",
             ]
             for one, forecast in rows
         ],
@@ -318,7 +337,7 @@ def _draw(result: Estimate, path: Path) -> None:
     from slicecli.estimation.plot import draw_quality, picture_of_forecast
 
     if not result.forecasts:
-        raise RequestError("There is no prediction to draw.", "Give --dense-perplexity or --dense-accuracy.")
+        raise RequestError("There is no prediction to plot.", "Pass --dense-perplexity or --dense-accuracy.")
     widest = max((one.sparsity for one in result.slices), default=0.5)
     title = f"{result.model}, sliced by {result.method}"
     marked = [one.sparsity for one in result.slices]

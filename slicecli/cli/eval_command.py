@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("model", type=shared.MODEL)
 @shared.measure_options
-@click.option("--baseline", type=shared.MODEL, metavar="MODEL", help="Measure this model too, and compare.")
+@click.option("--baseline", type=shared.MODEL, metavar="MODEL", help="Also measure this model, and compare.")
 @shared.add_options(EvaluationOptions, "seed")
 @shared.run_options
 @shared.device_options
-@click.option("-o", "--output", type=shared.LocalPath(dir_okay=False), metavar="FILE", help="Also write the JSON here.")
+@click.option(
+    "-o",
+    "--output",
+    type=shared.LocalPath(dir_okay=False),
+    metavar="FILE",
+    help="Also write the result to FILE, as JSON.",
+)
 @click.option(
     "--record",
     "is_recorded",
     is_flag=True,
-    help="Enter the result in the record and the card of MODEL, a slice's folder; with --baseline that of the dense "
-    "model too.",
+    help="Add the result to the record and card of MODEL, a slice's folder; with --baseline, also the dense model's "
+    "result.",
 )
 @shared.model_options
 @shared.format_option
@@ -43,7 +49,7 @@ def command(
     output_format: str,
     **chosen: Any,
 ) -> None:
-    """Measure MODEL, dense or sliced: perplexity on texts, and results on tasks by lm-eval.
+    """Measure MODEL, dense or sliced: perplexity on texts, and task results by lm-eval.
 
     \b
     Example:
@@ -58,9 +64,7 @@ def command(
     from slicecli.runtime.distributed import Processes
 
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
-        raise RequestError(
-            f"{model!r} is not the folder of a slice.", "Only a slice has a record to enter a result in."
-        )
+        raise RequestError(f"{model!r} is not the folder of a slice.", "Leave out --record: only a slice has a record.")
     if is_recorded:
         check_may_change(Path(model))
     is_main = Processes.find().is_main
@@ -111,9 +115,9 @@ def _enter(folder: Path, document: dict[str, Any]) -> None:
 def _why_not_its_dense_model(document: dict[str, Any], other: dict[str, Any]) -> str:
     """Say why a measured model is not the dense one that a slice was made from: its content tells, not its name."""
     if other["method"] is not None:
-        return f"{other['model']} is a slice itself, and no dense model"
+        return f"{other['model']} is a slice, not a dense model"
     if document["source"]["content"] != other["source"]["content"]:
-        return f"{other['model']} is not the model that the slice was made from (config or weights differ)"
+        return f"{other['model']} is not the model the slice was made from (config or weights differ)"
     return ""
 
 
@@ -167,7 +171,7 @@ def _print_both(found: Evaluation, other: Evaluation, comparison: dict[str, Any]
             ]
         )
         if not change["same_rows"]:
-            show.warn(f"The models have different tokenizers: on {text} compare the bits per byte.")
+            show.warn(f"The models have different tokenizers: on {text}, compare bits per byte instead of perplexity.")
             bits = (before.bits_per_byte, result.bits_per_byte)
             rows.append([f"bits per byte on {text}", *(f"{value:.4f}" for value in bits), f"x {bits[1] / bits[0]:.3f}"])
     for task, answered in found.tasks.items():

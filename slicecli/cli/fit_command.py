@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 @click.command("fit")
 @click.argument("results", nargs=-1, required=True, type=shared.LocalPath(exists=True, dir_okay=False))
 @click.option(
-    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+    "--relation", type=shared.TEXT, metavar="NAME", help="Relation to fit.  [default: the best by leave-one-out]"
 )
 @click.option(
     "-o",
     "--output",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Also write the curves here.",
+    help="Also write the curves to FILE.",
 )
 @click.option(
     "--plot",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Draw the curves with their points (.png, .svg, .pdf).",
+    help="Plot the curves with their points (.png, .svg, .pdf).",
 )
 @shared.format_option
 def command(
@@ -39,9 +39,9 @@ def command(
 ) -> None:
     """Fit prediction curves to measured slices, for `slicecli estimate --curve`.
 
-    RESULTS are files that `slicecli sweep` or `slicecli eval -o` wrote: of slices, and of the dense models they come
-    from. What was measured on one model, method, calibration and text or task makes one curve; the relation is the one
-    that best predicts each point from the others.
+    RESULTS are files written by `slicecli sweep` or `slicecli eval -o`, for slices and for the dense models they were
+    made from. Measurements with the same model, method, calibration and text or task form one curve. By default it uses
+    the relation that best predicts each point from the others.
 
     \b
     Example:
@@ -71,7 +71,7 @@ def command(
     if shared:
         show.result("One set of parameters for all groups:")
         show.print_table(
-            ["relation", "of", "groups", "parameters", "error of a group left out"],
+            ["relation", "of", "groups", "parameters", "leave-one-group-out error"],
             [
                 [
                     one.relation,

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 @click.command("generate")
 @click.argument("model", type=shared.MODEL)
 @click.argument("prompt", type=shared.PROMPT)
-@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to write.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Maximum number of tokens to generate.")
 @click.option(
     "--temperature",
     type=float,
     default=0.0,
     show_default=True,
-    help="0 takes the likeliest token each time; above 0 samples.",
+    help="0 always takes the likeliest token; above 0 samples.",
 )
 @click.option("--seed", type=int, default=42, show_default=True, metavar="N", help="Seed for sampling.")
 @click.option(
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     callback=shared.auto_as_none,
-    help="Dtype to compute in; auto takes the checkpoint's (a CPU computes in float32).",
+    help="Compute dtype; auto uses the checkpoint's (a CPU computes in float32).",
 )
 @shared.device_options
 @shared.model_options
@@ -51,7 +51,7 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Continue PROMPT with MODEL, dense or sliced."""
+    """Generate text with MODEL, dense or sliced, from PROMPT."""
     from slicecli.runtime.inputs import check_sampling
 
     check_sampling(max_new_tokens, temperature, seed)

@@ -28,10 +28,10 @@ def command(
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Show the family of MODEL, its sizes, its legal dims, and who reads and writes its residual stream.
+    """Show the family, sizes and legal dims of MODEL, and the readers and writers of its residual stream.
 
-    For a type that no plugin knows the declaration is inferred and proved; where that fails, what was found is shown
-    with the check that failed.
+    If no plugin serves the model's type, the declaration is inferred and proved; if that fails, the findings and the
+    failed check are shown.
     """
     from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
@@ -104,17 +104,17 @@ def command(
     )
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
-        show.note(f"A slice brings code of its own: {document['stock_obstacle']}")
+        show.note(f"A slice needs custom code: {document['stock_obstacle']}")
     if document["tie_obstacle"]:
         show.note(f"A slice gets a head of its own: {document['tie_obstacle']}.")
     if document["shortcut_obstacle"]:
-        show.note(f"The published method cannot slice it: {document['shortcut_obstacle']}")
+        show.note(f"The slicegpt method cannot slice it: {document['shortcut_obstacle']}")
     for text in comparison.remarks(source.name):
         show.note(text)
     if inference is not None:
         show.note(
-            "No plugin knows this type. The declaration was inferred and proved: every parameter is accounted for, "
-            f"and a rotation of a small model's stream changes its logits by {inference.error:.0e}."
+            "No plugin serves this type. The declaration was inferred and proved: it accounts for every parameter, "
+            f"and rotating the stream of a small model changes its logits by {inference.error:.0e}."
         )
 
 

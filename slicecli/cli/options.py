@@ -157,7 +157,7 @@ class Sweep(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not LO:HI:STEP, such as 0.05:0.5:0.05.", param, ctx)
         low, high, step = (click.FLOAT.convert(part, param, ctx) for part in parts)
         if not (0 < low <= high < 1 and 0 < step < math.inf) or (high - low) / step > MOST_STEPS:
-            self.fail(f"{value!r} does not go from one fraction to a larger one in some steps.", param, ctx)
+            self.fail(f"{value!r} is not a range from a fraction to a larger one in positive steps.", param, ctx)
         count = math.floor((high - low) / step + 1e-9)
         return tuple(low + step * index for index in range(count + 1))
 
@@ -183,7 +183,7 @@ def format_option(function: Function) -> Function:
         type=click.Choice(["human", "json"]),
         default="human",
         show_default=True,
-        help="How to print the result on standard output.",
+        help="Format of the result on standard output.",
     )(function)
 
 

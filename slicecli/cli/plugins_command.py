@@ -13,7 +13,10 @@ from slicecli.cli import output as show
 @click.command("plugins")
 @shared.format_option
 def command(output_format: str) -> None:
-    """List the installed plugins. SLICECLI_PLUGINS chooses: empty loads none, a,b loads those."""
+    """List the installed plugins and whether they loaded.
+
+    SLICECLI_PLUGINS selects plugins to load: a,b loads only those two, an empty value none.
+    """
     from slicecli.family.plugins import plugins
 
     loaded = plugins().loaded

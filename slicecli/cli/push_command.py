@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @shared.push_options
 @shared.add_options(PushOptions, "revision")
 @shared.token_option
-@click.option("--dry-run", is_flag=True, help="Check the slice, print what would go, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the slice, list the files to send, and stop.")
 @shared.format_option
 @click.pass_obj
 def command(
@@ -36,8 +36,9 @@ def command(
 ) -> None:
     """Publish the slice in DIR as REPO on the Hugging Face Hub.
 
-    Before anything is sent the slice is checked: whole, its files those of its record, no token and no local path in
-    any of them. Afterwards what the Hub has is compared with what is here. What the Hub has already is not sent again.
+    Before the upload the slice is checked: it must be complete, its files must match its record, and none may contain
+    a token or local path. After the upload the repository is compared with the folder. Files that the Hub already has
+    are not sent again.
 
     \b
     Examples:
@@ -55,7 +56,7 @@ def command(
         show.print_json({"repository": repository, "files": files, "bytes": sum(files.values()), "dry_run": True})
         return
     show.print_table(["file", "size"], [[name, show.size(count)] for name, count in files.items()])
-    show.result(f"{len(files)} files, {show.size(sum(files.values()))}, would go to {repository}.")
+    show.result(f"{len(files)} files, {show.size(sum(files.values()))}, would be pushed to {repository}.")
 
 
 def push(folder: Path, repository: str, settings: PushOptions, is_quiet: bool) -> Publication:
@@ -91,4 +92,4 @@ def print_publication(publication: Publication, output_format: str, is_quiet: bo
     size = show.size(sum(publication.files.values()))
     show.result(f"{publication.repository}: {len(publication.files)} files, {size}, {publication.url}")
     if not is_quiet:
-        show.note("What the Hub has was compared with the folder, file by file: nothing differs.")
+        show.note("Compared the Hub with the folder, file by file: nothing differs.")

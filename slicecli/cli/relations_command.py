@@ -13,27 +13,33 @@ from slicecli.cli import output as show
 
 @click.command("relations")
 @click.option(
-    "--validate", is_flag=True, help="Predict every published measurement by every relation, with its model left out."
+    "--validate", is_flag=True, help="Predict each published measurement with each relation, leaving out its model."
 )
 @click.option(
-    "--quantity", type=click.Choice(["perplexity", "accuracy"]), help="Only relations of this.  [default: both]"
+    "--quantity",
+    type=click.Choice(["perplexity", "accuracy"]),
+    help="Only relations for this quantity.  [default: both]",
 )
 @click.option(
-    "--max-sparsity", type=float, default=1.0, metavar="S", help="Validate on slices that remove at most this fraction."
+    "--max-sparsity",
+    type=float,
+    default=1.0,
+    metavar="S",
+    help="Validate only on slices that remove at most this fraction.",
 )
 @click.option(
     "--plot",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="With --validate: also draw predicted against measured (.png, .svg, .pdf).",
+    help="With --validate: also plot predicted against measured (.png, .svg, .pdf).",
 )
 @shared.format_option
 def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | None, output_format: str) -> None:
-    """List the relations between width and quality, or validate them.
+    """List or validate the relations between width and quality.
 
-    The bundled measurements are published ones of SliceGPT, each with its source. Validated is what a relation says of
-    a model when nothing of it is known but its dense figure (other models of its family are known, or only models of
-    other families), and when one slice of it is, with a fifth of the hidden size removed.
+    The bundled measurements are published SliceGPT results, each with its source. --validate predicts a model's slices
+    from its dense figure alone (knowing other models of its family, or only models of other families), and from its
+    dense figure and one measured slice with a fifth of the hidden size removed.
 
     \b
     Example:
@@ -44,7 +50,7 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
 
     quantities = [quantity] if quantity else QUANTITIES
     if plot is not None and not validate:
-        raise RequestError("--plot draws the validation.", "Add --validate.")
+        raise RequestError("--plot requires --validate.", "Add --validate.")
     if not validate:
         rows = [relation for one in quantities for relation in relations_of(one)]
         if output_format == "json":

@@ -13,11 +13,11 @@ from slicecli.cli import output as show
 @click.command("search")
 @click.argument("text", type=shared.TEXT, required=False)
 @click.option("--base-model", type=shared.TEXT, metavar="HUB_ID", help="Only slices of this model.")
-@click.option("--limit", type=int, default=20, show_default=True, metavar="N", help="The most to list.")
+@click.option("--limit", type=int, default=20, show_default=True, metavar="N", help="Maximum number to list.")
 @shared.token_option
 @shared.format_option
 def command(text: str | None, base_model: str | None, limit: int, token: str | None, output_format: str) -> None:
-    """List slices on the Hugging Face Hub, with TEXT in their names if it is given.
+    """List slices on the Hugging Face Hub, optionally only those with TEXT in their names.
 
     \b
     Example:
@@ -34,4 +34,4 @@ def command(text: str | None, base_model: str | None, limit: int, token: str | N
             [[one.repository, one.base_model or "", f"{one.downloads:,}", one.modified] for one in found],
         )
     else:
-        show.note("There is none.")
+        show.note("No slices found.")

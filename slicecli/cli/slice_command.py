@@ -38,7 +38,7 @@ from slicecli.runtime.options import from_chosen
     "repository",
     type=shared.REPOSITORY,
     metavar="REPO",
-    help="Publish the slice as REPO on the Hub when it is done.",
+    help="Then publish the slice as REPO on the Hub.",
 )
 @shared.push_options
 @shared.model_options
@@ -94,11 +94,11 @@ def command(
         )
         if job.inference is not None:
             show.note(
-                f"No plugin knows the type {plan.model_type}: the adapter was inferred, and proved on a small model "
-                f"(logits change by {job.inference.error:.0e} under a rotation)."
+                f"No plugin serves type {plan.model_type}: the adapter was inferred and proved on a small model "
+                f"(a rotation changes its logits by {job.inference.error:.0e})."
             )
         for one in job.source.companions.left_out:
-            show.note(f"Not taken over: {one.describe()}")
+            show.note(f"Not copied: {one.describe()}")
     if dry_run:
         from slicecli.jobs.preparation import rehearse
 
@@ -114,7 +114,7 @@ def command(
             report = run_slices(job, watcher)[0]
     except (KeyboardInterrupt, SystemExit):
         if unfinished_folder(folder).exists():
-            show.note("Interrupted: the same command with --resume goes on.")
+            show.note("Interrupted: run the same command with --resume to continue.")
         raise
     if not is_main:
         return
@@ -148,7 +148,7 @@ def command(
         if repository is not None:
             show.note(f"Published: {published.url}")
         if plan.layout == "custom-code":
-            show.note("It brings code of its own: load it with trust_remote_code=True, or after `import slicecli`.")
+            show.note("It needs custom code: load it with trust_remote_code=True, or after `import slicecli`.")
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 

@@ -23,7 +23,7 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     "--output",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Write the JSON here; required unless it is printed (--format json).",
+    help="Write the JSON to FILE; required without --format json.",
 )
 @shared.calibration_options
 @shared.run_options
@@ -41,11 +41,11 @@ def command(
     output_format: str,
     **chosen: Any,
 ) -> None:
-    """Measure what slices of MODEL would lose at any dim, without slicing it.
+    """Measure what slicing MODEL would lose at any dim, without slicing it.
 
-    The model runs forwards and backwards over some text, block by block, so that it need not fit the memory. The
-    result tells for each dim how much of the stream is kept, and the Fisher weight F of what is not, in nats per token,
-    with the directions of each method. Slices lose about in proportion to F.
+    The model runs forwards and backwards over a text, block by block, so it need not fit in memory. For each dim and
+    method, the result gives the share of the stream that is kept and the Fisher weight F of what is removed, in nats
+    per token. The loss of a slice is roughly proportional to F.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def command(
     from slicecli.errors import RequestError
 
     if output is None and output_format != "json":
-        raise RequestError("The spectrum has nowhere to go.", "Give a file with --output, or --format json.")
+        raise RequestError("There is no output for the spectrum.", "Use --output FILE, or --format json.")
     from slicecli.runtime.distributed import Processes
 
     is_main = Processes.find().is_main

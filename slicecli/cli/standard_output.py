@@ -67,7 +67,7 @@ class _Guarded:
     def _error(self) -> OutputError:
         return OutputError(
             f"Standard output cannot be written: {self._failures[0]}.",
-            "Send it to a file on a disk with room, or to another program.",
+            "Redirect it to a file on a disk with free space, or to another program.",
         )
 
     def _let_go(self) -> None:

@@ -19,7 +19,7 @@ from slicecli.runtime.options import from_chosen
     "--dims",
     type=shared.DimList(),
     metavar="N,N,...",
-    help="Dims to slice to.  [default: those nearest to the removal of 0.1, 0.15, 0.2, 0.25, 0.3, 0.4 and 0.5]",
+    help="Dims to slice to.  [default: those nearest to removing 0.1, 0.15, 0.2, 0.25, 0.3, 0.4 and 0.5]",
 )
 @click.option(
     "-o",
@@ -28,14 +28,14 @@ from slicecli.runtime.options import from_chosen
     metavar="DIR",
     help="Folder for results, curve and plot.  [default: ./<name>-sweep]",
 )
-@click.option("--overwrite", is_flag=True, help="Begin anew where the folder has the results of another sweep.")
-@click.option("--keep-slices", is_flag=True, help="Leave the slices in the folder.")
+@click.option("--overwrite", is_flag=True, help="Start over if the folder holds another sweep.")
+@click.option("--keep-slices", is_flag=True, help="Keep the slices in the folder.")
 @shared.measure_options
 @shared.method_options
 @shared.calibration_options
 @shared.cache_options
 @click.option(
-    "--relation", type=shared.TEXT, metavar="NAME", help="Fit this relation.  [default: the best by leave-one-out]"
+    "--relation", type=shared.TEXT, metavar="NAME", help="Relation to fit.  [default: the best by leave-one-out]"
 )
 @shared.run_options
 @shared.device_options
@@ -58,8 +58,8 @@ def command(
 ) -> None:
     """Slice MODEL to many dims, measure the dense model and each slice, and fit a prediction curve.
 
-    The refit collects its statistics once for all dims. Results are written as they come: the same command goes on
-    where it was stopped, and takes over what was measured when dims are added.
+    The refit collects its statistics once for all dims. Results are saved as they are measured: repeat the command to
+    continue an interrupted sweep or to add dims.
 
     \b
     Example:

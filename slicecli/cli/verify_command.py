@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("verify")
 @click.argument("subject", type=shared.MODEL, metavar="DIR|REPO")
 @click.option(
-    "--download", is_flag=True, help="Download REPO whole and hash it, instead of trusting the hashes the Hub states."
+    "--download", is_flag=True, help="Download all of REPO and hash it, instead of trusting the Hub's hashes."
 )
 @click.option("--revision", type=shared.TEXT, metavar="REV", help="Branch, tag or commit on the Hub.")
 @shared.token_option
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 def command(
     ctx: click.Context, subject: str, download: bool, revision: str | None, token: str | None, output_format: str
 ) -> None:
-    """Check that the slice in DIR, or in REPO on the Hub, is what its record says.
+    """Check that the slice in DIR, or in REPO on the Hub, matches its record.
 
-    Checked are the record itself, the hash of every file, files that nobody recorded, the numbers of parameters and
-    bytes, config and card, and that no file holds a token or tells of this machine. The exit code is 1 where something
-    differs. Of REPO only small files are downloaded.
+    The checks cover the record itself, the hash of every file, unrecorded files, the numbers of parameters and bytes,
+    the config and the card, and that no file contains a token or local path. The exit code is 1 if anything differs.
+    From REPO only small files are downloaded.
 
     \b
     Examples:

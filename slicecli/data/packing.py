@@ -87,8 +87,8 @@ def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
     """Refuse token ids for which a model has no embedding."""
     if largest >= vocabulary:
         raise SourceError(
-            f"The tokenizer{name and f' of {name}'} gives token {largest}, and the model knows {vocabulary}.",
-            "The tokenizer does not belong to this model.",
+            f"The tokenizer{name and f' of {name}'} gives token {largest}, but the model has only {vocabulary}.",
+            "Use the tokenizer that belongs to this model.",
         )
 
 
@@ -140,7 +140,7 @@ def _encoded(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
         return tokenizer(text, verbose=False, **options)["input_ids"]
     except Exception as error:  # tokenizers are data of others, and fail in many ways
         raise SourceError(
-            f"The tokenizer cannot read the text: {type(error).__name__}: {reason_of(error)}.",
+            f"The tokenizer cannot process the text: {type(error).__name__}: {reason_of(error)}.",
             "Check tokenizer.json and tokenizer_config.json.",
         ) from error
 
@@ -162,7 +162,7 @@ def _cut(ids: list[int], sequence_length: int, text: Text) -> list[list[int]]:
     if count == 0:
         raise TextError(
             f"The text {text.name!r} has {len(ids)} tokens, fewer than one row of {sequence_length}.",
-            "Give a longer text, or a smaller --seq-len.",
+            "Use a longer text, or a smaller --seq-len.",
         )
     return [ids[index * sequence_length : (index + 1) * sequence_length] for index in range(count)]
 

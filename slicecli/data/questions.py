@@ -46,7 +46,7 @@ class Question:
 def read_questions(path: Path) -> tuple[Question, ...]:
     """Read a file of questions."""
     if not path.exists():
-        raise TextError(f"There is no file of questions {str(path)!r}.", "Check the path.")
+        raise TextError(f"There is no question file {str(path)!r}.", "Check the path.")
     questions = []
     for number, line in numbered_lines(read_text_file(path)):
         fault, question = _parse(line)
@@ -74,7 +74,7 @@ def _parse(line: str) -> tuple[str, Question | None]:
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return "a choice is not a string, or is empty", None
     if not all(_is_text(one) for one in (query, *choices)):
-        return "it holds half a character", None
+        return "it contains half of a surrogate pair", None
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         return f"`gold` is not the index of a choice, 0 to {len(choices) - 1}", None
     return "", Question(query, tuple(choices), gold)

@@ -119,7 +119,7 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
     elif path.is_dir():
         raise TextError(
             f"{name!r} is a folder, not a text.",
-            describe_shadow(name) or "Give a .txt or .jsonl file in it.",
+            describe_shadow(name) or "Pass a .txt or .jsonl file from it.",
         )
     elif path.suffix.lower() in FILE_SUFFIXES or name.startswith((".", "/", "~")):
         raise TextError(f"There is no text file {name!r}.", "Check the path: a .txt or .jsonl file is expected.")
@@ -127,7 +127,7 @@ def read_text(name: str, part: Part, token: str | None = None) -> Text:
         dataset, config = _parse_dataset(name)
         text = _read_hub(name, HubText(dataset, config or None, column=""), part, token)
     if not any(document.strip() for document in text.documents):
-        raise TextError(f"The text {text.name!r} is empty.", "Give one that has some.")
+        raise TextError(f"The text {text.name!r} is empty.", "Use another text.")
     return text
 
 
@@ -161,7 +161,7 @@ def _parse_dataset(name: str) -> tuple[str, str]:
     try:
         return parse_repository(dataset, needs_owner=False), config
     except RequestError as error:
-        raise TextError(f"There is no text file {name!r}, and that is not a valid Hub id.", error.remedy) from None
+        raise TextError(f"{name!r} is neither an existing text file nor a valid Hub id.", error.remedy) from None
 
 
 def _read_file(path: Path) -> Text:
@@ -170,7 +170,7 @@ def _read_file(path: Path) -> Text:
     if kind not in FILE_SUFFIXES:
         raise TextError(
             f"The file {path.name!r} is neither .txt nor .jsonl.",
-            "Give plain text as .txt, or documents as .jsonl with a field `text` on each line.",
+            "Use plain text as .txt, or documents as .jsonl with a field `text` on each line.",
         )
     content = read_text_file(path)
     if kind == ".txt":
@@ -216,11 +216,11 @@ def _read_hub(name: str, where: HubText, part: Part, token: str | None) -> Text:
         raise
     except Exception as error:
         remedy = (
-            f"Give a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}; what is gated or "
-            "private needs a token (hf auth login)."
+            f"Use a .txt or .jsonl file, a dataset id, or one of {', '.join(sorted(NAMED_TEXTS))}; gated or private "
+            "datasets need a token (hf auth login)."
         )
         if is_of_settings(error):
-            remedy = f"{remedy_of_hub_error(error)} A .txt or .jsonl file needs no Hub."
+            remedy = f"{remedy_of_hub_error(error)} A .txt or .jsonl file works without the Hub."
         raise TextError(
             f"The dataset {where.dataset!r} cannot be loaded: {describe_hub_error(error)}.", remedy
         ) from error
@@ -239,7 +239,7 @@ def _any_split(splits: Any, part: Part) -> Any:
             return splits[split]
     raise TextError(
         f"The dataset has no split {' or '.join(wanted)}; it has {', '.join(splits)}.",
-        "Save the part you want as .jsonl and give that file.",
+        "Save the part you want as .jsonl and pass that file.",
     )
 
 
@@ -252,7 +252,7 @@ def _text_column(rows: Any, name: str) -> str:
         return str(strings[0])
     raise TextError(
         f"The dataset {name!r} has no column `text`; its columns are {', '.join(rows.features)}.",
-        "Save the column you want as .jsonl with the field `text` and give that file.",
+        "Save the column you want as .jsonl with the field `text` and pass that file.",
     )
 
 

@@ -52,10 +52,10 @@ class Workload:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.length < 1:
             raise RequestError(
-                f"A batch of {self.batch} sequences of {self.length} tokens is no work.", "Give positive numbers."
+                f"A batch of {self.batch} sequences of {self.length} tokens is empty.", "Use positive numbers."
             )
-        check_count(self.batch, "A batch of {} sequences is", "Give --batch")
-        check_count(self.length, "A length of {} tokens is", "Give --length")
+        check_count(self.batch, "A batch of {} sequences is", "Use --batch")
+        check_count(self.length, "A length of {} tokens is", "Use --length")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class CostModel:
         """
         if not 0 < dim <= self._dimensions.hidden_size:
             raise RequestError(
-                f"A dim of {dim} is no width of a slice.", f"Widths go from 1 to {self._dimensions.hidden_size}."
+                f"A slice cannot have a dim of {dim}.", f"Dims range from 1 to {self._dimensions.hidden_size}."
             )
         return self._cost(dim, dtype, workload or Workload())
 
@@ -260,7 +260,7 @@ class CostModel:
                     kind = (dimensions.width(branch.experts.count), dimensions.width(branch.experts.per_token))
                     if kind[1] > kind[0]:
                         raise UnsupportedModelError(
-                            f"config.json sends each token to {kind[1]:,} of {kind[0]:,} experts.", "Mend the config."
+                            f"config.json sends each token to {kind[1]:,} of {kind[0]:,} experts.", "Check config.json."
                         )
                     for path in (branch.experts.reader_path, branch.experts.writer_path):
                         mixture_of[f"{adapter.blocks}.{index}.{path}"] = kind

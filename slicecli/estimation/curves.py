@@ -109,8 +109,8 @@ class Curve:
         except (ArithmeticError, ValueError):
             pass
         raise RequestError(
-            f"The curve of {series.model} on {series.evaluation} says nothing sensible of s = {sparsity:.3g}.",
-            "Check the measured figures, or give another --relation.",
+            f"The curve of {series.model} on {series.evaluation} gives no finite prediction at s = {sparsity:.3g}.",
+            "Check the measured figures, or use another --relation.",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,12 +171,12 @@ class Curve:
 def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Curve:
     """Fit a curve."""
     if not series.points:
-        raise RequestError(f"There is no measured slice of {series.model}.", "Measure at least one.")
+        raise RequestError(f"There is no measured slice of {series.model}.", "Measure at least one slice.")
     if name is not None:
         wanted = [relation_named(name, series.quantity)]
         reason = wanted[0].why_not(series.dense)
         if not reason and not _has_points_for(wanted[0], len(series.points)):
-            reason = f"it has {len(wanted[0].parameters)} parameters, and there are {len(series.points)} points"
+            reason = f"it has {len(wanted[0].parameters)} parameters, but there are only {len(series.points)} points"
         if reason:
             raise RequestError(f"The relation {name!r} cannot be fitted to {series.evaluation}: {reason}.")
     else:
@@ -190,7 +190,7 @@ def fit_curve(series: Series, name: str | None = None, settings: Mapping[str, An
         raise RequestError(
             f"No relation can be fitted to the slices of {series.model} measured on {series.evaluation}: the numbers "
             "are too far apart.",
-            "Check them.",
+            "Check the measured figures.",
         )
     fitted.sort(key=lambda one: one.loo_error if math.isfinite(one.loo_error) else math.inf)
     chosen, reason = _choose(fitted, series, name)
@@ -283,7 +283,10 @@ def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> 
     if len(series.points) == 1:
         usual = ONE_POINT_RELATION[series.quantity]
         chosen = next((one for one in fitted if one.relation == usual), fitted[0])
-        return chosen, "one point does not tell relations apart; this one does best with one on published measurements"
+        return (
+            chosen,
+            "with one point relations cannot be compared; this one is best with one point on published measurements",
+        )
     return fitted[0], (f"the smallest leave-one-out error of {len(fitted)} relations on {len(series.points)} points")
 
 
@@ -325,7 +328,7 @@ def _unquoted(value: float, quantity: Quantity) -> float:
     if quantity == "accuracy":
         return value
     if value < 1:
-        raise RequestError(f"A perplexity of {value:g} in the curve is less than 1.", "Check it.")
+        raise RequestError(f"A perplexity of {value:g} in the curve is less than 1.", "Check the file.")
     return math.log(value)
 
 

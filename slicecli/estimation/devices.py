@@ -63,7 +63,7 @@ def device_named(name: str) -> Device:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise RequestError(
             f"There is no device named {name!r}.",
-            f"{hint}Known: {', '.join(DEVICES)}; for another give --bandwidth and --tflops.",
+            f"{hint}Known: {', '.join(DEVICES)}; for others use --bandwidth and --tflops.",
         )
     return found
 
@@ -71,13 +71,13 @@ def device_named(name: str) -> Device:
 def custom_device(bandwidth: str | None = None, tflops: float | None = None) -> Device:
     """Return an accelerator with given figures; where one is missing, only the other bounds it."""
     if bandwidth is None and tflops is None:
-        raise RequestError("A device without figures bounds nothing.", "Give --bandwidth, --tflops or both.")
+        raise RequestError("The device has no figures.", "Pass --bandwidth, --tflops or both.")
     if tflops is not None and not 0 < tflops < float("inf"):
-        raise RequestError(f"{tflops} TFLOPS is no speed.", "Give a positive number.")
+        raise RequestError(f"{tflops} TFLOPS is not a valid speed.", "Use a positive number.")
     speed = None
     if bandwidth is not None:
         try:
             speed = float(parse_bytes(bandwidth.strip().removesuffix("/s")))
         except RequestError:
-            raise RequestError(f"{bandwidth!r} is no bandwidth.", "Write it as 2TB/s or 900GB/s.") from None
+            raise RequestError(f"{bandwidth!r} is not a bandwidth.", "Write 2TB/s or 900GB/s, for example.") from None
     return Device("custom", speed, None if tflops is None else tflops * 1e12, "given on request")

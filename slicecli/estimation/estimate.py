@@ -270,7 +270,7 @@ def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
     longest = subject.dimensions.context_length
     if longest is None or workload.length <= longest:
         return ()
-    return (f"Sequences of {workload.length:,} tokens are longer than {subject.source.name} can do ({longest:,}).",)
+    return (f"Sequences of {workload.length:,} tokens exceed the limit of {subject.source.name} ({longest:,}).",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
@@ -278,12 +278,12 @@ def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
     far = [one.dim for one in slices if one.sparsity > FARTHEST]
     if far and forecasts:
         notes.append(
-            f"Nothing is published beyond s = {FARTHEST}; what is said of dim {', '.join(map(str, far))} is a guess."
+            f"Nothing is published beyond s = {FARTHEST}; predictions for dim {', '.join(map(str, far))} are guesses."
         )
     illegal = [one for one in slices if not one.is_legal]
     for one in illegal:
         nearest = " and ".join(map(str, one.nearest_legal)) or "none"
-        notes.append(f"A dim of {one.dim} is not legal here; the nearest legal: {nearest}.")
+        notes.append(f"A dim of {one.dim} is not legal for this model; the nearest legal dims: {nearest}.")
     return list(dict.fromkeys(notes))
 
 
@@ -296,9 +296,9 @@ def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
 def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int:
     """Return the smallest legal dim whose predicted perplexity is within a limit."""
     if not 1 <= most < math.inf:
-        raise RequestError(f"A perplexity of {most:g} is no limit.", "Give a number of 1 or more.")
+        raise RequestError(f"A perplexity of {most:g} is impossible.", "Use a limit of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":
-        raise RequestError("--max-perplexity needs the dense perplexity, which is unknown.", "Give --dense-perplexity.")
+        raise RequestError("--max-perplexity needs the dense perplexity, which is unknown.", "Pass --dense-perplexity.")
     forecast = forecasts[0]
     legal = preferred_dims(sizes)
     limit = math.log(most)
@@ -310,6 +310,6 @@ def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: 
         raise RequestError(
             f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
             f"{forecast.dense.value:.4g}.",
-            "Allow more.",
+            "Raise --max-perplexity.",
         )
     return fitting[-1]

@@ -130,24 +130,26 @@ class ForecastInputs:
     def check(self, hidden_size: int) -> None:
         """Refuse figures that cannot be."""
         if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
-            raise RequestError(f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check it.")
+            raise RequestError(
+                f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check the figure."
+            )
         for what, values in (("dense accuracy", self.dense_accuracies), ("chance level", self.chances)):
             for task, value in values.items():
                 if not 0 <= value <= 1:
                     raise RequestError(
-                        f"A {what} of {value:g} on {task} is not between 0 and 1.", "Give a fraction, such as 0.79."
+                        f"A {what} of {value:g} on {task} is not between 0 and 1.", "Use a fraction, such as 0.79."
                     )
         for dim, value in self.measured.items():
             if not 0 < dim < hidden_size or not value > 1:
                 raise RequestError(
-                    f"A slice of dim {dim} with a perplexity of {value:g} is not one of this model.",
-                    f"Give a dim below {hidden_size} and a perplexity above 1.",
+                    f"This model cannot have a slice of dim {dim} with a perplexity of {value:g}.",
+                    f"Use a dim below {hidden_size} and a perplexity above 1.",
                 )
         if self.relation is not None:
             check_relation(self.relation)
         if self.curve is not None and (self.measured or self.relation is not None or self.spectrum is not None):
             raise RequestError(
-                "A curve has its own relation and points.", "Leave out --relation, --measured and --spectrum."
+                "A curve already has a relation and points.", "Leave out --relation, --measured and --spectrum."
             )
 
 
@@ -205,7 +207,7 @@ def _forecast_perplexity(
             parameters=dimensions.parameters(),
         )
     if figure is None:
-        raise RequestError("Measured slices need the dense perplexity too.", "Give --dense-perplexity.")
+        raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
     points = tuple(
         Point(1 - dim / hidden_size, math.log(value), None, dim)
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
@@ -240,8 +242,8 @@ def forecast_new(
     obstacle = chosen.why_not(dense)
     if obstacle:
         raise RequestError(
-            f"The relation {chosen.name!r} says nothing of {evaluation}: {obstacle}.",
-            "Give --chance TASK=H, --dense-perplexity or --spectrum, or another relation.",
+            f"The relation {chosen.name!r} cannot predict {evaluation}: {obstacle}.",
+            "Pass --chance TASK=H, --dense-perplexity or --spectrum, or use another relation.",
         )
     spread = spread_of(chosen.name, quantity, method)
     size = None if parameters is None else math.log(parameters)
@@ -291,25 +293,25 @@ def _new_notes(
     if is_by_spectrum:
         notes.append("The constant of the relation fisher was measured on models of up to 1.3 million parameters only.")
     elif not any(one.family == family for one in published_series(quantity)):
-        notes.append(f"No measurement of type {family} is published: the intervals are those of any family.")
+        notes.append(f"No measurement of type {family} is published; the intervals are those of an unknown family.")
     sizes = [one.parameters for one in published_series(quantity) if one.parameters is not None]
     if parameters is not None and not is_by_spectrum and not min(sizes) / 2 <= parameters <= 2 * max(sizes):
         notes.append(
-            f"Published are models of {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; of one with "
-            f"{parameters / 1e9:.3g} they say little."
+            f"The published models have {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; they say "
+            f"little about one with {parameters / 1e9:.3g} billion."
         )
     if method == "refit" and not is_by_spectrum:
         notes.append(
-            "What is published is measured with SliceGPT; on the models of docs/published.md the refit lost 0.5 to "
-            "0.75 times as much in ln PPL, and intervals reach down accordingly."
+            "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to "
+            "0.75 times as much in ln PPL, so the intervals extend to smaller losses."
         )
     if is_other_text:
         notes.append(
-            "A slice loses far more on another kind of text than it was calibrated on; the intervals are of three "
-            "models calibrated on wikitext2 and measured on c4."
+            "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
+            "from three models calibrated on wikitext2 and measured on c4."
         )
     if quantity == "accuracy" and chance is None:
-        notes.append(f"The chance level of {evaluation} is not known and taken as 0: give --chance {evaluation}=H.")
+        notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")
     return notes
 
 
@@ -371,14 +373,14 @@ def _read_curve(name: str, source: Source) -> tuple[list[Curve], str]:
     if path.is_file():
         content = read_json(path)
         if content is None:
-            raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give a file that slicecli fit wrote.")
+            raise RequestError(f"{path.name!r} cannot be read as JSON.", "Pass a file written by slicecli fit.")
         return read_curves(content), path.name
     if path.suffix.lower() == ".json":
-        raise RequestError(f"There is no file {name!r}.", "Give a file that slicecli fit wrote, or a slice.")
+        raise RequestError(f"There is no file {name!r}.", "Pass a file written by slicecli fit, or a slice.")
     holder = Source.find(name, token=source.token, with_companions=False)
     curve = (read_record(holder.folder) or {}).get("curve")
     if curve is None:
-        raise RequestError(f"{holder.name} has no curve in a slicecli.json.", "Give a file that slicecli fit wrote.")
+        raise RequestError(f"{holder.name} has no curve in its slicecli.json.", "Pass a file written by slicecli fit.")
     return read_curves(curve), holder.name
 
 
@@ -387,7 +389,7 @@ def _fitting(curves: Sequence[Curve], method: str, text: str) -> list[Curve]:
     own = [one for one in curves if one.series.method == method]
     if not own:
         methods = ", ".join(sorted({one.series.method for one in curves}))
-        raise RequestError(f"The curves are of slices made by {methods}, not by {method}.", f"Add --method {methods}.")
+        raise RequestError(f"The curves are of slices made by {methods}, not by {method}.", f"Use --method {methods}.")
     found = {(one.series.quantity, one.series.evaluation): one for one in reversed(own)}
     texts = [key for key in found if key[0] == "perplexity" and key[1] != text]
     if ("perplexity", text) in found:

@@ -37,7 +37,7 @@ class Origin:
     def note(self) -> str:
         """What a reader should know."""
         return (
-            f"{self.slice_name} is a slice of {self.source.name} at dim {self.record['dim']}: what is estimated are "
+            f"{self.slice_name} is a slice of {self.source.name} at dim {self.record['dim']}; the estimates are for "
             f"slices of {self.source.name}."
         )
 

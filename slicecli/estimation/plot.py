@@ -269,7 +269,7 @@ def _draw_check(axes: Any, check: Check) -> None:
 def check_plot_file(path: Path) -> None:
     """Refuse a file that cannot be a picture, before anything is computed."""
     if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"{path.name!r} is not the name of a picture.", f"End it with {', '.join(FORMATS)}.")
+        raise RequestError(f"{path.name!r} is not an image file name.", f"Supported endings: {', '.join(FORMATS)}.")
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

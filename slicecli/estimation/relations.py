@@ -317,7 +317,8 @@ def _relations_of_plugins(manager: pluggy.PluginManager) -> tuple[Relation, ...]
         manager.hook.slicecli_register_relations(register=register)
     except Exception as error:  # a plugin may raise anything
         raise PluginError(
-            f"A plugin's relation cannot be registered: {reason_of(error)}.", "Mend it, or leave the plugin out."
+            f"A plugin's relation cannot be registered: {reason_of(error)}.",
+            "Fix the plugin, or exclude it with SLICECLI_PLUGINS.",
         ) from error
     return tuple(relations)
 
@@ -329,4 +330,4 @@ def relation_named(name: str, quantity: Quantity) -> Relation:
         if relation.name == name:
             return relation
     names = ", ".join(one.name for one in found)
-    raise RequestError(f"There is no relation {name!r} for {quantity}.", f"There are: {names}.")
+    raise RequestError(f"There is no relation {name!r} for {quantity}.", f"Available: {names}.")

@@ -59,10 +59,14 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         content = read_json(path)
         if content is None:
-            raise RequestError(f"{path.name!r} cannot be read as JSON.", "Give files that eval or sweep wrote.")
+            raise RequestError(
+                f"{path.name!r} cannot be read as JSON.", "Pass files written by slicecli eval or sweep."
+            )
         found = list(_documents(content))
         if not found:
-            raise RequestError(f"{path.name!r} holds no results.", "Give files that eval -o or sweep wrote.")
+            raise RequestError(
+                f"{path.name!r} contains no results.", "Pass files written by slicecli eval -o or sweep."
+            )
         documents += found
     return documents
 
@@ -143,7 +147,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         read = [EvaluationDocument.model_validate(document) for document in documents]
     except ValidationError as error:
         raise RequestError(
-            f"A results file is not complete: {faults_of(error)[0]}.", "Measure again with this version."
+            f"A results file is incomplete: {faults_of(error)[0]}.", "Measure again with this version of slicecli."
         ) from None
     names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
     dense: dict[_Key, _Figure] = {}
@@ -170,7 +174,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         if key not in dense:
             raise RequestError(*_without_dense(own, dense))
         if len(figures) > MOST_POINTS:
-            raise RequestError(f"There are {len(figures)} slices of {own.model}.", f"Give {MOST_POINTS} at most.")
+            raise RequestError(f"There are {len(figures)} slices of {own.model}.", f"Use at most {MOST_POINTS}.")
         groups.append(_group(own, dense[key], figures, about[own]))
     return sorted(groups, key=lambda group: group.series.quantity != "perplexity")
 
@@ -201,11 +205,14 @@ class _Key:
 
 def _without_dense(own: _Key, dense: Iterable[_Key]) -> tuple[str, str]:
     """Say why slices have no dense figure."""
-    remedy = "Measure it with the same settings (slicecli eval, -o) and give that file too."
+    remedy = "Measure it with the same settings (slicecli eval -o FILE), and pass that file too."
     if any(key == dataclasses.replace(own.of_dense(), measured=key.measured) for key in dense):
         what = "rows" if own.quantity == "perplexity" else "questions"
-        return f"The dense model {own.model} was measured on other {what} of {own.evaluation} than its slices.", remedy
-    return f"The results have slices of {own.model} measured on {own.evaluation}, and not the dense model.", remedy
+        return (
+            f"The dense model {own.model} was measured on different {what} of {own.evaluation} from its slices.",
+            remedy,
+        )
+    return f"The results contain slices of {own.model} measured on {own.evaluation}, but not the dense model.", remedy
 
 
 def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], about: EvaluationDocument) -> Group:
@@ -376,12 +383,12 @@ def read_curves(content: Any) -> list[Curve]:
 
     found = content.get("curves") if isinstance(content, dict) else None
     if not found:
-        raise RequestError("There are no curves in it.", "Give a file that slicecli fit or sweep wrote.")
+        raise RequestError("The file contains no curves.", "Pass a file written by slicecli fit or sweep.")
     try:
         read = Curves.model_validate({"curves": found}).curves
     except ValidationError as error:
         raise RequestError(
-            f"That is not a curve: {faults_of(error)[0]}.", "Give what slicecli fit or sweep wrote."
+            f"A curve is invalid: {faults_of(error)[0]}.", "Pass a file written by slicecli fit or sweep."
         ) from None
     curves: list[Curve] = []
     for one in sorted(read, key=lambda one: one.quantity != "perplexity"):

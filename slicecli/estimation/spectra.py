@@ -47,12 +47,12 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
     except (OSError, ValueError) as error:
         reason = faults_of(error)[0] if isinstance(error, ValidationError) else reason_of(error)
         raise RequestError(
-            f"{path.name!r} is not a spectrum: {reason}.", "Give a file that slicecli spectrum wrote."
+            f"{path.name!r} is not a spectrum: {reason}.", "Pass a file written by slicecli spectrum."
         ) from None
     if read.hidden_size != hidden_size:
         raise RequestError(
             f"The spectrum {path.name!r} is of another model, with hidden size {read.hidden_size}.",
-            "Give that of this model.",
+            "Pass the spectrum of this model.",
         )
     return _between([(1 - one.dim / hidden_size, one.fisher[method]) for one in read.spectrum])
 

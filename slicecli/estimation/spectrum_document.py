@@ -36,5 +36,7 @@ class SpectrumDocument(JsonObject):
     def _check_dims(cls, spectrum: list[WeightsAtDim], about: ValidationInfo) -> list[WeightsAtDim]:
         size = about.data.get("hidden_size", 0)
         if not any(one.dim < size for one in spectrum) or any(one.dim > size for one in spectrum):
-            raise PydanticCustomError("dims", "it should have dims below the hidden size, and none above")
+            raise PydanticCustomError(
+                "dims", "it should have only dims up to the hidden size, and at least one below it"
+            )
         return spectrum

@@ -63,7 +63,7 @@ class Check:
 def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
     """Predict every published point of a quantity by every relation, leaving its model out."""
     if not 0 < largest <= 1:
-        raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Give 0 < S <= 1.")
+        raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Use 0 < S <= 1.")
     checks = []
     for relation in relations_of(quantity):
         if relation.needs_spectrum:  # no spectrum is published: see docs/energy.md

@@ -30,7 +30,7 @@ class EvaluationOptions:
 
     texts: tuple[str, ...] = Option(
         "--perplexity",
-        "Text to measure perplexity on; may be given several times.  [default: wikitext2, or none with --tasks]",
+        "Text to measure perplexity on; repeatable.  [default: wikitext2, or none with --tasks]",
         default=(),
         reads=parse_text,
         metavar="NAME|FILE|HUB_ID",
@@ -38,21 +38,21 @@ class EvaluationOptions:
     ).field()
     tasks: tuple[str, ...] = Option(
         "--tasks",
-        "Tasks: names that lm-eval knows (* stands for anything), .jsonl files of questions, or demo.",
+        "Tasks: lm-eval task names (with * as wildcard), .jsonl files of questions, or demo.",
         default=(),
         reads=parse_names,
         metavar="NAME|FILE,...",
     ).field()
     include_path: Path | None = Option(
-        "--include-path", "Folder with task YAMLs of your own, for --tasks.", reads=local_path, metavar="DIR"
+        "--include-path", "Folder with your own task YAML files, for --tasks.", reads=local_path, metavar="DIR"
     ).field()
     num_fewshot: int | None = Option(
-        "--num-fewshot", "Solved examples before each question.  [default: the task's]", reads=int, metavar="N"
+        "--num-fewshot", "Solved examples before each question.  [default: set by the task]", reads=int, metavar="N"
     ).field()
     limit: int | None = Option(
-        "--limit", "Only the first N rows of each text and questions of each task.", reads=int, metavar="N"
+        "--limit", "Use only the first N rows of each text and N questions of each task.", reads=int, metavar="N"
     ).field()
-    seed: int = Option("--seed", "Seed of the examples that are drawn.", default=1234, reads=int, metavar="N").field()
+    seed: int = Option("--seed", "Seed for drawing the examples.", default=1234, reads=int, metavar="N").field()
     sequence_length: int | None = options.SEQUENCE_LENGTH.field()
     batch_size: int | None = options.BATCH_SIZE.field()
     dtype: str | None = options.DTYPE.field()
@@ -69,10 +69,12 @@ class EvaluationOptions:
             ("number of examples", self.num_fewshot, 0),
             ("sequence length", self.sequence_length, 2),
         ):
-            check_count(value, f"A {name} of {{}} is", "Give", least)
+            check_count(value, f"A {name} of {{}} is", "Use", least)
         check_seed(self.seed, NUMPY_SEEDS)
         if self.include_path is not None and not local_path(self.include_path).is_dir():
-            raise RequestError(f"There is no folder {str(self.include_path)!r}.", "Give the folder of the task YAMLs.")
+            raise RequestError(
+                f"There is no folder {str(self.include_path)!r}.", "Pass the folder of the task YAML files."
+            )
 
     def check(self) -> None:
         """Refuse to measure nothing.
@@ -81,4 +83,4 @@ class EvaluationOptions:
             RequestError: Neither a text nor a task is given.
         """
         if not self.texts and not self.tasks:
-            raise RequestError("There is nothing to measure.", "Give a text, a task or both.")
+            raise RequestError("There is nothing to measure.", "Pass a text, a task or both.")

@@ -151,8 +151,8 @@ def measure_tasks(
                 ) from error
             if harness.cut and progress is not None:
                 progress.note(
-                    f"{task.name}: {harness.cut:,} requests are longer than the {harness.max_length:,} tokens that the "
-                    "model can do at once; their beginning was cut off."
+                    f"{task.name}: {harness.cut:,} requests exceed the model's limit of {harness.max_length:,} tokens; "
+                    "their beginning was cut off."
                 )
             harness.cut = 0
             for name in measured["results"]:
@@ -240,9 +240,9 @@ class _Harness(HFLM):  # type: ignore[misc]
         texts, _, longest = max(requests, key=lambda one: len(one[2]))
         if len(longest) > self.max_length:
             raise TextError(
-                f"The choice {shown(texts[1])} has {len(longest)} tokens, more than the {self.max_length} that the "
-                "model can do at once.",
-                "Shorten it, or leave its question out.",
+                f"The choice {shown(texts[1])} has {len(longest)} tokens, above the model's limit of "
+                f"{self.max_length}.",
+                "Shorten it, or remove its question.",
             )
         self.cut += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
 
@@ -294,8 +294,8 @@ class _Managers:
         matches = self._all.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, ["demo", *self._all.all_tasks], n=3)
-            remedy = f"Near to it: {', '.join(near)}." if near else "See `lm_eval ls tasks`."
-            raise RequestError(f"There is no task {name!r}.", f"{remedy} Give a .jsonl file for questions of your own.")
+            remedy = f"Similar names: {', '.join(near)}." if near else "See `lm_eval ls tasks`."
+            raise RequestError(f"There is no task {name!r}.", f"{remedy} For your own questions pass a .jsonl file.")
         return matches, self._all
 
 
@@ -366,11 +366,11 @@ def _load(
     try:
         loaded: Mapping[str, Any] = manager.load(specs)
     except Exception as error:  # a task may run code of its own, and its data set may be anywhere
-        usual = "Check its definition and where its data come from;"
+        usual = "Check its definition and its data source;"
         raise TextError(
             f"The task {name!r} cannot be loaded: {describe_hub_error(error)}.",
-            f"{remedy_of_hub_error(error)[:-1] + ';' if is_of_settings(error) else usual} a .jsonl file of your own "
-            "needs no network.",
+            f"{remedy_of_hub_error(error)[:-1] + ';' if is_of_settings(error) else usual} your own .jsonl "
+            "file needs no network.",
         ) from error
     if not loaded["tasks"]:
         raise TextError(f"The task {name!r} is empty.", "Check its definition.")

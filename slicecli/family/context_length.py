@@ -48,7 +48,7 @@ def context_length(fields: Mapping[str, Any], names: Mapping[str, str], default:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 2:
         raise SourceError(
-            f"config.json gives {name} = {shown(value)}, where an integer of 2 or more is needed.", "Check config.json."
+            f"config.json gives {name} = {shown(value)}, but an integer of 2 or more is required.", "Check config.json."
         )
     return value
 
@@ -82,9 +82,9 @@ def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
     if wanted is None:
         return default_length(longest)
     if wanted < 2:
-        raise RequestError(f"A sequence length of {wanted} is too short.", "Give --seq-len 2 or more.")
+        raise RequestError(f"A sequence length of {wanted} is too short.", "Use --seq-len 2 or more.")
     if longest is not None and wanted > longest:
         raise RequestError(
-            f"A sequence length of {wanted} is longer than {name} can do.", f"Give --seq-len {longest} or less."
+            f"A sequence length of {wanted} exceeds the limit of {name}.", f"Use --seq-len {longest} or less."
         )
     return wanted

@@ -126,7 +126,7 @@ class Dimensions:
             "num_key_value_heads": MOST_HEADS,
         }.get(name, MOST)
         if value > most:
-            raise self._misfit(name, value, f"a number of {most:,} at most")
+            raise self._misfit(name, value, f"a number of at most {most:,}")
         return value
 
     def _real_number(self, name: str) -> float:
@@ -139,8 +139,8 @@ class Dimensions:
     def _misfit(self, name: str, value: object, needed: str) -> UnsupportedModelError:
         own_name = self.adapter.names.get(name, name)
         return UnsupportedModelError(
-            f"config.json gives {own_name} = {shown(value)}, where {needed} is needed.",
-            f"Check the config, or whether the model really is of type {self.adapter.name}.",
+            f"config.json gives {own_name} = {shown(value)}, but {needed} is required.",
+            f"Check config.json, and whether the model really is of type {self.adapter.name}.",
         )
 
     def width(self, name: str) -> int:
@@ -198,7 +198,7 @@ class Dimensions:
             raise self._misfit("layer_types", kinds, "a list")
         if kinds and len(kinds) != self.blocks:
             raise UnsupportedModelError(
-                f"config.json lists {len(kinds)} layer_types for {self.blocks} blocks.", "Mend the config."
+                f"config.json lists {len(kinds)} layer_types for {self.blocks} blocks.", "Check config.json."
             )
         slides = (
             kinds[block] == "sliding_attention"
@@ -393,19 +393,17 @@ class Dimensions:
         if dim in self.legal_dims():
             return
         if dim <= 0:
-            cause = f"A dim of {dim} is not a width: it must be positive and below {self.hidden_size}."
+            cause = f"A dim of {dim} is impossible: it must be positive and below {self.hidden_size}."
         elif dim >= self.hidden_size:
-            cause = f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}."
+            cause = f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}."
         elif self.dim_multiple == 1:
-            cause = (
-                f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract takes one direction."
-            )
+            cause = f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract uses up one."
         else:
             fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
-            cause = f"A dim of {dim} is not legal here: the {self.adapter.name} config demands a multiple of {fields}."
+            cause = f"A dim of {dim} is not legal: the {self.adapter.name} config requires a multiple of {fields}."
         nearest = self.nearest_legal(dim)
         names = " and ".join(str(value) for value in nearest)
-        raise RequestError(cause, f"The nearest legal: {names}." if nearest else "This model has no legal dim.")
+        raise RequestError(cause, f"The nearest legal dims: {names}." if nearest else "This model has no legal dim.")
 
     def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the declaration and the parameters of a real model name the same things, of the same sizes."""
@@ -434,5 +432,5 @@ class Dimensions:
         if parts:
             raise PluginError(
                 f"Adapter {self.adapter.name!r} does not describe this model: {'; '.join(parts)}.",
-                "Mend the adapter, or choose another with --adapter.",
+                "Fix the adapter, or choose another with --adapter.",
             )

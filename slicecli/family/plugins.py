@@ -67,7 +67,7 @@ def load_plugins(found: list[EntryPoint], wanted: set[str] | None = None) -> Plu
         missing = ", ".join(sorted(wanted - names))
         raise RequestError(
             f"{PLUGINS_VARIABLE} names plugins that are not installed: {missing}.",
-            f"Installed are: {', '.join(sorted(names)) or 'none'}.",
+            f"Installed: {', '.join(sorted(names)) or 'none'}.",
         )
     manager = pluggy.PluginManager("slicecli")
     manager.add_hookspecs(hookspecs)

@@ -90,29 +90,33 @@ class Schedule:
         size = dimensions.hidden_size
         steps = [len(block.sublayers) for block in dimensions.declared_blocks]
         if [len(block) for block in self.blocks] != steps:
-            found = f"{len(self.blocks)} blocks" if len(self.blocks) != len(steps) else "blocks of other steps"
+            found = (
+                f"{len(self.blocks)} blocks"
+                if len(self.blocks) != len(steps)
+                else "blocks with other numbers of sublayers"
+            )
             raise RequestError(
-                f"The schedule has {found}, where the model has {len(steps)} blocks of {max(steps)} steps.",
-                "Give for each block the width of the stream at each of its steps.",
+                f"The schedule has {found}, but the model has {len(steps)} blocks of {max(steps)} sublayers.",
+                "For each block, list the width of the residual stream at each of its sublayers.",
             )
         for place, width in enumerate(self.places):
             if not 0 < width <= size:
                 raise RequestError(
-                    f"The schedule has a width of {width} at place {place}.", f"Widths go from 1 to {size}."
+                    f"The schedule has a width of {width} at norm site {place}.", f"Widths range from 1 to {size}."
                 )
         if dimensions.adapter.keeps_width and self.head != self.places[0]:
             raise RequestError(
-                f"Models of {dimensions.adapter.name} end with the width they start with; the schedule starts with "
-                f"{self.places[0]} and ends with {self.head}.",
-                "Give --slice-head, or a schedule that ends as it starts.",
+                f"{dimensions.adapter.name} models must start and end with the same width, but the schedule starts "
+                f"with {self.places[0]} and ends with {self.head}.",
+                "Use --slice-head, or a schedule that ends with its first width.",
             )
         for index, block in enumerate(dimensions.declared_blocks):
             for step, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
                 if before != after and any(branch.experts for branch in step):
                     raise RequestError(
-                        f"The stream is {before} wide before the experts of block {index} and {after} behind them; "
-                        "experts write the width they read.",
-                        "Give --slice-head, or a schedule that keeps the width there.",
+                        f"The residual stream is {before} wide before the experts of block {index} and {after} after "
+                        "them, but experts write the width they read.",
+                        "Use --slice-head, or a schedule that keeps the width there.",
                     )
 
 
@@ -143,8 +147,8 @@ class PublishedSizes:
         """Refuse a dim that is no slice."""
         if dim not in self.legal_dims():
             raise RequestError(
-                f"A dim of {dim} does not slice a model whose hidden size is {self.hidden_size}.",
-                f"The nearest legal: {min(max(dim, 1), self.hidden_size - 1)}.",
+                f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}.",
+                f"The nearest legal dim: {min(max(dim, 1), self.hidden_size - 1)}.",
             )
 
     def parameters(self, dim: int | None = None) -> int:
@@ -184,7 +188,7 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
     if linear is not None:
         first, last = float(linear[1]), float(linear[2])
         if not (0 <= first < 1 and 0 <= last < 1):
-            raise RequestError(f"{text!r} does not name two fractions of the hidden size.", "Give 0 <= S < 1.")
+            raise RequestError(f"{text!r} does not give two fractions of the hidden size.", "Use 0 <= S < 1.")
         steps = max(dimensions.blocks - 1, 1)
         sparsities = [first + (last - first) * index / steps for index in range(dimensions.blocks)]
         blocks = tuple(
@@ -195,7 +199,7 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
     else:
         blocks, own_head = _read_file(local_path(text))
         if own_head is not None and head is not None:
-            raise RequestError("The schedule's file gives the width of the head.", "Leave out --slice-head.")
+            raise RequestError("The schedule file already sets the width of the head.", "Leave out --slice-head.")
     if own_head is None:
         own_head = blocks[-1][-1] if blocks and blocks[-1] and slices_head(dimensions, head) else size
     schedule = Schedule(blocks, own_head)
@@ -204,11 +208,11 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
 
 
 def _read_file(path: Path) -> tuple[tuple[tuple[int, ...], ...], int | None]:
-    remedy = 'Write {"blocks": [[48, 40], [48, 40]], "head": 64}, or give linear:S0:S1.'
+    remedy = 'Write {"blocks": [[48, 40], [48, 40]], "head": 64}, or use linear:S0:S1.'
     try:
         content = load_json(path)
     except (OSError, ValueError):
-        raise RequestError(f"There is no schedule {path.name!r} that can be read.", remedy) from None
+        raise RequestError(f"The schedule {path.name!r} does not exist or cannot be read.", remedy) from None
     blocks = content.get("blocks") if isinstance(content, dict) else None
     head = content.get("head") if isinstance(content, dict) else None
     if not (
@@ -229,20 +233,20 @@ def _require_published(dimensions: Dimensions) -> None:
     """Refuse a declaration whose blocks cannot be taken apart into stream and branches."""
     if dimensions.shortcut_obstacle:
         raise UnsupportedModelError(
-            f"The published method cannot slice this model: {dimensions.shortcut_obstacle}",
-            "Slice with --method refit.",
+            f"The slicegpt method cannot slice this model: {dimensions.shortcut_obstacle}",
+            "Use --method refit.",
         )
     for block in dimensions.declared_blocks:
         for branch in block.branches:
             if branch.experts is not None and dimensions.adapter.norm.has_bias:
                 raise UnsupportedModelError(
-                    f"Adapter {dimensions.adapter.name!r} has experts behind a norm with a bias, which has no place "
-                    "to go in this method.",
-                    "Slice with --method refit.",
+                    f"Adapter {dimensions.adapter.name!r} has experts after a norm with a bias, which this method "
+                    "cannot fold into them.",
+                    "Use --method refit.",
                 )
             if not branch.module and not branch.activation:
                 raise UnsupportedModelError(
-                    f"Adapter {dimensions.adapter.name!r} does not say what stands between reader and writer of the "
-                    f"branch behind {branch.norm}.",
-                    "Declare the branch's module or activation, or slice with --method refit.",
+                    f"Adapter {dimensions.adapter.name!r} does not declare what lies between reader and writer of the "
+                    f"branch after {branch.norm}.",
+                    "Declare the branch's module or activation, or use --method refit.",
                 )

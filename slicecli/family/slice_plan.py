@@ -81,15 +81,15 @@ class Width:
         "--sparsity", "Instead: fraction of the hidden size to remove.", reads=float, metavar="F"
     ).field()
     target_parameters: int | None = Option(
-        "--target-params", "Instead: the most parameters the slice may have.", reads=parse_count, metavar="6B"
+        "--target-params", "Instead: maximum number of parameters.", reads=parse_count, metavar="6B"
     ).field()
     memory: int | None = Option(
-        "--memory", "Instead: the most bytes its weights may take.", reads=parse_bytes, metavar="12GiB"
+        "--memory", "Instead: maximum bytes of the weights.", reads=parse_bytes, metavar="12GiB"
     ).field()
     schedule: str | None = Option(
         "--schedule",
         "slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
-        "width at each step of each block.  [default: constant]",
+        "width at each sublayer of each block.  [default: constant]",
         reads=parse_text,
         metavar="constant|linear:S0:S1|FILE.json",
     ).field()
@@ -101,13 +101,11 @@ class Width:
         given = [value for value in wishes if value is not None]
         if len(given) != 1:
             raise RequestError(
-                f"{'No width is' if not given else 'More than one width is'} given.",
-                "Give exactly one of --dim, --sparsity, --target-params, --memory and a --schedule.",
+                "No width was chosen." if not given else "The width was chosen more than once.",
+                "Use exactly one of --dim, --sparsity, --target-params, --memory and --schedule.",
             )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise RequestError(
-                f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Give 0 < F < 1."
-            )
+            raise RequestError(f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Use 0 < F < 1.")
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
@@ -135,8 +133,8 @@ class Width:
         if not fitting:
             smallest = sizes.parameters(legal[0])
             raise RequestError(
-                f"No slice of this model has only {limit:,} {what}.",
-                f"The smallest, of dim {legal[0]}, has {smallest:,} parameters.",
+                f"No slice of this model fits in {limit:,} {what}.",
+                f"The smallest slice, of dim {legal[0]}, has {smallest:,} parameters.",
             )
         return fitting[-1]
 
@@ -214,5 +212,5 @@ def check_method(
     for name, is_given in given.items():
         if is_given:
             raise RequestError(
-                f"{name} is of the published method; the refit has one basis and one width.", "Add --method slicegpt."
+                f"{name} requires the slicegpt method; the refit has one basis and one width.", "Add --method slicegpt."
             )

@@ -77,7 +77,7 @@ def read_card(folder: Path) -> Card | None:
     except Exception as error:  # YAML errors, and what the Hub's client raises for metadata that is none
         raise OutputError(
             f"The card of {folder.name!r} cannot be read: {type(error).__name__}.",
-            f"Mend the YAML at the top of {CARD_FILE}, or remove the file.",
+            f"Fix the YAML at the top of {CARD_FILE}, or remove the file.",
         ) from None
 
 
@@ -177,7 +177,7 @@ def _measured(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         before = (dense.get("perplexity") or {}).get(text)
         what = f"perplexity, {figure['tokens']:,} tokens in rows of {figure['seq_len']}"
         if figure["text_sha256"] is not None and figure["text_sha256"] == record["calibration"]["text_sha256"]:
-            what += ", of the text it was calibrated on"
+            what += ", on the text it was calibrated on"
         yield {"what": text, "metric": what, "dense": _cell(before, 3), "slice": _cell(figure, 3)}
     for task, figure in (results.get("tasks") or {}).items():
         before = (dense.get("tasks") or {}).get(task)
@@ -222,9 +222,11 @@ def _llama_cpp_snippet(repository: str | None) -> str:
 
 def _method_sentence(record: Mapping[str, Any]) -> str:
     if record["method"] == "refit":
-        return "Every matrix that reads or writes the stream was refitted by least squares; nothing was trained."
+        return (
+            "Every matrix that reads or writes the residual stream was refitted by least squares; nothing was trained."
+        )
     return (
-        "The stream is projected on the principal directions of each place it is read at, as published "
+        "The residual stream is projected onto its principal directions at each norm site, as published "
         "([SliceGPT](https://arxiv.org/abs/2401.15024)); nothing was refitted or trained."
     )
 
@@ -233,14 +235,14 @@ def _layout_sentence(record: Mapping[str, Any]) -> str:
     model_type = code(record["source"]["model_type"])
     if record["layout"] == "custom-code":
         return (
-            f"It is a {model_type} model with a narrower residual stream than that class can describe, so it brings "
-            "`configuration_slicecli.py` and `modeling_slicecli.py`, which need torch and transformers only: read them "
-            "before you trust them. After `import slicecli` transformers takes the installed ones instead, and the "
-            f"flag is not needed. Made with transformers {code(record['versions']['transformers'])}; vLLM and "
-            "llama.cpp do not know it."
+            f"It is a {model_type} model with a narrower residual stream than the stock class can describe, so "
+            "it includes `configuration_slicecli.py` and `modeling_slicecli.py`, which need only torch and "
+            "transformers: read them before you trust them. After `import slicecli` transformers uses the installed "
+            "classes instead, and the flag is not needed. Made with transformers "
+            f"{code(record['versions']['transformers'])}; vLLM and llama.cpp cannot load it."
         )
     if record["needs_remote_code"]:
-        return "It runs the code of its base model, which lies beside the weights: read it before you trust it."
+        return "It runs the code of its base model, which is stored with the weights: read it before you trust it."
     return f"It is a stock {model_type} checkpoint: no custom code is needed."
 
 
@@ -249,5 +251,5 @@ def _energy_sentence(record: Mapping[str, Any]) -> str:
     if record["method"] == "refit":
         return f"The basis keeps {kept:.2%} of the energy of the normalised residual stream on the calibration text."
     return (
-        f"The bases keep {kept:.2%} of the energy of the residual stream on the calibration text, the mean over places."
+        f"The bases keep {kept:.2%} of the residual stream's energy on the calibration text, averaged over norm sites."
     )

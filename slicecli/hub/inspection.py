@@ -105,7 +105,7 @@ def inspect_folder(folder: Path, progress: Progress | None = None, name: str = "
     except OSError as error:
         raise SourceError(
             f"A file of {folder.name!r} cannot be read: {error.strerror or type(error).__name__}.",
-            "Check who may read it.",
+            "Check its permissions.",
         ) from error
 
 

@@ -17,17 +17,17 @@ class PushOptions:
 
     private: bool = Option("--private", "Make the repository private if it is new.", default=False, reads=bool).field()
     create_pr: bool = Option(
-        "--create-pr", "Propose a pull request instead of changing the branch.", default=False, reads=bool
+        "--create-pr", "Open a pull request instead of changing the branch.", default=False, reads=bool
     ).field()
     commit_message: str | None = Option(
         "--commit-message",
-        "First line of the commit.  [default: what the slice is]",
+        "First line of the commit message.  [default: a description of the slice]",
         reads=parse_text,
         metavar="TXT",
     ).field()
     revision: str | None = Option(
         "--revision",
-        "Branch to change, made if it is new.  [default: main]",
+        "Branch to push to, created if missing.  [default: main]",
         reads=parse_text,
         metavar="BRANCH",
     ).field()

@@ -62,8 +62,8 @@ def check_can_push(repository: str, options: PushOptions) -> None:
         ) from error
     if not may_write:
         raise PublishError(
-            f"Nothing can be pushed to {repository}: the token does not give the right to change it.",
-            "Give a --token that does, or propose a pull request with --create-pr.",
+            f"Nothing can be pushed to {repository}: the token has no write access.",
+            "Use a --token with write access, or open a pull request with --create-pr.",
         )
 
 
@@ -75,8 +75,8 @@ def check_publishable(folder: Path, options: PushOptions) -> dict[str, int]:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise OutputError(
-            f"{folder.resolve().name!r} is not fit to be published: {faults[0].text}{more}.",
-            "`slicecli verify` says more; where only the card differs, `slicecli card` writes it again.",
+            f"{folder.resolve().name!r} cannot be published: {faults[0].text}{more}.",
+            "`slicecli verify` lists every fault; if only the card differs, `slicecli card` rewrites it.",
         )
     names = [*own_files(folder), RECORD_FILE, CARD_FILE]
     return {name: (folder / name).stat().st_size for name in sorted(names)}
@@ -119,13 +119,13 @@ def push_slice(folder: Path, repository: str, options: PushOptions) -> Publicati
     except Exception as error:
         raise PublishError(
             f"{folder.resolve().name!r} could not be pushed to {repository}: {describe_hub_error(error)}.",
-            f"The slice is whole on this machine: {again}.",
+            f"The slice on this machine is complete: {again}.",
         ) from error
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise PublishError(
-            f"What the Hub has in {repository} is not what was sent: {', '.join(differing[:3])}{more}.",
-            f"The slice is whole on this machine: {again}.",
+            f"The files in {repository} differ from those sent: {', '.join(differing[:3])}{more}.",
+            f"The slice on this machine is complete: {again}.",
         )
     return Publication(repository, _url(commit), commit.oid, commit.pr_num, files)
 
@@ -161,7 +161,7 @@ def _again(folder: Path, repository: str, options: PushOptions) -> str:
     words += ["--create-pr"] if options.create_pr else []
     words += ["--revision", options.revision] if options.revision else []
     words += ["--commit-message", options.commit_message] if options.commit_message else []
-    return f"`{shlex.join(words)}` sends what the Hub does not have yet"
+    return f"`{shlex.join(words)}` sends what is still missing"
 
 
 def _url(commit: CommitInfo) -> str:

@@ -36,7 +36,7 @@ def find_slices(
     """Return slices on the Hub, those downloaded most first."""
     from huggingface_hub import HfApi
 
-    check_count(limit, "A limit of {} is", "Give --limit")
+    check_count(limit, "A limit of {} is", "Use --limit")
     if base_model is not None:
         parse_repository(base_model, needs_owner=False)
     tags = [TAGS[0], *([] if base_model is None else [f"{BASE_MODEL_TAG}{base_model}"])]

@@ -111,9 +111,9 @@ def verify_contents(inspection: Inspection, tokens: Sequence[str] = ()) -> list[
 def check_record(inspection: Inspection) -> Iterator[Finding]:
     """Check that there is a record and that it fits its schema."""
     if RECORD_FILE not in inspection.sizes:
-        yield _error("record", f"there is no {RECORD_FILE}, so this is no slice")
+        yield _error("record", f"{RECORD_FILE} is missing, so this is not a slice")
     elif inspection.record is None:
-        yield _error("record", f"{RECORD_FILE} is no JSON")
+        yield _error("record", f"{RECORD_FILE} is not a JSON object")
     else:
         yield from (_error("record", f"{RECORD_FILE}: {fault}") for fault in inspection.faults)
     if (
@@ -121,7 +121,7 @@ def check_record(inspection: Inspection) -> Iterator[Finding]:
         and not inspection.faults
         and inspection.record["repository"] not in (None, inspection.name)
     ):
-        yield _note("record", f"it says that the slice is published as {inspection.record['repository']}")
+        yield _note("record", f"according to it the slice is published as {inspection.record['repository']}")
 
 
 def check_files(inspection: Inspection) -> Iterator[Finding]:
@@ -131,12 +131,12 @@ def check_files(inspection: Inspection) -> Iterator[Finding]:
         if file not in inspection.sizes:
             yield _error("files", f"{file} is missing")
         elif inspection.digests[file] != digest:
-            yield _error("files", f"{file} is not the file that was recorded")
+            yield _error("files", f"{file} differs from the recorded file")
     for file in inspection.sizes:
         if file in recorded or file in (RECORD_FILE, CARD_FILE):
             continue
         if _is_loaded(file):
-            yield _error("files", f"{_short(file)} is not in the record, and is something that loading may read or run")
+            yield _error("files", f"{_short(file)} is not in the record, and loading the slice may read or run it")
         else:
             yield _note("files", f"{_short(file)} is not in the record")
 
@@ -155,18 +155,20 @@ def check_counts(inspection: Inspection) -> Iterator[Finding]:
     sliced, count_of_bytes = record["parameters"]["sliced"], record["bytes"]["sliced"]
     sparsity = 1 - record["dim"] / record["hidden_size"]
     if abs(record["sparsity"] - sparsity) > TOLERANCE:
-        yield _error("counts", f"sparsity is {record['sparsity']:g} in the record, 1 - dim/hidden_size is {sparsity:g}")
+        yield _error(
+            "counts", f"sparsity is {record['sparsity']:g} in the record, but 1 - dim/hidden_size is {sparsity:g}"
+        )
     if record["schedule"] is not None:
         dim = _schedule(record["schedule"]).dim
         if record["dim"] != dim:
-            yield _error("counts", f"dim is {record['dim']} in the record, the mean of its schedule is {dim}")
+            yield _error("counts", f"dim is {record['dim']} in the record, but the mean of its schedule is {dim}")
     if count_of_bytes != sliced * DTYPE_BYTES[record["dtype"]]:
         yield _error(
             "counts",
-            f"{count_of_bytes:,} bytes in the record are not those of {sliced:,} parameters in {record['dtype']}",
+            f"{count_of_bytes:,} bytes in the record do not match {sliced:,} parameters in {record['dtype']}",
         )
     if record["bytes"]["dense"] not in {record["parameters"]["dense"] * size for size in DTYPE_BYTES.values()}:
-        yield _error("counts", "the dense model's bytes in the record are not those of its parameters in any dtype")
+        yield _error("counts", "the dense model's bytes in the record do not match its parameters in any dtype")
     rows = record["calibration"]
     if rows["tokens"] != rows["samples"] * rows["sequence_length"]:
         yield _error(
@@ -180,13 +182,13 @@ def _check_tensors(inspection: Inspection) -> Iterator[Finding]:
     record = inspection.record
     for file, tensors in inspection.tensors.items():
         if tensors is None:
-            yield _error("counts", f"{file} is no safetensors file, or a damaged one")
+            yield _error("counts", f"{file} is damaged, or not a safetensors file")
         else:
             code = DTYPE_CODES[record["dtype"]]
             other = {one.dtype for one in tensors.values()} - {code}
             if other:
                 yield _error(
-                    "counts", f"{file} has tensors of dtype {', '.join(sorted(other))}, the record says {code}"
+                    "counts", f"{file} has tensors of dtype {', '.join(sorted(other))}, but the record says {code}"
                 )
     known = {file: tensors for file, tensors in inspection.tensors.items() if tensors is not None}
     if known.keys() != record["weights"].keys():
@@ -203,12 +205,10 @@ def _check_tensors(inspection: Inspection) -> Iterator[Finding]:
     if not 0 <= surplus <= most:
         yield _error(
             "counts",
-            f"the weight files hold {elements:,} numbers, the record {record['parameters']['sliced']:,} parameters",
+            f"the weight files hold {elements:,} numbers, but the record says {record['parameters']['sliced']:,}",
         )
     elif surplus:
-        yield _note(
-            "counts", f"the weight files hold {surplus:,} numbers more than the parameters: buffers of the model"
-        )
+        yield _note("counts", f"the weight files hold {surplus:,} numbers besides the parameters: buffers of the model")
     yield from _check_index(inspection, {name: file for file, tensors in known.items() for name in tensors}, elements)
 
 
@@ -222,32 +222,32 @@ def _check_index(inspection: Inspection, file_of: Mapping[str, str], elements: i
         return
     if entry != INDEX_FILE:
         if entry is None:
-            yield _error("counts", f"{INDEX_FILE} is missing, without which the weight files are not found")
+            yield _error("counts", f"{INDEX_FILE} is missing, so the weight files cannot be found")
         elif list(record["weights"]) != [entry]:
-            yield _error("counts", f"transformers reads {entry}, and not the weight files of the record")
+            yield _error("counts", f"transformers reads {entry}, not the recorded weight files")
         return
     index = _json_of(inspection, INDEX_FILE)
     if index.get("weight_map") != file_of:
-        yield _error("counts", f"{INDEX_FILE} does not lead to the tensors that are in the weight files")
+        yield _error("counts", f"{INDEX_FILE} does not match the tensors in the weight files")
     total = elements * DTYPE_BYTES[record["dtype"]]
     metadata = index.get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated != total:
-        yield _error("counts", f"{INDEX_FILE} states {_short(stated)} bytes, the weight files hold {total:,}")
+        yield _error("counts", f"{INDEX_FILE} states {_short(stated)} bytes, but the weight files hold {total:,}")
 
 
 def check_config(inspection: Inspection) -> Iterator[Finding]:
     """Check that the config is that of a slice as it is recorded."""
     record, config = inspection.record, _json_of(inspection, CONFIG_FILE)
     if not config:
-        yield _error("config", f"{CONFIG_FILE} is missing, or no JSON object")
+        yield _error("config", f"{CONFIG_FILE} is missing, or not a JSON object")
         return
     expected = _custom_code_fields(record) if record["layout"] == "custom-code" else _stock_fields(record, config)
     for path, value in {**expected, ("dtype",): record["dtype"]}.items():
         found = _at(config, path)
         if found != value:
             yield _error(
-                "config", f"{'.'.join(path)} is {_short(found)} in {CONFIG_FILE}, {_short(value)} by the record"
+                "config", f"{'.'.join(path)} is {_short(found)} in {CONFIG_FILE}, but {_short(value)} in the record"
             )
     yield from _check_code(inspection, config.get("auto_map"))
 
@@ -295,15 +295,15 @@ def _check_code(inspection: Inspection, auto_map: Any) -> Iterator[Finding]:
     of_tokenizer = tokenizer_references(_json_of(inspection, TOKENIZER_CONFIG)) if record["needs_remote_code"] else []
     if bool(auto_map) != record["needs_remote_code"] and not of_tokenizer:
         says = "needs" if record["needs_remote_code"] else "does not need"
-        names = "names code of its own" if auto_map else "names none"
-        yield _error("config", f"{CONFIG_FILE} {names} (auto_map), and the record says that the slice {says} any")
+        names = "names custom code" if auto_map else "names no custom code"
+        yield _error("config", f"{CONFIG_FILE} {names} (auto_map), but the record says that the slice {says} any")
     references = [(CONFIG_FILE, name) for name in of_model] + [(TOKENIZER_CONFIG, name) for name in of_tokenizer]
     for file, name in references:
         repository, _, reference = str(name).rpartition("--")
         if repository:
-            yield _error("config", f"{file} takes code from another repository: {_short(name)}")
+            yield _error("config", f"{file} loads code from another repository: {_short(name)}")
         elif f"{reference.partition('.')[0]}.py" not in record["files"]:
-            yield _error("config", f"{file} takes code from a file that is not in the record: {_short(name)}")
+            yield _error("config", f"{file} loads code from an unrecorded file: {_short(name)}")
 
 
 def check_card(inspection: Inspection) -> Iterator[Finding]:
@@ -319,15 +319,17 @@ def check_card(inspection: Inspection) -> Iterator[Finding]:
         return
     yield from _check_metadata(card.metadata, card_metadata(inspection.record))
     if card.body is None:
-        yield _error("card", f"{CARD_FILE} has nothing between the marks of slicecli")
+        yield _error("card", f"{CARD_FILE} has no text between slicecli's markers")
     elif card.version != __version__:
-        yield _note("card", f"slicecli {card.version} wrote the card, so that {__version__} does not compare its text")
+        yield _note(
+            "card", f"slicecli {card.version} wrote the card, so version {__version__} does not compare its text"
+        )
     else:
         expected = render_body(inspection.record)
         pairs = enumerate(zip_longest(card.body.split("\n"), expected.split("\n"), fillvalue=""), start=1)
         number, (line, wanted) = next(((number, pair) for number, pair in pairs if pair[0] != pair[1]), (0, ("", "")))
         if number:
-            yield _error("card", f"line {number} of the text is {_short(line)}, {_short(wanted)} by the record")
+            yield _error("card", f"line {number} of the text is {_short(line)}, but should be {_short(wanted)}")
 
 
 def _check_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Finding]:
@@ -340,21 +342,21 @@ def _check_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Itera
         elif field != "model-index" and theirs.get(field) != expected[field]:
             yield _error(
                 "card",
-                f"{field} is {_short(theirs.get(field))} in its metadata, {_short(expected[field])} by the record",
+                f"{field} is {_short(theirs.get(field))} in its metadata, but should be {_short(expected[field])}",
             )
     shown, recorded = _results(theirs.get("model-index")), _results(ours.get("model-index"))
     for name in dict.fromkeys([*recorded, *shown]):
         if name not in shown:
             yield _error("card", f"its model-index lacks {_short(name)}")
         elif name not in recorded:
-            yield _error("card", f"its model-index has {_short(name)}, which the record has not")
+            yield _error("card", f"its model-index has {_short(name)}, which is not in the record")
         elif shown[name] != recorded[name]:
             yield _error(
                 "card",
-                f"its model-index has {_short(shown[name])} for {_short(name)}, {_short(recorded[name])} by the record",
+                f"{_short(name)} is {_short(shown[name])} in its model-index, but should be {_short(recorded[name])}",
             )
     if shown == recorded and theirs.get("model-index") != ours.get("model-index"):
-        yield _error("card", "its model-index is of another model, or names other texts than the record")
+        yield _error("card", "its model-index describes another model, or names different texts from the record")
 
 
 def _results(model_index: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Description:
         if errors:
             raise OutputError(
                 f"The record of the slice cannot be written: {errors[0]}.",
-                "Give the file or folder another name if that is its name.",
+                "If that is the name of a file or folder, rename it.",
             )
         render_card(drafted.record, None)
         return drafted
@@ -173,7 +173,7 @@ def _enter_figures(results: dict[str, Any], kind: ResultKind, new: Mapping[str, 
     if new:
         results[kind] = {**known, **new}
     return [
-        f"The figure on {name} that was in the record was measured on other {what}; it is replaced."
+        f"The recorded figure on {name} was measured on different {what}; it was replaced."
         for name, figure in new.items()
         if name in known and known[name][digest] != figure.get(digest)
     ]
@@ -187,7 +187,7 @@ def _drop_stale_figures(dense: dict[str, Any], kind: ResultKind, own: Mapping[st
     for name in stale:
         del figures[name]
     return [
-        f"The dense model's figure on {name} is of other {what} than the slice's; it is not in the record."
+        f"The dense model's figure on {name} was measured on different {what} from the slice's; it was not recorded."
         for name in stale
     ]
 
@@ -209,8 +209,8 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
     ]
     if not own:
         raise RequestError(
-            f"There is no curve of {record['source']['model']} sliced by {record['method']} among them.",
-            "Give what fit or sweep wrote for the model that this slice was made from.",
+            f"The file has no curve of {record['source']['model']} sliced by {record['method']}.",
+            "Pass a file that slicecli fit or sweep wrote for the model this slice was made from.",
         )
     record["curve"] = None
     for kind in QUANTITIES:
@@ -233,7 +233,7 @@ def write_card(folder: Path) -> None:
 def _record_to_enter_in(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     if record is None:
-        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Only a slice has a record to enter in.")
+        raise OutputError(f"{folder.name!r} has no readable {RECORD_FILE}.", "Pass the folder of a slice.")
     errors = schema_errors(record)
     if errors:
         raise OutputError(f"The {RECORD_FILE} of {folder.name!r} is damaged: {errors[0]}.", "Slice the model again.")
@@ -247,15 +247,13 @@ def _write(
     record = json.loads(json.dumps(record))  # as a reader will find it
     errors = schema_errors(record)
     if errors:
-        raise OutputError(
-            f"What would be entered does not fit a record: {errors[0]}.", "Give what slicecli itself has written."
-        )
+        raise OutputError(f"The new content does not fit the record: {errors[0]}.", "Pass a file written by slicecli.")
     existing = None
     if card_folder is not None:
         card_file = card_folder / CARD_FILE
         if card_file.is_file() and card_file.stat().st_size > MOST_CARD_BYTES:
             raise OutputError(
-                f"The card of {folder.name!r} has {card_file.stat().st_size:,} bytes, more than a card needs.",
+                f"The card of {folder.name!r} has {card_file.stat().st_size:,} bytes, too large for a card.",
                 f"Shorten {CARD_FILE}, or remove it.",
             )
         existing = read_card(card_folder)
@@ -263,15 +261,15 @@ def _write(
         card = render_card(record, existing)
     except Exception as error:  # the metadata of an owner may be anything that YAML can say
         raise OutputError(
-            f"The card of {folder.name!r} cannot be written again: {type(error).__name__}: {reason_of(error)}.",
-            f"Mend the YAML at the top of {CARD_FILE}, or remove the file.",
+            f"The card of {folder.name!r} cannot be rewritten: {type(error).__name__}: {reason_of(error)}.",
+            f"Fix the YAML at the top of {CARD_FILE}, or remove the file.",
         ) from error
     contents: dict[str, str | bytes] = {**(plots or {}), RECORD_FILE: record_text(record), CARD_FILE: card}
     try:
         for name in contents:
             (folder / name).parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder.name!r} cannot be written: {error.strerror}.", "Check who may write it.") from error
+        raise OutputError(f"{folder.name!r} cannot be written: {error.strerror}.", "Check its permissions.") from error
     write_whole_files({folder / name: content for name, content in contents.items()})
 
 

@@ -78,7 +78,7 @@ def infer_adapter(config: Any, trust_remote_code: bool = False) -> Inference:
 
 def _not_inferred(config: Any, check: str, reason: str, found: Mapping[str, Any]) -> NotInferredError:
     return NotInferredError(
-        f"No adapter is known for models of type {config.model_type!r}, and none could be inferred ({check}): "
+        f"No adapter serves models of type {config.model_type!r}, and none could be inferred ({check}): "
         f"{reason.rstrip('.')}.",
         check,
         found,
@@ -123,17 +123,19 @@ class _Inferring:
         self._block_calls = [self._seen.calls[f"{self._blocks}.{index}"] for index in range(count)]
         for call in self._block_calls:
             if call.entering.shape[-1] != self._width or call.leaving.shape != call.entering.shape:
-                raise UnsupportedModelError(f"{call.path} does not take and return a stream of {self._width} numbers")
+                raise UnsupportedModelError(
+                    f"{call.path} does not take and return a residual stream of width {self._width}"
+                )
         for before, after in itertools.pairwise(self._block_calls):
             if not is_close(before.leaving, after.entering):
-                raise UnsupportedModelError(f"what leaves {before.path} is not what enters {after.path}")
+                raise UnsupportedModelError(f"the output of {before.path} is not the input of {after.path}")
 
     def _run_tiny(self, has_head_dim: bool) -> tuple[ConfigProbe, Observation]:
         probe = ConfigProbe(self._config, has_head_dim, self._trusted)
         model = random_model(probe.tiny, dtype="float64", trust_remote_code=self._trusted)
         sizes = {size for parameter in model.parameters() for size in parameter.shape}
         if has_head_dim and HEAD_DIM * SIZES["num_attention_heads"] not in sizes:
-            raise UnsupportedModelError("the class takes no notice of head_dim")
+            raise UnsupportedModelError("the class ignores head_dim")
         return probe, observe(model, self._ids)
 
     def check_head(self) -> None:
@@ -141,7 +143,7 @@ class _Inferring:
         head = self._model.get_output_embeddings()
         call = next((call for call in self._seen.calls.values() if call.module is head), None)
         if call is None:
-            raise UnsupportedModelError("the model has no head that is called")
+            raise UnsupportedModelError("the model calls no head")
         form = linear_form(call)
         if form is None:
             raise UnsupportedModelError(f"the head {call.path} is not a linear map")
@@ -175,7 +177,7 @@ class _Inferring:
         self._is_scaled = abs(growth - math.sqrt(2)) < 1e-6
         if not self._is_scaled and abs(growth - 1) > 1e-6:
             raise UnsupportedModelError(
-                "what multiplies the embeddings depends on the hidden size, and not as its root"
+                "the embedding multiplier depends on the hidden size, but not as its square root"
             )
         tokens = self._model.get_input_embeddings()
         self._tables = tuple(
@@ -200,7 +202,7 @@ class _Inferring:
         if not is_close(stream, scale * total):
             raise UnsupportedModelError(
                 "the stream that enters the first block is not a multiple of the sum of "
-                f"{', '.join(paths) or 'any tables'}: something changes the embeddings on their way"
+                f"{', '.join(paths) or 'any tables'}: something else changes the embeddings"
             )
         return scale
 
@@ -227,7 +229,7 @@ class _Inferring:
         steps: list[_Sublayer] = []
         stream, group = block.entering, [norm for norm in norms if is_close(norm.entering, block.entering)]
         if not group:
-            raise UnsupportedModelError(f"no norm of {block.path} sees the stream as it enters")
+            raise UnsupportedModelError(f"no norm of {block.path} reads the stream as it enters the block")
         for norm in norms:
             if norm in group:
                 continue
@@ -247,12 +249,10 @@ class _Inferring:
         names = [one.call.path for one in passed if one.call in norms]
         if names:
             raise UnsupportedModelError(
-                f"what {block.path} adds to the stream passes through {' and '.join(names)}, and a norm's weight does "
+                f"what {block.path} adds to the stream passes through {' and '.join(names)}, but a norm's weight does "
                 "not commute with a rotation"
             )
-        raise UnsupportedModelError(
-            f"what {block.path} adds to the stream is not the sum of what its linear maps return"
-        )
+        raise UnsupportedModelError(f"what {block.path} adds to the stream is not the sum of its linear maps' outputs")
 
     def _declare_block(self, block: Call, steps: Sequence[_Sublayer]) -> Block:
         """Put what was seen of a block into a declaration."""
@@ -264,7 +264,7 @@ class _Inferring:
                 raise UnsupportedModelError(f"{block.path} is neither sequential nor parallel")
             branches += [self._declare_branch(prefix, module, step) for module in modules]
         if any(not branch.module for branch in branches[:-1]):
-            raise UnsupportedModelError(f"the branches of {block.path} do not each lie in a module")
+            raise UnsupportedModelError(f"the branches of {block.path} are not each a module")
         return Block(tuple(branches), is_parallel=len(branches) > len(steps))
 
     def _declare_branch(self, prefix: str, module: str, step: _Sublayer) -> Branch:
@@ -310,7 +310,7 @@ class _Inferring:
         form = linear_form(call)
         if form is None:
             raise UnsupportedModelError(
-                f"{call.path} {'writes to' if written else 'reads'} the stream and is not a linear map"
+                f"{call.path} {'writes to' if written else 'reads'} the stream but is not a linear map"
             )
         return Linear(
             path=call.path.removeprefix(prefix),
@@ -350,7 +350,7 @@ class _Inferring:
             if name in declared:
                 continue
             if not name.startswith(f"{self._blocks}."):
-                raise UnsupportedModelError(f"nothing explains the parameter {name}")
+                raise UnsupportedModelError(f"the parameter {name} has no explanation")
             if name.startswith(prefix):
                 kept.append(Kept(name.removeprefix(prefix), self._probe.size_name(math.prod(shape), name)))
         self._block = dataclasses.replace(self._block, kept=tuple(kept))
@@ -365,13 +365,13 @@ class _Inferring:
         try:
             sliced = probe.shapes(type(probe.tiny).from_dict(probe.fields | dimensions.sliced_fields(dim)))
         except Exception:  # config and model classes raise what they like
-            obstacle = f"{type(self._config).__name__} refuses a head width that is not hidden size over heads."
+            obstacle = f"{type(self._config).__name__} requires a head width of hidden size / heads."
         else:
             declared = dimensions.stream_parameters() | dimensions.other_parameters()
             wanted = {name: math.prod(size or dim for size in shape) for name, shape in declared.items()}
             tied = [name for name, shape in sliced.items() if math.prod(shape) != wanted.get(name)]
             if tied:
-                obstacle = f"its class takes the size of {tied[0]} from the hidden size."
+                obstacle = f"its class derives the size of {tied[0]} from the hidden size."
         self.adapter = dataclasses.replace(self.adapter, dim_divisors=probe.dim_divisors(), stock_obstacle=obstacle)
         self.found["layout"] = obstacle or "stock"
 

@@ -46,7 +46,7 @@ packages = ["{module}"]
 """
 
 MODULE = '''\
-"""Slices {model_type} models: who reads and who writes their residual stream.
+"""Slices {model_type} models: the readers and writers of their residual stream.
 
 Written by `slicecli adapters --scaffold` and proved on a small random model of the type.
 """
@@ -66,7 +66,7 @@ def slicecli_register_adapters(register):
 '''
 
 OBSTACLE = '''
-# a config that says otherwise arranges its blocks in a way that was not seen
+# other values arrange the blocks differently from the inferred model
 SEEN = {seen}
 
 
@@ -110,9 +110,9 @@ def write_package(config: Any, folder: Path, trust_remote_code: bool = False) ->
 
     if config.model_type not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"Models of type {config.model_type!r} run code from their repository, of which no small model can be "
-            "built for the package's test.",
-            "Write the plugin by hand, see docs/plugins.md.",
+            f"Models of type {config.model_type!r} run code from their repository, so the package's test cannot "
+            "build a small model.",
+            "Write the plugin by hand; see docs/plugins.md.",
         )
     check_output(folder, overwrite=False)
     adapter = infer_adapter(config, trust_remote_code).adapter

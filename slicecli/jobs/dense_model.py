@@ -54,18 +54,19 @@ def read_rows(job: Job) -> tuple[Rows, tuple[str, ...]]:
     warnings = []
     if len(rows.ids) < options.samples:
         warnings.append(
-            f"The calibration text fills {len(rows.ids)} rows of {job.sequence_length} tokens, not {options.samples}."
+            f"The calibration text fills only {len(rows.ids)} of {options.samples} rows (--seq-len "
+            f"{job.sequence_length})."
         )
     if reason := monotony(rows):
         warnings.append(
-            f"The calibration text is monotonous: {reason}. What is fitted to it need not hold for other text "
-            "(--calibration)."
+            f"The calibration text is repetitive: {reason}. The slice may work badly on other text; choose another "
+            "text with --calibration."
         )
     unknowns = job.dimensions.largest_regression()
     if job.slices and options.method == "refit" and rows.tokens < TOKENS_PER_UNKNOWN * unknowns:
         warnings.append(
-            f"The refit has {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; it gains up to "
-            f"{TOKENS_PER_UNKNOWN * unknowns:,} and more (--samples, --seq-len)."
+            f"The refit has only {rows.tokens:,} calibration tokens for maps of up to {unknowns:,} inputs; quality "
+            f"improves up to {TOKENS_PER_UNKNOWN * unknowns:,} tokens and more (--samples, --seq-len)."
         )
     return rows, tuple(warnings)
 

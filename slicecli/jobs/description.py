@@ -60,7 +60,7 @@ def licence_warning(source: Source) -> tuple[str, ...]:
     if "license" in inherited_metadata(source.folder):
         return ()
     return (
-        f"The card of {source.name} states no licence, so that of the slice says `other`: find out which it is before "
+        f"The card of {source.name} states no licence, so the card of the slice says `other`; check the licence before "
         "you publish.",
     )
 

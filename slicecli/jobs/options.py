@@ -30,20 +30,20 @@ class SliceOptions:
 
     method: Method = Option(
         "--method",
-        "refit: one shared basis, every map refitted by least squares, a stock checkpoint where the family allows it. "
-        "slicegpt: as published, a basis at every place, nothing refitted, shortcut matrices in code of its own.",
+        "refit: one shared basis, every map refitted by least squares, a stock checkpoint if the family allows it. "
+        "slicegpt: as published, a basis at every norm site, nothing refitted, shortcut matrices in custom code.",
         default="refit",
         choices=METHODS,
     ).field()
     orientation: Orientation = Option(
         "--final-orientation",
-        "slicegpt: leave the kept directions as PCA orders them, or turn them at random (--seed).",
+        "slicegpt: leave the kept directions in PCA order, or rotate them randomly (--seed).",
         default="pca",
         choices=("pca", "random"),
     ).field()
     slice_head: bool | None = Option(
         "--slice-head/--no-slice-head",
-        "slicegpt: slice the input of the head too.  [default: no, as published, where the family allows it]",
+        "slicegpt: also slice the input of the head.  [default: no, as published, if the family allows it]",
         reads=bool,
     ).field()
     unties: bool = Option(
@@ -60,17 +60,17 @@ class SliceOptions:
         metavar="NAME|FILE|HUB_ID",
     ).field()
     samples: int = Option("--samples", "Rows of calibration text.", default=128, reads=int, metavar="N").field()
-    seed: int = Option("--seed", "Seed of the choice of rows.", default=42, reads=int, metavar="N").field()
+    seed: int = Option("--seed", "Seed for choosing the rows.", default=42, reads=int, metavar="N").field()
     cache: bool = Option(
         "--cache/--no-cache",
-        "Take statistics from the cache and keep them.",
+        "Reuse cached statistics, and cache new ones.",
         default=True,
         reads=bool,
         affects_result=False,
     ).field()
     cache_folder: Path | None = Option(
         "--cache-dir",
-        "Where statistics are kept for other dims.  [default: SLICECLI_CACHE, or the user's cache folder]",
+        "Folder of the statistics cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
         reads=local_path,
         metavar="DIR",
         is_folder=True,
@@ -83,14 +83,14 @@ class SliceOptions:
     max_memory: MaxMemory | None = options.MAX_MEMORY.field()
     streams: Literal["auto", "device", "host", "disk"] = Option(
         "--streams",
-        "Where the activations of the calibration text are kept; auto takes the first that has room.",
+        "Where to keep the cached activations of the calibration text; auto takes the first with room.",
         default="auto",
         choices=("auto", "device", "host", "disk"),
         affects_result=False,
     ).field()
     max_shard_size: int = Option(
         "--max-shard-size",
-        "Most bytes of one file.",
+        "Maximum bytes per weight file.",
         default="5GB",
         reads=parse_bytes,
         metavar="SIZE",
@@ -110,16 +110,16 @@ class SliceOptions:
     ).field()
     resume: bool = Option(
         "--resume",
-        "Go on where a run of the same command was interrupted.",
+        "Continue an interrupted run of the same command.",
         default=False,
         reads=bool,
         affects_result=False,
     ).field()
 
     def __post_init__(self) -> None:
-        check_count(self.samples, "{} calibration samples are", "Give --samples", words=("too few", "too many"))
-        check_count(self.sequence_length, "A sequence length of {} is", "Give --seq-len", least=2)
-        check_count(self.batch_size, "A batch of {} rows is", "Give --batch-size")
+        check_count(self.samples, "{} calibration samples are", "Use --samples", words=("too few", "too many"))
+        check_count(self.sequence_length, "A sequence length of {} is", "Use --seq-len", least=2)
+        check_count(self.batch_size, "A batch of {} rows is", "Use --batch-size")
         check_seed(self.seed)
         if isinstance(self.max_shard_size, str):
             object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))

@@ -195,9 +195,9 @@ def _layout(source: Source, chosen: ChosenAdapter, method: Method) -> Layout:
         return "stock"
     if source.has_own_model_code:
         raise UnsupportedModelError(
-            f"{source.name} runs code of its own, and this slice needs code of ours, which builds on classes of "
-            "transformers.",
-            "Slice it with --method refit if its family is stock.",
+            f"{source.name} has custom code, but this slice needs slicecli's custom code, which only extends classes "
+            "of transformers.",
+            "Use --method refit if its layout is stock; see slicecli inspect.",
         )
     return "custom-code"
 
@@ -314,7 +314,7 @@ def find_adapter(source: Source, name: str | None = None) -> ChosenAdapter:
     """Choose the adapter for a model, or infer one where no plugin knows its type."""
     if source.fields.get("model_type") == CONFIG_TYPE:
         raise UnsupportedModelError(
-            f"{source.name} is a slice already, with code of its own, which is not sliced again.",
+            f"{source.name} is already a slice with custom code, which cannot be sliced again.",
             "Slice the model it was made from.",
         )
     found = plugins()

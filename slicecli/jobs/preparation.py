@@ -86,8 +86,8 @@ def rehearse(job: Job) -> None:
             prepare_folders(job, [Path(folder) for folder in folders])
     except OSError as error:
         raise OutputError(
-            f"The slice cannot be rehearsed in the folder for temporary files: {error.strerror or error}.",
-            "Let TMPDIR name a folder with more room.",
+            f"The slice cannot be checked in the temporary folder: {error.strerror or error}.",
+            "Set TMPDIR to a folder with more space.",
         ) from error
 
 
@@ -99,7 +99,7 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         content = (source.folder / file).open("rb")
     except OSError as error:
         raise SourceError(
-            f"{file} of {source.name} cannot be read: {error.strerror}.", "Check who may read it, or remove it."
+            f"{file} of {source.name} cannot be read: {error.strerror}.", "Check its permissions, or remove it."
         ) from error
     with content, target.open("wb") as copy:
         shutil.copyfileobj(content, copy)
@@ -138,16 +138,16 @@ def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
             )
     except Exception as error:
         raise SourceError(
-            f"transformers refuses the config that a slice of {source.name} would have: {reason_of(error)}.",
+            f"transformers rejects the config of a slice of {source.name}: {reason_of(error)}.",
             "Check config.json.",
         ) from error
     meta_model = build_runnable_meta_model(config, source.trust_remote_code)
     count = sum(parameter.numel() for parameter in meta_model.parameters())
     if count != plan.sliced_parameters:
         raise PluginError(
-            f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, and the model "
+            f"Adapter {plan.adapter!r} counts {plan.sliced_parameters:,} parameters at dim {plan.dim}, but the model "
             f"has {count:,}.",
-            "Mend the widths and biases it declares.",
+            "Fix the widths and biases it declares.",
         )
     return meta_model
 
@@ -166,7 +166,7 @@ def _check_generation_config(folder: Path, source: Source) -> None:
                 )
     except Exception as error:
         raise SourceError(
-            f"transformers refuses the generation config of {source.name}: {reason_of(error)}.",
+            f"transformers rejects the generation config of {source.name}: {reason_of(error)}.",
             f"Check {GENERATION_FILE}.",
         ) from error
 
@@ -182,7 +182,7 @@ def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: A
         left_out = "; ".join(one.describe() for one in source.companions.left_out)
         raise SourceError(
             f"The tokenizer of {source.name} {problem}.",
-            f"These files do not go along: {left_out}." if left_out else "Check the tokenizer's files.",
+            f"These files are not copied: {left_out}." if left_out else "Check the tokenizer's files.",
         )
 
 

@@ -342,7 +342,9 @@ def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
     if busy >= processes:
         return ()
     more = f"--batch-size {max(1, rows // processes)}" if size > 1 else "--samples"
-    return (f"{rows} rows in batches of {size} occupy {busy} of {processes} processes; {more} would occupy more.",)
+    return (
+        f"{rows} rows in batches of {size} keep only {busy} of {processes} processes busy; use {more} to use more.",
+    )
 
 
 def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
@@ -350,8 +352,8 @@ def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
     if most is None:
         return ()
     return (
-        f"The memory ran out with {batches.size} rows at once; the run went on with {most}. "
-        f"--batch-size {most} spares the attempts.",
+        f"The memory ran out with {batches.size} rows per batch; the run continued with {most}. "
+        f"Use --batch-size {most} next time.",
     )
 
 
@@ -364,6 +366,6 @@ def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:
         + (
             "its head no longer shares the embedding table."
             if plan.method == "refit"
-            else "its shortcut matrices, and a head of its own, weigh more than the slicing saves."
+            else "its shortcut matrices and its separate head add more than the slicing removes."
         ),
     )

@@ -159,7 +159,8 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
     path = folder / RESULTS_FILE
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not path.is_file())):
         raise OutputError(
-            f"The output {folder.name!r} exists and is not a sweep, so it is left alone.", "Give another with --output."
+            f"The output {folder.name!r} exists and is not a sweep, so it will not be changed.",
+            "Choose another with --output.",
         )
     if path.is_file():
         found = read_json(path)
@@ -167,15 +168,14 @@ def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[st
             return {**found, "points": list(found["points"])}
         if not overwrite:
             raise OutputError(
-                f"The output {folder.name!r} has the results of another sweep: of another model, other options or "
-                "other texts.",
-                "Give another with --output, or --overwrite it.",
+                f"The output {folder.name!r} holds another sweep, with a different model, options or texts.",
+                "Choose another with --output, or replace it with --overwrite.",
             )
         shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The output {folder.name!r} cannot be made: {error.strerror}.") from None
+        raise OutputError(f"The output {folder.name!r} cannot be created: {error.strerror}.") from None
     plan = job.slices[0].plan
     document: dict[str, Any] = {
         "fingerprint": fingerprint,

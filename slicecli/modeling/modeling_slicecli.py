@@ -56,7 +56,7 @@ class _Sliced(_Derived, PreTrainedModel):
     def __init__(self, config: SlicedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the dense model and cut it."""
         if config.slicing is None:
-            raise ValueError("The config does not say how the stream is sliced (`slicing`).")
+            raise ValueError("The config lacks `slicing`, which describes how the residual stream is sliced.")
         super().__init__(config.text_config, *args, **kwargs)
         _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
         for kind in ("_attn_implementation_internal", "_experts_implementation_internal"):

@@ -187,14 +187,15 @@ def prove_accounting(shapes_by_width: dict[int, dict[str, tuple[int, ...]]], dim
     undeclared = sorted(grows - touching)
     if undeclared:
         raise PluginError(
-            f"Adapter {dimensions.adapter.name!r} does not say that {', '.join(undeclared)} touches the stream.",
+            f"Adapter {dimensions.adapter.name!r} does not declare that {', '.join(undeclared)} touches the residual "
+            "stream.",
             "Declare it as a reader, writer, embedding or norm.",
         )
     fixed = sorted(name for name in touching - grows if name in first)
     if fixed:
         raise PluginError(
-            f"Adapter {dimensions.adapter.name!r} says that {', '.join(fixed)} touches the stream, and it has no axis "
-            "of hidden size.",
+            f"Adapter {dimensions.adapter.name!r} declares that {', '.join(fixed)} touches the residual stream, but "
+            "it has no axis of hidden size.",
             "Declare it as kept.",
         )
 
@@ -239,8 +240,8 @@ def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor
     if error > tolerance:
         tables = ", ".join(table.path for table in dimensions.adapter.embeddings)
         raise PluginError(
-            f"Adapter {dimensions.adapter.name!r} does not describe this model: at dim {dim} the stream that {tables} "
-            f"start is not the projection of the dense one (relative error {error:.1e}).",
+            f"Adapter {dimensions.adapter.name!r} does not describe this model: at dim {dim} the output of {tables} is "
+            f"not the projection of the dense one (relative error {error:.1e}).",
             "Check scales_embeddings_by_width.",
         )
     return error
@@ -262,8 +263,7 @@ def prove_own_class(adapter: Adapter, config: Any, trust_remote_code: bool = Fal
             prove_embeddings(model, dimensions, token_ids, dim, FACTOR_TOLERANCE)
     except PluginError as error:
         raise PluginError(
-            f"{type(model).__name__} of the model's own code is not what adapter {adapter.name!r} describes: "
-            f"{error.cause}",
+            f"{type(model).__name__} of the model's custom code does not match adapter {adapter.name!r}: {error.cause}",
             "Try --adapter auto, which infers a declaration from the class itself.",
         ) from error
 
@@ -373,13 +373,13 @@ def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool) -> int:
     dimensions = Dimensions(adapter, small.to_dict())
     token_ids = torch.randint(2, dimensions.vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
     width, half = dimensions.hidden_size, dimensions.hidden_size // 2
-    remedy = "Slice with --method refit, which runs the family's own blocks."
-    tried = "its blocks with shortcuts do not run"
+    remedy = "Use --method refit, which runs the family's own blocks."
+    tried = "its blocks with shortcuts fail to run"
     try:
         full = published_in_memory(model, dimensions, token_ids, Schedule.constant(dimensions, width))
         difference = relative_error(logits(full, token_ids), logits(model, token_ids))
         if not difference > PROOF_TOLERANCE:
-            tried = f"it does not run with a narrow stream whose head {'is' if slices_head else 'is not'} sliced"
+            tried = f"it fails to run with a narrow stream and a head that {'is' if slices_head else 'is not'} sliced"
             remedy = remedy if slices_head else "Give --slice-head."
             narrow = Schedule.constant(dimensions, half, half if slices_head else width)
             logits(published_in_memory(model, dimensions, token_ids, narrow), token_ids)
@@ -387,7 +387,7 @@ def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool) -> int:
         raise PluginError(f"{type(model).__name__}: {tried} ({reason_of(error)}).", remedy) from error
     if difference > PROOF_TOLERANCE:
         raise PluginError(
-            f"{type(model).__name__}: its blocks do more than adapter {adapter.name!r} says, for with shortcuts the "
+            f"{type(model).__name__}: its blocks do more than adapter {adapter.name!r} declares: with shortcuts the "
             f"logits change by {difference:.1e} at full width.",
             remedy,
         )
@@ -469,18 +469,18 @@ def _run(model: Any, dimensions: Dimensions, token_ids: torch.Tensor) -> list[_S
             hint = f"Check the embeddings ({tables}) and scales_embeddings_by_width."
             watch(path, f"the stream that enters {path}", hint, is_stream=True, is_input=True)
         for branch in block.branches:
-            norm_hint = f"Check the norm {branch.norm!r} (declared as {adapter.norm}) and the readers behind it."
+            norm_hint = f"Check the norm {branch.norm!r} (declared as {adapter.norm}) and its readers."
             for reader in branch.readers:
-                watch(f"{path}.{reader.path}", f"what {path}.{reader.path} makes of it", norm_hint)
+                watch(f"{path}.{reader.path}", f"the output of {path}.{reader.path}", norm_hint)
             if branch.writer is not None:
                 declared = ", ".join(branch.reader_paths)
-                hint = f"Something between norm and writer reads the stream undeclared; declared: {declared}."
-                watch(f"{path}.{branch.writer.path}", f"what enters {path}.{branch.writer.path}", hint, is_input=True)
+                hint = f"An undeclared reader lies between norm and writer; declared: {declared}."
+                watch(f"{path}.{branch.writer.path}", f"the input of {path}.{branch.writer.path}", hint, is_input=True)
         writers = [path for branch in block.branches for path in branch.writer_paths]
         hint = f"Check the writers ({', '.join(writers)}), their multipliers, and whether the block is parallel."
         watch(path, f"the stream that leaves {path}", hint, is_stream=True)
     hint = f"Check the final norm ({adapter.final_norm}) and the head ({adapter.head.path})."
-    watch(adapter.head.path, f"what {adapter.head.path} makes of it", hint)
+    watch(adapter.head.path, f"the output of {adapter.head.path}", hint)
     try:
         with _exactly(model):
             model(input_ids=token_ids, use_cache=False)

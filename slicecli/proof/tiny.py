@@ -85,7 +85,7 @@ def tiny_config(like: Any, has_head_dim: bool = True, **changes: Any) -> Any:
         fields |= {"pad_token_id": None, **({"head_dim": HEAD_DIM} if has_head_dim else {}), **changes}
         return type(like).from_dict(fields)
     except Exception as error:  # config classes raise what they like
-        raise SourceError(f"{type(like).__name__} refuses small sizes: {reason_of(error)}.") from error
+        raise SourceError(f"{type(like).__name__} rejects small sizes: {reason_of(error)}.") from error
 
 
 def _short_factors(rotation: Any, has_head_dim: bool) -> Any:

@@ -246,7 +246,9 @@ class Results(Figures):
     """What was measured of the slice, and of the dense model on the same rows and questions."""
 
     dense: Figures = Field(default=ABSENT, description="The same of the dense model.")
-    versions: dict[Name, PackageVersion] = Field(default=ABSENT, description="What it was measured with.")
+    versions: dict[Name, PackageVersion] = Field(
+        default=ABSENT, description="Versions of the packages that measured it."
+    )
 
 
 class Alternative(JsonObject):
@@ -327,7 +329,7 @@ class DenseFigure(JsonObject):
     """A dense model's figure."""
 
     value: NotNegative = Field(description="The figure.")
-    source: Sentence = Field(description="Who says so.")
+    source: Sentence = Field(description="Source of the figure.")
 
 
 class Parameter(JsonObject):
@@ -348,9 +350,9 @@ class Estimate(JsonObject):
     value: NotNegative = Field(description="The prediction.")
     low: NotNegative = Field(description="Lower end of the 90 % interval.")
     high: NotNegative = Field(description="Upper end of the 90 % interval.")
-    is_outside: bool = Field(description="Whether s is outside of what the prediction rests on.")
+    is_outside: bool = Field(description="Whether s is outside the range of the data the prediction is based on.")
     paper: float | None = Field(
-        description="The same by the relation of arXiv 2503.04377; null where that says nothing."
+        description="The prediction of the relation of arXiv 2503.04377; null if it gives none."
     )
     measured: NotNegative | None = Field(description="What was measured at this dim; null where nothing was.")
 
@@ -366,11 +368,11 @@ class Prediction(JsonObject):
     formula: Sentence = Field(description="The relation as a formula.")
     parameters: dict[Name, Parameter] = Field(description="Parameters of the relation, by name.")
     valid_sparsity: Annotated[list[Sparsity], Field(min_length=2, max_length=2)] = Field(
-        description="The least and the largest s of what it rests on."
+        description="The smallest and the largest s of the data it is based on."
     )
-    basis: Sentence = Field(description="What it rests on.")
-    measured_slices: Count = Field(description="Slices of this model among that.")
-    notes: list[Sentence] = Field(description="What a reader should know.")
+    basis: Sentence = Field(description="The data it is based on.")
+    measured_slices: Count = Field(description="Number of measured slices of this model among the data.")
+    notes: list[Sentence] = Field(description="Remarks on the prediction.")
     estimates: list[Estimate] = Field(description="Predictions for the usual dims, and for those that were measured.")
 
 
@@ -384,8 +386,8 @@ class OtherDim(JsonObject):
 class LeftOut(JsonObject):
     """Files that do not go along for one reason."""
 
-    reason: Name = Field(description="What they are.")
-    count: Size = Field(description="How many there are; a folder of which nothing goes along counts as one.")
+    reason: Name = Field(description="The reason.")
+    count: Size = Field(description="Number of files; a folder of which nothing is copied counts as one.")
     files: list[Name] = Field(
         description="The first names, relative to the source's folder; one that ends in a slash is a folder."
     )
@@ -403,38 +405,36 @@ class Record(JsonObject):
     slicecli_version: Version = Field(description="Version of slicecli that made the slice.")
     source: Source = Field(description="The dense model, or the slice, that was sliced.")
     ancestry: list[Ancestor] = Field(
-        description="Where the source is a slice itself: what it was made from, and what that was made from; empty "
-        "otherwise."
+        description="If the source is itself a slice, the models it was made from, back to the dense model; otherwise "
+        "empty."
     )
-    repository: HubId | None = Field(
-        description="Where the slice is published on the Hub (owner/name); null where it was not pushed."
-    )
+    repository: HubId | None = Field(description="Hub repository of the slice (owner/name); null if it was not pushed.")
     command: Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)] = Field(
-        description="The command that makes the slice again; a text file and a folder appear by their names only."
+        description="The command that reproduces the slice; text files and folders appear by their names only."
     )
     inherited: Inherited = Field(
-        description="What the card of the source says of licence and languages, where it is well formed."
+        description="Licence and languages on the card of the source, as far as they are well formed."
     )
-    adapter: Name = Field(description="Name of the adapter that describes the family; auto where it was inferred.")
+    adapter: Name = Field(description="Name of the adapter that describes the family; auto if it was inferred.")
     method: Method = Field(
         description="refit: one basis for the whole stream, every map refitted by least squares. slicegpt: a basis at "
-        "every place, weights projected, as published in arXiv 2401.15024."
+        "every norm site, weights projected, as published in arXiv 2401.15024."
     )
     layout: Layout = Field(
-        description="stock: a checkpoint of a class of transformers. custom-code: one that brings its class along."
+        description="stock: a checkpoint of a transformers class. custom-code: one that includes its class."
     )
     needs_remote_code: bool = Field(
-        description="Whether transformers has to run code that lies beside the weights (trust_remote_code); true of "
-        "layout custom-code."
+        description="Whether transformers must run code stored with the weights (trust_remote_code); true for layout "
+        "custom-code."
     )
     is_tied: bool = Field(
         description="Whether the slice shares one table between embedding and head, as the source does."
     )
     hidden_size: Width = Field(description="d, the hidden size of the source.")
-    dim: Width = Field(description="k, the hidden size of the slice; of a schedule of several widths, their mean.")
+    dim: Width = Field(description="k, the hidden size of the slice; for a schedule of several widths, their mean.")
     sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")
     schedule: Schedule | None = Field(
-        description="Widths of the stream, of method slicegpt; null of method refit, which has one width."
+        description="Widths of the stream for method slicegpt; null for method refit, which has one width."
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = Field(description="Dtype of the weights.")
     parameters: Change = Field(description="Parameters, before and after; buffers do not count.")
@@ -442,26 +442,28 @@ class Record(JsonObject):
     calibration: Calibration = Field(description="What the slice was fitted to.")
     energy: Energy = Field(
         description="How much of the stream's energy on the calibration text the slice keeps, and slices of other dims "
-        "would."
+        "would keep."
     )
     results: Results = Field(
-        description="What was measured of the slice, and of the dense model on the same rows and questions."
+        description="Measurements of the slice, and of the dense model on the same rows and questions."
     )
     curve: Curves | None = Field(
-        description="Curves fitted to measured slices of the source; null without any. `slicecli estimate` reads them."
+        description="Curves fitted to measured slices of the source, or null. `slicecli estimate` reads them."
     )
     predictions: list[Prediction] = Field(
-        description="What is predicted of slices to other dims; the card has it as tables."
+        description="Predictions for slices to other dims; the card shows them as tables."
     )
     other_dims: list[OtherDim] = Field(description="Parameters of slices to other dims.")
     weights: Annotated[dict[WeightFile, Digest], Field(min_length=1)] = Field(
         description="SHA-256 of each weight file, by name."
     )
-    files: dict[File, Digest] = Field(description="SHA-256 of each other file but the card and this record, by name.")
-    left_out: list[LeftOut] = Field(
-        description="Files of the source that do not go along, by the reason; its config, weights and card aside."
+    files: dict[File, Digest] = Field(
+        description="SHA-256 of every other file except the card and this record, by name."
     )
-    versions: dict[Name, PackageVersion] = Field(description="What the slice was made with.")
+    left_out: list[LeftOut] = Field(
+        description="Files of the source that were not copied, by reason; excludes its config, weights and card."
+    )
+    versions: dict[Name, PackageVersion] = Field(description="Versions of the packages that made the slice.")
 
 
 class RefitRecord(Record):
@@ -500,7 +502,7 @@ def schema_errors(record: Any) -> list[str]:
     """Say what in a record is not as its schema has it."""
     version = record.get("record_version") if isinstance(record, dict) else None
     if isinstance(version, int) and not isinstance(version, bool) and version != RECORD_VERSION:
-        return [f"$.record_version is {version}, which slicecli {__version__} does not know"]
+        return [f"$.record_version is {version}, which slicecli {__version__} does not support"]
     try:
         RECORDS.validate_python(record)
     except ValidationError as error:

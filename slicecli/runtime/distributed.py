@@ -120,8 +120,8 @@ class Processes:
         gpus = torch.cuda.device_count()
         if self.local_rank >= gpus:
             raise RequestError(
-                f"There are {self.local_count} processes on this machine, and it has {gpus} GPUs.",
-                "Start as many processes as there are GPUs, or give --device-map cpu.",
+                f"{self.local_count} processes were started on this machine, but it has only {gpus} GPUs.",
+                "Start one process per GPU, or use --device-map cpu.",
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
@@ -148,7 +148,7 @@ class Processes:
                 _here.cuda_group = dist.new_group(backend="nccl", timeout=EXCHANGE)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
-                f"The {self.count} processes cannot meet at {meeting_place()}: {reason_of(error)}.", meeting_remedy()
+                f"The {self.count} processes cannot connect at {meeting_place()}: {reason_of(error)}.", meeting_remedy()
             ) from error
 
     def sum_everywhere(self, *tensors: torch.Tensor) -> None:
@@ -239,8 +239,8 @@ class Processes:
             differing = [rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]]
             if differing:
                 raise RequestError(
-                    f"Process {differing[0]} has another {name} than the main process.",
-                    "Give all machines the same files and the same versions.",
+                    f"Process {differing[0]} has a different {name} from the main process.",
+                    "Use the same files and versions on all machines.",
                 )
 
     def tell(self, error: BaseException) -> None:
@@ -251,7 +251,7 @@ class Processes:
             words = (error.cause, error.remedy, error.exit_code)
         elif isinstance(error, Exception):
             cause = f"Process {self.rank} of {self.count} failed: {type(error).__name__}: {reason_of(error)}."
-            words = (cause, "What it printed says where.", 1)
+            words = (cause, "Its own output shows where.", 1)
         else:  # a signal: who sent it knows
             words = ("", "", 1)
         if not isinstance(error, ProcessError):
@@ -331,10 +331,10 @@ def _end_of_another() -> ProcessError:
         if _here.store.check([FAILED]):
             return ProcessError(*json.loads(_here.store.get(FAILED)))
     except RuntimeError:
-        return ProcessError("The machine of the main process does not answer any more.", "Look at what it says.")
+        return ProcessError("The machine of the main process stopped responding.", "Check its output.")
     return ProcessError(
-        "Another process of the job has ended without a word.",
-        "Look at what its machine says: it may have had too little memory.",
+        "Another process of the job ended without reporting an error.",
+        "Check its machine: the process may have run out of memory.",
     )
 
 

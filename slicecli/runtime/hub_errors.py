@@ -20,10 +20,10 @@ __all__ = [
 ]
 
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-LOG_IN = "Log in with `hf auth login`, or give a --token"
-LOCAL = "a local folder is given as a path, for example ./model."
+LOG_IN = "Log in with `hf auth login`, or pass a --token"
+LOCAL = "write a local folder as a path, for example ./model."
 AGAIN = "Run it again later."
-OTHER_DISK = "Free some of it, or let HF_HOME name a folder on another disk."
+OTHER_DISK = "Free some space, or set HF_HOME to a folder on another disk."
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 MOST_CHARACTERS = 200
 
@@ -81,33 +81,33 @@ def _explain(error: BaseException) -> tuple[str, str]:
     has_token = response is None or "authorization" in response.request.headers
     if _find(error, errors.GatedRepoError):
         if has_token:
-            return "access to it is gated, and the token does not give it", "Ask for access on its page on the Hub."
+            return "it is gated, and the token has no access", "Request access on its Hub page."
         return (
-            "access to it is gated, and no token was sent",
-            f"Accept its terms on its page on the Hub, then {_small(LOG_IN)}.",
+            "it is gated, and no token was sent",
+            f"Accept its terms on its Hub page, then {_small(LOG_IN)}.",
         )
     if _find(error, errors.RevisionNotFoundError):
-        return "there is no such revision", "Give another --revision: a branch, a tag or a commit."
+        return "there is no such revision", "Use another --revision: a branch, tag or commit."
     if _find(error, errors.RepositoryNotFoundError):
-        missing = "there is no such repository, or it is private"
+        missing = "the repository does not exist, or it is private"
         if has_token:
-            return f"{missing} and the token does not open it", f"Check the name; {LOCAL}"
+            return f"{missing} and the token has no access", f"Check the name; {LOCAL}"
         return f"{missing} and no token was sent", f"Check the name; if it is private, {_small(LOG_IN)}; {LOCAL}"
     if _find(error, errors.HFValidationError):
-        return "that is not a valid Hub id (owner/name)", f"Check the name; {LOCAL}"
+        return "it is not a valid Hub id (owner/name)", f"Check the name; {LOCAL}"
     if _find(error, errors.LocalTokenNotFoundError):
-        return "no token is given or stored", f"{LOG_IN}."
+        return "no token was passed or stored", f"{LOG_IN}."
     if _is_offline(error):
         variables = " and ".join(name for name in OFFLINE_VARIABLES if os.environ.get(name)) or OFFLINE_VARIABLES[0]
-        lacking = ", and the cache does not have all of it" if _find(error, errors.LocalEntryNotFoundError) else ""
+        lacking = ", and the cache is incomplete" if _find(error, errors.LocalEntryNotFoundError) else ""
         return f"offline mode is on ({variables}){lacking}", f"Unset {variables}."
     if _is_bad_token(error):
         return (
-            "the token has characters that no token has, such as a line break",
-            f"{LOG_IN} as the Hub shows it; HF_TOKEN, where it is set, comes before the stored one.",
+            "the token contains an invalid character, such as a line break",
+            f"{LOG_IN} as the Hub shows it; HF_TOKEN, if set, takes precedence over the stored token.",
         )
     if _find(error, errors.RemoteEntryNotFoundError):
-        return "the repository lacks a file that is needed", "Check the name and the --revision."
+        return "the repository lacks a required file", "Check the name and the --revision."
     if response is not None:
         return _explain_status(error, response, has_token)
     return _explain_machine(error)
@@ -117,21 +117,21 @@ def _explain_status(error: BaseException, response: Any, has_token: bool) -> tup
     """Return cause and remedy of a status that no other error says better."""
     status = response.status_code
     if status == 401:
-        remedy = f"{LOG_IN} that is valid; HF_TOKEN, where it is set, comes before the stored one."
-        return "the Hub does not accept the token", remedy
+        remedy = f"{LOG_IN} that is valid; HF_TOKEN, if set, takes precedence over the stored token."
+        return "the Hub rejects the token", remedy
     if status == 429:
         wait = seconds_to_wait(error)
         when = AGAIN if wait is None else f"Run it again in {wait} seconds."
-        remedy = when if has_token else f"{when[:-1]}; it may be asked more often with a token."
-        return "the Hub was asked too often (status 429)", remedy
+        remedy = when if has_token else f"{when[:-1]}; the limit is higher with a token."
+        return "the Hub's rate limit was exceeded (status 429)", remedy
     if status == 412:
-        return "somebody else changed the repository at the same time (status 412)", "Run it again."
+        return "someone else changed the repository at the same time (status 412)", "Run it again."
     if status in TRANSIENT_STATUSES or status >= 500:
-        return f"the Hub has a fault of its own (status {status})", AGAIN
+        return f"the Hub has an internal error (status {status})", AGAIN
     said = next(filter(None, (getattr(link, "server_message", None) for link in _chain(error))), "")
     reason = f": {said.splitlines()[0].rstrip('.')}"[:MOST_CHARACTERS] if said else ""
-    remedy = f"{LOG_IN} that has the right." if status == 403 else "Mend that and run it again."
-    return f"the Hub refuses it (status {status}{reason})", remedy
+    remedy = f"{LOG_IN} that has permission." if status == 403 else "Fix that and run it again."
+    return f"the Hub refused the request (status {status}{reason})", remedy
 
 
 def _explain_machine(error: BaseException) -> tuple[str, str]:
@@ -141,24 +141,24 @@ def _explain_machine(error: BaseException) -> tuple[str, str]:
     for link in _chain(error):
         number = getattr(link, "errno", None)
         if number in {errno.ENOSPC, errno.EDQUOT}:
-            return "the disk became full", OTHER_DISK
+            return "the disk is full", OTHER_DISK
         if number in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return "the Hub's cache cannot be written", "Let HF_HOME name a folder that can be written."
+            return "the Hub cache is not writable", "Set HF_HOME to a writable folder."
         if isinstance(link, UserWarning) and "disk space" in str(link):
-            return "the disk has too little room for it", OTHER_DISK
+            return "the disk has too little space", OTHER_DISK
     if _is_bad_address(error):
-        return "HF_ENDPOINT is not an address", "Set it to one such as https://huggingface.co, or unset it."
+        return "HF_ENDPOINT is not a URL", "Set it to a URL such as https://huggingface.co, or unset it."
     if _is_unreachable(error):
         return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
     if _is_broken_off(error):
-        return "the connection to the Hub broke off", "Run it again."
+        return "the connection to the Hub was lost", "Run it again."
     if _is_incomplete(error):
-        return "a file of it arrived incomplete", "Run it again."
+        return "a file arrived incomplete", "Run it again."
     if _find(error, json.JSONDecodeError):
         # such as a page in HTML, where something between here and the Hub fails
-        return "what came from the Hub is not valid JSON", AGAIN
+        return "the Hub's response is not valid JSON", AGAIN
     if _find(error, errors.LocalEntryNotFoundError):
-        return "the Hub cannot be reached and it is not in the cache", "Check the network."
+        return "the Hub cannot be reached, and it is not in the cache", "Check the network."
     for link in _chain(error):
         if isinstance(link, OSError) and link.strerror:
             # without the path

@@ -51,7 +51,7 @@ ADDRESS_BEGINNING = re.compile(
 def parse_text(text: str) -> str:
     """Return a text that says something."""
     if not text.strip():
-        raise RequestError("The value is empty.", "Give one, or leave the option out.")
+        raise RequestError("The value is empty.", "Pass a value, or leave out the option.")
     return parse_prompt(text)
 
 
@@ -60,7 +60,7 @@ def parse_prompt(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{shown(text)} is not UTF-8 text.", "Check the encoding of the terminal.") from None
+        raise RequestError(f"{shown(text)} is not UTF-8 text.", "Check the terminal's encoding.") from None
     return text
 
 
@@ -68,7 +68,7 @@ def parse_names(text: str) -> tuple[str, ...]:
     """Return names with commas between them."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise RequestError(f"{shown(text)} names nothing.", "Give a name, or leave the option out.")
+        raise RequestError(f"{shown(text)} contains no name.", "Pass a name, or leave out the option.")
     return names
 
 
@@ -87,18 +87,18 @@ def check_seed(seed: int, limits: tuple[int, int] = TORCH_SEEDS) -> None:
     """Refuse a seed that a random generator does not take."""
     least, most = limits
     if not least <= seed <= most:
-        raise RequestError(f"The seed {shown(seed)} is out of range.", f"Give --seed from {least} to {most}.")
+        raise RequestError(f"The seed {shown(seed)} is out of range.", f"Use --seed from {least} to {most}.")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
     """Refuse what no text can be generated with."""
-    check_count(max_new_tokens, "{} new tokens are", "Give --max-new-tokens", words=("too few", "too many"))
+    check_count(max_new_tokens, "{} new tokens are", "Use --max-new-tokens", words=("too few", "too many"))
     check_seed(seed)
     least, most = TEMPERATURES
     if not (temperature == 0 or least <= temperature <= most):
         raise RequestError(
-            f"A temperature of {temperature} cannot be sampled with.",
-            f"Give 0, which takes the likeliest token each time, or {least:g} to {most:g}.",
+            f"The temperature {temperature} is out of range.",
+            f"Use 0 to take the likeliest token each time, or {least:g} to {most:g} to sample.",
         )
 
 
@@ -106,12 +106,12 @@ def parse_token(text: str) -> str:
     """Return a Hub token that can be sent."""
     if not text:
         raise RequestError(
-            "The token is empty.", "Leave it out to take the stored one, or check the variable it is from."
+            "The token is empty.", "Leave it out to use the stored one, or check the variable that should hold it."
         )
     if not all("!" <= letter <= "~" for letter in text):
         kinds = {"a line break": "\r\n", "a space": " \t"}
-        found = next((kind for kind, letters in kinds.items() if set(letters) & set(text)), "a character")
-        raise RequestError(f"The token has {found} that no token has.", "Give it as the Hub shows it: hf_ and letters.")
+        found = next((kind for kind, letters in kinds.items() if set(letters) & set(text)), "an invalid character")
+        raise RequestError(f"The token contains {found}.", "Copy it as the Hub shows it: hf_ and letters.")
     return text
 
 
@@ -119,11 +119,11 @@ def local_path(text: str | os.PathLike[str]) -> Path:
     """Return the path that a text names, with `~` and `~name` replaced by home folders."""
     given = os.fspath(text)
     if not given.strip():
-        raise RequestError("The path is empty.", "Give a file or folder; . is the working folder.")
+        raise RequestError("The path is empty.", "Pass a file or folder; . is the working folder.")
     expanded = os.path.expanduser(given)  # noqa: PTH111  # pathlib's raises where there is no such user
     if expanded.startswith("~"):
         user = re.split(r"[/\\]", expanded)[0]
-        raise RequestError(f"The home folder of {user!r} is not known.", f"Write ./{user} for a file of that name.")
+        raise RequestError(f"The home folder of {user!r} is not known.", f"Write ./{user} for a file with that name.")
     path = Path(expanded)
     try:
         path.stat()
@@ -131,7 +131,7 @@ def local_path(text: str | os.PathLike[str]) -> Path:
         return path
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise RequestError(f"The path {shown(given)} cannot be used: {reason}.", "Give another.") from None
+        raise RequestError(f"The path {shown(given)} cannot be used: {reason}.", "Use another path.") from None
     return path
 
 
@@ -141,11 +141,11 @@ def parse_repository(text: str, needs_owner: bool = True) -> str:
         return text
     offer = _id_inside(text)
     if offer != text and is_repository_name(offer, needs_owner):
-        remedy = f"Give {offer}."
+        remedy = f"Use {offer}."
     elif is_repository_name(text):
-        remedy = f"Give owner/{text}, with the name of a user or an organisation as the owner."
+        remedy = f"Use owner/{text}, where owner is a user or an organisation."
     else:
-        remedy = f"Give owner/name, {REPOSITORY_RULE}."
+        remedy = f"Use owner/name, {REPOSITORY_RULE}."
     raise RequestError(f"{shown(text)} is not a valid Hub id.", remedy)
 
 
@@ -180,13 +180,13 @@ def find_folder(text: str) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise SourceError(f"{shown(text)} is a file.", "Give the folder of a model, or a Hub id such as owner/name.")
+        raise SourceError(f"{shown(text)} is a file.", "Pass the folder of a model, or a Hub id such as owner/name.")
     if text.startswith((".", "/", "~")):
-        raise SourceError(f"There is no folder {shown(text)}.", "Check the path, or give a Hub id such as owner/name.")
+        raise SourceError(f"There is no folder {shown(text)}.", "Check the path, or pass a Hub id such as owner/name.")
     try:
         parse_repository(text, needs_owner=False)
     except RequestError as error:
-        raise SourceError(f"There is no folder {shown(text)}, and that is not a valid Hub id.", error.remedy) from None
+        raise SourceError(f"{shown(text)} is neither an existing folder nor a valid Hub id.", error.remedy) from None
     return None
 
 
@@ -194,7 +194,7 @@ def describe_shadow(text: str) -> str:
     """Say in a sentence how to get a repository whose name is that of a folder here; empty where that is not so."""
     if not is_repository_name(text):  # such as ./model
         return ""
-    return f"{text} is a folder here, and folders come first: for {text} on the Hub run the command in another folder."
+    return f"{text} is a folder here, and local folders come first; for {text} on the Hub, run the command elsewhere."
 
 
 def parse_count(text: str) -> int:

@@ -18,12 +18,14 @@ def load_json(path: Path, most_bytes: int = MOST_JSON_BYTES, allows_mark: bool =
     """Return the content of a JSON file that anybody may have written."""
     size = path.stat().st_size
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if size > most_bytes:
-        raise ValueError(f"it has {size:,} bytes, more than such a file needs")
+        raise ValueError(f"it has {size:,} bytes, too large for such a file")
     content = path.read_bytes()
     if content.startswith(BYTE_ORDER_MARK) and not allows_mark:
-        raise ValueError("it begins with a byte order mark (BOM), which transformers does not read; save it without")
+        raise ValueError(
+            "it begins with a byte order mark (BOM), which transformers does not read; save it without the mark"
+        )
     try:
         content = json.loads(decode(content))
     except RecursionError:

@@ -45,10 +45,10 @@ def running(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise RequestError(
-                f"The memory does not suffice to run {name}.",
-                "Give a smaller --batch-size or --seq-len, or another --device-map.",
+                f"There is not enough memory to run {name}.",
+                "Use a smaller --batch-size or --seq-len, or another --device-map.",
             ) from error
         raise SourceError(
-            f"{name} cannot be run: {type(error).__name__}: {reason_of(error)}.",
+            f"{name} failed to run: {type(error).__name__}: {reason_of(error)}.",
             "Check its config.json; slicecli -v shows where it failed.",
         ) from error

@@ -129,8 +129,8 @@ DTYPE = Option(
 )
 DEVICE_MAP = Option(
     "--device-map",
-    "Where the model goes: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that maps modules to "
-    "devices, cpu or disk.",
+    "Where to place the model: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that maps modules "
+    "to devices, cpu or disk.",
     default="auto",
     reads=_read_device_map,
     metavar="MAP",
@@ -138,7 +138,7 @@ DEVICE_MAP = Option(
 )
 MAX_MEMORY = Option(
     "--max-memory",
-    "Most bytes of weights on each device; what fits on none is read from disk.",
+    "Maximum bytes of weights on each device; weights that fit nowhere are read from disk.",
     reads=_read_max_memory,
     metavar="0=SIZE,cpu=SIZE",
     affects_result=False,

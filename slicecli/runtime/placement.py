@@ -59,18 +59,20 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return Processes.find().device()
     if Processes.find().count > 1 and name != "cpu":
-        raise RequestError(f"Many processes cannot all be on {name}.", "Give --device-map auto: each has its own.")
+        raise RequestError(
+            f"Several processes cannot share {name}.", "Use --device-map auto, which gives each its own device."
+        )
     try:
         device = torch.device(name)
         if device.type == "cpu":
             return torch.device("cpu")  # without a number, which some libraries do not take
         if device.type == "meta":
-            raise RuntimeError("nothing is computed on it")
+            raise RuntimeError("it cannot compute")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(
             f"There is no device {name!r} here: {reason_of(error)}.",
-            f"Give a map ({', '.join(NAMED_MAPS)}, a .json file), cpu or cuda:N.",
+            f"Use a map ({', '.join(NAMED_MAPS)}, a .json file), cpu or cuda:N.",
         ) from None
     return device
 
@@ -104,7 +106,7 @@ def read_device_map(text: str) -> DeviceMap:
         or not all(isinstance(place, str) or type(place) is int for place in content.values())
     ):
         raise RequestError(
-            f"{text!r} is no device map.", 'It maps modules to devices, such as {"": "disk", "model.layers.0": "cpu"}.'
+            f"{text!r} is not a device map.", 'Map modules to devices, such as {"": "disk", "model.layers.0": "cpu"}.'
         )
     return content
 
@@ -116,7 +118,7 @@ def parse_max_memory(text: str) -> dict[str | int, int]:
         name, sign, size = (word.strip() for word in part.partition("="))
         device = int(name) if name.isdecimal() else name
         if not sign or not (isinstance(device, int) or device == HOST) or device in found:
-            raise RequestError(f"{text!r} does not give each device a size.", "Give such as 0=20GiB,cpu=64GiB.")
+            raise RequestError(f"{text!r} does not give each device a size.", "Write 0=20GiB,cpu=64GiB, for example.")
         found[device] = parse_bytes(size)
     return found
 
@@ -151,7 +153,7 @@ class Placement:
         """Say it in a line."""
         if self.is_plain:
             return f"computing on {self.device}; weights are read from the checkpoint block by block"
-        return f"computing on {self.device}; weights rest: {describe_map(self.rests)}"
+        return f"computing on {self.device}; weights are kept: {describe_map(self.rests)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -181,7 +183,8 @@ def check_sizes(wanted: DeviceMap, max_memory: MaxMemory | None) -> None:
     """Refuse sizes where they would be of no effect."""
     if max_memory is not None and (wanted not in NAMED_MAPS or Processes.find().count > 1):
         raise RequestError(
-            "--max-memory divides a model among devices.", "Give it with auto, balanced or sequential, to one process."
+            "--max-memory only works when one process divides a model among devices.",
+            "Use it with --device-map auto, balanced or sequential, in a single process.",
         )
 
 
@@ -202,7 +205,7 @@ def decide_placement(
     if wanted not in NAMED_MAPS or (wanted == "auto" and max_memory is None):
         return Placement(pick_device(wanted))
     if Processes.find().count > 1:
-        raise RequestError("Many processes each read the whole model.", "Give --device-map auto.")
+        raise RequestError("With several processes, each reads the whole model.", "Use --device-map auto.")
     places = _map_of_accelerate(wanted, max_memory, model, blocks, dtype)
     return _placed_by(places, model, blocks)
 
@@ -221,7 +224,7 @@ def _map_of_accelerate(
         places: dict[str, str | int] = infer_auto_device_map(model, memory, list(whole), dtype=dtype)
     except (ValueError, RuntimeError) as error:
         raise RequestError(
-            f"The model cannot be divided so: {reason_of(error)}.", "Give other sizes with --max-memory."
+            f"The model cannot be divided this way: {reason_of(error)}.", "Use other sizes with --max-memory."
         ) from error
     return places
 
@@ -232,7 +235,7 @@ def _placed_by(places: Mapping[str, str | int], model: Any, blocks: str) -> Plac
     for name in places:
         if name.startswith(f"{blocks}.") and name.count(".") > blocks.count(".") + 1:
             raise RequestError(
-                f"The device map divides a block ({shown(name)}).", f"Blocks are whole: give {blocks}.N a place."
+                f"The device map splits a block ({shown(name)}).", f"Place whole blocks: map {blocks}.N."
             )
     return Placement(computing_device(rests), rests)
 
@@ -243,7 +246,7 @@ def spread_map(places: Mapping[str, str | int], model: Any) -> dict[str, str]:
     names = {name for name, _ in model.named_modules()} | model.state_dict().keys()
     for name in places:
         if name not in names:
-            raise RequestError(f"The device map has {shown(name)}, which the model does not have.")
+            raise RequestError(f"The device map names {shown(name)}, which the model does not have.")
     spread: dict[str, str] = {}
 
     def enter(name: str, module: Any) -> None:
@@ -255,7 +258,7 @@ def spread_map(places: Mapping[str, str | int], model: Any) -> dict[str, str]:
                 return
             missing = next((leaf for leaf, _ in module.named_parameters(prefix=name)), None)
             if missing is not None:
-                raise RequestError(f"The device map leaves out {missing}.", 'Give "" a place for the rest.')
+                raise RequestError(f"The device map leaves out {missing}.", 'Map "" to place the rest.')
             return
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         spread.update({f"{inside}{leaf}": given.rest_of(f"{inside}{leaf}") for leaf, _ in own})
@@ -297,8 +300,8 @@ class ActivationPlan:
     def describe(self) -> str:
         """Say it in a line."""
         where = {"device": "on the device", "host": "in main memory", "disk": "on disk"}[self.place]
-        sizes = f"{_gigabytes(self.needed_bytes)} of {_gigabytes(self.budget_bytes)} that they may take on the device"
-        return f"streams {where} ({sizes})"
+        sizes = f"{_gigabytes(self.needed_bytes)} of a device budget of {_gigabytes(self.budget_bytes)}"
+        return f"activations {where} ({sizes})"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""

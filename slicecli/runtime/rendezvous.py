@@ -33,7 +33,7 @@ def launched() -> tuple[int, int, int, int] | None:
         return None
     if not 0 <= rank < count:
         raise RequestError(
-            f"Process {rank} of {count} cannot be.", "Unset RANK and WORLD_SIZE, or start with torchrun."
+            f"Rank {rank} is impossible with {count} processes.", "Unset RANK and WORLD_SIZE, or start with torchrun."
         )
     return rank, count, rank if local_rank is None else local_rank, local_count or count
 
@@ -63,14 +63,14 @@ def meet(rank: int, count: int, notify: Callable[[str], object]) -> Any:
             return store
         waited = time.monotonic() - started
         if waited > (MEETING if has_notified else NOTICE):
-            who = f"This is process {rank} of {count}, by {_variables()} in the environment"
+            who = f"This is process {rank} of {count} according to {_variables()}"
             absent = [_keeper()] if store is None else _absent(store, keys)
             if has_notified:
                 raise ProcessError(
-                    f"{who}, and {_first_of(absent)} did not come to {meeting_place()} within {MEETING:.0f} seconds.",
+                    f"{who}; {_first_of(absent)} did not connect at {meeting_place()} within {MEETING:.0f} seconds.",
                     meeting_remedy(),
                 )
-            notify(f"{who}: it waits up to {MEETING:.0f} seconds for {_first_of(absent)} at {meeting_place()}.")
+            notify(f"{who}. Waiting up to {MEETING:.0f} seconds for {_first_of(absent)} at {meeting_place()}.")
             has_notified = True
         time.sleep(NAP)
 
@@ -78,8 +78,8 @@ def meet(rank: int, count: int, notify: Callable[[str], object]) -> Any:
 def meeting_remedy() -> str:
     """Return what to do where processes do not meet."""
     return (
-        f"If no launcher started it, unset {_variables()}; else check that all were started, by accelerate launch or "
-        "torchrun, and that this machine reaches that one."
+        f"If no launcher started it, unset {_variables()}; otherwise check that accelerate launch or torchrun started "
+        "all processes, and that this machine can reach that address."
     )
 
 
@@ -130,7 +130,7 @@ def _number(name: str) -> int | None:
                 return int(os.environ[variable])
             except ValueError:
                 raise RequestError(
-                    f"{variable} is {os.environ[variable]!r}, which is no number.", "Unset it."
+                    f"{variable} is {os.environ[variable]!r}, which is not a number.", "Unset it."
                 ) from None
     return None
 

@@ -220,5 +220,5 @@ def _read_at(file: int, content: memoryview, offset: int) -> None:
     while content:
         read = os.preadv(file, [content], offset)
         if read == 0:
-            raise OSError("a stream on disk ends too early")
+            raise OSError("a file of cached activations is truncated")
         content, offset = content[read:], offset + read

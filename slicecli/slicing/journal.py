@@ -45,7 +45,7 @@ def seconds_between_snapshots() -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise RequestError(f"{SECONDS_VARIABLE} is {text!r}, which is no number of seconds.", "Unset it.")
+        raise RequestError(f"{SECONDS_VARIABLE} is {text!r}, which is not a number of seconds.", "Unset it.")
     return seconds
 
 
@@ -68,8 +68,8 @@ def read_state(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] |
     differing = [name for name in fingerprint if not isinstance(found, dict) or found.get(name) != fingerprint[name]]
     if differing:
         raise OutputError(
-            f"What an interrupted run left of this output differs in {', '.join(differing)}, so it cannot go on.",
-            "Give the options of that run, or leave out --resume to start anew.",
+            f"The interrupted run cannot be resumed: its {', '.join(differing)} differed.",
+            "Use the options of that run, or leave out --resume to start over.",
         )
     if not _is_sound(state):
         raise _damaged(STATE_FILE)
@@ -101,8 +101,8 @@ def _is_entry(entry: Any) -> bool:
 
 def _damaged(name: str) -> OutputError:
     return OutputError(
-        f"What an interrupted run left of this output is damaged ({name}), so it cannot go on.",
-        "Leave out --resume to start anew.",
+        f"The interrupted run cannot be resumed: what it left is damaged ({name}).",
+        "Leave out --resume to start over.",
     )
 
 

@@ -121,5 +121,6 @@ def require_finite(tensor: torch.Tensor, what: str) -> None:
     """Stop where a stream is damaged."""
     if not is_finite(tensor):
         raise WeightsError(
-            f"NaN or infinity appeared in {what}.", "Try --dtype float32; if it stays, the checkpoint is damaged."
+            f"NaN or infinity appeared in {what}.",
+            "Try --dtype float32; if that does not help, the checkpoint is damaged.",
         )

@@ -105,7 +105,7 @@ def persistent_buffers(module: nn.Module) -> list[str]:
     found = {name: value for name, value in module.state_dict().items() if name not in parameters}
     for name, value in found.items():
         if not value.is_floating_point():
-            raise PluginError(f"The buffer {name} is of type {value.dtype}; only floating ones can be copied.")
+            raise PluginError(f"The buffer {name} has dtype {value.dtype}; only floating-point buffers can be copied.")
     return list(found)
 
 
@@ -113,7 +113,7 @@ def first_tensor(output: Any) -> torch.Tensor:
     """Return the hidden states out of a module's output, which may be a tuple that starts with them."""
     tensor: Any = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(tensor, torch.Tensor):
-        raise PluginError(f"A module returned {type(tensor).__name__} where hidden states were expected.")
+        raise PluginError(f"A module returned {type(tensor).__name__} but hidden states were expected.")
     return tensor
 
 
@@ -444,7 +444,7 @@ def _sort_routing(tensors: Sequence[torch.Tensor], width: int) -> tuple[torch.Te
     if len(index) != 1 or len(floating) != 2 or floating[0].shape[-1] != width:
         shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
         raise PluginError(
-            f"A module of experts is called with tensors of shapes {shapes}; tokens, index and weights are expected.",
+            f"An experts module was called with tensors of shapes {shapes}; tokens, indices and weights were expected.",
             "Check the adapter's experts.",
         )
     return floating[0], index[0], floating[1]

@@ -45,7 +45,7 @@ def most_bytes() -> int:
     try:
         return parse_bytes(given) if given else USUAL_BYTES
     except RequestError as error:
-        raise RequestError(f"{SIZE_VARIABLE}: {error.cause}", "Set it to such a size, or unset it.") from None
+        raise RequestError(f"{SIZE_VARIABLE}: {error.cause}", "Set it to a size such as 10GB, or unset it.") from None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Tests for others to use: of a family's declaration, and of a slice that somebody publishes or serves.
+"""Reusable tests: of a family's declaration, and of a slice that you publish or serve.
 
-`AdapterTests` is one class with every property that a declaration must have; a plugin's author subclasses it and
-supplies the adapter. `SliceTests` is one class that gates a slice. Both also run without a line of code:
+`AdapterTests` tests every property that a declaration must have; plugin authors subclass it and set the adapter.
+`SliceTests` tests a slice. Both also run without any code:
 
     pytest --pyargs slicecli.testing --slicecli-adapter llama
     pytest --pyargs slicecli.testing --slicecli-slice ./my-slice

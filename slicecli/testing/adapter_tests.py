@@ -1,4 +1,4 @@
-"""The conformance suite of a declaration: one class, every property that must hold.
+"""The conformance suite of a declaration: one class with every property that must hold.
 
 A failing test names the parameter or module at fault. Tests that make sense for some declarations only say what they
 require (`slicecli_requires`), and are skipped elsewhere: whether a family is stock follows from its declaration.
@@ -59,7 +59,7 @@ ROWS, LENGTH = 40, 24
 
 
 class Subject:
-    """The model that a declaration is tested on, and what is made of it; everything is made once, when it is needed.
+    """The model that a declaration is tested on, and results derived from it; each is computed once, on first use.
 
     Attributes:
         adapter: The declaration.
@@ -84,7 +84,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         found: torch.device = self.model.device
         return found
 
@@ -128,11 +128,11 @@ class Subject:
         return save_checkpoint(self.model, self._folder / f"tiny-{self.adapter.name}")
 
     def sizes(self, method: Method) -> SliceSizes:
-        """Return what a slice by a method may be and weighs."""
+        """Return the legal dims and sizes of slices by a method."""
         return self.dimensions if method == "refit" else PublishedSizes(self.dimensions)
 
     def sliced(self, method: Method) -> Path:
-        """Return a slice of the model, made as the command makes it."""
+        """Return a slice of the model, made by the same code as the command."""
         if method not in self._sliced:
             parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
             text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
@@ -150,7 +150,7 @@ class Subject:
         return self._sliced[method]
 
     def loaded(self, method: Method) -> Any:
-        """Return the slice, loaded as anybody would."""
+        """Return the slice, loaded with transformers."""
         if method not in self._loaded:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(self.sliced(method), dtype=torch.float32)
             self._loaded[method] = loaded.eval()
@@ -158,7 +158,7 @@ class Subject:
 
     @property
     def capabilities(self) -> set[str]:
-        """What the declaration says of the model, as words that tests can require."""
+        """The capabilities that the declaration gives the model, for tests to require."""
         blocks = self.dimensions.declared_blocks
         branches = [branch for block in blocks for branch in block.branches]
         linears = [linear for branch in branches for linear in branch.linears]
@@ -236,7 +236,7 @@ class AdapterTests:
 
     @pytest.fixture
     def subject(self, request: pytest.FixtureRequest, slicecli_subject: Subject) -> Subject:
-        """The model under test; skips what the declaration does not have."""
+        """The model under test; skips tests whose capabilities the declaration lacks."""
         for marker in request.node.iter_markers("slicecli_requires"):
             missing = sorted(set(marker.args) - slicecli_subject.capabilities)
             if missing:
@@ -246,11 +246,11 @@ class AdapterTests:
     # the declaration
 
     def test_it_names_every_parameter_with_its_size(self, subject: Subject) -> None:
-        """Nothing is forgotten, nothing invented, every width and bias is right."""
+        """No parameter is missing or invented, and every width and bias is right."""
         subject.dimensions.require_declared(parameter_shapes(subject.model))
 
     def test_counts_equal_the_model(self, subject: Subject) -> None:
-        """The count that needs no model equals the model's."""
+        """The count from the declaration equals the model's."""
         assert subject.dimensions.parameters() == sum(value.numel() for value in subject.model.parameters())
 
     @pytest.mark.slicecli_requires("stock")
@@ -271,12 +271,12 @@ class AdapterTests:
     # what it costs
 
     def test_estimated_operations_are_those_of_the_model(self, subject: Subject) -> None:
-        """The operations for a prompt and for one more token are those that its matrix products take."""
+        """The operations for a prompt and for one more token equal those of the model's matrix products."""
         cost = CostModel(subject.dimensions, "refit").dense("float32", Workload(1, LENGTH))
         compare_operations(subject.model, subject.dimensions, cost, subject.token_ids[:1])
 
     def test_the_estimated_cache_is_that_of_the_model(self, subject: Subject) -> None:
-        """Keys and values of all blocks take as many bytes, sliding windows too."""
+        """The estimated bytes of keys and values equal those of the model's cache, including sliding windows."""
         dimensions, batch = subject.dimensions, 3
         cost = CostModel(dimensions, "refit").dense("float32", Workload(batch, LENGTH))
         cache = transformers.DynamicCache(config=subject.model.config)
@@ -307,12 +307,12 @@ class AdapterTests:
     def test_a_rotation_leaves_logits_unchanged_in_float64(
         self, subject: Subject, seed: int, record_property: Any
     ) -> None:
-        """Rotating the stream changes no number that a reader, writer or head sees."""
+        """Rotating the stream changes no value that a reader, writer or head sees."""
         error = prove_rotation(subject.exact, subject.dimensions, subject.token_ids, FLOAT64, seed)
         record_property("relative_error", error)
 
     def test_a_rotation_leaves_logits_unchanged_in_float32(self, subject: Subject, record_property: Any) -> None:
-        """The same in the precision that models are run in."""
+        """The same in the precision in which models run."""
         error = prove_rotation(subject.model, subject.dimensions, subject.token_ids, FLOAT32)
         record_property("relative_error", error)
 
@@ -344,7 +344,7 @@ class AdapterTests:
     # the dims
 
     def test_illegal_dims_are_refused_with_the_legal_neighbours(self, subject: Subject) -> None:
-        """A refusal names what would do instead."""
+        """A refusal names the nearest legal dims."""
         dimensions = subject.dimensions
         legal = dimensions.legal_dims()
         for dim in (-1, 0, dimensions.hidden_size, dimensions.hidden_size + 1, *_between(legal)):
@@ -356,7 +356,7 @@ class AdapterTests:
 
     @pytest.mark.slicecli_requires("stock")
     def test_the_config_class_takes_the_legal_dims_and_no_others(self, subject: Subject) -> None:
-        """The rule on dims is the class's own."""
+        """The rule on dims is that of the config class."""
         legal = subject.dimensions.legal_dims()
         for dim in (legal[0], legal[-1], subject.dim):
             _resized(subject, dim)
@@ -370,7 +370,7 @@ class AdapterTests:
     # slices
 
     def test_a_wider_slice_is_closer_to_the_model(self, subject: Subject, record_property: Any) -> None:
-        """The refit gains by every dimension that it is given."""
+        """A wider refitted slice is closer to the model."""
         width = subject.dimensions.hidden_size
         dims = [subject.dimensions.nearest_legal(width * part // 8)[0] for part in (4, 6, 7)]
         slices, _ = slice_in_memory(subject.model, subject.dimensions, subject.token_ids, *dims)
@@ -378,7 +378,7 @@ class AdapterTests:
 
     @needs_shortcuts
     def test_a_wider_published_slice_is_closer_to_the_model(self, subject: Subject, record_property: Any) -> None:
-        """So does the published method."""
+        """A wider slice by the published method is closer to the model."""
         sizes = PublishedSizes(subject.dimensions)
         dims = [subject.dimensions.hidden_size * part // 8 for part in (4, 6, 7)]
         slices = [
@@ -389,7 +389,7 @@ class AdapterTests:
 
     @needs_shortcuts
     def test_the_published_method_is_proved_on_a_small_model(self, subject: Subject) -> None:
-        """As before every slice: blocks with shortcuts compute what the family's do, and run at a smaller width."""
+        """Blocks with shortcuts compute the same as the family's blocks, and run at a smaller width."""
         prove_shortcuts(subject.adapter, subject.model.config, slices_head(subject.dimensions, None))
 
     @needs_shortcuts
@@ -397,7 +397,7 @@ class AdapterTests:
     def test_the_published_method_at_full_width_leaves_logits_unchanged(
         self, subject: Subject, orientation: Orientation, record_property: Any
     ) -> None:
-        """Turning the stream at every place changes nothing, and blocks with shortcuts do what the family's do."""
+        """Rotating the stream at every norm site changes nothing, and blocks with shortcuts compute the same."""
         schedule = Schedule.constant(subject.dimensions, subject.dimensions.hidden_size)
         turned = published_in_memory(subject.exact, subject.dimensions, subject.token_ids, schedule, orientation)
         error = relative_error(logits(turned, subject.token_ids), logits(subject.exact, subject.token_ids))
@@ -406,7 +406,7 @@ class AdapterTests:
 
     @methods
     def test_a_slice_has_the_parameters_that_were_predicted(self, subject: Subject, method: Method) -> None:
-        """Count and files agree, to the parameter."""
+        """The predicted number of parameters equals that in the files."""
         predicted, loaded = subject.sizes(method).parameters(subject.dim), subject.loaded(method)
         assert sum(value.numel() for value in loaded.parameters()) == predicted
         stored = sum(
@@ -419,7 +419,7 @@ class AdapterTests:
 
     @methods
     def test_a_slice_loads_whole(self, subject: Subject, method: Method) -> None:
-        """Nothing is missing, nothing is left over; code lies beside the weights only where it is needed."""
+        """No tensor is missing or unused, and custom code is stored only if needed."""
         folder = subject.sliced(method)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True
@@ -434,7 +434,7 @@ class AdapterTests:
 
     @methods
     def test_a_slice_loads_without_its_head(self, subject: Subject, method: Method) -> None:
-        """The base model of a slice computes what it computes under the head."""
+        """The base model of a slice gives the same hidden states as the model with the head."""
         base, report = transformers.AutoModel.from_pretrained(
             subject.sliced(method), dtype=torch.float32, output_loading_info=True
         )
@@ -446,7 +446,7 @@ class AdapterTests:
 
     @methods
     def test_saving_and_loading_a_slice_keeps_it(self, subject: Subject, method: Method, tmp_path: Path) -> None:
-        """A round trip through another folder changes nothing, and another after it not even the files."""
+        """Saving and loading changes no weight; saving again changes no file."""
         loaded = subject.loaded(method)
         loaded.save_pretrained(tmp_path / "again")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
@@ -470,7 +470,7 @@ class AdapterTests:
 
     @methods
     def test_a_padded_batch_equals_single_rows(self, subject: Subject, method: Method) -> None:
-        """Padding on the left changes nothing for the rows that need it."""
+        """Left padding does not change the result of the padded rows."""
         loaded = subject.loaded(method)
         rows = [subject.token_ids[index, : 5 + 3 * index].cpu() for index in range(3)]
         longest = max(len(row) for row in rows)
@@ -483,7 +483,7 @@ class AdapterTests:
 
     @methods
     def test_a_slice_runs_in_bfloat16(self, subject: Subject, method: Method, record_property: Any) -> None:
-        """In half precision it computes about the same."""
+        """In half precision the result is about the same."""
         half = transformers.AutoModelForCausalLM.from_pretrained(subject.sliced(method), dtype=torch.bfloat16).eval()
         ids = subject.token_ids.cpu()
         error = relative_error(logits(half, ids).float(), logits(subject.loaded(method), ids))

@@ -1,4 +1,4 @@
-"""Small checkpoints on disk: a tokenizer of bytes, text without meaning, and a folder that looks like any model's."""
+"""Small checkpoints on disk: a byte tokenizer, nonsense text, and a complete model folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = "the a stream block norm head basis reads writes keeps small wide of and
 
 
 def byte_tokenizer(adds_bos: bool = True) -> Any:
-    """Return a tokenizer of single bytes with 258 tokens, `<s>` being 0 and `</s>` 1.
+    """Return a byte tokenizer with 258 tokens; `<s>` is 0 and `</s>` is 1.
 
     Args:
         adds_bos: Put `<s>` before every text.
@@ -49,7 +49,7 @@ def nonsense_text(path: Path, documents: int = 120, seed: int = 0) -> Path:
 
 
 def save_checkpoint(model: Any, folder: Path) -> Path:
-    """Write a model as a checkpoint with the tokenizer of bytes, a chat template and a licence.
+    """Write a model as a checkpoint with the byte tokenizer, a chat template and a licence.
 
     Args:
         model: The model; its vocabulary must have 258 tokens or more.

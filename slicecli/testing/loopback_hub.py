@@ -50,7 +50,7 @@ UNWANTED = (
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """Something that goes wrong. A request meets the first fault in `hub.faults` that fits it and is active.
+    """An injected fault. A request meets the first active fault in `hub.faults` that matches it.
 
     Exactly one of `status`, `drop_after` and `corrupt` says what happens.
 
@@ -99,7 +99,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that the hub has answered, or broken off.
+    """A request that the hub answered or interrupted.
 
     Attributes:
         method: `GET`, `HEAD`, `POST`, `PUT` or `DELETE`.
@@ -181,7 +181,7 @@ class LoopbackHub:
         return token
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Return the environment of a child process that is to use this hub.
+        """Return the environment for a child process that uses this hub.
 
         Args:
             home: Its `HF_HOME`: cache and settings.
@@ -201,13 +201,13 @@ class LoopbackHub:
         }
 
     def api(self, token: str | None = TOKEN) -> HfApi:
-        """Return a client in this process; with None for a token it is nobody."""
+        """Return a client for this process; a token of `None` makes it anonymous."""
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint, token=False if token is None else token)
 
     def create(self, name: str, kind: str = "model", private: bool = False, gated: bool = False) -> Repository:
-        """Make a repository without files.
+        """Create a repository without files.
 
         Raises:
             ValueError: It exists.
@@ -225,7 +225,7 @@ class LoopbackHub:
         revision: str = "main",
         message: str = "Upload files",
     ) -> str:
-        """Commit files straight into a repository, without any check; what else is there stays.
+        """Commit files directly to a repository, without any check; its other files stay.
 
         Args:
             name: The repository; made where it is missing.

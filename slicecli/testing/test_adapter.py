@@ -24,7 +24,7 @@ def _cases(config: pytest.Config) -> dict[str, Any]:
     names = sorted(adapters) if wanted in (None, EVERY) else wanted.split(",")
     unknown = [name for name in names if name not in adapters]
     if unknown:
-        raise pytest.UsageError(f"There is no adapter named {unknown[0]!r}; there are {', '.join(sorted(adapters))}.")
+        raise pytest.UsageError(f"There is no adapter named {unknown[0]!r}; available: {', '.join(sorted(adapters))}.")
     chosen = {model_type: adapters[name] for name in names for model_type in adapters[name].model_types}
     return {model_type: (adapter, tiny_of(adapter, model_type)) for model_type, adapter in chosen.items()}
 

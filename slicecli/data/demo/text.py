@@ -279,8 +279,8 @@ def documents(part: Part) -> list[str]:
         from slicecli.errors import SlicecliError
 
         raise SlicecliError(
-            "this Python's standard library carries too little documentation for the demo's text "
-            f"({sum(map(len, training))} bytes to calibrate on, {sum(map(len, held_out))} to evaluate on); "
-            "run it with a Python installed with its sources and docstrings, or give a text file of your own"
+            "The standard library of this Python has too few docstrings for the demo text "
+            f"({sum(map(len, training))} bytes to calibrate on, {sum(map(len, held_out))} to evaluate on).",
+            "Use a Python installed with its sources and docstrings, or pass your own text file.",
         )
     return list(training if part == "train" else held_out)
