@@ -152,6 +152,7 @@ class SlicePlan:
         dense_parameters: Parameters of the dense model as shipped.
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
+        written_type: The model type of the class it is written in, in its config.
     """
 
     model: str
@@ -168,6 +169,7 @@ class SlicePlan:
     is_tied: bool = False
     schedule: Schedule | None = None
     schedule_name: str = ""
+    written_type: str = ""
 
     @property
     def sparsity(self) -> float:

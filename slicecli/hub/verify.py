@@ -256,11 +256,13 @@ def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     """Return what the config of a stock slice has, by path."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
+    written = record["written_type"]
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if written in one.model_types), known.get(record["adapter"]))
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
     if width is None:
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
-    return {("model_type",): record["source"]["model_type"], (width,): record["dim"]}
+    return {("model_type",): written, (width,): record["dim"]}
 
 
 def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

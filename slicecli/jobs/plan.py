@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint.configs import custom_code_config, stock_config
+from slicecli.checkpoint.configs import custom_code_config, portable_config, resized_config, stock_config
 from slicecli.checkpoint.folder import check_apart, check_output, require_disk_space
 from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes
 from slicecli.checkpoint.source import Source
@@ -23,6 +23,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
+from slicecli.family.written_class import AUTO, OWN, SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -59,11 +60,22 @@ class PlannedSlice:
     Attributes:
         config: Its config, an object of transformers.
         folder: Where it will lie.
+        written: The class it is written in; `None` for custom code.
+        own_config: Its config in its family's own class, in which it is computed.
+        note: Why it is written in that class, where that needs a word.
     """
 
     plan: SlicePlan
     config: Any
     folder: Path
+    written: WrittenClass | None
+    own_config: Any
+    note: str = ""
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it is written in another class than its family's own."""
+        return self.written is not None and self.written.portable is not None
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,8 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
-    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
+    classes = slice_classes(source, dimensions, options)
+    requests = [resolve(width, dimensions, classes, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
     meta_model = build_runnable_meta_model(config, options.trust_remote_code)
@@ -128,8 +141,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
     output_length = _prove(source, chosen, config, dimensions, options)
+    _prove_portable(source, config, requests)
     slices = []
-    for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
+    for width, (dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
+        sizes = written or dimensions
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -138,19 +153,24 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            sliced_parameters=sizes.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
             is_tied=options.method == "refit" and dimensions.keeps_tie,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
+            written_type=written.model_type if written else CONFIG_TYPE,
         )
-        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
+        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code, written)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
+        own_config = sliced_config
+        if written is not None and written.portable is not None:
+            own_config = resized_config(config, dimensions, dim, dtype)
         folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        slices.append(PlannedSlice(plan, sliced_config, folder))
+        note = classes.note(written, dim) if classes and written else ""
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, own_config, note))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -217,6 +237,18 @@ def _prove(source: Source, chosen: ChosenAdapter, config: Any, dimensions: Dimen
     return 0
 
 
+def _prove_portable(source: Source, config: Any, requests: Sequence[Resolved]) -> None:
+    """Prove on a small model that the portable classes to be written compute what the family's own class does."""
+    chosen = {one.written.model_type: one.written for one in requests if one.written is not None}
+    portable = [one for one in chosen.values() if one.portable is not None]
+    if portable:
+        from slicecli.proof.portable import prove_portable_class
+
+        with quiet_libraries(), running(source.name):
+            for written in portable:
+                prove_portable_class(written, config)
+
+
 def _check_outputs(
     source: Source, widths: Sequence[Width], slices: Sequence[PlannedSlice], options: SliceOptions
 ) -> None:
@@ -268,26 +300,60 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
     return dimensions.hidden_size * (most_steps + 1)
 
 
+def slice_classes(source: Source, dimensions: Dimensions, options: SliceOptions) -> SliceClasses | None:
+    """Return the classes that slices can be written in; `None` where they bring code of their own."""
+    if options.method == "refit" and dimensions.layout == "stock":
+        model_type = str(source.fields.get("model_type"))
+        return SliceClasses.of(dimensions, model_type, options.write_as, source.has_own_model_code)
+    if options.write_as not in (AUTO, OWN):
+        raise RequestError(
+            f"--write-as {options.write_as} requires a slice without custom code.", "Leave out --write-as."
+        )
+    return None
+
+
+class Resolved(NamedTuple):
+    """What a width comes to: a dim, for the published method the width at every place, and the class to write."""
+
+    dim: int
+    schedule: Schedule | None
+    written: WrittenClass | None
+
+
 def resolve(
-    width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
-) -> tuple[int, Schedule | None]:
-    """Return the dim that meets a wish, and for the published method the width at every place."""
+    width: Width,
+    dimensions: Dimensions,
+    classes: SliceClasses | None,
+    options: SliceOptions,
+    bytes_per_parameter: int,
+) -> Resolved:
+    """Return the dim that meets a wish, and the class of the slice."""
+    if classes is not None:
+        written = classes.at(width.dim)
+        return Resolved(width.resolve(written, bytes_per_parameter), None, written)
     if options.method == "refit":
-        return width.resolve(dimensions, bytes_per_parameter), None
+        return Resolved(width.resolve(dimensions, bytes_per_parameter), None, None)
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return schedule.dim, schedule
+        return Resolved(schedule.dim, schedule, None)
     sizes = PublishedSizes(dimensions, options.slice_head)
     dim = width.resolve(sizes, bytes_per_parameter)
     schedule = sizes.schedule(dim)
     schedule.check(dimensions)
-    return dim, schedule
+    return Resolved(dim, schedule, None)
 
 
 def config_of(
-    plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
+    plan: SlicePlan,
+    config: Any,
+    dimensions: Dimensions,
+    block_output_length: int = 0,
+    has_code: bool = False,
+    written: WrittenClass | None = None,
 ) -> Any:
     """Return the config of a planned slice."""
+    if written is not None and written.portable is not None:
+        return portable_config(config, written, plan.dim, plan.dtype)
     if plan.layout == "stock":
         return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)

@@ -174,7 +174,7 @@ def _check_generation_config(folder: Path, source: Source) -> None:
 def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> None:
     """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does."""
     problem = _problem_with_tokenizer(folder, source, tokenizer)
-    if problem is not None and plan.layout != "stock" and not tokenizer_code(folder):
+    if problem is not None and plan.written_type != plan.model_type and not tokenizer_code(folder):
         # the type of the dense model may have chosen the class, and the slice is of another type
         _name_tokenizer_class(folder, type(tokenizer).__name__)
         problem = _problem_with_tokenizer(folder, source, tokenizer)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
+from slicecli.checkpoint.portable import Conversion
 from slicecli.checkpoint.reader import checkpoint_tensors
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
@@ -22,7 +23,7 @@ from slicecli.family.slice_plan import SlicePlan
 from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
-from slicecli.jobs.plan import Job, width_of_dense_activations
+from slicecli.jobs.plan import Job, PlannedSlice, width_of_dense_activations
 from slicecli.record.record import Energy
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
@@ -114,7 +115,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         rows, warnings = read_rows(job)
         job = with_weights(job)
         with running(job.source.name):
-            drafts = [draft_description(job, one.plan, rows) for one in job.slices] if folders else []
+            drafts = [draft_description(job, one, rows) for one in job.slices] if folders else []
         dense, batches, identity = share_work(job, rows)
         warnings += _idle_warning(processes.count, batches)
         fingerprint = identity.of_run(job, batches.size)
@@ -168,8 +169,8 @@ def _open_targets(
         if folders:
             folder, meta_model = folders[number], meta_models[number]
         else:
-            folder, meta_model = None, build_runnable_meta_model(one.config, job.options.trust_remote_code)
-        target, writer = _open_target(number, one.plan, meta_model, folder, job.options, missing)
+            folder, meta_model = None, None
+        target, writer = _open_target(number, one, meta_model, folder, job.options, missing)
         targets.append(target)
         if writer is not None:
             stack.callback(writer.close)
@@ -298,7 +299,7 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
 
 def _open_target(
     number: int,
-    plan: SlicePlan,
+    planned: PlannedSlice,
     meta_model: Any,
     folder: Path | None,
     options: SliceOptions,
@@ -306,27 +307,46 @@ def _open_target(
 ) -> tuple[Target, ShardWriter | None]:
     """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
 
-    Without a folder nothing is written.
+    A slice is computed in its family's own class; its tensors are converted to the class that is written as they come.
+
+    Args:
+        meta_model: The empty model of the config that is written; `None` without a folder, where nothing is written.
     """
     import torch
 
     from slicecli.slicing.context import Target
 
+    plan = planned.plan
     dtype = getattr(torch, plan.dtype)
+    own_model = meta_model
+    if own_model is None or planned.is_portable:
+        own_model = build_runnable_meta_model(planned.own_config, options.trust_remote_code)
     if folder is None:
-        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
-    shapes = {
+        return Target(plan.dim, own_model, dtype, lambda _name, _tensor: None, number), None
+    shapes = {name: tuple(value.shape) for name, value in _stored_values(meta_model)}
+    stored_shapes = {
         stored: tuple(tensor.shape)
         for name, value in _stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
-    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
+    writer = ShardWriter(folder, stored_shapes, dtype, options.max_shard_size, missing)
 
-    def sink(name: str, tensor: torch.Tensor) -> None:
+    def write(name: str, tensor: torch.Tensor) -> None:
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    return Target(plan.dim, meta_model, dtype, sink, number), writer
+    if not planned.is_portable:
+        return Target(plan.dim, own_model, dtype, write, number), writer
+    assert planned.written is not None
+    conversion = Conversion(planned.written)
+
+    def convert(name: str, tensor: torch.Tensor) -> None:
+        for written, part in conversion.convert(name, tensor).items():
+            write(written, part)
+
+    for name, tensor in conversion.constants(shapes, dtype):
+        write(name, tensor)
+    return Target(plan.dim, own_model, dtype, convert, number), writer
 
 
 def _stored_values(meta_model: Any) -> Iterator[tuple[str, torch.Tensor]]:

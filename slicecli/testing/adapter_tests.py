@@ -31,6 +31,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
+from slicecli.family.written_class import OWN, SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import find_adapter, full_fields, plan_slices
 from slicecli.jobs.run import run_slices
@@ -47,6 +48,7 @@ from slicecli.proof.declaration import (
     relative_error,
     slice_in_memory,
 )
+from slicecli.proof.portable import prove_portable
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.runtime.libraries import quiet_libraries
 from slicecli.slicing.slicegpt import Orientation
@@ -79,7 +81,7 @@ class Subject:
         self.dimensions: Dimensions = Dimensions(adapter, self.fields)
         self.is_real = is_real
         self._folder = folder
-        self._sliced: dict[Method, Path] = {}
+        self._sliced: dict[tuple[Method, str], Path] = {}
         self._loaded: dict[Method, Any] = {}
 
     @property
@@ -131,13 +133,20 @@ class Subject:
         """Return the legal dims and sizes of slices by a method."""
         return self.dimensions if method == "refit" else PublishedSizes(self.dimensions)
 
-    def sliced(self, method: Method) -> Path:
+    @functools.cached_property
+    def portable(self) -> tuple[WrittenClass, ...]:
+        """The portable classes that this config can have."""
+        with _registered(self.adapter):
+            return SliceClasses.of(self.dimensions, self.model.config.model_type).available[1:]
+
+    def sliced(self, method: Method, write_as: str = OWN) -> Path:
         """Return a slice of the model, made by the same code as the command."""
-        if method not in self._sliced:
+        if (method, write_as) not in self._sliced:
             parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
             text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
             options = SliceOptions(
                 method=method,
+                write_as=write_as,
                 calibration=str(text),
                 samples=24,
                 sequence_length=32,
@@ -146,8 +155,8 @@ class Subject:
             )
             with quiet_libraries(), _registered(self.adapter):
                 run_slices(plan_slices(str(self.checkpoint), [Width(self.dim)], [output], options))
-            self._sliced[method] = output
-        return self._sliced[method]
+            self._sliced[method, write_as] = output
+        return self._sliced[method, write_as]
 
     def loaded(self, method: Method) -> Any:
         """Return the slice, loaded with transformers."""
@@ -172,6 +181,7 @@ class Subject:
             "experts": any(branch.experts is not None for branch in branches),
             "layer-norm": self.adapter.norm.is_centred,
             "slicegpt": not self.dimensions.shortcut_obstacle,
+            "portable": bool(self.portable),
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -340,6 +350,31 @@ class AdapterTests:
         # models hold such a factor in float32
         error = prove_embeddings(subject.exact, subject.dimensions, subject.token_ids, subject.dim, FLOAT32)
         record_property("relative_error", error)
+
+    # portable classes
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_portable_class_computes_the_same(self, subject: Subject, record_property: Any) -> None:
+        """The model written in another class has the same logits."""
+        for written in subject.portable:
+            error = prove_portable(subject.exact, written, subject.token_ids, FLOAT64)
+            record_property(f"relative_error as {written.model_type}", error)
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_slice_in_a_portable_class_is_the_same_slice(self, subject: Subject, record_property: Any) -> None:
+        """A slice written in another class has the predicted parameters and the logits of one in the family's own."""
+        ids = subject.token_ids.cpu()
+        expected = logits(subject.loaded("refit"), ids)
+        for written in subject.portable:
+            if subject.dim not in written.legal_dims():
+                continue
+            folder = subject.sliced("refit", written.model_type)
+            made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            assert made.config.model_type == written.model_type
+            assert sum(value.numel() for value in made.parameters()) == written.parameters(subject.dim)
+            error = relative_error(logits(made, ids), expected)
+            record_property(f"relative_error as {written.model_type}", error)
+            assert error <= FLOAT32, f"written as {written.model_type}, the logits of a slice change by {error:.1e}"
 
     # the dims
 
