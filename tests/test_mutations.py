@@ -234,12 +234,12 @@ MUTATIONS = {
     "embeddings not said to grow with the width": Mutation(
         "gemma",
         lambda a: replace(a, scales_embeddings_by_width=False),
-        "the stream that model.embed_tokens start",
+        "the output of model.embed_tokens is",
     ),
     "embeddings said to grow with the width": Mutation(
         "llama",
         lambda a: replace(a, scales_embeddings_by_width=True),
-        "the stream that model.embed_tokens start",
+        "the output of model.embed_tokens is",
     ),
     "forgotten parameter apart from the stream": Mutation(
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
