@@ -24,7 +24,8 @@ class Sizes:
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "dim_multiple", "step"), [(8192, 1, 256), (4096, 32, 128), (2048, 1, 64), (1024, 1, 32), (576, 9, 9)]
+    ("hidden_size", "dim_multiple", "step"),
+    [(8192, 1, 256), (4096, 32, 128), (2048, 1, 64), (1024, 1, 32), (576, 9, 9)],
 )
 def test_the_step_is_the_largest_that_is_small_for_the_model(hidden_size, dim_multiple, step):
     dims = preferred_dims(Sizes(hidden_size, dim_multiple))

@@ -264,7 +264,7 @@ def _print(document: dict[str, Any]) -> None:
     named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
     untied = [(f"{one['dim']} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
     show.print_table(
-        ["dim", "s", "parameters", "weights", "cache/token", "to serve", "divided by"],
+        ["dim", "s", "parameters", "weights", "cache/token", "to serve", "÷"],
         [
             [
                 name,
@@ -278,7 +278,8 @@ def _print(document: dict[str, Any]) -> None:
             for name, one in [*named, *untied]
         ],
     )
-    show.result("Divided by " + "; ".join(f"{multiple}: {names}" for multiple, names in MULTIPLES.items()) + ".")
+    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
+    show.result(f"÷: the largest of {divisors} that divides the dim.")
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]
