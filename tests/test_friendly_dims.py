@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
@@ -29,7 +30,7 @@ class Sizes:
 )
 def test_the_step_is_the_largest_that_is_small_for_the_model(hidden_size, dim_multiple, step):
     dims = preferred_dims(Sizes(hidden_size, dim_multiple))
-    assert {second - first for first, second in zip(dims, dims[1:], strict=False)} == {step}
+    assert {second - first for first, second in pairwise(dims)} == {step}
 
 
 def test_a_multiple_that_is_asked_for_is_kept_to_with_the_rule_of_the_class():
