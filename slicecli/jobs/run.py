@@ -244,7 +244,7 @@ def _find_statistics(
 def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
     """Return what keeps the dense stream of all steps between the passes, where that saves time.
 
-    On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
+    On a CPU that is so as long as free memory can hold what is written to disk.
     """
     from slicecli.slicing.activation_cache import ActivationCache
 
