@@ -41,6 +41,7 @@ def slice_model(
     sparsity: float | None = None,
     target_parameters: int | None = None,
     memory: int | None = None,
+    multiple_of: int | None = None,
     schedule: str | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -54,6 +55,7 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: maximum number of parameters of the slice.
         memory: Instead: maximum bytes of its weights.
+        multiple_of: With a sparsity or a target: choose among multiples of this number.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         output: The folder to write; by default `./<name>-dim<k>`.
         progress: Progress callback.
@@ -65,7 +67,7 @@ def slice_model(
     Raises:
         SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
-    width = Width(dim, sparsity, target_parameters, memory, schedule)
+    width = Width(dim, sparsity, target_parameters, memory, multiple_of, schedule)
     folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))

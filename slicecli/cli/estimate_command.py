@@ -10,6 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
 from slicecli.jobs.options import SliceOptions
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _print(document: dict[str, Any]) -> None:
     named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
     untied = [(f"{one['dim']} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
     show.print_table(
-        ["dim", "s", "parameters", "weights", "cache/token", "to serve"],
+        ["dim", "s", "parameters", "weights", "cache/token", "to serve", "÷"],
         [
             [
                 name,
@@ -272,10 +273,13 @@ def _print(document: dict[str, Any]) -> None:
                 show.size(one["bytes"]),
                 show.size(one["kv_cache_bytes_per_token"]),
                 show.size(one["serve_bytes"]),
+                str(friendly_multiple(one.get("dim", document["hidden_size"])) or "-"),
             ]
             for name, one in [*named, *untied]
         ],
     )
+    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
+    show.result(f"÷: the largest of {divisors} that divides the dim.")
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]

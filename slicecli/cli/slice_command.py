@@ -18,7 +18,7 @@ from slicecli.runtime.options import from_chosen
 
 @click.command("slice")
 @click.argument("model", type=shared.MODEL)
-@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory")
+@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "multiple_of")
 @click.option(
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )

@@ -26,8 +26,9 @@ from slicecli.estimation.intervals import FARTHEST
 from slicecli.estimation.origin import Origin, origin_of
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
+from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
-from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, slice_sizes
 
 __all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
 
@@ -187,6 +188,7 @@ class Estimate:
             "sparsity": one.sparsity,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
+            "formats": formats_of(one.dim),
             "is_tied": one.is_tied,
             **_cost_json(one.cost),
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),

@@ -8,14 +8,14 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
+from slicecli.family.friendly_dims import preferred_dims
 from slicecli.family.schedule import PublishedSizes, Schedule
-from slicecli.runtime.inputs import parse_bytes, parse_count, parse_text
+from slicecli.runtime.inputs import check_count, parse_bytes, parse_count, parse_text
 from slicecli.runtime.options import Option
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "SliceSizes",
     "Width",
     "check_method",
-    "preferred_dims",
     "slice_sizes",
 ]
 
@@ -39,8 +38,6 @@ METHODS: tuple[Method, ...] = ("refit", "slicegpt")
 # dtypes by their names in safetensors files
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
-TILE = 64
 
 
 class SliceSizes(Protocol):
@@ -71,7 +68,7 @@ class SliceSizes(Protocol):
 
 @dataclass(frozen=True)
 class Width:
-    """How wide the slice shall be, in the user's units; exactly one field is given.
+    """How wide the slice shall be, in the user's units; one of its fields is given, besides the multiple.
 
     A schedule is as `slicecli.family.schedule.read_schedule` takes it.
     """
@@ -85,6 +82,13 @@ class Width:
     ).field()
     memory: int | None = Option(
         "--memory", "Instead: maximum bytes of the weights.", reads=parse_bytes, metavar="12GiB"
+    ).field()
+    multiple_of: int | None = Option(
+        "--multiple-of",
+        "With --sparsity, --target-params and --memory: choose among multiples of this number.  [default: 256, 128, 64 "
+        "or 32, the largest that is a small step for the model]",
+        reads=int,
+        metavar="N",
     ).field()
     schedule: str | None = Option(
         "--schedule",
@@ -104,14 +108,17 @@ class Width:
                 "No width was chosen." if not given else "The width was chosen more than once.",
                 "Use exactly one of --dim, --sparsity, --target-params, --memory and --schedule.",
             )
+        check_count(self.multiple_of, "A multiple of {} is", "Use --multiple-of")
+        if self.multiple_of is not None and self.dim is not None:
+            raise RequestError("--multiple-of has no effect on --dim.", "Leave out one of them.")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RequestError(f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Use 0 < F < 1.")
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
 
-        A dim is taken as it is or refused. A sparsity goes to the nearest legal dim, a target to the largest
-        that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
+        A dim is taken as it is or refused. A sparsity goes to the nearest preferred dim, a target to the largest that
+        fits (`preferred_dims`).
 
         Args:
             bytes_per_parameter: Of the dtype that will be written.
@@ -119,9 +126,10 @@ class Width:
         if self.dim is not None:
             sizes.check_dim(self.dim)
             return self.dim
-        legal = preferred_dims(sizes)
+        legal = preferred_dims(sizes, self.multiple_of)
         if not legal:
-            raise RequestError("This model has no legal dim below its hidden size.")
+            what = "" if self.multiple_of is None else f" that {self.multiple_of} divides"
+            raise RequestError(f"This model has no legal dim{what} below its hidden size.")
         if self.sparsity is not None:
             wish = (1 - self.sparsity) * sizes.hidden_size
             return min(legal, key=lambda dim: (abs(dim - wish), dim))
@@ -190,14 +198,6 @@ class SlicePlan:
 def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> SliceSizes:
     """Return what a slice of a model may be and weighs, by one method."""
     return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
-
-
-def preferred_dims(sizes: SliceSizes) -> list[int]:
-    """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
-    tile = math.lcm(sizes.dim_multiple, TILE)
-    if tile * 32 > sizes.hidden_size:
-        return list(sizes.legal_dims())
-    return list(range(tile, sizes.hidden_size, tile))
 
 
 def check_method(

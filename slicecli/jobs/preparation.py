@@ -153,7 +153,7 @@ def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
 
 
 def _check_generation_config(folder: Path, source: Source) -> None:
-    """Refuse what keeps transformers from loading a model: it does without a generation config, but not with any."""
+    """Refuse a generation config that transformers cannot load; a missing one is fine."""
     from transformers import GenerationConfig
 
     try:
