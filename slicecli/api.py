@@ -186,6 +186,7 @@ def estimate(
     method: Method = "refit",
     slice_head: bool | None = None,
     unties: bool = False,
+    write_as: str = "auto",
     dtype: str | None = None,
     batch: int = 1,
     length: int | None = None,
@@ -202,6 +203,7 @@ def estimate(
         method: Slicing method.
         slice_head: Whether the published method slices the input of the head.
         unties: Whether slices of a tied model get a head of their own.
+        write_as: Class that slices are written in: `auto`, `own`, or the model type of a portable class.
         dtype: Dtype of weights and cache; `None` uses the checkpoint's.
         batch: Sequences served at once.
         length: Tokens per sequence; `None` uses 2048, or the model's limit if that is less.
@@ -217,7 +219,9 @@ def estimate(
     from slicecli.estimation.devices import device_named
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
-    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token, unties=unties)
+    subject = estimating.Subject.find(
+        model, method, slice_head, dtype, revision=revision, token=token, unties=unties, write_as=write_as
+    )
     forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="Slicing method."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
-@shared.add_options(SliceOptions, "unties")
+@shared.add_options(SliceOptions, "unties", "write_as")
 @click.option(
     "--text",
     type=shared.TEXT,
@@ -143,6 +143,7 @@ def command(
     method: Any,
     slice_head: bool | None,
     unties: bool,
+    write_as: str,
     text: str,
     calibration: str,
     dense_perplexity: float | None,
@@ -201,7 +202,9 @@ def command(
         accelerator = device_named(device)
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
-    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties)
+    subject = Subject.find(
+        model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties, write_as
+    )
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,

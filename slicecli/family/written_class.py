@@ -15,6 +15,7 @@ from slicecli.errors import NoAdapterError, PluginError, RequestError
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.plugins import plugins
 from slicecli.family.serving import CLIENTS, Client, Verdict, runs_in
+from slicecli.family.slice_plan import Method, Width
 
 __all__ = ["AUTO", "OWN", "SliceClasses", "WrittenClass", "values_of_fields"]
 
@@ -28,7 +29,7 @@ def values_of_fields(sizes: Sizes, portable: PortableClass, adapter: str) -> dic
     return {name: ask(adapter, value, sizes) if callable(value) else value for name, value in portable.fields.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WrittenClass:
     """A class that slices of one model can be written in (`slicecli.family.slice_plan.SliceSizes`).
 
@@ -160,6 +161,17 @@ class SliceClasses:
         classes._check_wish()
         return classes
 
+    @classmethod
+    def of_method(
+        cls, own: Dimensions, method: Method, model_type: str, wish: str = AUTO, has_own_code: bool = False
+    ) -> SliceClasses | None:
+        """Return the classes of a model for one method; `None` where its slices bring code of their own."""
+        if method == "refit" and own.layout == "stock":
+            return cls.of(own, model_type, wish, has_own_code)
+        if wish not in (AUTO, OWN):
+            raise RequestError(f"--write-as {wish} requires a slice without custom code.", "Leave out --write-as.")
+        return None
+
     @property
     def own(self) -> WrittenClass:
         """The family's own class."""
@@ -178,6 +190,23 @@ class SliceClasses:
         legal = [one for one in self.available if dim is None or dim in one.legal_dims()]
         everywhere = [one for one in legal if one.runs_everywhere]
         return next(iter([*everywhere, *legal]), self._widest())
+
+    def resolve(self, width: Width, bytes_per_parameter: int) -> tuple[int, WrittenClass]:
+        """Return the dim that meets a wish, and the class of a slice at that dim.
+
+        Multiples of a number of the user's are looked for in whichever class that runs has most dims.
+        """
+        sizes = self.at(width.dim)
+        if width.multiple_of is not None and self.wish == AUTO:
+            running = [one for one in self.available if one.runs_everywhere]
+            sizes = min(running or [sizes], key=lambda one: one.dim_multiple)
+        dim = width.resolve(sizes, bytes_per_parameter)
+        return dim, self.at(dim)
+
+    def legal_dims(self) -> list[int]:
+        """Return the dims that a slice may have in any of the classes that may be taken, in ascending order."""
+        classes = self.available if self.wish == AUTO else (self.at(),)
+        return sorted({dim for one in classes for dim in one.legal_dims()})
 
     def note(self, chosen: WrittenClass, dim: int) -> str:
         """Say in a sentence why a slice is written in a class; empty where that needs no word."""

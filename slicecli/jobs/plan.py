@@ -23,7 +23,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
-from slicecli.family.written_class import AUTO, OWN, SliceClasses, WrittenClass
+from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -88,6 +88,7 @@ class Job:
         meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
         placement: Where the dense weights rest, and what computes.
         processes: Those that do it together.
+        classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
     source: Source
@@ -102,6 +103,7 @@ class Job:
     slices: tuple[PlannedSlice, ...]
     options: SliceOptions
     processes: Processes
+    classes: SliceClasses | None
 
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
@@ -133,7 +135,9 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
-    classes = slice_classes(source, dimensions, options)
+    classes = SliceClasses.of_method(
+        dimensions, options.method, str(source.fields.get("model_type")), options.write_as, source.has_own_model_code
+    )
     requests = [resolve(width, dimensions, classes, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
@@ -189,6 +193,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         tuple(slices),
         options,
         processes,
+        classes,
     )
 
 
@@ -301,18 +306,6 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
     return dimensions.hidden_size * (most_steps + 1)
 
 
-def slice_classes(source: Source, dimensions: Dimensions, options: SliceOptions) -> SliceClasses | None:
-    """Return the classes that slices can be written in; `None` where they bring code of their own."""
-    if options.method == "refit" and dimensions.layout == "stock":
-        model_type = str(source.fields.get("model_type"))
-        return SliceClasses.of(dimensions, model_type, options.write_as, source.has_own_model_code)
-    if options.write_as not in (AUTO, OWN):
-        raise RequestError(
-            f"--write-as {options.write_as} requires a slice without custom code.", "Leave out --write-as."
-        )
-    return None
-
-
 class Resolved(NamedTuple):
     """What a width comes to: a dim, for the published method the width at every place, and the class to write."""
 
@@ -330,8 +323,8 @@ def resolve(
 ) -> Resolved:
     """Return the dim that meets a wish, and the class of the slice."""
     if classes is not None:
-        written = classes.at(width.dim)
-        return Resolved(width.resolve(written, bytes_per_parameter), None, written)
+        dim, written = classes.resolve(width, bytes_per_parameter)
+        return Resolved(dim, None, written)
     if options.method == "refit":
         return Resolved(width.resolve(dimensions, bytes_per_parameter), None, None)
     if width.schedule is not None:

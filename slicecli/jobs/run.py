@@ -379,7 +379,7 @@ def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
 
 
 def _format_warning(job: Job, plan: SlicePlan) -> tuple[str, ...]:
-    legal = slice_sizes(job.dimensions, plan.method, job.options.slice_head).legal_dims()
+    legal = (job.classes or slice_sizes(job.dimensions, plan.method, job.options.slice_head)).legal_dims()
     warning = why_not_quantised(plan.dim, legal)
     return (warning,) if warning and job.dimensions.hidden_size % 32 == 0 else ()
 
