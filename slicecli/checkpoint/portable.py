@@ -5,16 +5,17 @@ They are converted one by one as they come, so that memory holds one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from slicecli.adapters import ask
+from slicecli.checkpoint.meta_model import parameter_shapes
 from slicecli.family.written_class import WrittenClass
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "converting_sink"]
 
 
 class Conversion:
@@ -70,3 +71,24 @@ class Conversion:
         for path, value in self._portable.constants.items():
             for name in [path] if path in shapes else [f"{block}{path}" for block in self._blocks]:
                 yield name, torch.full(shapes[name], value, dtype=dtype)
+
+
+def converting_sink(
+    written: WrittenClass, model: Any, dtype: torch.dtype, sink: Callable[[str, torch.Tensor], None]
+) -> Callable[[str, torch.Tensor], None]:
+    """Return a sink for tensors of the family's own class, which gives another those of the class that is written.
+
+    What the own class lacks goes to the other at once.
+
+    Args:
+        model: An empty model of the class that is written.
+    """
+    conversion = Conversion(written)
+    for name, tensor in conversion.constants(parameter_shapes(model), dtype):
+        sink(name, tensor)
+
+    def convert(name: str, tensor: torch.Tensor) -> None:
+        for part, value in conversion.convert(name, tensor).items():
+            sink(part, value)
+
+    return convert

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slicecli.family.slice_plan import SlicePlan
     from slicecli.jobs.plan import Job
 
-__all__ = ["prepare_folders", "rehearse"]
+__all__ = ["check_loads", "prepare_folders", "rehearse", "write_config"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # what tokenizers treat in different ways
@@ -70,7 +70,12 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
     if plan.layout != "stock":
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
-    _write_config(config, folder, source)
+    write_config(config, folder, source)
+    return check_loads(folder, plan, source, tokenizer)
+
+
+def check_loads(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> Any:
+    """Make sure that all but the weights of a slice load from its folder; return its empty model."""
     meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
@@ -105,7 +110,7 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         shutil.copyfileobj(content, copy)
 
 
-def _write_config(config: Any, folder: Path, source: Source) -> None:
+def write_config(config: Any, folder: Path, source: Source) -> None:
     """Write the config as its class does, also where the class would rather not: the slice then loads as its source.
 
     What only generation reads has no place in a config any more, and its classes drop it; transformers still looks for

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
-from slicecli.checkpoint.portable import Conversion
-from slicecli.checkpoint.reader import checkpoint_tensors
+from slicecli.checkpoint.portable import converting_sink
+from slicecli.checkpoint.reader import checkpoint_tensors, stored_values
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
 from slicecli.family.friendly_dims import why_not_quantised
@@ -324,10 +324,9 @@ def _open_target(
         own_model = build_runnable_meta_model(planned.own_config, options.trust_remote_code)
     if folder is None:
         return Target(plan.dim, own_model, dtype, lambda _name, _tensor: None, number), None
-    shapes = {name: tuple(value.shape) for name, value in _stored_values(meta_model)}
     stored_shapes = {
         stored: tuple(tensor.shape)
-        for name, value in _stored_values(meta_model)
+        for name, value in stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
     writer = ShardWriter(folder, stored_shapes, dtype, options.max_shard_size, missing)
@@ -336,25 +335,10 @@ def _open_target(
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    if not planned.is_portable:
-        return Target(plan.dim, own_model, dtype, write, number), writer
-    assert planned.written is not None
-    conversion = Conversion(planned.written)
-
-    def convert(name: str, tensor: torch.Tensor) -> None:
-        for written, part in conversion.convert(name, tensor).items():
-            write(written, part)
-
-    for name, tensor in conversion.constants(shapes, dtype):
-        write(name, tensor)
-    return Target(plan.dim, own_model, dtype, convert, number), writer
-
-
-def _stored_values(meta_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a checkpoint of a model holds, a shared table once."""
-    names = {name for name, _ in meta_model.named_parameters()}
-    shared = {name for name, _ in meta_model.named_parameters(remove_duplicate=False)} - names
-    yield from ((name, value) for name, value in meta_model.state_dict().items() if name not in shared)
+    sink: Callable[[str, torch.Tensor], None] = write
+    if planned.written is not None and planned.is_portable:
+        sink = converting_sink(planned.written, meta_model, dtype, write)
+    return Target(plan.dim, own_model, dtype, sink, number), writer
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
