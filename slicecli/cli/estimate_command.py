@@ -179,7 +179,14 @@ def command(
     """
     from slicecli.errors import RequestError
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.estimate import (
+        USUAL_SPARSITIES,
+        Subject,
+        estimate,
+        nearest_dims,
+        smallest_dim_surely_within,
+        smallest_dim_within,
+    )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
     from slicecli.family.slice_plan import DTYPE_BYTES, Width
 
@@ -222,9 +229,14 @@ def command(
             wish = Width(target_parameters=target_params, memory=memory)
             dims = (wish.resolve(subject.sizes, DTYPE_BYTES[subject.dtype]),)
         elif max_perplexity is not None:
-            dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
+            expected = smallest_dim_within(subject.sizes, forecasts, max_perplexity)
+            certain = smallest_dim_surely_within(subject.sizes, forecasts, max_perplexity)
+            dims = (expected,)
         else:
             dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
+    if max_perplexity is not None:
+        only = "" if certain is None else f"; of dim {certain} the whole 90 % interval does"
+        show.note(f"Of dim {expected} the predicted perplexity stays within {max_perplexity:g}{only}.")
     result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)

@@ -51,7 +51,7 @@ def origin_of(
         return None
     fields = dict(source.fields)
     if fields.get("model_type") == CONFIG_TYPE:
-        inner = fields.get("text_config")
+        inner = fields.get("dense_config")
         fields = dict(inner) if isinstance(inner, dict) else {}
     elif any(record["source"]["model_type"] in one.model_types for one in adapters.values()):
         fields["model_type"] = record["source"]["model_type"]  # it may be written in another class

@@ -270,7 +270,7 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
     fields: dict[tuple[str, ...], Any] = {
         ("model_type",): CONFIG_TYPE,
         ("auto_map",): AUTO_MAP,
-        ("text_config", "model_type"): record["source"]["model_type"],
+        ("dense_config", "model_type"): record["source"]["model_type"],
         ("slicing", "hidden_size"): record["hidden_size"],
         ("slicing", "has_shortcuts"): record["schedule"] is not None,
         ("embedding_size",): record["dim"],

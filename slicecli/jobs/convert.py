@@ -116,7 +116,8 @@ def _write(source: Source, record: Mapping[str, Any], written: WrittenClass, fol
         if file not in (CONFIG_FILE, INDEX_FILE, *record["weights"]) and (source.folder / file).is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / file, folder / file)
-    write_config(portable_config(source.config(), written, dim, dtype), folder, source)
+    config = portable_config(source.config(), written, dim, dtype)
+    write_config(config, folder, source, written.dimensions.adapter.names)
     plan = SlicePlan(
         model=source.name,
         model_type=str(source.fields["model_type"]),
