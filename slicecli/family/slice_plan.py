@@ -30,6 +30,7 @@ __all__ = [
     "check_method",
     "preferred_dims",
     "slice_sizes",
+    "width_name",
 ]
 
 Method = Literal["refit", "slicegpt"]
@@ -71,9 +72,10 @@ class SliceSizes(Protocol):
 
 @dataclass(frozen=True)
 class Width:
-    """How wide the slice shall be, in the user's units; exactly one field is given.
+    """How wide the slice shall be, in the user's units: one way to choose the hidden size, one for the MLP's width.
 
-    A schedule is as `slicecli.family.schedule.read_schedule` takes it.
+    With an MLP width, none has to be: the hidden size then stays. A schedule is as
+    `slicecli.family.schedule.read_schedule` takes it.
     """
 
     dim: int | None = Option("--dim", "Hidden size to keep.", reads=int, metavar="N").field()
@@ -93,19 +95,52 @@ class Width:
         reads=parse_text,
         metavar="constant|linear:S0:S1|FILE.json",
     ).field()
+    mlp_dim: int | None = Option(
+        "--mlp-dim", "MLP channels to keep; alone, it leaves the hidden size as it is.", reads=int, metavar="M"
+    ).field()
+    mlp_sparsity: float | None = Option(
+        "--mlp-sparsity", "Instead: fraction of the MLP channels to remove.", reads=float, metavar="F"
+    ).field()
 
     def __post_init__(self) -> None:
         if self.schedule == "constant":  # one width, which another option gives
             object.__setattr__(self, "schedule", None)
         wishes = (self.dim, self.sparsity, self.target_parameters, self.memory, self.schedule)
         given = [value for value in wishes if value is not None]
-        if len(given) != 1:
+        if len(given) > 1 or not (given or self.chooses_mlp):
             raise RequestError(
                 "No width was chosen." if not given else "The width was chosen more than once.",
                 "Use exactly one of --dim, --sparsity, --target-params, --memory and --schedule.",
             )
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise RequestError(f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Use 0 < F < 1.")
+        if self.mlp_dim is not None and self.mlp_sparsity is not None:
+            raise RequestError("The MLP's width was chosen twice.", "Use one of --mlp-dim and --mlp-sparsity.")
+        for share, what in ((self.sparsity, "hidden size"), (self.mlp_sparsity, "MLP channels")):
+            if share is not None and not 0 < share < 1:
+                raise RequestError(f"A sparsity of {share} is not a fraction of the {what}.", "Use 0 < F < 1.")
+
+    @property
+    def chooses_mlp(self) -> bool:
+        """Whether a width of the MLP is given."""
+        return self.mlp_dim is not None or self.mlp_sparsity is not None
+
+    def resolve_mlp(self, dimensions: Dimensions) -> int | None:
+        """Return the MLP width that meets the wish; `None` where the MLPs stay whole.
+
+        A width is taken as it is or refused; a sparsity goes to the nearest, a multiple of 64 where that is a small
+        step.
+        """
+        if not self.chooses_mlp:
+            return None
+        if self.mlp_dim is not None:
+            dimensions.check_mlp_dim(self.mlp_dim)
+            found = self.mlp_dim
+        else:
+            assert self.mlp_sparsity is not None
+            dimensions.check_mlp_dim(1)  # refuses where no width is legal
+            wish = (1 - self.mlp_sparsity) * dimensions.mlp_size
+            legal = _on_tiles(dimensions.legal_mlp_dims(), dimensions.mlp_size, 1)
+            found = min(legal, key=lambda width: (abs(width - wish), width))
+        return None if found == dimensions.mlp_size else found
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
@@ -119,6 +154,10 @@ class Width:
         if self.dim is not None:
             sizes.check_dim(self.dim)
             return self.dim
+        if self.sparsity is None and self.target_parameters is None and self.memory is None:
+            if sizes.hidden_size not in sizes.legal_dims():
+                raise RequestError("Nothing would be removed.", "Choose a smaller MLP width, or a --dim.")
+            return sizes.hidden_size
         legal = preferred_dims(sizes)
         if not legal:
             raise RequestError("This model has no legal dim below its hidden size.")
@@ -152,6 +191,8 @@ class SlicePlan:
         dense_parameters: Parameters of the dense model as shipped.
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
+        mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
+        mlp_dim: m, how many of them stay; likewise.
     """
 
     model: str
@@ -168,6 +209,8 @@ class SlicePlan:
     is_tied: bool = False
     schedule: Schedule | None = None
     schedule_name: str = ""
+    mlp_size: int | None = None
+    mlp_dim: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -192,17 +235,35 @@ def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None 
 
 def preferred_dims(sizes: SliceSizes) -> list[int]:
     """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
-    tile = math.lcm(sizes.dim_multiple, TILE)
-    if tile * 32 > sizes.hidden_size:
-        return list(sizes.legal_dims())
-    return list(range(tile, sizes.hidden_size, tile))
+    return _on_tiles(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple)
+
+
+def _on_tiles(legal: range, size: int, multiple: int) -> list[int]:
+    tile = math.lcm(multiple, TILE)
+    if tile * 32 > size:
+        return list(legal)
+    return [width for width in range(tile, size + 1, tile) if width in legal]
+
+
+def width_name(dim: int, mlp_dim: int | None) -> str:
+    """Return what the widths of a slice add to its name."""
+    return f"dim{dim}" + ("" if mlp_dim is None else f"-mlp{mlp_dim}")
 
 
 def check_method(
-    method: Method, slice_head: bool | None = None, has_schedule: bool = False, has_orientation: bool = False
+    method: Method,
+    slice_head: bool | None = None,
+    has_schedule: bool = False,
+    has_orientation: bool = False,
+    chooses_mlp: bool = False,
 ) -> None:
-    """Refuse options of the published method where it is not asked for."""
+    """Refuse options of one method where the other is asked for."""
     if method == "slicegpt":
+        if chooses_mlp:
+            raise RequestError(
+                "--mlp-dim and --mlp-sparsity require the refit; the slicegpt method leaves MLP channels as they are.",
+                "Leave out --method slicegpt.",
+            )
         return
     given = {
         "--schedule": has_schedule,
