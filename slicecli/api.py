@@ -42,6 +42,8 @@ def slice_model(
     target_parameters: int | None = None,
     memory: int | None = None,
     schedule: str | None = None,
+    mlp_dim: int | None = None,
+    mlp_sparsity: float | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -55,7 +57,9 @@ def slice_model(
         target_parameters: Instead: maximum number of parameters of the slice.
         memory: Instead: maximum bytes of its weights.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
-        output: The folder to write; by default `./<name>-dim<k>`.
+        mlp_dim: How many MLP channels to keep; alone, it leaves the hidden size as it is.
+        mlp_sparsity: Instead: the fraction of them to remove.
+        output: The folder to write; by default `./<name>-dim<k>`, or `./<name>-dim<k>-mlp<m>`.
         progress: Progress callback.
         **options: Fields of `slicecli.jobs.options.SliceOptions`.
 
@@ -65,7 +69,7 @@ def slice_model(
     Raises:
         SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
-    width = Width(dim, sparsity, target_parameters, memory, schedule)
+    width = Width(dim, sparsity, target_parameters, memory, schedule, mlp_dim, mlp_sparsity)
     folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))

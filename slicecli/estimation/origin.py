@@ -13,7 +13,8 @@ from typing import Any
 
 from slicecli.adapters import Adapter, Refusal, select_adapter
 from slicecli.checkpoint.source import Source
-from slicecli.family.dimensions import Dimensions
+from slicecli.family.dimensions import MLP_WIDTH, Dimensions
+from slicecli.family.slice_plan import describe_widths
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.record.record import read_sound_record
 
@@ -37,8 +38,8 @@ class Origin:
     def note(self) -> str:
         """What a reader should know."""
         return (
-            f"{self.slice_name} is a slice of {self.source.name} at dim {self.record['dim']}; the estimates are for "
-            f"slices of {self.source.name}."
+            f"{self.slice_name} is a slice of {self.source.name} at {describe_widths(self.record)}; the estimates are "
+            f"for slices of {self.source.name}."
         )
 
 
@@ -55,6 +56,8 @@ def origin_of(
         fields = dict(inner) if isinstance(inner, dict) else {}
     adapter = select_adapter(fields, adapters, name, refusals)
     fields[adapter.names.get("hidden_size", "hidden_size")] = record["hidden_size"]
+    if record["mlp_size"] is not None:
+        fields[adapter.names.get(MLP_WIDTH, MLP_WIDTH)] = record["mlp_size"]
     # a slice never shares its head with the embeddings; whether the dense model did shows in its count
     tied = {**fields, "tie_word_embeddings": True}
     if Dimensions(adapter, tied).parameters() == record["parameters"]["dense"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from slicecli.adapters import Adapter, Block, Branch, Linear
 
-__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+__all__ = ["MLP_WIDTH", "MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
 
 # more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
 MOST_BLOCKS = MOST_HEADS = 1024

@@ -9,8 +9,9 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
@@ -28,6 +29,7 @@ __all__ = [
     "SliceSizes",
     "Width",
     "check_method",
+    "describe_widths",
     "preferred_dims",
     "slice_sizes",
     "width_name",
@@ -248,6 +250,12 @@ def _on_tiles(legal: range, size: int, multiple: int) -> list[int]:
 def width_name(dim: int, mlp_dim: int | None) -> str:
     """Return what the widths of a slice add to its name."""
     return f"dim{dim}" + ("" if mlp_dim is None else f"-mlp{mlp_dim}")
+
+
+def describe_widths(record: Mapping[str, Any]) -> str:
+    """Name the widths of a slice, from its record."""
+    mlp_dim = record["mlp_dim"]
+    return f"dim {record['dim']}" + ("" if mlp_dim is None else f" and MLP width {mlp_dim}")
 
 
 def check_method(

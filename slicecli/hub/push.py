@@ -140,7 +140,9 @@ def _message(folder: Path) -> str:
     from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
-    return f"{record['source']['model']} sliced to hidden size {record['dim']}"
+    widths = [] if record["dim"] == record["hidden_size"] else [f"hidden size {record['dim']}"]
+    widths += [] if record["mlp_dim"] is None else [f"MLP width {record['mlp_dim']}"]
+    return f"{record['source']['model']} sliced to {' and '.join(widths)}"
 
 
 def _may_write(api: HfApi, repository: str) -> bool:

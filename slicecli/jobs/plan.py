@@ -22,7 +22,7 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
+from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method, width_name
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -59,11 +59,13 @@ class PlannedSlice:
     Attributes:
         config: Its config, an object of transformers.
         folder: Where it will lie.
+        running_config: The same with the MLPs of the dense model, in which its blocks run while they are fitted.
     """
 
     plan: SlicePlan
     config: Any
     folder: Path
+    running_config: Any
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
+        chooses_mlp=any(width.chooses_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
     config = source.config()
@@ -127,9 +130,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    output_length = _prove(source, chosen, config, dimensions, options)
+    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _ in requests)
+    output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
     slices = []
-    for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
+    for width, (sizes, dim, schedule), output in zip(widths, requests, outputs, strict=True):
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -138,19 +142,23 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            sliced_parameters=sizes.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
             is_tied=options.method == "refit" and dimensions.keeps_tie,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
+            mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
+            mlp_dim=sizes.mlp_dim,
         )
-        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
+        sliced_config, running_config = (
+            config_of(plan, config, one, output_length, source.has_own_model_code) for one in (sizes, dimensions)
+        )
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
-        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        slices.append(PlannedSlice(plan, sliced_config, folder))
+        folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
+        slices.append(PlannedSlice(plan, sliced_config, folder, running_config))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -202,16 +210,25 @@ def _layout(source: Source, chosen: ChosenAdapter, method: Method) -> Layout:
     return "custom-code"
 
 
-def _prove(source: Source, chosen: ChosenAdapter, config: Any, dimensions: Dimensions, options: SliceOptions) -> int:
+def _prove(
+    source: Source,
+    chosen: ChosenAdapter,
+    config: Any,
+    dimensions: Dimensions,
+    options: SliceOptions,
+    cuts_mlp: bool,
+) -> int:
     """Prove on a small model what the declaration alone cannot tell; return how many values a block returns.
 
     That number is of the published method only, which needs it.
     """
-    from slicecli.proof.declaration import prove_own_class, prove_shortcuts
+    from slicecli.proof.declaration import prove_channels_of_class, prove_own_class, prove_shortcuts
 
     with quiet_libraries(), running(source.name):
         if source.has_own_model_code and chosen.inference is None:
             prove_own_class(chosen.adapter, config, source.trust_remote_code)
+        if cuts_mlp and (source.has_own_model_code or chosen.inference is not None):
+            prove_channels_of_class(chosen.adapter, config, source.trust_remote_code)
         if options.method == "slicegpt":
             return prove_shortcuts(chosen.adapter, config, slices_head(dimensions, options.slice_head))
     return 0
@@ -270,24 +287,29 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
 
 def resolve(
     width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
-) -> tuple[int, Schedule | None]:
-    """Return the dim that meets a wish, and for the published method the width at every place."""
+) -> tuple[Dimensions, int, Schedule | None]:
+    """Return the sizes with the MLPs of the slice, the dim, and for the published method the width at every place."""
     if options.method == "refit":
-        return width.resolve(dimensions, bytes_per_parameter), None
+        narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
+        return narrower, width.resolve(narrower, bytes_per_parameter), None
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return schedule.dim, schedule
+        return dimensions, schedule.dim, schedule
     sizes = PublishedSizes(dimensions, options.slice_head)
     dim = width.resolve(sizes, bytes_per_parameter)
     schedule = sizes.schedule(dim)
     schedule.check(dimensions)
-    return dim, schedule
+    return dimensions, dim, schedule
 
 
 def config_of(
     plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
 ) -> Any:
-    """Return the config of a planned slice."""
+    """Return the config of a planned slice.
+
+    Args:
+        dimensions: With the MLPs that it shall have.
+    """
     if plan.layout == "stock":
         return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)

@@ -165,15 +165,15 @@ def _open_targets(
     targets, writers = [], []
     for number, one in enumerate(job.slices):
         missing = None if state is None else state["missing"][number]
+        running = meta_models[number] if folders and one.plan.mlp_dim is None else None
+        if running is None:
+            running = build_runnable_meta_model(one.running_config, job.options.trust_remote_code)
+        target = _open_target(number, one.plan, running)
         if folders:
-            folder, meta_model = folders[number], meta_models[number]
-        else:
-            folder, meta_model = None, build_runnable_meta_model(one.config, job.options.trust_remote_code)
-        target, writer = _open_target(number, one.plan, meta_model, folder, job.options, missing)
-        targets.append(target)
-        if writer is not None:
+            writer = _open_writer(target, one.plan, meta_models[number], folders[number], job.options, missing)
             stack.callback(writer.close)
             writers.append(writer)
+        targets.append(target)
     return targets, writers
 
 
@@ -296,37 +296,38 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     return groups
 
 
-def _open_target(
-    number: int,
-    plan: SlicePlan,
-    meta_model: Any,
-    folder: Path | None,
-    options: SliceOptions,
-    missing: Sequence[str] | None,
-) -> tuple[Target, ShardWriter | None]:
-    """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
-
-    Without a folder nothing is written.
-    """
+def _open_target(number: int, plan: SlicePlan, meta_model: Any) -> Target:
+    """Return a slice in the making, of which nothing is written."""
     import torch
 
     from slicecli.slicing.context import Target
 
     dtype = getattr(torch, plan.dtype)
-    if folder is None:
-        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
+    return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number, plan.mlp_dim)
+
+
+def _open_writer(
+    target: Target,
+    plan: SlicePlan,
+    meta_model: Any,
+    folder: Path,
+    options: SliceOptions,
+    missing: Sequence[str] | None,
+) -> ShardWriter:
+    """Lay out the weight files of a slice for the tensors of its target, or open those of an interrupted run."""
     shapes = {
         stored: tuple(tensor.shape)
         for name, value in _stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
-    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
+    writer = ShardWriter(folder, shapes, target.dtype, options.max_shard_size, missing)
 
     def sink(name: str, tensor: torch.Tensor) -> None:
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    return Target(plan.dim, meta_model, dtype, sink, number), writer
+    target.sink = sink
+    return writer
 
 
 def _stored_values(meta_model: Any) -> Iterator[tuple[str, torch.Tensor]]:

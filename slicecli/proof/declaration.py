@@ -44,6 +44,7 @@ __all__ = [
     "projected_model",
     "prove_accounting",
     "prove_channels",
+    "prove_channels_of_class",
     "prove_embeddings",
     "prove_refit",
     "prove_rotation",
@@ -319,6 +320,15 @@ def prove_channels(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, 
             "Check which readers have the width of the MLP, and how they arrange it.",
         )
     return error
+
+
+def prove_channels_of_class(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
+    """Check on a small model of a config's class that MLP channels can be removed as an adapter describes them."""
+    small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
+    model = random_model(small, dtype="float64", trust_remote_code=trust_remote_code)
+    dimensions = Dimensions(adapter, small.to_dict())
+    token_ids = torch.randint(2, dimensions.vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
+    prove_channels(model, dimensions, token_ids, PROOF_TOLERANCE)
 
 
 def slice_in_memory(
