@@ -188,6 +188,7 @@ def estimate(
     method: Method = "refit",
     slice_head: bool | None = None,
     unties: bool = False,
+    mlp_dim: int | None = None,
     dtype: str | None = None,
     batch: int = 1,
     length: int | None = None,
@@ -204,6 +205,7 @@ def estimate(
         method: Slicing method.
         slice_head: Whether the published method slices the input of the head.
         unties: Whether slices of a tied model get a head of their own.
+        mlp_dim: How many MLP channels the slices keep; `None` keeps all.
         dtype: Dtype of weights and cache; `None` uses the checkpoint's.
         batch: Sequences served at once.
         length: Tokens per sequence; `None` uses 2048, or the model's limit if that is less.
@@ -219,8 +221,13 @@ def estimate(
     from slicecli.estimation.devices import device_named
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
-    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token, unties=unties)
-    forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
+    mlp = None if mlp_dim is None else Width(mlp_dim=mlp_dim)
+    subject = estimating.Subject.find(
+        model, method, slice_head, dtype, revision=revision, token=token, unties=unties, mlp=mlp
+    )
+    inputs = ForecastInputs(**knowledge)
+    cuts_mlp = subject.narrower.mlp_dim is not None
+    forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, inputs)
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
 

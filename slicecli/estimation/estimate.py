@@ -43,6 +43,7 @@ class Subject:
     Attributes:
         source: The model; only what describes it has been fetched. Of a slice it is the dense model that it was made
             from.
+        narrower: Its sizes with the MLPs of its slices.
         sizes: What a slice of it may be.
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
@@ -51,6 +52,7 @@ class Subject:
 
     source: Source
     dimensions: Dimensions
+    narrower: Dimensions
     sizes: SliceSizes
     method: Method
     slice_head: bool | None
@@ -69,13 +71,15 @@ class Subject:
         token: str | None = None,
         trust_remote_code: bool = False,
         unties: bool = False,
+        mlp: Width | None = None,
     ) -> Subject:
         """Find a model by Hub id or folder, from its config alone.
 
         Args:
             dtype: Of weights and cache; `None` takes the checkpoint's.
+            mlp: The width of the MLPs of slices; `None` leaves it as it is.
         """
-        check_method(method, slice_head)
+        check_method(method, slice_head, chooses_mlp=mlp is not None)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
@@ -90,8 +94,9 @@ class Subject:
                 warnings.warn(text, SlicecliWarning, stacklevel=2)
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
-        sizes = slice_sizes(dimensions, method, slice_head)
-        return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
+        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
+        sizes = slice_sizes(narrower, method, slice_head)
+        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin)
 
     @property
     def model_type(self) -> str:
@@ -113,6 +118,7 @@ class Slice:
     """What one slice would be.
 
     Attributes:
+        mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
         untied_cost: Of a tied slice: what it would cost with a head of its own.
@@ -121,6 +127,7 @@ class Slice:
 
     dim: int
     sparsity: float
+    mlp_dim: int | None
     is_legal: bool
     nearest_legal: tuple[int, ...]
     is_tied: bool
@@ -185,6 +192,7 @@ class Estimate:
         fields: dict[str, Any] = {
             "dim": one.dim,
             "sparsity": one.sparsity,
+            "mlp_dim": one.mlp_dim,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
             "is_tied": one.is_tied,
@@ -223,10 +231,10 @@ def estimate(
 ) -> Estimate:
     """Put an estimate together."""
     dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
-    costs = CostModel(dimensions, subject.method, subject.slice_head)
+    costs = CostModel(subject.narrower, subject.method, subject.slice_head)
     is_tied = subject.method == "refit" and dimensions.keeps_tie
-    untied = CostModel(dimensions.untied(), subject.method) if is_tied else None
-    dense = costs.dense(dtype, workload)
+    untied = CostModel(subject.narrower.untied(), subject.method) if is_tied else None
+    dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
     slices = []
     for dim in dims:
         if not 0 < dim < dimensions.hidden_size:
@@ -237,6 +245,7 @@ def estimate(
             Slice(
                 dim=dim,
                 sparsity=1 - dim / dimensions.hidden_size,
+                mlp_dim=subject.narrower.mlp_dim,
                 is_legal=is_legal,
                 nearest_legal=() if is_legal else nearest_in(sizes.legal_dims(), dim),
                 is_tied=is_tied,
@@ -261,6 +270,7 @@ def estimate(
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
             *_length_note(subject, workload),
+            *_channels_note(subject),
             *_notes(slices, forecasts),
         ),
     )
@@ -271,6 +281,12 @@ def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
     if longest is None or workload.length <= longest:
         return ()
     return (f"Sequences of {workload.length:,} tokens exceed the limit of {subject.source.name} ({longest:,}).",)
+
+
+def _channels_note(subject: Subject) -> tuple[str, ...]:
+    if subject.narrower.mlp_dim is None:
+        return ()
+    return ("Quality is predicted only for slices that keep all MLP channels.",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 from slicecli.adapters import Adapter, Refusal, select_adapter
 from slicecli.checkpoint.source import Source
 from slicecli.family.dimensions import MLP_WIDTH, Dimensions
-from slicecli.family.slice_plan import describe_widths
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.record.record import read_sound_record
 
@@ -37,9 +36,11 @@ class Origin:
     @property
     def note(self) -> str:
         """What a reader should know."""
+        mlp_dim = self.record["mlp_dim"]
+        width = f"dim {self.record['dim']}" + ("" if mlp_dim is None else f" and MLP width {mlp_dim}")
         return (
-            f"{self.slice_name} is a slice of {self.source.name} at {describe_widths(self.record)}; the estimates are "
-            f"for slices of {self.source.name}."
+            f"{self.slice_name} is a slice of {self.source.name} at {width}; the estimates are for slices of "
+            f"{self.source.name}."
         )
 
 

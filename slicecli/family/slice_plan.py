@@ -29,9 +29,9 @@ __all__ = [
     "SliceSizes",
     "Width",
     "check_method",
-    "describe_widths",
     "preferred_dims",
     "slice_sizes",
+    "sliced_widths",
     "width_name",
 ]
 
@@ -252,10 +252,11 @@ def width_name(dim: int, mlp_dim: int | None) -> str:
     return f"dim{dim}" + ("" if mlp_dim is None else f"-mlp{mlp_dim}")
 
 
-def describe_widths(record: Mapping[str, Any]) -> str:
-    """Name the widths of a slice, from its record."""
-    mlp_dim = record["mlp_dim"]
-    return f"dim {record['dim']}" + ("" if mlp_dim is None else f" and MLP width {mlp_dim}")
+def sliced_widths(record: Mapping[str, Any]) -> list[str]:
+    """Name the widths of a slice that differ from the dense model's, from its record."""
+    keeps_hidden_size = record["mlp_dim"] is not None and record["dim"] == record["hidden_size"]
+    widths = [] if keeps_hidden_size else [f"hidden size {record['dim']}"]
+    return widths + ([] if record["mlp_dim"] is None else [f"MLP width {record['mlp_dim']}"])
 
 
 def check_method(

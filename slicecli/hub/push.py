@@ -137,12 +137,11 @@ def _client(options: PushOptions) -> HfApi:
 
 
 def _message(folder: Path) -> str:
+    from slicecli.family.slice_plan import sliced_widths
     from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
-    widths = [] if record["dim"] == record["hidden_size"] else [f"hidden size {record['dim']}"]
-    widths += [] if record["mlp_dim"] is None else [f"MLP width {record['mlp_dim']}"]
-    return f"{record['source']['model']} sliced to {' and '.join(widths)}"
+    return f"{record['source']['model']} sliced to {' and '.join(sliced_widths(record))}"
 
 
 def _may_write(api: HfApi, repository: str) -> bool:
