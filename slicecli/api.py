@@ -41,6 +41,7 @@ def slice_model(
     sparsity: float | None = None,
     target_parameters: int | None = None,
     memory: int | None = None,
+    multiple_of: int | None = None,
     schedule: str | None = None,
     mlp_dim: int | None = None,
     mlp_sparsity: float | None = None,
@@ -56,6 +57,7 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: maximum number of parameters of the slice.
         memory: Instead: maximum bytes of its weights.
+        multiple_of: With a sparsity or a target: choose among multiples of this number.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         mlp_dim: How many MLP channels to keep; alone, it leaves the hidden size as it is.
         mlp_sparsity: Instead: the fraction of them to remove.
@@ -69,7 +71,7 @@ def slice_model(
     Raises:
         SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
-    width = Width(dim, sparsity, target_parameters, memory, schedule, mlp_dim, mlp_sparsity)
+    width = Width(dim, sparsity, target_parameters, memory, multiple_of, schedule, mlp_dim, mlp_sparsity)
     folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))

@@ -99,8 +99,8 @@ def test_a_sparsity_goes_to_the_nearest_width(sparsity, mlp_dim):
     assert Width(mlp_sparsity=sparsity).resolve_mlp(dimensions()) == mlp_dim
 
 
-def test_a_sparsity_of_a_wide_model_goes_to_a_tile():
-    assert Width(mlp_sparsity=0.3).resolve_mlp(dimensions(intermediate_size=14336)) == 10048
+def test_a_sparsity_of_a_wide_model_goes_to_a_width_that_formats_can_use():
+    assert Width(mlp_sparsity=0.3).resolve_mlp(dimensions(intermediate_size=14336)) == 9984
 
 
 def test_a_width_of_the_mlp_alone_keeps_the_hidden_size():
@@ -230,7 +230,7 @@ def test_a_slice_with_custom_code_has_the_width_in_the_config_of_its_class(run, 
     done = run("slice", model, "--mlp-dim", "50", "-o", tmp_path / "out", *words)
     assert done.exit_code == 0, done.output
     field = {"gpt2": "n_inner", "opt": "ffn_dim", "falcon": "ffn_hidden_size"}[family]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"][field] == 50
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dense_config"][field] == 50
     assert run("verify", tmp_path / "out").exit_code == 0
 
 

@@ -238,13 +238,13 @@ MUTATIONS = {
     "embeddings not said to grow with the width": Mutation(
         "gemma",
         lambda a: replace(a, scales_embeddings_by_width=False),
-        "the stream that model.embed_tokens start",
+        "the output of model.embed_tokens is",
         caught_by=(START,),
     ),
     "embeddings said to grow with the width": Mutation(
         "llama",
         lambda a: replace(a, scales_embeddings_by_width=True),
-        "the stream that model.embed_tokens start",
+        "the output of model.embed_tokens is",
         caught_by=(START,),
     ),
     "forgotten parameter apart from the stream": Mutation(

@@ -18,6 +18,8 @@ __all__ = ["custom_code_config", "stock_config"]
 
 # what belongs to the machine or the library that made a config, not to the model
 _LOCAL = ("_name_or_path", "transformers_version", "transformers_weights")
+# what transformers looks for in the outer config alone when it generates
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_code: bool = False) -> Any:
@@ -54,8 +56,10 @@ def custom_code_config(
     dense.pop("architectures", None)
     with quiet_libraries():
         return SlicedConfig(
-            text_config=dense,
+            dense_config=dense,
             embedding_size=schedule.places[0],
+            hidden_size=schedule.head,
+            head_dim=dimensions.head_dim,
             slicing={
                 "hidden_size": dimensions.hidden_size,
                 "declaration": dimensions.declaration(),
@@ -67,6 +71,7 @@ def custom_code_config(
             dtype=dtype,
             architectures=["SlicedForCausalLM"],
             auto_map=dict(AUTO_MAP),
+            **{name: dense[name] for name in _GENERATION if name in dense},
         )
 
 

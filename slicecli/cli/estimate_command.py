@@ -10,6 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
 from slicecli.family.slice_plan import Width
 from slicecli.jobs.options import SliceOptions
 
@@ -181,7 +182,14 @@ def command(
     """
     from slicecli.errors import RequestError
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.estimate import (
+        USUAL_SPARSITIES,
+        Subject,
+        estimate,
+        nearest_dims,
+        smallest_dim_surely_within,
+        smallest_dim_within,
+    )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
     from slicecli.family.slice_plan import DTYPE_BYTES
 
@@ -229,11 +237,16 @@ def command(
             wish = Width(target_parameters=target_params, memory=memory)
             dims = (wish.resolve(subject.sizes, DTYPE_BYTES[subject.dtype]),)
         elif max_perplexity is not None:
-            dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
+            expected = smallest_dim_within(subject.sizes, forecasts, max_perplexity)
+            certain = smallest_dim_surely_within(subject.sizes, forecasts, max_perplexity)
+            dims = (expected,)
         elif cuts_mlp and sweep is None:
             dims = (subject.dimensions.hidden_size,)
         else:
             dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
+    if max_perplexity is not None:
+        only = "" if certain is None else f"; of dim {certain} the whole 90 % interval does"
+        show.note(f"Of dim {expected} the predicted perplexity stays within {max_perplexity:g}{only}.")
     result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)
@@ -276,7 +289,7 @@ def _print(document: dict[str, Any]) -> None:
     named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
     untied = [(f"{_dim(one)} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
     show.print_table(
-        ["dim", "s", "parameters", "weights", "cache/token", "to serve"],
+        ["dim", "s", "parameters", "weights", "cache/token", "to serve", "÷"],
         [
             [
                 name,
@@ -285,10 +298,13 @@ def _print(document: dict[str, Any]) -> None:
                 show.size(one["bytes"]),
                 show.size(one["kv_cache_bytes_per_token"]),
                 show.size(one["serve_bytes"]),
+                str(friendly_multiple(one.get("dim", document["hidden_size"])) or "-"),
             ]
             for name, one in [*named, *untied]
         ],
     )
+    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
+    show.result(f"÷: the largest of {divisors} that divides the dim.")
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]

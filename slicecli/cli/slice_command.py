@@ -18,7 +18,7 @@ from slicecli.runtime.options import from_chosen
 
 @click.command("slice")
 @click.argument("model", type=shared.MODEL)
-@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "mlp_dim", "mlp_sparsity")
+@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "multiple_of", "mlp_dim", "mlp_sparsity")
 @click.option(
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )

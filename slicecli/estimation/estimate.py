@@ -22,14 +22,24 @@ from slicecli.errors import RequestError, SlicecliWarning
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
-from slicecli.estimation.intervals import FARTHEST
+from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.origin import Origin, origin_of
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
+from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
-from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, preferred_dims, slice_sizes
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, slice_sizes
 
-__all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
+__all__ = [
+    "USUAL_SPARSITIES",
+    "Estimate",
+    "Slice",
+    "Subject",
+    "estimate",
+    "nearest_dims",
+    "smallest_dim_surely_within",
+    "smallest_dim_within",
+]
 
 # the fractions that the published study of the relation went through
 USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -195,6 +205,7 @@ class Estimate:
             "mlp_dim": one.mlp_dim,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
+            "formats": formats_of(one.dim),
             "is_tied": one.is_tied,
             **_cost_json(one.cost),
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
@@ -272,6 +283,7 @@ def estimate(
             *_length_note(subject, workload),
             *_channels_note(subject),
             *_notes(slices, forecasts),
+            *_growth_note(dense, slices),
         ),
     )
 
@@ -287,6 +299,13 @@ def _channels_note(subject: Subject) -> tuple[str, ...]:
     if subject.narrower.mlp_dim is None:
         return ()
     return ("Quality is predicted only for slices that keep all MLP channels.",)
+
+
+def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:
+    larger = [str(one.dim) for one in slices if one.cost.parameters >= dense.parameters]
+    if not larger:
+        return ()
+    return (f"Slices of dim {', '.join(larger)} have at least as many parameters as the dense model.",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
@@ -311,21 +330,30 @@ def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
 
 def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int:
     """Return the smallest legal dim whose predicted perplexity is within a limit."""
+    fitting = _dims_within(sizes, forecasts, most, lambda found: found.value)
+    if not fitting:
+        raise RequestError(
+            f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
+            f"{forecasts[0].dense.value:.4g}.",
+            "Raise --max-perplexity.",
+        )
+    return fitting[-1]
+
+
+def smallest_dim_surely_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int | None:
+    """Return the smallest legal dim whose whole 90 % interval is within a limit; `None` where no dim's is."""
+    fitting = _dims_within(sizes, forecasts, most, lambda found: found.high)
+    return fitting[-1] if fitting else None
+
+
+def _dims_within(
+    sizes: SliceSizes, forecasts: Sequence[Forecast], most: float, bound: Callable[[Prediction], float]
+) -> list[int]:
+    """Return preferred dims from the wide end down to the first that is over."""
     if not 1 <= most < math.inf:
         raise RequestError(f"A perplexity of {most:g} is impossible.", "Use a limit of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":
         raise RequestError("--max-perplexity needs the dense perplexity, which is unknown.", "Pass --dense-perplexity.")
-    forecast = forecasts[0]
-    legal = preferred_dims(sizes)
-    limit = math.log(most)
-    # from the wide end down to the first that is over, so that a relation that turns back fools nobody
-    fitting = list(
-        itertools.takewhile(lambda dim: forecast.predict(1 - dim / sizes.hidden_size).value <= limit, reversed(legal))
-    )
-    if not fitting:
-        raise RequestError(
-            f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
-            f"{forecast.dense.value:.4g}.",
-            "Raise --max-perplexity.",
-        )
-    return fitting[-1]
+    limit, predict = math.log(most), forecasts[0].predict
+    wide_first = reversed(preferred_dims(sizes))
+    return list(itertools.takewhile(lambda dim: bound(predict(1 - dim / sizes.hidden_size)) <= limit, wide_first))

@@ -53,7 +53,7 @@ def origin_of(
         return None
     fields = dict(source.fields)
     if fields.get("model_type") == CONFIG_TYPE:
-        inner = fields.get("text_config")
+        inner = fields.get("dense_config")
         fields = dict(inner) if isinstance(inner, dict) else {}
     adapter = select_adapter(fields, adapters, name, refusals)
     fields[adapter.names.get("hidden_size", "hidden_size")] = record["hidden_size"]

@@ -8,15 +8,15 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
+from slicecli.family.friendly_dims import preferred_dims, preferred_widths
 from slicecli.family.schedule import PublishedSizes, Schedule
-from slicecli.runtime.inputs import parse_bytes, parse_count, parse_text
+from slicecli.runtime.inputs import check_count, parse_bytes, parse_count, parse_text
 from slicecli.runtime.options import Option
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "SliceSizes",
     "Width",
     "check_method",
-    "preferred_dims",
     "slice_sizes",
     "sliced_widths",
     "width_name",
@@ -42,8 +41,6 @@ METHODS: tuple[Method, ...] = ("refit", "slicegpt")
 # dtypes by their names in safetensors files
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# tensor cores work in tiles; a width that is no multiple of them runs no faster than the next that is
-TILE = 64
 
 
 class SliceSizes(Protocol):
@@ -90,6 +87,13 @@ class Width:
     memory: int | None = Option(
         "--memory", "Instead: maximum bytes of the weights.", reads=parse_bytes, metavar="12GiB"
     ).field()
+    multiple_of: int | None = Option(
+        "--multiple-of",
+        "With --sparsity, --target-params and --memory: choose among multiples of this number.  [default: 256, 128, 64 "
+        "or 32, the largest that is a small step for the model]",
+        reads=int,
+        metavar="N",
+    ).field()
     schedule: str | None = Option(
         "--schedule",
         "slicegpt: instead of one width, fractions to remove from the first to the last block, or a file with the "
@@ -114,6 +118,9 @@ class Width:
                 "No width was chosen." if not given else "The width was chosen more than once.",
                 "Use exactly one of --dim, --sparsity, --target-params, --memory and --schedule.",
             )
+        check_count(self.multiple_of, "A multiple of {} is", "Use --multiple-of")
+        if self.multiple_of is not None and self.dim is not None:
+            raise RequestError("--multiple-of has no effect on --dim.", "Leave out one of them.")
         if self.mlp_dim is not None and self.mlp_sparsity is not None:
             raise RequestError("The MLP's width was chosen twice.", "Use one of --mlp-dim and --mlp-sparsity.")
         for share, what in ((self.sparsity, "hidden size"), (self.mlp_sparsity, "MLP channels")):
@@ -128,8 +135,8 @@ class Width:
     def resolve_mlp(self, dimensions: Dimensions) -> int | None:
         """Return the MLP width that meets the wish; `None` where the MLPs stay whole.
 
-        A width is taken as it is or refused; a sparsity goes to the nearest, a multiple of 64 where that is a small
-        step.
+        A width is taken as it is or refused; a sparsity goes to the nearest, of those that kernels and formats can
+        use.
         """
         if not self.chooses_mlp:
             return None
@@ -140,15 +147,15 @@ class Width:
             assert self.mlp_sparsity is not None
             dimensions.check_mlp_dim(1)  # refuses where no width is legal
             wish = (1 - self.mlp_sparsity) * dimensions.mlp_size
-            legal = _on_tiles(dimensions.legal_mlp_dims(), dimensions.mlp_size, 1)
+            legal = preferred_widths(dimensions.legal_mlp_dims(), dimensions.mlp_size)
             found = min(legal, key=lambda width: (abs(width - wish), width))
         return None if found == dimensions.mlp_size else found
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
 
-        A dim is taken as it is or refused. A sparsity goes to the nearest legal dim, a target to the largest
-        that fits; both prefer multiples of 64 where the model is wide enough for that to be a small step.
+        A dim is taken as it is or refused. A sparsity goes to the nearest preferred dim, a target to the largest that
+        fits (`preferred_dims`).
 
         Args:
             bytes_per_parameter: Of the dtype that will be written.
@@ -160,9 +167,10 @@ class Width:
             if sizes.hidden_size not in sizes.legal_dims():
                 raise RequestError("Nothing would be removed.", "Choose a smaller MLP width, or a --dim.")
             return sizes.hidden_size
-        legal = preferred_dims(sizes)
+        legal = preferred_dims(sizes, self.multiple_of)
         if not legal:
-            raise RequestError("This model has no legal dim below its hidden size.")
+            what = "" if self.multiple_of is None else f" that {self.multiple_of} divides"
+            raise RequestError(f"This model has no legal dim{what} below its hidden size.")
         if self.sparsity is not None:
             wish = (1 - self.sparsity) * sizes.hidden_size
             return min(legal, key=lambda dim: (abs(dim - wish), dim))
@@ -233,18 +241,6 @@ class SlicePlan:
 def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None = None) -> SliceSizes:
     """Return what a slice of a model may be and weighs, by one method."""
     return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
-
-
-def preferred_dims(sizes: SliceSizes) -> list[int]:
-    """Return legal dims on a grid of tiles, or all where tiles would be coarser than d/32."""
-    return _on_tiles(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple)
-
-
-def _on_tiles(legal: range, size: int, multiple: int) -> list[int]:
-    tile = math.lcm(multiple, TILE)
-    if tile * 32 > size:
-        return list(legal)
-    return [width for width in range(tile, size + 1, tile) if width in legal]
 
 
 def width_name(dim: int, mlp_dim: int | None) -> str:

@@ -283,14 +283,14 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
     fields: dict[tuple[str, ...], Any] = {
         ("model_type",): CONFIG_TYPE,
         ("auto_map",): AUTO_MAP,
-        ("text_config", "model_type"): record["source"]["model_type"],
+        ("dense_config", "model_type"): record["source"]["model_type"],
         ("slicing", "hidden_size"): record["hidden_size"],
         ("slicing", "has_shortcuts"): record["schedule"] is not None,
         ("embedding_size",): record["dim"],
         ("slicing", "head_width"): record["dim"],
     }
     if record["mlp_dim"] is not None:
-        fields["text_config", _mlp_field(record)] = record["mlp_dim"]
+        fields["dense_config", _mlp_field(record)] = record["mlp_dim"]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {

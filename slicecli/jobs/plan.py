@@ -119,6 +119,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         chooses_mlp=any(width.chooses_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
+    Dimensions(adapter, chosen.fields)  # names a field that is wrong, where transformers would name its own check
     config = source.config()
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()

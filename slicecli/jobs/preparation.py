@@ -11,13 +11,14 @@ import json
 import operator
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder
+from slicecli.checkpoint.legacy_fields import with_legacy_fields
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, load_tokenizer, tokenizer_code
 from slicecli.errors import OutputError, PluginError, SourceError, reason_of, shown
@@ -70,7 +71,7 @@ def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokeni
     if plan.layout != "stock":
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
-    _write_config(config, folder, source)
+    _write_config(config, folder, source, job.adapter.names)
     meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
@@ -105,26 +106,26 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         shutil.copyfileobj(content, copy)
 
 
-def _write_config(config: Any, folder: Path, source: Source) -> None:
+def _write_config(config: Any, folder: Path, source: Source, names: Mapping[str, str]) -> None:
     """Write the config as its class does, also where the class would rather not: the slice then loads as its source.
 
-    What only generation reads has no place in a config any more, and its classes drop it; transformers still looks for
-    it in the file where there is no generation config.
+    Fields that transformers 4 spelled differently are written in both spellings. What only generation reads has no
+    place in a config any more, and its classes drop it; transformers still looks for it in the file where there is no
+    generation config.
     """
     import transformers
 
     try:
-        text = config.to_json_string()
+        fields = with_legacy_fields(json.loads(config.to_json_string()), names)
         if not (folder / GENERATION_FILE).is_file():
-            names = {name for name in vars(transformers.GenerationConfig()) if not hasattr(config, name)}
-            dropped = {name: value for name, value in source.fields.items() if name in names}
-            if dropped:
-                text = json.dumps({**json.loads(text), **dropped}, indent=2, sort_keys=True) + "\n"
+            lost = {name for name in vars(transformers.GenerationConfig()) if not hasattr(config, name)}
+            fields |= {name: value for name, value in source.fields.items() if name in lost}
     except Exception as error:  # config classes raise what they like
         raise SourceError(
             f"The config of a slice of {source.name} cannot be written: {reason_of(error)}.", "Check config.json."
         ) from error
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
@@ -153,7 +154,7 @@ def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
 
 
 def _check_generation_config(folder: Path, source: Source) -> None:
-    """Refuse what keeps transformers from loading a model: it does without a generation config, but not with any."""
+    """Refuse a generation config that transformers cannot load; a missing one is fine."""
     from transformers import GenerationConfig
 
     try:

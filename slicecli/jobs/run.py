@@ -18,7 +18,8 @@ from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.reader import checkpoint_tensors
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
-from slicecli.family.slice_plan import SlicePlan
+from slicecli.family.friendly_dims import why_not_quantised
+from slicecli.family.slice_plan import SlicePlan, slice_sizes
 from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
@@ -144,7 +145,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
                     energy_kept=energy.kept,
                     seconds=seconds,
                     peak_memory_bytes=peak_memory_bytes(),
-                    warnings=warnings + _growth_warning(one.plan),
+                    warnings=warnings + _growth_warning(one.plan) + _format_warning(job, one.plan),
                     is_from_cache=is_from_cache,
                     phases=clock.seconds,
                     peak_device_memory_bytes=peak_device_memory_bytes(dense.device),
@@ -243,7 +244,7 @@ def _find_statistics(
 def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
     """Return what keeps the dense stream of all steps between the passes, where that saves time.
 
-    On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
+    On a CPU that is so as long as free memory can hold what is written to disk.
     """
     from slicecli.slicing.activation_cache import ActivationCache
 
@@ -356,6 +357,12 @@ def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
         f"The memory ran out with {batches.size} rows per batch; the run continued with {most}. "
         f"Use --batch-size {most} next time.",
     )
+
+
+def _format_warning(job: Job, plan: SlicePlan) -> tuple[str, ...]:
+    legal = slice_sizes(job.dimensions, plan.method, job.options.slice_head).legal_dims()
+    warning = why_not_quantised(plan.dim, legal)
+    return (warning,) if warning and job.dimensions.hidden_size % 32 == 0 else ()
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

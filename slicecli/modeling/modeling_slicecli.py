@@ -50,19 +50,19 @@ class _Sliced(_Derived, PreTrainedModel):
 
     def __new__(cls, config: SlicedConfig, *args: Any, **kwargs: Any) -> _Sliced:
         """Choose the class by the dense model's config."""
-        family, ours = cls.family_classes[type(config.text_config)], cast("Any", cls)
+        family, ours = cls.family_classes[type(config.dense_config)], cast("Any", cls)
         return object.__new__(_with_family(ours, family))
 
     def __init__(self, config: SlicedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the dense model and cut it."""
         if config.slicing is None:
             raise ValueError("The config lacks `slicing`, which describes how the residual stream is sliced.")
-        super().__init__(config.text_config, *args, **kwargs)
+        super().__init__(config.dense_config, *args, **kwargs)
         _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
         for kind in ("_attn_implementation_internal", "_experts_implementation_internal"):
             # chosen by the library for the config that the family's class was given
-            if hasattr(config.text_config, kind):
-                setattr(config, kind, getattr(config.text_config, kind))
+            if hasattr(config.dense_config, kind):
+                setattr(config, kind, getattr(config.dense_config, kind))
         self.config = config
         # transformers reads and writes some families' weights under other names than those of their modules, but for
         # custom code; so must it be for the family's model inside ours, or it would depend on what stands around it

@@ -436,7 +436,7 @@ def prove_shortcuts(adapter: Adapter, config: Any, slices_head: bool) -> int:
         difference = relative_error(logits(full, token_ids), logits(model, token_ids))
         if not difference > PROOF_TOLERANCE:
             tried = f"it fails to run with a narrow stream and a head that {'is' if slices_head else 'is not'} sliced"
-            remedy = remedy if slices_head else "Give --slice-head."
+            remedy = remedy if slices_head else "Use --slice-head."
             narrow = Schedule.constant(dimensions, half, half if slices_head else width)
             logits(published_in_memory(model, dimensions, token_ids, narrow), token_ids)
     except Exception as error:  # modules of a family raise what they like where a width surprises them
