@@ -10,7 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["MULTIPLES", "formats_of", "friendly_multiple", "preferred_dims", "preferred_widths", "why_not_quantised"]
+__all__ = [
+    "MULTIPLES",
+    "formats_of",
+    "friendly_multiple",
+    "preferred_dims",
+    "preferred_widths",
+    "why_not_quantised",
+    "why_writers_are_not_quantised",
+]
 
 # what each multiple is needed for, from the most demanding on
 MULTIPLES = {256: "k-quants", 128: "GPTQ, AWQ, Marlin", 64: "bitsandbytes, MLX", 32: "q8_0, q4_0"}
@@ -81,13 +89,26 @@ def why_not_quantised(dim: int, legal: Sequence[int]) -> str:
     """Say what a hidden size costs that 32 does not divide, and which legal ones do better; empty if 32 divides it."""
     if dim % LEAST == 0:
         return ""
-    friendly = [other for other in legal if other % LEAST == 0]
-    nearest = sorted(sorted(friendly, key=lambda other: abs(other - dim))[:2])
-    names = f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
     return (
         f"{LEAST} does not divide a hidden size of {dim}, so GGUF keeps its matrices in 16 bits: a quantised file can "
-        f"be larger than the dense model's.{names}"
+        f"be larger than the dense model's.{_nearest(dim, legal)}"
     )
+
+
+def why_writers_are_not_quantised(mlp_dim: int, legal: Sequence[int]) -> str:
+    """Say the same of an MLP width, which is the length of the rows of the MLPs' writers."""
+    if mlp_dim % LEAST == 0:
+        return ""
+    return (
+        f"{LEAST} does not divide an MLP width of {mlp_dim}, so GGUF keeps the last matrix of every MLP in 16 bits."
+        f"{_nearest(mlp_dim, legal)}"
+    )
+
+
+def _nearest(width: int, legal: Sequence[int]) -> str:
+    friendly = [other for other in legal if other % LEAST == 0]
+    nearest = sorted(sorted(friendly, key=lambda other: abs(other - width))[:2])
+    return f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
 
 
 def _divided(legal: range, multiple: int) -> list[int]:

@@ -18,7 +18,7 @@ from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.reader import checkpoint_tensors
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
-from slicecli.family.friendly_dims import why_not_quantised
+from slicecli.family.friendly_dims import why_not_quantised, why_writers_are_not_quantised
 from slicecli.family.slice_plan import SlicePlan, slice_sizes
 from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.identity import Identity
@@ -360,9 +360,13 @@ def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
 
 
 def _format_warning(job: Job, plan: SlicePlan) -> tuple[str, ...]:
-    legal = slice_sizes(job.dimensions, plan.method, job.options.slice_head).legal_dims()
-    warning = why_not_quantised(plan.dim, legal)
-    return (warning,) if warning and job.dimensions.hidden_size % 32 == 0 else ()
+    dimensions = job.dimensions
+    legal = slice_sizes(dimensions, plan.method, job.options.slice_head).legal_dims()
+    of_dim = why_not_quantised(plan.dim, legal) if dimensions.hidden_size % 32 == 0 else ""
+    of_mlp = ""
+    if plan.mlp_dim is not None and dimensions.mlp_size % 32 == 0:
+        of_mlp = why_writers_are_not_quantised(plan.mlp_dim, dimensions.legal_mlp_dims())
+    return tuple(text for text in (of_dim, of_mlp) if text)
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:
