@@ -153,9 +153,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
             mlp_dim=sizes.mlp_dim,
         )
-        sliced_config, running_config = (
-            config_of(plan, config, one, output_length, source.has_own_model_code) for one in (sizes, dimensions)
-        )
+        sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code)
+        running_config = sliced_config
+        if plan.mlp_dim is not None:
+            running_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
         folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
