@@ -118,7 +118,8 @@ def test_the_card_of_a_slice_is_harmless_and_whole(one_slice, record):
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_of_others_are_shown_and_do_nothing(record, text):
     record["source"] |= {"model": text, "model_type": text}
-    record["ancestry"] = [{**record["source"], "method": text, "hidden_size": 64, "dim": 48, "slicecli_version": "0"}]
+    widths = {"hidden_size": 64, "dim": 48, "mlp_size": 90, "mlp_dim": 80}
+    record["ancestry"] = [{**record["source"], "method": text, **widths, "slicecli_version": "0"}]
     record["calibration"] |= {"text": text}
     record["command"] = text
     record["versions"] = {text or "x": text}

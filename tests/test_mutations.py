@@ -45,6 +45,12 @@ TIED = "test_a_tied_model_stays_tied_without_loss"
 UNTIED = "test_a_tied_model_can_get_a_head_of_its_own"
 PORTABLE = "test_a_portable_class_computes_the_same"
 PORTABLE_SLICE = "test_a_slice_in_a_portable_class_is_the_same_slice"
+CHANNELS = (
+    "test_channels_that_add_nothing_are_removed_without_loss",
+    "test_more_channels_are_closer_to_the_model",
+    "test_a_slice_with_fewer_channels_has_the_parameters_that_were_predicted",
+    "test_a_slice_with_fewer_channels_generates",
+)
 # what looks at slices in files
 OF_FILES = [
     "test_a_slice_has_the_parameters_that_were_predicted",
@@ -266,6 +272,19 @@ MUTATIONS = {
     "forgotten parameter apart from the stream": Mutation(
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
     ),
+    # MLP channels
+    "own name of the MLP's width forgotten": Mutation(
+        "gpt2",
+        lambda a: replace(a, names={usual: own for usual, own in a.names.items() if own != "n_inner"}),
+        "does not take the width of the MLP from intermediate_size",
+        caught_by=CHANNELS,
+    ),
+    "reader whose width is said to be a number": Mutation(
+        "llama",
+        in_branch(1, readers=lambda readers: (replace(readers[0], width="88"), *readers[1:])),
+        "model.layers.0.mlp.gate_proj.weight",
+        caught_by=CHANNELS[:2],
+    ),
     # sizes and dims
     "own name of the longest row forgotten": Mutation(
         "gptj",
@@ -479,7 +498,7 @@ def subject(slice_of_llama, tmp_path):
     """A sound declaration, with a slice that may be damaged."""
     made = tiny_subject(sound("llama"), tmp_path)
     copy = shutil.copytree(slice_of_llama, tmp_path / "copy")
-    made.sliced = lambda _method: copy
+    made.sliced = lambda _method, _has_fewer_channels=False: copy
     return made
 
 

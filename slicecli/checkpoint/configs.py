@@ -106,6 +106,7 @@ def custom_code_config(
     from slicecli.modeling.configuration_slicecli import SlicedConfig
 
     dense = _own_fields(config) | {"tie_word_embeddings": False, "dtype": dtype, "model_type": config.model_type}
+    dense |= dimensions.mlp_fields()
     dense.pop("architectures", None)
     with quiet_libraries():
         return SlicedConfig(

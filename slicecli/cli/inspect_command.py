@@ -82,6 +82,8 @@ def command(
         },
         "classes": [one.to_json() for one in classes.available] if classes else [],
         "class_obstacles": dict(classes.obstacles) if classes else {},
+        "mlp_size": None if dimensions.mlp_obstacle else dimensions.mlp_size,
+        "mlp_obstacle": dimensions.mlp_obstacle,
         "unused_tensors": list(comparison.unused),
         "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
@@ -98,6 +100,7 @@ def command(
             *([["slice of", document["slice_of"]]] if document["slice_of"] else []),
             ["type", f"{document['model_type']} ({how}, {document['layout']} layout)"],
             ["hidden size", f"{dimensions.hidden_size:,}"],
+            *([] if dimensions.mlp_obstacle else [["MLP width", f"{dimensions.mlp_size:,}"]]),
             ["blocks", f"{dimensions.blocks}"],
             ["heads", f"{dimensions.heads} x {dimensions.head_dim}, {dimensions.key_value_heads} key/value"],
             [
@@ -126,6 +129,8 @@ def command(
         show.note(f"Slices cannot be written as {name}: {reason}.")
     if document["shortcut_obstacle"]:
         show.note(f"The slicegpt method cannot slice it: {document['shortcut_obstacle']}")
+    if document["mlp_obstacle"]:
+        show.note(f"Its MLPs cannot be sliced: {document['mlp_obstacle']}.")
     for text in comparison.remarks(source.name):
         show.note(text)
     if inference is not None:

@@ -56,6 +56,7 @@ class Subject:
     Attributes:
         source: The model; only what describes it has been fetched. Of a slice it is the dense model that it was made
             from.
+        narrower: Its sizes with the MLPs of its slices.
         sizes: What a slice of it may be.
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
@@ -65,6 +66,7 @@ class Subject:
 
     source: Source
     dimensions: Dimensions
+    narrower: Dimensions
     sizes: SliceSizes
     method: Method
     slice_head: bool | None
@@ -85,13 +87,15 @@ class Subject:
         trust_remote_code: bool = False,
         unties: bool = False,
         write_as: str = AUTO,
+        mlp: Width | None = None,
     ) -> Subject:
         """Find a model by Hub id or folder, from its config alone.
 
         Args:
             dtype: Of weights and cache; `None` takes the checkpoint's.
+            mlp: The width of the MLPs of slices; `None` leaves it as it is.
         """
-        check_method(method, slice_head)
+        check_method(method, slice_head, chooses_mlp=mlp is not None)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
@@ -107,9 +111,10 @@ class Subject:
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
         model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
-        classes = SliceClasses.of_method(dimensions, method, model_type, write_as, has_code)
-        sizes = classes.at() if classes else slice_sizes(dimensions, method, slice_head)
-        return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
+        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
+        classes = SliceClasses.of_method(narrower, method, model_type, write_as, has_code)
+        sizes = classes.at() if classes else slice_sizes(narrower, method, slice_head)
+        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
 
     @property
     def model_type(self) -> str:
@@ -147,6 +152,7 @@ class Slice:
     """What one slice would be.
 
     Attributes:
+        mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
         written_type: The model type of the class it would be written in.
@@ -156,6 +162,7 @@ class Slice:
 
     dim: int
     sparsity: float
+    mlp_dim: int | None
     is_legal: bool
     nearest_legal: tuple[int, ...]
     is_tied: bool
@@ -221,6 +228,7 @@ class Estimate:
         fields: dict[str, Any] = {
             "dim": one.dim,
             "sparsity": one.sparsity,
+            "mlp_dim": one.mlp_dim,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
             "formats": formats_of(one.dim),
@@ -264,7 +272,7 @@ def estimate(
     is_tied = subject.method == "refit" and dimensions.keeps_tie
     untied = subject.untied() if is_tied else None
     costs, untied_costs = functools.cache(subject.costs), functools.cache((untied or subject).costs)
-    dense = costs(None).dense(dtype, workload)
+    dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
     slices = []
     for dim in dims:
         written = subject.written(dim)
@@ -277,6 +285,7 @@ def estimate(
             Slice(
                 dim=dim,
                 sparsity=1 - dim / dimensions.hidden_size,
+                mlp_dim=subject.narrower.mlp_dim,
                 is_legal=is_legal,
                 nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
                 is_tied=is_tied,
@@ -303,6 +312,7 @@ def estimate(
             *(() if subject.origin is None else (subject.origin.note,)),
             *_length_note(subject, workload),
             *_class_notes(subject, dims),
+            *_channels_note(subject),
             *_notes(slices, forecasts),
             *_growth_note(dense, slices),
         ),
@@ -323,6 +333,12 @@ def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
     chosen = [(subject.classes.at(dim), dim) for dim in dims]
     notes = [subject.classes.note(one, dim) for one, dim in chosen if dim in one.legal_dims()]
     return [note for note in dict.fromkeys(notes) if note]
+
+
+def _channels_note(subject: Subject) -> tuple[str, ...]:
+    if subject.narrower.mlp_dim is None:
+        return ()
+    return ("Quality is predicted only for slices that keep all MLP channels.",)
 
 
 def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:

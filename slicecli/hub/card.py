@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
@@ -120,6 +121,8 @@ def render_body(record: Mapping[str, Any]) -> str:
         name=name.rpartition("/")[2],
         base_model_link=f"[{name}](https://huggingface.co/{name})" if base_model_of(record) == name else code(name),
         is_stock=record["layout"] == "stock" and not record["needs_remote_code"],
+        widths=" and ".join(sliced_widths(record)),
+        change_of_widths=_change_of_widths(record),
         method_sentence=_method_sentence(record),
         layout_sentence=_layout_sentence(record),
         transformers_snippet=_transformers_snippet(place, record["needs_remote_code"]),
@@ -220,10 +223,23 @@ def _llama_cpp_snippet(repository: str | None) -> str:
     )
 
 
+def _change_of_widths(record: Mapping[str, Any]) -> str:
+    hidden = (
+        f"its hidden size (the width of the residual stream) sliced from {record['hidden_size']} to {record['dim']}"
+    )
+    if record["mlp_dim"] is None:
+        return hidden
+    channels = f"from {record['mlp_size']} to {record['mlp_dim']} channels"
+    is_narrower = record["dim"] < record["hidden_size"]
+    return f"{hidden} and its MLPs {channels}" if is_narrower else f"its MLPs sliced {channels}"
+
+
 def _method_sentence(record: Mapping[str, Any]) -> str:
     if record["method"] == "refit":
+        removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
         return (
-            "Every matrix that reads or writes the residual stream was refitted by least squares; nothing was trained."
+            f"{removed}Every matrix that reads or writes the residual stream was refitted by least squares; nothing "
+            "was trained."
         )
     return (
         "The residual stream is projected onto its principal directions at each norm site, as published "

@@ -29,7 +29,8 @@ __all__ = ["draft_description", "licence_warning", "reproduce_command"]
 def draft_description(job: Job, planned: PlannedSlice, rows: Rows) -> Description:
     """Return what is known of a slice before its weights are, found fit to be written."""
     plan = planned.plan
-    sizes = planned.written or slice_sizes(job.dimensions, plan.method, job.options.slice_head)
+    narrower = job.dimensions.with_mlp_dim(plan.mlp_dim)
+    sizes = planned.written or slice_sizes(narrower, plan.method, job.options.slice_head)
     record = build_record(
         plan,
         job.source,
@@ -95,5 +96,7 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
         values["trust_remote_code"] = True
     if plan.schedule is not None:
         values = {"slice_head": options.slice_head, **values}
-    width = {"schedule": plan.schedule_name} if plan.schedule_name else {"dim": plan.dim}
+    width: dict[str, Any] = {"schedule": plan.schedule_name} if plan.schedule_name else {"dim": plan.dim}
+    if plan.mlp_dim is not None:
+        width["mlp_dim"] = plan.mlp_dim
     return shlex.join(["slicecli", "slice", plan.model, *words_of(Width, width), *words_of(SliceOptions, values)])

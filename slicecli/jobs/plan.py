@@ -22,7 +22,7 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
+from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method, width_name
 from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
@@ -61,7 +61,8 @@ class PlannedSlice:
         config: Its config, an object of transformers.
         folder: Where it will lie.
         written: The class it is written in; `None` for custom code.
-        own_config: Its config in its family's own class, in which it is computed.
+        running_config: Its config in its family's own class, with the MLPs of the dense model: its blocks run so while
+            they are fitted.
         note: Why it is written in that class, where that needs a word.
     """
 
@@ -69,13 +70,18 @@ class PlannedSlice:
     config: Any
     folder: Path
     written: WrittenClass | None
-    own_config: Any
+    running_config: Any
     note: str = ""
 
     @property
     def is_portable(self) -> bool:
         """Whether it is written in another class than its family's own."""
         return self.written is not None and self.written.portable is not None
+
+    @property
+    def runs_as_written(self) -> bool:
+        """Whether its blocks are fitted in the very model that is written."""
+        return self.running_config is self.config
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
+        chooses_mlp=any(width.chooses_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
     Dimensions(adapter, chosen.fields)  # names a field that is wrong, where transformers would name its own check
@@ -145,11 +152,11 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    output_length = _prove(source, chosen, config, dimensions, options)
+    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _, _ in requests)
+    output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
     _prove_portable(source, config, requests)
     slices = []
-    for width, (dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
-        sizes = written or dimensions
+    for width, (sizes, dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -166,16 +173,20 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
             written_type=written.model_type if written else CONFIG_TYPE,
+            mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
+            mlp_dim=sizes.mlp_dim,
         )
-        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code, written)
+        sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code, written)
+        running_config = sliced_config
+        if written is not None and written.portable is not None:
+            running_config = resized_config(config, dimensions, dim, dtype)
+        elif plan.mlp_dim is not None:
+            running_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
-        own_config = sliced_config
-        if written is not None and written.portable is not None:
-            own_config = resized_config(config, dimensions, dim, dtype)
-        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
+        folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
         note = classes.note(written, dim) if classes and written else ""
-        slices.append(PlannedSlice(plan, sliced_config, folder, written, own_config, note))
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, running_config, note))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -228,16 +239,25 @@ def _layout(source: Source, chosen: ChosenAdapter, method: Method) -> Layout:
     return "custom-code"
 
 
-def _prove(source: Source, chosen: ChosenAdapter, config: Any, dimensions: Dimensions, options: SliceOptions) -> int:
+def _prove(
+    source: Source,
+    chosen: ChosenAdapter,
+    config: Any,
+    dimensions: Dimensions,
+    options: SliceOptions,
+    cuts_mlp: bool,
+) -> int:
     """Prove on a small model what the declaration alone cannot tell; return how many values a block returns.
 
     That number is of the published method only, which needs it.
     """
-    from slicecli.proof.declaration import prove_own_class, prove_shortcuts
+    from slicecli.proof.declaration import prove_channels_of_class, prove_own_class, prove_shortcuts
 
     with quiet_libraries(), running(source.name):
         if source.has_own_model_code and chosen.inference is None:
             prove_own_class(chosen.adapter, config, source.trust_remote_code)
+        if cuts_mlp and (source.has_own_model_code or chosen.inference is not None):
+            prove_channels_of_class(chosen.adapter, config, source.trust_remote_code)
         if options.method == "slicegpt":
             return prove_shortcuts(chosen.adapter, config, slices_head(dimensions, options.slice_head))
     return 0
@@ -307,8 +327,9 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
 
 
 class Resolved(NamedTuple):
-    """What a width comes to: a dim, for the published method the width at every place, and the class to write."""
+    """What is wished for comes to: sizes with the MLPs of the slice, a dim or a schedule, and the class to write."""
 
+    sizes: Dimensions
     dim: int
     schedule: Schedule | None
     written: WrittenClass | None
@@ -321,20 +342,21 @@ def resolve(
     options: SliceOptions,
     bytes_per_parameter: int,
 ) -> Resolved:
-    """Return the dim that meets a wish, and the class of the slice."""
+    """Return the widths that meet a wish, and the class of the slice."""
+    narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
     if classes is not None:
-        dim, written = classes.resolve(width, bytes_per_parameter)
-        return Resolved(dim, None, written)
+        dim, written = classes.with_mlp_dim(narrower.mlp_dim).resolve(width, bytes_per_parameter)
+        return Resolved(narrower, dim, None, written)
     if options.method == "refit":
-        return Resolved(width.resolve(dimensions, bytes_per_parameter), None, None)
+        return Resolved(narrower, width.resolve(narrower, bytes_per_parameter), None, None)
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return Resolved(schedule.dim, schedule, None)
+        return Resolved(dimensions, schedule.dim, schedule, None)
     sizes = PublishedSizes(dimensions, options.slice_head)
     dim = width.resolve(sizes, bytes_per_parameter)
     schedule = sizes.schedule(dim)
     schedule.check(dimensions)
-    return Resolved(dim, schedule, None)
+    return Resolved(dimensions, dim, schedule, None)
 
 
 def config_of(
@@ -345,7 +367,11 @@ def config_of(
     has_code: bool = False,
     written: WrittenClass | None = None,
 ) -> Any:
-    """Return the config of a planned slice."""
+    """Return the config of a planned slice.
+
+    Args:
+        dimensions: With the MLPs that it shall have.
+    """
     if written is not None and written.portable is not None:
         return portable_config(config, written, plan.dim, plan.dtype)
     if plan.layout == "stock":

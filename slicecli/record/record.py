@@ -119,6 +119,8 @@ def build_record(
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
+        "mlp_size": plan.mlp_size,
+        "mlp_dim": plan.mlp_dim,
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "dtype": plan.dtype,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
@@ -141,7 +143,7 @@ def _ancestry(source: Source) -> list[dict[str, Any]]:
     record = read_sound_record(source.folder)
     if record is None:
         return []
-    own = {name: record[name] for name in ("method", "hidden_size", "dim", "slicecli_version")}
+    own = {name: record[name] for name in ("method", "hidden_size", "dim", "mlp_size", "mlp_dim", "slicecli_version")}
     return [{**record["source"], **own}, *record["ancestry"]]
 
 
