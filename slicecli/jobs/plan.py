@@ -165,7 +165,9 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=sizes.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            sliced_parameters=(written or sizes).parameters(dim)
+            if schedule is None
+            else count(schedule.shapes(dimensions)),
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
