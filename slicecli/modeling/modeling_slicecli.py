@@ -63,7 +63,7 @@ class _Sliced(_Derived, PreTrainedModel):
             _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
         except (AttributeError, IndexError) as error:
             raise ValueError(
-                f"transformers {transformers.__version__} builds the model of {type(config.dense_config).__name__} from "
+                f"transformers {transformers.__version__} builds a {type(config.dense_config).__name__} model from "
                 f"other modules than the version this slice was made with ({error}). Use that version."
             ) from error
         for kind in ("_attn_implementation_internal", "_experts_implementation_internal"):
