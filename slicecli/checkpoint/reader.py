@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.comparison import find_stored
@@ -20,7 +20,7 @@ from slicecli.errors import SlicecliWarning, WeightsError, reason_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "OffloadedWeights", "checkpoint_tensors"]
+__all__ = ["DenseWeights", "OffloadedWeights", "checkpoint_tensors", "stored_values"]
 
 
 class DenseWeights:
@@ -121,6 +121,13 @@ class OffloadedWeights:
     def module(self, path: str) -> dict[str, torch.Tensor]:
         """Return all parameters and persistent buffers below a module, by their names inside it."""
         return {name: self.tensor(f"{path}.{name}") for name in self._weights.names_in(path)}
+
+
+def stored_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a checkpoint of a model holds, by the names of its parameters and buffers, a shared table once."""
+    names = {name for name, _ in model.named_parameters()}
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    yield from ((name, value) for name, value in model.state_dict().items() if name not in shared)
 
 
 def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

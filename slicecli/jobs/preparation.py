@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slicecli.family.slice_plan import SlicePlan
     from slicecli.jobs.plan import Job
 
-__all__ = ["prepare_folders", "rehearse"]
+__all__ = ["copy_companions", "prepare_folders", "rehearse"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # what tokenizers treat in different ways
@@ -65,16 +65,21 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
 def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokenizer: Any) -> Any:
     source = job.source
     clear_folder(folder, is_progress)
-    for file in source.companions.files:
-        _take_over(source, file, folder)
-    if plan.layout != "stock":
-        for path in CODE_FILES:
-            shutil.copyfile(path, folder / path.name)
+    copy_companions(source, folder, has_code=plan.layout != "stock")
     _write_config(config, folder, source)
     meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
     return meta_model
+
+
+def copy_companions(source: Source, folder: Path, has_code: bool) -> None:
+    """Copy the files of a model that go along with a slice, and the code of ours where it needs that."""
+    for file in source.companions.files:
+        _take_over(source, file, folder)
+    if has_code:
+        for path in CODE_FILES:
+            shutil.copyfile(path, folder / path.name)
 
 
 def rehearse(job: Job) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
-from slicecli.checkpoint.reader import checkpoint_tensors
+from slicecli.checkpoint.reader import checkpoint_tensors, stored_values
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
 from slicecli.family.friendly_dims import why_not_quantised
@@ -318,7 +318,7 @@ def _open_target(
         return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
     shapes = {
         stored: tuple(tensor.shape)
-        for name, value in _stored_values(meta_model)
+        for name, value in stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
     writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
@@ -328,13 +328,6 @@ def _open_target(
             writer.write(stored, part)
 
     return Target(plan.dim, meta_model, dtype, sink, number), writer
-
-
-def _stored_values(meta_model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a checkpoint of a model holds, a shared table once."""
-    names = {name for name, _ in meta_model.named_parameters()}
-    shared = {name for name, _ in meta_model.named_parameters(remove_duplicate=False)} - names
-    yield from ((name, value) for name, value in meta_model.state_dict().items() if name not in shared)
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
