@@ -288,7 +288,7 @@ def divergence_picture(history: Sequence[tuple[int, float]]) -> bytes:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_counts())
     axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("KL from the teacher on held-out rows, nats per token")
+    axes.set_ylabel("held-out KL, nats per token")
     axes.grid(alpha=0.25)
     return _drawn(figure, ".png")
 

@@ -365,6 +365,7 @@ def _train(job: RecoveryJob, rows: TrainingRows, folder: Path, checkpoint: str |
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    history = trainer.history
     if options.mode == "lora":
         trainer.model = trainer.model_wrapped = model = model.merge_and_unload()
     _round(model, job.record["dtype"])
@@ -373,7 +374,7 @@ def _train(job: RecoveryJob, rows: TrainingRows, folder: Path, checkpoint: str |
         raise _no_gain(job, trainer, before, after)
     best_step = int(trainer.state.best_global_step)
     steps = trainer.state.global_step
-    return _Trained(model, before, after, trainer.history, steps, best_step, seconds, trainer.diverged_at)
+    return _Trained(model, before, after, history, steps, best_step, seconds, trainer.diverged_at)
 
 
 def _with_adapters(model: Any) -> Any:

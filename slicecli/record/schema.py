@@ -271,7 +271,7 @@ class RowSet(JsonObject):
 class HeldOutDivergence(JsonObject):
     """The divergence on the held-out rows at some moment of a training."""
 
-    tokens: Size = Field(description="Tokens trained on by then.")
+    tokens: Count = Field(description="Tokens trained on by then.")
     kl: NotNegative = Field(description="Mean KL(teacher ‖ slice) per predicted token, in nats.")
 
 

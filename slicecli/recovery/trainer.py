@@ -114,8 +114,9 @@ class DistillationTrainer(transformers.Trainer):
 
     @property
     def history(self) -> list[tuple[int, float]]:
-        """The held-out divergence by step, before training apart."""
-        return [(one["step"], one[METRIC]) for one in self.state.log_history if METRIC in one and one["step"]]
+        """The held-out divergence by step on the way, as far as it was a number."""
+        measured = ((one["step"], one[METRIC]) for one in self.state.log_history if METRIC in one)
+        return [(step, value) for step, value in measured if step and math.isfinite(value)]
 
     def measure(self) -> float:
         """Return the mean divergence on the held-out rows."""
