@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from test_resume import after_lines, in_child
 
 import slicecli
 from slicecli.checkpoint.folder import unfinished_folder
@@ -409,6 +411,26 @@ def test_a_model_in_training_predicts_as_it_does_in_use():
         assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["stock", "custom-code"])
+def test_recomputed_activations_give_the_same_gradient(kind, slices):
+    from slicecli.recovery.trainer import recompute_activations
+
+    model = load_model(Source.find(str(slices(kind)[1]))).train()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.arange(20)[None], use_cache=False).logits.square().mean().backward()
+        gradients.append([value.grad.clone() for value in model.parameters()])
+        recompute_activations(model)
+    calls = []
+    model.get_submodule("model.layers.0.mlp" if kind == "stock" else "transformer.h.0.mlp").register_forward_pre_hook(
+        lambda *_: calls.append(None)
+    )
+    model(torch.arange(20)[None], use_cache=False).logits.mean().backward()
+    assert len(calls) == 2
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_held_out_rows_are_a_twentieth_and_none_is_trained_on(text_file):
     from slicecli.data.text import read_text
     from slicecli.recovery.data import draw_rows
@@ -418,3 +440,30 @@ def test_held_out_rows_are_a_twentieth_and_none_is_trained_on(text_file):
     assert len(drawn.training.ids) == 160 and len(drawn.held_out.ids) == 8
     trained = {tuple(row) for row in drawn.training.ids.tolist()}
     assert not trained & {tuple(row) for row in drawn.held_out.ids.tolist()}
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_reaches_the_same_divergence(slices, text_file, tmp_path):
+    dense, folder = slices()
+    log = tmp_path / "log"
+
+    def words(output):
+        given = ["recover", folder, "--teacher", dense, "--data", text_file, "-o", output, "--resume"]
+        return [*given, "--tokens", "5k", "--seq-len", "32", "--batch-size", "256", "--lr", "2e-3", "--eval-every", "3"]
+
+    def final(output):
+        return json.loads((output / "slicecli.json").read_text())["recovery"][0]["kl_after"]
+
+    assert in_child(words(tmp_path / "whole"), log) == 0, log.read_text()
+    lines = log.read_text().count("\n")
+    generator = random.Random(0)
+    for _ in range(10):
+        moment = after_lines(log, generator.randrange(lines), generator.uniform(0, 0.05))
+        in_child(words(tmp_path / "killed"), log, kill_when=moment)
+        if (tmp_path / "killed").exists():
+            break
+    else:
+        assert in_child(words(tmp_path / "killed"), log) == 0, log.read_text()
+    assert final(tmp_path / "killed") == pytest.approx(final(tmp_path / "whole"), abs=1e-3)
+    assert not [one.text for one in verify_folder(tmp_path / "killed") if one.is_error]
+    assert not list(tmp_path.glob(".*"))

@@ -12,7 +12,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -107,7 +107,7 @@ class RecoveryReport:
     Attributes:
         kl_before: Mean divergence from the teacher on the held-out rows, in nats per token.
         kl_after: The same of the weights that were written.
-        history: Tokens trained on and the divergence by then, on the way.
+        history: Tokens trained on, from none, and the divergence by then.
         seconds: Wall-clock time of the training alone.
         warnings: What the user should know.
     """
@@ -264,7 +264,7 @@ def recover_slice(job: RecoveryJob, progress: Progress | None = None) -> Recover
             kl_before=trained.kl_before,
             kl_after=trained.kl_after,
             best_step=trained.best_step,
-            history=tuple((step * job.tokens_per_step, kl) for step, kl in trained.history),
+            history=tuple((step * job.tokens_per_step, kl) for step, kl in trained.history.items()),
             tokens=trained.steps * job.tokens_per_step,
             seconds=trained.seconds,
             warnings=warnings,
@@ -331,7 +331,7 @@ class _Trained:
     model: Any
     kl_before: float
     kl_after: float
-    history: Sequence[tuple[int, float]]
+    history: Mapping[int, float]
     steps: int
     best_step: int
     seconds: float
@@ -361,11 +361,11 @@ def _train(job: RecoveryJob, rows: TrainingRows, folder: Path, checkpoint: str |
         seed=options.seed,
     )
     trainer = DistillationTrainer(model, teacher, rows, schedule, folder, progress)
-    before = trainer.measure()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     history = trainer.history
+    before = history.get(0, math.nan)
     if options.mode == "lora":
         trainer.model = trainer.model_wrapped = model = model.merge_and_unload()
     _round(model, job.record["dtype"])
@@ -446,12 +446,12 @@ def _draft(job: RecoveryJob, rows: TrainingRows, trained: _Trained | None = None
     from slicecli.runtime.versions import __version__, package_versions
 
     if trained is None:
-        trained = _Trained(None, 1.0, 0.0, [(job.steps, 0.0)], job.steps, job.steps, 0.0, None)
+        trained = _Trained(None, 1.0, 0.0, {0: 1.0, job.steps: 0.0}, job.steps, job.steps, 0.0, None)
     record, options = job.record, job.options
     results = dict(record["results"])
     dense = {"dense": results.pop("dense")} if "dense" in results else {}
     results.pop("versions", None)
-    history = [(0, trained.kl_before), *((step * job.tokens_per_step, kl) for step, kl in trained.history)]
+    history = [(step * job.tokens_per_step, kl) for step, kl in trained.history.items()]
     training, held_out = rows.training, rows.held_out
     entry = {
         "slice": _identity(job.source),

@@ -16,15 +16,14 @@ CHUNK_NUMBERS = 1 << 26
 
 
 def next_token_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the mean of KL(teacher ‖ student) over the positions that have a next token, in nats.
+    """Return for each row the mean of KL(teacher ‖ student) over the positions that have a next token, in nats.
 
     Args:
         student: Logits, shape (rows, tokens, vocabulary); the gradient flows into these alone.
         teacher: Logits of the same shape, on any device and of any floating-point dtype.
     """
-    rows, tokens, _ = student.shape
     parts = [forward_divergence(own[:-1], other[:-1]) for own, other in zip(student, teacher, strict=True)]
-    return torch.stack(parts).sum() / (rows * (tokens - 1))
+    return torch.stack(parts) / (student.shape[1] - 1)
 
 
 def forward_divergence(student: torch.Tensor, teacher: torch.Tensor, chunk: int | None = None) -> torch.Tensor:

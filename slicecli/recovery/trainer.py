@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from slicecli.progress import Progress
     from slicecli.recovery.data import TrainingRows
 
-__all__ = ["DistillationTrainer", "Schedule", "last_checkpoint", "without_dropout"]
+__all__ = ["DistillationTrainer", "Schedule", "last_checkpoint", "recompute_activations", "without_dropout"]
 
 WARM_UP_SHARE = 0.05
 LARGEST_GRADIENT = 1.0
 WEIGHTS_FILE, STATE_FILE = "trained.safetensors", "trainer_state.json"
-METRIC = "eval_loss"
+METRIC = "eval_kl"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class DistillationTrainer(transformers.Trainer):
             weight_decay=0.0,
             optim="adamw_torch",
             eval_strategy="steps",
+            eval_on_start=True,
             eval_steps=schedule.eval_every,
             save_strategy="steps",
             save_steps=schedule.eval_every,
@@ -89,7 +90,6 @@ class DistillationTrainer(transformers.Trainer):
             load_best_model_at_end=True,
             metric_for_best_model=METRIC,
             greater_is_better=False,
-            prediction_loss_only=True,
             remove_unused_columns=False,
             logging_strategy="no",
             logging_nan_inf_filter=False,
@@ -99,6 +99,8 @@ class DistillationTrainer(transformers.Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more are for the teacher
+        if arguments.device.type == "cuda":
+            recompute_activations(model)
         self.diverged_at: int | None = None
         self.teacher = teacher
         self.latest = math.nan
@@ -107,35 +109,36 @@ class DistillationTrainer(transformers.Trainer):
             args=arguments,
             train_dataset=_as_dataset(rows.training),
             eval_dataset=_as_dataset(rows.held_out),
+            compute_metrics=_mean_divergence,
             callbacks=[_Reporter(self, progress, rows.training.sequence_length * schedule.rows_per_step)],
         )
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss of a pass is a mean, and a step takes the mean of its passes
 
     @property
-    def history(self) -> list[tuple[int, float]]:
-        """The held-out divergence by step on the way, as far as it was a number."""
+    def history(self) -> dict[int, float]:
+        """The held-out divergence by step, from 0 before training on, as far as it was a number."""
         measured = ((one["step"], one[METRIC]) for one in self.state.log_history if METRIC in one)
-        return [(step, value) for step, value in measured if step and math.isfinite(value)]
+        return {step: value for step, value in measured if math.isfinite(value)}
 
     def measure(self) -> float:
         """Return the mean divergence on the held-out rows."""
         return float(self.evaluate()[METRIC])
 
-    def compute_loss(
-        self, model: Any, inputs: Mapping[str, torch.Tensor], return_outputs: bool = False, **_count: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], *_options: Any, **_more: Any) -> Any:
         """Return the mean divergence of the predictions from the teacher's."""
-        ids = inputs["input_ids"]
+        return self._divergences(model, inputs["input_ids"]).mean()
+
+    def _divergences(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Return the mean divergence of each row."""
         with torch.no_grad():
             place = self.teacher.get_input_embeddings().weight.device
             # of an offloaded model accelerate's hooks move the ids
             expected = self.teacher(input_ids=ids if place.type == "meta" else ids.to(place), use_cache=False).logits
         # not the trainer's own, which would copy all logits to float32
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-            outputs = model(input_ids=ids, use_cache=False)
-        loss = next_token_divergence(outputs.logits, expected)
-        return (loss, outputs) if return_outputs else loss
+            logits = model(input_ids=ids, use_cache=False).logits
+        return next_token_divergence(logits, expected)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *count: Any, **more: Any) -> torch.Tensor:
         """Take the gradient of one pass; stop where the loss is not finite."""
@@ -147,9 +150,10 @@ class DistillationTrainer(transformers.Trainer):
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_options: Any, **_more: Any) -> Any:
-        """Return the loss of some held-out rows."""
+        """Return the divergences of some held-out rows, which the trainer gathers from all processes."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            found = self._divergences(model, self._prepare_inputs(inputs)["input_ids"])
+        return found.mean(), found, found
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         try:
@@ -221,6 +225,15 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
+def recompute_activations(model: Any) -> None:
+    """Let a model keep the input of each block for the backward pass and compute the rest again, where it can."""
+    if not model.supports_gradient_checkpointing:
+        return
+    # what versions of transformers 5 call it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the last whole checkpoint of an interrupted run, and remove what it was killed in the middle of."""
     whole = []
@@ -232,6 +245,10 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             whole.append((step, path))
     return max(whole)[1] if whole else None
+
+
+def _mean_divergence(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return {METRIC.removeprefix("eval_"): float(prediction.predictions.mean(dtype="float64"))}
 
 
 def _as_dataset(rows: Rows) -> list[dict[str, torch.Tensor]]:
