@@ -143,7 +143,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
     classes = SliceClasses.of_method(
-        dimensions, options.method, str(source.fields.get("model_type")), options.write_as, source.has_own_model_code
+        dimensions, options.method, str(config.model_type), options.write_as, source.has_own_model_code
     )
     requests = [resolve(width, dimensions, classes, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
