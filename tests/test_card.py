@@ -139,7 +139,8 @@ def test_a_program_is_named_as_it_was_found(record, monkeypatch, verdict, senten
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_of_others_are_shown_and_do_nothing(record, text):
     record["source"] |= {"model": text, "model_type": text}
-    record["ancestry"] = [{**record["source"], "method": text, "hidden_size": 64, "dim": 48, "slicecli_version": "0"}]
+    widths = {"hidden_size": 64, "dim": 48, "mlp_size": 90, "mlp_dim": 80}
+    record["ancestry"] = [{**record["source"], "method": text, **widths, "slicecli_version": "0"}]
     record["calibration"] |= {"text": text}
     record["command"] = text
     record["versions"] = {text or "x": text}

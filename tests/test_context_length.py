@@ -99,7 +99,7 @@ def test_a_prompt_leaves_room_for_what_is_written(run, folders):
 def test_an_estimate_of_longer_sequences_says_that_there_are_none(run, folders):
     done = run("estimate", folders("gptj"), "--length", 4 * LONGEST)
     assert done.exit_code == 0
-    assert f"longer than gptj can do ({LONGEST})" in done.stderr
+    assert f"exceed the limit of gptj ({LONGEST})" in done.stderr
 
 
 @pytest.mark.parametrize("model_type", [kind for one in plugins().adapters.values() for kind in one.model_types])

@@ -106,22 +106,22 @@ def test_targets_answer_with_a_legal_dim(estimate, method):
     sizes = dimensions if method == "refit" else PublishedSizes(dimensions)
     words = ["--method", method, "--dense-perplexity", "8"]
     (fewer,) = estimate("--target-params", "7B", *words)["estimates"]
-    assert fewer["parameters"] <= 7e9 < sizes.parameters(fewer["dim"] + 64)
+    assert fewer["parameters"] <= 7e9 < sizes.parameters(fewer["dim"] + 128)
     (smaller,) = estimate("--memory", "12GiB", *words)["estimates"]
-    assert smaller["bytes"] <= 12 * 2**30 < 2 * sizes.parameters(smaller["dim"] + 64)
+    assert smaller["bytes"] <= 12 * 2**30 < 2 * sizes.parameters(smaller["dim"] + 128)
     (good,) = estimate("--max-perplexity", "10", *words)["estimates"]
-    (next_one,) = estimate("--dim", str(good["dim"] - 64), *words)["estimates"]
+    (next_one,) = estimate("--dim", str(good["dim"] - 128), *words)["estimates"]
     assert good["perplexity"]["value"] <= 10 < next_one["perplexity"]["value"]
     for one in (fewer, smaller, good):
         assert one["legal"]
         assert one["dim"] in sizes.legal_dims()
     swept = estimate("--sweep", "0.1:0.5:0.1", *words)["estimates"]
-    assert [one["sparsity"] for one in swept] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.01)
+    assert [one["sparsity"] for one in swept] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=1 / 64)
     assert all(one["legal"] for one in swept)
 
 
 def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
-    document = estimate("--dim", "3000")
+    document = estimate("--dim", "3000", "--write-as", "own")
     (one,) = document["estimates"]
     assert not one["legal"]
     assert one["nearest_legal"] == [2976, 3008]

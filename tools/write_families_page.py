@@ -47,6 +47,7 @@ def describe(adapter: Adapter) -> str:
     words += ["learned positions"] if len(adapter.embeddings) > 1 else []
     words += ["head sliced with the blocks"] if adapter.keeps_width else []
     words += ["norms on queries"] if any(block.kept for block in dimensions.declared_blocks) else []
+    words += ["a tied head stays tied"] if not adapter.why_untied({}) else []
     words += ["varies with the config"] if callable(adapter.block) else []
     return ", ".join(words)
 

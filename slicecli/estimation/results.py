@@ -136,7 +136,10 @@ def _names(read: Sequence[EvaluationDocument], quantity: Quantity) -> dict[tuple
 
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Group eval documents into series; those of perplexity come first."""
+    """Group eval documents into series; those of perplexity come first.
+
+    What slicing loses is one thing, what training wins back another: slices that were trained are left out.
+    """
     from pydantic import ValidationError
 
     from slicecli.evaluation.document import EvaluationDocument
@@ -149,11 +152,17 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         raise RequestError(
             f"A results file is incomplete: {faults_of(error)[0]}.", "Measure again with this version of slicecli."
         ) from None
+    read = [one for one in read if not one.is_recovered]
     names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
     dense: dict[_Key, _Figure] = {}
     slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
     about: dict[_Key, EvaluationDocument] = {}
     for one in read:
+        if one.mlp_dim is not None:
+            raise RequestError(
+                f"{one.model} keeps {one.mlp_dim:,} of {one.mlp_size} MLP channels; a curve is for slices with all.",
+                "Leave its results out.",
+            )
         content = one.source.content or one.source.model
         settings = tuple(str(getattr(one.evaluation, setting)) for setting in SETTINGS)
         for (quantity, name), figure in _figures(one).items():
@@ -352,6 +361,7 @@ def curves_document(
                 name: document[name]
                 for name in ("source", "method", "dim", "sparsity", "hidden_size", "parameters", "perplexity", "tasks")
             }
+            | {"is_recovered": bool(document.get("is_recovered"))}
             for document in sorted(documents, key=lambda one: (str(one["source"]), -one["dim"]))
         ],
         **curves_json(curves),

@@ -192,6 +192,8 @@ def measure_loaded(
         hidden_size=hidden_size,
         dim=dim,
         sparsity=1 - dim / hidden_size,
+        mlp_size=record.get("mlp_size"),
+        mlp_dim=record.get("mlp_dim"),
         method=record.get("method"),
         source=SourceIdentity(**{name: origin[name] for name in SourceIdentity.model_fields}),
         calibration=Calibration.model_validate(record["calibration"]) if record else None,
@@ -203,6 +205,7 @@ def measure_loaded(
             dtype=str(model.dtype).removeprefix("torch."),
             rows={result.text: result.rows_sha256 for result in perplexities},
         ),
+        is_recovered="recovery" in record,
         versions={
             "slicecli": __version__,
             **package_versions(),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.data.text import NAMED_TEXTS
+from slicecli.family.slice_plan import width_name
 from slicecli.runtime.inputs import is_repository_name
 from slicecli.runtime.markdown import visible
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
 
 TAGS = ("slicecli", "sliced", "pruned")
+DISTILLED_TAG = "distillation"
 UNKNOWN_LICENSE = "other"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LICENSE_LINK = re.compile(r"(https://)?[\w./%-]{1,200}")
@@ -66,15 +68,17 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     from huggingface_hub import ModelCardData
 
     base_model = base_model_of(record)
-    dataset = record["calibration"]["dataset"]
+    trainings = record.get("recovery", [])
+    datasets = [record["calibration"]["dataset"], *(one["dataset"] for one in trainings)]
+    named = [one for one in dict.fromkeys(datasets) if one and is_repository_name(one, needs_owner=True)]
     data = ModelCardData(
         base_model=base_model,
         # the Hub knows four relations, none of which is pruning; unstated it would count as this one too
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        datasets=[dataset] if dataset and is_repository_name(dataset, needs_owner=True) else None,
-        tags=list(TAGS),
+        datasets=named or None,
+        tags=[*TAGS, *([DISTILLED_TAG] if trainings else [])],
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )
     results = list(_eval_results(record))
@@ -87,7 +91,9 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model_name(record: Mapping[str, Any]) -> str:
     repository: str | None = record["repository"]
-    return repository or visible(f"{record['source']['model'].rpartition('/')[2]}-dim{record['dim']}")
+    return repository or visible(
+        f"{record['source']['model'].rpartition('/')[2]}-{width_name(record['dim'], record['mlp_dim'])}"
+    )
 
 
 def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:

@@ -21,6 +21,7 @@ from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
 from slicecli.checkpoint.weight_files import INDEX_FILE, entry_file
 from slicecli.errors import WeightsError
+from slicecli.family.dimensions import MLP_WIDTH
 from slicecli.family.schedule import Schedule
 from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
@@ -175,7 +176,30 @@ def check_counts(inspection: Inspection) -> Iterator[Finding]:
             "counts",
             f"{rows['samples']} rows of {rows['sequence_length']} tokens are not {rows['tokens']:,} calibration tokens",
         )
+    for one in record.get("recovery", ()):
+        yield from _check_recovery(one)
     yield from _check_tensors(inspection)
+
+
+def _check_recovery(recovery: Mapping[str, Any]) -> Iterator[Finding]:
+    for rows in (recovery["training"], recovery["held_out"]):
+        if rows["tokens"] != rows["rows"] * recovery["sequence_length"]:
+            yield _error(
+                "counts",
+                f"{rows['rows']} rows of {recovery['sequence_length']} tokens are not {rows['tokens']:,} tokens of the "
+                "training text",
+            )
+    steps, tokens, per_step = recovery["steps"], recovery["tokens"], recovery["tokens_per_step"]
+    if tokens != steps * per_step:
+        yield _error("counts", f"{steps:,} steps of {per_step:,} tokens are not {tokens:,} tokens of training")
+    if recovery["best_step"] > steps:
+        yield _error("counts", f"the best step is {recovery['best_step']:,} of {steps:,} in the record")
+    if recovery["kl_after"] >= recovery["kl_before"]:
+        yield _error(
+            "counts",
+            f"the divergence after training is {recovery['kl_after']:g} in the record, no less than before "
+            f"({recovery['kl_before']:g})",
+        )
 
 
 def _check_tensors(inspection: Inspection) -> Iterator[Finding]:
@@ -256,11 +280,26 @@ def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     """Return what the config of a stock slice has, by path."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
+    written = record["written_type"]
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if written in one.model_types), known.get(record["adapter"]))
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
     if width is None:
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
-    return {("model_type",): record["source"]["model_type"], (width,): record["dim"]}
+    fields: dict[tuple[str, ...], Any] = {("model_type",): written, (width,): record["dim"]}
+    if record["mlp_dim"] is not None:
+        fields[_mlp_field(record),] = record["mlp_dim"]
+    return fields
+
+
+def _mlp_field(record: Mapping[str, Any]) -> str:
+    """Return the name of the config field that has the width of the MLP."""
+    from slicecli.family.plugins import plugins
+
+    adapter = plugins().adapters.get(record["adapter"])
+    if adapter is None or record["written_type"] not in adapter.model_types:
+        return MLP_WIDTH
+    return adapter.names.get(MLP_WIDTH, MLP_WIDTH)
 
 
 def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -274,6 +313,8 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
         ("embedding_size",): record["dim"],
         ("slicing", "head_width"): record["dim"],
     }
+    if record["mlp_dim"] is not None:
+        fields["dense_config", _mlp_field(record)] = record["mlp_dim"]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {

@@ -47,6 +47,7 @@ __all__ = [
     "Prediction",
     "PublishedRecord",
     "Record",
+    "Recovery",
     "RefitRecord",
     "Task",
     "schema_errors",
@@ -76,10 +77,14 @@ MeasuredSparsity = Annotated[float, Field(ge=LEAST_SPARSITY, le=1 - LEAST_SPARSI
 # a sum of rounded numbers may be a little more than the whole
 EnergyShare = Annotated[float, Field(ge=0, le=1.000001)]
 Quantity = Literal["perplexity", "accuracy"]
+RecoveryMode = Literal["full", "lora"]
+Command = Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)]
+DatasetId = Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
-class Source(JsonObject):
-    """A model that was sliced."""
+class ModelIdentity(JsonObject):
+    """Which model it is."""
 
     model: ModelName = Field(description="Hub id (owner/name), or the name of its folder without the path to it.")
     revision: Annotated[str, Field(min_length=1, max_length=255, pattern=LINE)] | None = Field(
@@ -95,12 +100,18 @@ class Source(JsonObject):
     model_type: Name = Field(description="Its model_type in transformers.")
 
 
+class Source(ModelIdentity):
+    """A model that was sliced."""
+
+
 class Ancestor(Source):
     """A model that was sliced to make the source."""
 
     method: Method = Field(description="How it was sliced.")
     hidden_size: Width = Field(description="Its hidden size.")
     dim: Width = Field(description="Hidden size of the slice of it.")
+    mlp_size: Size | None = Field(description="Its MLP channels; null where the slice has all of them.")
+    mlp_dim: Size | None = Field(description="MLP channels of the slice of it; likewise.")
     slicecli_version: Version = Field(description="Version of slicecli that sliced it.")
 
 
@@ -140,13 +151,13 @@ class Calibration(JsonObject):
         description="Name of the text; a file's name with as many of its folders as tell it from other texts of the "
         "record."
     )
-    dataset: Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")] | None = Field(
+    dataset: DatasetId | None = Field(
         description="Hub id of the dataset it comes from; null where it comes from elsewhere."
     )
     samples: Size = Field(description="Rows.")
     sequence_length: Size = Field(description="Tokens per row.")
     tokens: Size = Field(description="Tokens in all rows.")
-    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] = Field(description="Seed of their draw.")
+    seed: Seed = Field(description="Seed of their draw.")
     sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
     text_sha256: Digest | None = Field(
         description="SHA-256 of a text from a file, as of a perplexity; null where the name identifies the text."
@@ -249,6 +260,57 @@ class Results(Figures):
     versions: dict[Name, PackageVersion] = Field(
         default=ABSENT, description="Versions of the packages that measured it."
     )
+
+
+class RowSet(JsonObject):
+    """Rows of token ids."""
+
+    rows: Size = Field(description="Rows.")
+    tokens: Size = Field(description="Tokens in all rows.")
+    sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
+
+
+class HeldOutDivergence(JsonObject):
+    """The divergence on the held-out rows at some moment of a training."""
+
+    tokens: Count = Field(description="Tokens trained on by then.")
+    kl: NotNegative = Field(description="Mean KL(teacher ‖ slice) per predicted token, in nats.")
+
+
+class Recovery(JsonObject):
+    """A training of a slice to predict as a teacher does."""
+
+    slice: ModelIdentity = Field(description="The slice before this training.")
+    teacher: ModelIdentity = Field(description="The model whose predictions it was trained to give.")
+    mode: RecoveryMode = Field(description="full: all weights. lora: low-rank adapters, merged at the end.")
+    lora_rank: Size | None = Field(description="Rank of the adapters; null for mode full.")
+    text: Name = Field(description="Name of the text.")
+    dataset: DatasetId | None = Field(
+        description="Hub id of the dataset it comes from; null where it comes from elsewhere."
+    )
+    text_sha256: Digest | None = Field(
+        description="SHA-256 of a text from a file, as of a perplexity; null where the name identifies the text."
+    )
+    sequence_length: Size = Field(description="Tokens per row.")
+    seed: Seed = Field(description="Seed of the draw of the rows and of their order.")
+    training: RowSet = Field(description="The rows that were trained on.")
+    held_out: RowSet = Field(description="The rows that the divergence was measured on; none is trained on.")
+    tokens: Size = Field(description="Tokens trained on; rows that were read again count again.")
+    tokens_per_step: Size = Field(description="Tokens of one step of the optimiser.")
+    steps: Size = Field(description="Steps of the optimiser.")
+    best_step: Size = Field(description="The step whose weights were kept: those of the lowest held-out divergence.")
+    learning_rate: Annotated[Figure, Field(gt=0)] = Field(description="Largest learning rate.")
+    kl_before: NotNegative = Field(
+        description="Mean KL(teacher ‖ slice) per predicted token of the held-out rows before training, in nats."
+    )
+    kl_after: NotNegative = Field(description="The same of the weights as they are stored.")
+    history: Annotated[list[HeldOutDivergence], Field(min_length=1)] = Field(
+        description="The same on the way, in float32."
+    )
+    seconds: NotNegative = Field(description="Wall-clock time of the training, without what an interrupted run took.")
+    command: Command = Field(description="The command that trained it; text files and folders appear by their names.")
+    results: Figures = Field(description="What had been measured of the slice before.")
+    versions: dict[Name, PackageVersion] = Field(description="Versions of the packages that trained it.")
 
 
 class Alternative(JsonObject):
@@ -409,8 +471,9 @@ class Record(JsonObject):
         "empty."
     )
     repository: HubId | None = Field(description="Hub repository of the slice (owner/name); null if it was not pushed.")
-    command: Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)] = Field(
-        description="The command that reproduces the slice; text files and folders appear by their names only."
+    command: Command = Field(
+        description="The command that reproduces the slice, before any training; text files and folders appear by "
+        "their names only."
     )
     inherited: Inherited = Field(
         description="Licence and languages on the card of the source, as far as they are well formed."
@@ -423,6 +486,10 @@ class Record(JsonObject):
     layout: Layout = Field(
         description="stock: a checkpoint of a transformers class. custom-code: one that includes its class."
     )
+    written_type: Name = Field(
+        description="model_type of the class that the slice is written in: that of the source, of another class of "
+        "transformers that computes the same, or of slicecli's custom code."
+    )
     needs_remote_code: bool = Field(
         description="Whether transformers must run code stored with the weights (trust_remote_code); true for layout "
         "custom-code."
@@ -433,6 +500,10 @@ class Record(JsonObject):
     hidden_size: Width = Field(description="d, the hidden size of the source.")
     dim: Width = Field(description="k, the hidden size of the slice; for a schedule of several widths, their mean.")
     sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")
+    mlp_size: Size | None = Field(
+        description="MLP channels of the source, in each block; null where the slice has all of them."
+    )
+    mlp_dim: Size | None = Field(description="m, the MLP channels of the slice; null where it has all of them.")
     schedule: Schedule | None = Field(
         description="Widths of the stream for method slicegpt; null for method refit, which has one width."
     )
@@ -443,6 +514,9 @@ class Record(JsonObject):
     energy: Energy = Field(
         description="How much of the stream's energy on the calibration text the slice keeps, and slices of other dims "
         "would keep."
+    )
+    recovery: Annotated[list[Recovery], Field(min_length=1)] = Field(
+        default=ABSENT, description="How the slice was trained after slicing, first to last; absent if it was not."
     )
     results: Results = Field(
         description="Measurements of the slice, and of the dense model on the same rows and questions."
@@ -473,6 +547,14 @@ class RefitRecord(Record):
     schedule: None = Field(description="The stream has one width.")
     energy: NormalisedEnergy = Field(description="How much of the stream's energy the basis keeps.")
 
+    @field_validator("mlp_dim")
+    @classmethod
+    def _check_channels(cls, value: int | None, about: ValidationInfo) -> int | None:
+        size = about.data.get("mlp_size")
+        if (value is None) != (size is None) or (value is not None and size is not None and value >= size):
+            raise PydanticCustomError("channels", "it should be below mlp_size, or null like it")
+        return value
+
     @field_validator("needs_remote_code")
     @classmethod
     def _check_code(cls, value: bool, about: ValidationInfo) -> bool:
@@ -488,6 +570,8 @@ class PublishedRecord(Record):
         description="A basis at every place, weights projected, as published in arXiv 2401.15024."
     )
     layout: Literal["custom-code"] = Field(description="A checkpoint that brings its class along.")
+    mlp_size: None = Field(description="The MLPs have all their channels.")
+    mlp_dim: None = Field(description="The MLPs have all their channels.")
     needs_remote_code: Literal[True] = Field(description="transformers has to run code that lies beside the weights.")
     schedule: Schedule = Field(description="Widths of the stream.")
     energy: StreamEnergy = Field(description="How much of the stream's energy the bases keep.")
