@@ -75,7 +75,7 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
     assert 'from_pretrained("me/slice"' in card
     assert ("trust_remote_code=True" in card) == (method == "slicegpt")
     verdicts = verdicts_on("llama", record["layout"], method, record["is_tied"])
-    assert ("vllm serve me/slice" in card) == (verdicts["vLLM"].verdict == "correct")
+    assert ("llama-cli -m slice.gguf" in card) == (verdicts["llama.cpp"].verdict == "correct") == (method == "refit")
 
     # it generates where slicecli is not, and writes the same as the folder
     trust = "trust" if method == "slicegpt" else "no"
