@@ -1,20 +1,23 @@
 """The config of a slice, in either layout.
 
-A stock slice has its family's own config at a smaller hidden size. A slice with code of its own has the config of
-`slicecli.modeling`: the dense config as it was, and where the stream is cut.
+A stock slice has its family's own config at a smaller hidden size, or that of a portable class which computes the same.
+A slice with code of its own has the config of `slicecli.modeling`: the dense config as it was, and where the stream is
+cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from slicecli.errors import RequestError, reason_of
+from slicecli.errors import PluginError, RequestError, reason_of
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.schedule import Schedule
+from slicecli.family.written_class import WrittenClass, values_of_fields
 from slicecli.modeling import AUTO_MAP
 from slicecli.runtime.libraries import quiet_libraries
 
-__all__ = ["custom_code_config", "stock_config"]
+__all__ = ["custom_code_config", "portable_config", "resized_config", "stock_config"]
 
 # what belongs to the machine or the library that made a config, not to the model
 _LOCAL = ("_name_or_path", "transformers_version", "transformers_weights")
@@ -39,6 +42,58 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_
     if has_code:
         sliced.name_or_path = config.name_or_path  # where transformers finds the code; it is not written
     return sliced
+
+
+def portable_config(config: Any, written: WrittenClass, dim: int, dtype: str) -> Any:
+    """Return the config of a stock slice in another class than its family's own.
+
+    It has the fields of the family's own config but for those that only its class has.
+
+    Args:
+        dtype: Dtype of the weights.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own, portable = written.own, written.portable
+    assert portable is not None
+    kind = portable.model_type
+    try:
+        cls = transformers.CONFIG_MAPPING[kind]
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    except KeyError:
+        raise PluginError(f"transformers {transformers.__version__} has no class for models of type {kind}.") from None
+    only_own = {*_declared(type(config)), "model_type", "auto_map"} - _declared(cls)
+    fields = {name: value for name, value in _own_fields(config).items() if name not in only_own}
+    fields |= own.sliced_fields(dim) | written.dimensions.mlp_fields()
+    fields |= {"dtype": dtype, "architectures": [architecture]}
+    fields |= values_of_fields(own, portable, own.adapter.name)
+    try:
+        with quiet_libraries():
+            return cls.from_dict(fields)
+    except Exception as error:  # config classes raise what they like
+        raise RequestError(f"{cls.__name__} rejects a hidden size of {dim}: {reason_of(error)}.") from error
+
+
+def resized_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> Any:
+    """Return the config of a stock slice in its family's own class, to compute with only.
+
+    Some classes refuse a hidden size that the modules they build can have; here they get it all the same.
+
+    Args:
+        dtype: Dtype of the weights.
+    """
+    if dim in dimensions.legal_dims():
+        return stock_config(config, dimensions, dim, dtype)
+    resized = stock_config(config, dimensions, dimensions.hidden_size, dtype)
+    for name, value in dimensions.sliced_fields(dim).items():
+        setattr(resized, name, value)
+    return resized
+
+
+def _declared(cls: type[Any]) -> set[str]:
+    """Return the fields that a config class declares."""
+    return {one.name for one in dataclasses.fields(cls)}
 
 
 def custom_code_config(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.comparison import find_stored
@@ -20,7 +20,7 @@ from slicecli.errors import SlicecliWarning, WeightsError, reason_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseWeights", "OffloadedWeights", "checkpoint_tensors"]
+__all__ = ["DenseWeights", "OffloadedWeights", "checkpoint_tensors", "stored_values"]
 
 
 class DenseWeights:
@@ -96,6 +96,11 @@ class DenseWeights:
         """Read all parameters and persistent buffers below a module, by their names inside it."""
         return {name: self.tensor(f"{path}.{name}") for name in self.names_in(path)}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters and persistent buffers, a shared one once."""
+        return tuple(self._names)
+
     def names_in(self, path: str) -> list[str]:
         """Return the names of all parameters and persistent buffers below a module, inside it."""
         return [name.removeprefix(f"{path}.") for name in self._names if name.startswith(f"{path}.")]
@@ -133,3 +138,10 @@ def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
 
     stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
     return stored
+
+
+def stored_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a checkpoint of a model holds, a shared table once."""
+    names = {name for name, _ in model.named_parameters()}
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    yield from ((name, value) for name, value in model.state_dict().items() if name not in shared)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="Slicing method."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
-@shared.add_options(SliceOptions, "unties")
+@shared.add_options(SliceOptions, "unties", "write_as")
 @click.option(
     "--text",
     type=shared.TEXT,
@@ -147,6 +147,7 @@ def command(
     method: Any,
     slice_head: bool | None,
     unties: bool,
+    write_as: str,
     text: str,
     calibration: str,
     dense_perplexity: float | None,
@@ -214,7 +215,9 @@ def command(
         accelerator = custom_device(bandwidth, tflops)
     has_mlp = mlp_dim is not None or mlp_sparsity is not None
     mlp = Width(mlp_dim=mlp_dim, mlp_sparsity=mlp_sparsity) if has_mlp else None
-    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties, mlp)
+    subject = Subject.find(
+        model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties, write_as, mlp
+    )
     cuts_mlp = subject.narrower.mlp_dim is not None
     if cuts_mlp and max_perplexity is not None:
         raise RequestError(

@@ -8,6 +8,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.family.serving import CLIENTS
 
 
 @click.command("inspect")
@@ -35,6 +36,7 @@ def command(
     """
     from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
+    from slicecli.family.written_class import SliceClasses
     from slicecli.jobs.plan import find_adapter
     from slicecli.record.record import read_sound_record
 
@@ -51,6 +53,8 @@ def command(
     chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
     dimensions, comparison = source.dimensions(chosen, fields)
     legal = dimensions.legal_dims()
+    model_type = str(fields.get("model_type"))
+    classes = SliceClasses.of_method(dimensions, "refit", model_type, has_own_code=source.has_own_model_code)
     record = read_sound_record(source.folder)
     document: dict[str, Any] = {
         "model": source.name,
@@ -78,6 +82,8 @@ def command(
         },
         "mlp_size": None if dimensions.mlp_obstacle else dimensions.mlp_size,
         "mlp_obstacle": dimensions.mlp_obstacle,
+        "classes": [one.to_json() for one in classes.available] if classes else [],
+        "class_obstacles": dict(classes.obstacles) if classes else {},
         "unused_tensors": list(comparison.unused),
         "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
@@ -105,11 +111,22 @@ def command(
             ["legal dims", _legal_dims(legal)],
         ],
     )
+    if classes:
+        show.print_table(
+            ["slices written as", "dims", *CLIENTS],
+            [
+                [one.model_type, _legal_dims(one.legal_dims()), *(one.clients[client] for client in CLIENTS)]
+                for one in classes.available
+            ],
+            is_numeric=False,
+        )
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
         show.note(f"A slice needs custom code: {document['stock_obstacle']}")
     if document["tie_obstacle"]:
         show.note(f"A slice gets a head of its own: {document['tie_obstacle']}.")
+    for name, reason in document["class_obstacles"].items():
+        show.note(f"Slices cannot be written as {name}: {reason}.")
     if document["shortcut_obstacle"]:
         show.note(f"The slicegpt method cannot slice it: {document['shortcut_obstacle']}")
     if document["mlp_obstacle"]:

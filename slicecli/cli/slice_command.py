@@ -99,6 +99,8 @@ def command(
                 f"No plugin serves type {plan.model_type}: the adapter was inferred and proved on a small model "
                 f"(a rotation changes its logits by {job.inference.error:.0e})."
             )
+        if job.slices[0].note:
+            show.note(job.slices[0].note)
         for one in job.source.companions.left_out:
             show.note(f"Not copied: {one.describe()}")
     if dry_run:
@@ -162,6 +164,7 @@ def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
+        "written_type": plan.written_type,
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "adapter": plan.adapter,
         "is_tied": plan.is_tied,

@@ -9,6 +9,7 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -29,6 +30,8 @@ from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
 from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, slice_sizes
+from slicecli.family.written_class import AUTO, SliceClasses, WrittenClass
+from slicecli.modeling import CONFIG_TYPE
 
 __all__ = [
     "USUAL_SPARSITIES",
@@ -58,6 +61,7 @@ class Subject:
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
         origin: The slice that was asked for, if it was one.
+        classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
     source: Source
@@ -68,6 +72,7 @@ class Subject:
     slice_head: bool | None
     dtype: str
     origin: Origin | None = None
+    classes: SliceClasses | None = None
 
     @classmethod
     def find(
@@ -81,6 +86,7 @@ class Subject:
         token: str | None = None,
         trust_remote_code: bool = False,
         unties: bool = False,
+        write_as: str = AUTO,
         mlp: Width | None = None,
     ) -> Subject:
         """Find a model by Hub id or folder, from its config alone.
@@ -105,8 +111,10 @@ class Subject:
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
         narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
-        sizes = slice_sizes(narrower, method, slice_head)
-        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin)
+        model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
+        classes = SliceClasses.of_method(narrower, method, model_type, write_as, has_code)
+        sizes = classes.at() if classes else slice_sizes(narrower, method, slice_head)
+        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
 
     @property
     def model_type(self) -> str:
@@ -117,6 +125,22 @@ class Subject:
     def layout(self) -> str:
         """How slices would be written."""
         return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
+
+    def written(self, dim: int) -> WrittenClass | None:
+        """Return the class that a slice would be written in; `None` where it brings code of its own."""
+        return self.classes.at(dim) if self.classes else None
+
+    def costs(self, written: WrittenClass | None) -> CostModel:
+        """Return the costs of slices written in a class, or of slices with code of their own."""
+        dimensions = self.narrower if written is None else written.dimensions
+        return CostModel(dimensions, self.method, self.slice_head)
+
+    def untied(self) -> Subject:
+        """Return the same model for slices with a head of their own."""
+        narrower = self.narrower.untied()
+        wish = self.classes.wish if self.classes else AUTO
+        classes = SliceClasses.of_method(narrower, self.method, self.model_type, wish, self.source.has_own_model_code)
+        return dataclasses.replace(self, narrower=narrower, classes=classes)
 
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
         """Return what is served: sequences of a length, by default 2048 or the model's longest."""
@@ -131,6 +155,7 @@ class Slice:
         mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
+        written_type: The model type of the class it would be written in.
         untied_cost: Of a tied slice: what it would cost with a head of its own.
         speed_up: Against the dense model, on a device.
     """
@@ -141,6 +166,7 @@ class Slice:
     is_legal: bool
     nearest_legal: tuple[int, ...]
     is_tied: bool
+    written_type: str
     cost: Cost
     untied_cost: Cost | None
     speed_up: SpeedUp | None
@@ -207,6 +233,7 @@ class Estimate:
             "nearest_legal": list(one.nearest_legal),
             "formats": formats_of(one.dim),
             "is_tied": one.is_tied,
+            "written_type": one.written_type,
             **_cost_json(one.cost),
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
             "speed_up": None if one.speed_up is None else one.speed_up.to_json(),
@@ -242,26 +269,29 @@ def estimate(
 ) -> Estimate:
     """Put an estimate together."""
     dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
-    costs = CostModel(subject.narrower, subject.method, subject.slice_head)
     is_tied = subject.method == "refit" and dimensions.keeps_tie
-    untied = CostModel(subject.narrower.untied(), subject.method) if is_tied else None
+    untied = subject.untied() if is_tied else None
+    costs, untied_costs = functools.cache(subject.costs), functools.cache((untied or subject).costs)
     dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
     slices = []
     for dim in dims:
+        written = subject.written(dim)
+        legal = written or sizes
         if not 0 < dim < dimensions.hidden_size:
-            sizes.check_dim(dim)
-        cost = costs.sliced(dim, dtype, workload)
-        is_legal = dim in sizes.legal_dims()
+            legal.check_dim(dim)
+        cost = costs(written).sliced(dim, dtype, workload)
+        is_legal = dim in legal.legal_dims()
         slices.append(
             Slice(
                 dim=dim,
                 sparsity=1 - dim / dimensions.hidden_size,
                 mlp_dim=subject.narrower.mlp_dim,
                 is_legal=is_legal,
-                nearest_legal=() if is_legal else nearest_in(sizes.legal_dims(), dim),
+                nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
                 is_tied=is_tied,
+                written_type=written.model_type if written else CONFIG_TYPE,
                 cost=cost,
-                untied_cost=None if untied is None else untied.sliced(dim, dtype, workload),
+                untied_cost=untied_costs(untied.written(dim)).sliced(dim, dtype, workload) if untied else None,
                 speed_up=None if device is None else speed_up(dense, cost, workload, device),
             )
         )
@@ -277,10 +307,11 @@ def estimate(
         dense=dense,
         slices=tuple(slices),
         forecasts=tuple(forecasts),
-        parameters=lambda dim: costs.sliced(dim, dtype, workload).parameters,
+        parameters=sizes.parameters,
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
             *_length_note(subject, workload),
+            *_class_notes(subject, dims),
             *_channels_note(subject),
             *_notes(slices, forecasts),
             *_growth_note(dense, slices),
@@ -299,6 +330,15 @@ def _channels_note(subject: Subject) -> tuple[str, ...]:
     if subject.narrower.mlp_dim is None:
         return ()
     return ("Quality is predicted only for slices that keep all MLP channels.",)
+
+
+def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
+    """Say in which class slices would be written, where that needs a word."""
+    if subject.classes is None:
+        return []
+    chosen = [(subject.classes.at(dim), dim) for dim in dims]
+    notes = [subject.classes.note(one, dim) for one, dim in chosen if dim in one.legal_dims()]
+    return [note for note in dict.fromkeys(notes) if note]
 
 
 def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:

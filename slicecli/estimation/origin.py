@@ -55,6 +55,8 @@ def origin_of(
     if fields.get("model_type") == CONFIG_TYPE:
         inner = fields.get("dense_config")
         fields = dict(inner) if isinstance(inner, dict) else {}
+    elif any(record["source"]["model_type"] in one.model_types for one in adapters.values()):
+        fields["model_type"] = record["source"]["model_type"]  # it may be written in another class
     adapter = select_adapter(fields, adapters, name, refusals)
     fields[adapter.names.get("hidden_size", "hidden_size")] = record["hidden_size"]
     if record["mlp_size"] is not None:

@@ -105,6 +105,11 @@ class Dimensions:
         divisors = adapter.dim_divisors if self.layout == "stock" else ()
         self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of the config."""
+        return self._config
+
     def value(self, name: str, otherwise: Any = None) -> Any:
         """Return a config field by its usual name; where it has none, the family's default, then `otherwise`.
 

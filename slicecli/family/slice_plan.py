@@ -201,6 +201,7 @@ class SlicePlan:
         dense_parameters: Parameters of the dense model as shipped.
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
+        written_type: The model type of the class it is written in, in its config.
         mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
         mlp_dim: m, how many of them stay; likewise.
     """
@@ -219,6 +220,7 @@ class SlicePlan:
     is_tied: bool = False
     schedule: Schedule | None = None
     schedule_name: str = ""
+    written_type: str = ""
     mlp_size: int | None = None
     mlp_dim: int | None = None
 

@@ -259,7 +259,13 @@ def _layout_sentence(record: Mapping[str, Any]) -> str:
         )
     if record["needs_remote_code"]:
         return "It runs the code of its base model, which is stored with the weights: read it before you trust it."
-    return f"It is a stock {model_type} checkpoint: no custom code is needed."
+    written_type = code(record["written_type"])
+    if written_type == model_type:
+        return f"It is a stock {model_type} checkpoint: no custom code is needed."
+    return (
+        f"It is a stock {written_type} checkpoint: its base model is of type {model_type}, and this class computes the "
+        "same. No custom code is needed."
+    )
 
 
 def _energy_sentence(record: Mapping[str, Any]) -> str:

@@ -257,24 +257,24 @@ def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     """Return what the config of a stock slice has, by path."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
+    written = record["written_type"]
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if written in one.model_types), known.get(record["adapter"]))
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
     if width is None:
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
-    fields: dict[tuple[str, ...], Any] = {
-        ("model_type",): record["source"]["model_type"],
-        (width,): record["dim"],
-    }
+    fields: dict[tuple[str, ...], Any] = {("model_type",): written, (width,): record["dim"]}
     if record["mlp_dim"] is not None:
-        fields[_mlp_field(record),] = record["mlp_dim"]
+        fields[_mlp_field(record, written),] = record["mlp_dim"]
     return fields
 
 
-def _mlp_field(record: Mapping[str, Any]) -> str:
-    """Return the name of the config field that has the width of the MLP."""
+def _mlp_field(record: Mapping[str, Any], model_type: str) -> str:
+    """Return the name of the config field that has the width of the MLP, in the class of a model type."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if model_type in one.model_types), known.get(record["adapter"]))
     return MLP_WIDTH if adapter is None else adapter.names.get(MLP_WIDTH, MLP_WIDTH)
 
 
@@ -290,7 +290,7 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
         ("slicing", "head_width"): record["dim"],
     }
     if record["mlp_dim"] is not None:
-        fields["dense_config", _mlp_field(record)] = record["mlp_dim"]
+        fields["dense_config", _mlp_field(record, record["source"]["model_type"])] = record["mlp_dim"]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {

@@ -10,6 +10,7 @@ from slicecli.adapters import AUTO_ADAPTER
 from slicecli.errors import SlicecliError
 from slicecli.estimation.estimate import USUAL_SPARSITIES, nearest_dims
 from slicecli.family.slice_plan import SlicePlan, Width, slice_sizes
+from slicecli.family.written_class import OWN
 from slicecli.hub.metadata import inherited_metadata
 from slicecli.hub.writing import Description
 from slicecli.jobs.options import SliceOptions
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
     from slicecli.data.packing import Rows
     from slicecli.estimation.forecasts import Forecast
-    from slicecli.jobs.plan import Job
+    from slicecli.jobs.plan import Job, PlannedSlice
 
 __all__ = ["draft_description", "licence_warning", "reproduce_command"]
 
 
-def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
+def draft_description(job: Job, planned: PlannedSlice, rows: Rows) -> Description:
     """Return what is known of a slice before its weights are, found fit to be written."""
-    sizes = slice_sizes(job.dimensions.with_mlp_dim(plan.mlp_dim), plan.method, job.options.slice_head)
+    plan = planned.plan
+    sizes = planned.written or slice_sizes(
+        job.dimensions.with_mlp_dim(plan.mlp_dim), plan.method, job.options.slice_head
+    )
     record = build_record(
         plan,
         job.source,
@@ -74,6 +78,10 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
         values |= {"method": plan.method, "orientation": options.orientation}
     if options.unties:
         values["unties"] = True
+    if plan.layout == "stock" and plan.written_type != plan.model_type:
+        values["write_as"] = plan.written_type
+    elif options.write_as == OWN:
+        values["write_as"] = OWN
     if job.source.commit:
         values["revision"] = job.source.commit
     values |= {

@@ -7,13 +7,13 @@ downloaded or computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint.configs import custom_code_config, stock_config
+from slicecli.checkpoint.configs import custom_code_config, portable_config, resized_config, stock_config
 from slicecli.checkpoint.folder import check_apart, check_output, require_disk_space
 from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes
 from slicecli.checkpoint.source import Source
@@ -23,6 +23,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
 from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method, width_name
+from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -59,13 +60,22 @@ class PlannedSlice:
     Attributes:
         config: Its config, an object of transformers.
         folder: Where it will lie.
-        running_config: The same with the MLPs of the dense model, in which its blocks run while they are fitted.
+        written: The class it is written in; `None` for custom code.
+        own_config: Its config in its family's own class, in which it is computed, with the MLPs of the dense model.
+        note: Why it is written in that class, where that needs a word.
     """
 
     plan: SlicePlan
     config: Any
     folder: Path
-    running_config: Any
+    written: WrittenClass | None
+    own_config: Any
+    note: str = ""
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it is written in another class than its family's own."""
+        return self.written is not None and self.written.portable is not None
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Job:
         meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
         placement: Where the dense weights rest, and what computes.
         processes: Those that do it together.
+        classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
     source: Source
@@ -92,6 +103,7 @@ class Job:
     slices: tuple[PlannedSlice, ...]
     options: SliceOptions
     processes: Processes
+    classes: SliceClasses | None
 
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
@@ -124,17 +136,25 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
-    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
+    model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
+
+    def classes_of(sizes: Dimensions) -> SliceClasses | None:
+        return SliceClasses.of_method(sizes, options.method, model_type, options.write_as, has_code)
+
+    classes = classes_of(dimensions)
+    requests = [resolve(width, dimensions, classes_of, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
     meta_model = build_runnable_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _ in requests)
+    cuts_mlp = any(one.sizes.mlp_dim is not None for one in requests)
     output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
+    _prove_portable(source, config, requests)
     slices = []
-    for width, (sizes, dim, schedule), output in zip(widths, requests, outputs, strict=True):
+    for width, (sizes, dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
+        parameters = count(schedule.shapes(dimensions)) if schedule else (written or sizes).parameters(dim)
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -143,24 +163,28 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=sizes.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            sliced_parameters=parameters,
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
             is_tied=options.method == "refit" and dimensions.keeps_tie,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
+            written_type=written.model_type if written else CONFIG_TYPE,
             mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
             mlp_dim=sizes.mlp_dim,
         )
-        sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code)
-        running_config = sliced_config
-        if plan.mlp_dim is not None:
-            running_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
+        sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code, written)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
+        own_config = sliced_config
+        if written is not None and written.portable is not None:
+            own_config = resized_config(config, dimensions, dim, dtype)
+        elif plan.mlp_dim is not None:
+            own_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
-        slices.append(PlannedSlice(plan, sliced_config, folder, running_config))
+        note = classes.note(written, dim) if classes and written else ""
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, own_config, note))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -178,6 +202,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         tuple(slices),
         options,
         processes,
+        classes,
     )
 
 
@@ -236,6 +261,18 @@ def _prove(
     return 0
 
 
+def _prove_portable(source: Source, config: Any, requests: Sequence[Resolved]) -> None:
+    """Prove on a small model that the portable classes to be written compute what the family's own class does."""
+    chosen = {one.written.model_type: one.written for one in requests if one.written is not None}
+    portable = [one for one in chosen.values() if one.portable is not None]
+    if portable:
+        from slicecli.proof.portable import prove_portable_class
+
+        with quiet_libraries(), running(source.name):
+            for written in portable:
+                prove_portable_class(written, config)
+
+
 def _check_outputs(
     source: Source, widths: Sequence[Width], slices: Sequence[PlannedSlice], options: SliceOptions
 ) -> None:
@@ -287,31 +324,65 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
     return dimensions.hidden_size * (most_steps + 1)
 
 
+class Resolved(NamedTuple):
+    """What a width comes to.
+
+    Attributes:
+        sizes: The model with the MLPs of the slice.
+        schedule: For the published method, the width at every place.
+        written: The class to write.
+    """
+
+    sizes: Dimensions
+    dim: int
+    schedule: Schedule | None
+    written: WrittenClass | None
+
+
 def resolve(
-    width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
-) -> tuple[Dimensions, int, Schedule | None]:
-    """Return the sizes with the MLPs of the slice, the dim, and for the published method the width at every place."""
+    width: Width,
+    dimensions: Dimensions,
+    classes_of: Callable[[Dimensions], SliceClasses | None],
+    options: SliceOptions,
+    bytes_per_parameter: int,
+) -> Resolved:
+    """Return what a width comes to.
+
+    Args:
+        classes_of: Returns the classes of slices with some sizes.
+    """
     if options.method == "refit":
         narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
-        return narrower, width.resolve(narrower, bytes_per_parameter), None
+        classes = classes_of(narrower)
+        if classes is None:
+            return Resolved(narrower, width.resolve(narrower, bytes_per_parameter), None, None)
+        dim, written = classes.resolve(width, bytes_per_parameter)
+        return Resolved(narrower, dim, None, written)
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return dimensions, schedule.dim, schedule
+        return Resolved(dimensions, schedule.dim, schedule, None)
     sizes = PublishedSizes(dimensions, options.slice_head)
     dim = width.resolve(sizes, bytes_per_parameter)
     schedule = sizes.schedule(dim)
     schedule.check(dimensions)
-    return dimensions, dim, schedule
+    return Resolved(dimensions, dim, schedule, None)
 
 
 def config_of(
-    plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
+    plan: SlicePlan,
+    config: Any,
+    dimensions: Dimensions,
+    block_output_length: int = 0,
+    has_code: bool = False,
+    written: WrittenClass | None = None,
 ) -> Any:
     """Return the config of a planned slice.
 
     Args:
         dimensions: With the MLPs that it shall have.
     """
+    if written is not None and written.portable is not None:
+        return portable_config(config, written, plan.dim, plan.dtype)
     if plan.layout == "stock":
         return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)

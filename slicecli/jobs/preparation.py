@@ -30,9 +30,9 @@ from slicecli.slicing.journal import is_progress
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
     from slicecli.family.slice_plan import SlicePlan
-    from slicecli.jobs.plan import Job
+    from slicecli.jobs.plan import Job, PlannedSlice
 
-__all__ = ["prepare_folders", "rehearse"]
+__all__ = ["check_loads", "prepare_folders", "rehearse", "write_config"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # what tokenizers treat in different ways
@@ -57,21 +57,24 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
     What an interrupted run has computed stays there, everything else is written anew.
     """
     tokenizer = job.source.tokenizer()
-    return [
-        _prepare_folder(job, one.plan, one.config, folder, tokenizer)
-        for one, folder in zip(job.slices, folders, strict=True)
-    ]
+    return [_prepare_folder(job, one, folder, tokenizer) for one, folder in zip(job.slices, folders, strict=True)]
 
 
-def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokenizer: Any) -> Any:
-    source = job.source
+def _prepare_folder(job: Job, one: PlannedSlice, folder: Path, tokenizer: Any) -> Any:
+    source, plan = job.source, one.plan
     clear_folder(folder, is_progress)
     for file in source.companions.files:
         _take_over(source, file, folder)
     if plan.layout != "stock":
         for path in CODE_FILES:
             shutil.copyfile(path, folder / path.name)
-    _write_config(config, folder, source, job.adapter.names)
+    adapter = job.adapter if one.written is None else one.written.dimensions.adapter
+    write_config(one.config, folder, source, adapter.names)
+    return check_loads(folder, plan, source, tokenizer)
+
+
+def check_loads(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> Any:
+    """Make sure that all but the weights of a slice load from its folder; return its empty model."""
     meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
@@ -106,7 +109,7 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         shutil.copyfileobj(content, copy)
 
 
-def _write_config(config: Any, folder: Path, source: Source, names: Mapping[str, str]) -> None:
+def write_config(config: Any, folder: Path, source: Source, names: Mapping[str, str]) -> None:
     """Write the config as its class does, also where the class would rather not: the slice then loads as its source.
 
     Fields that transformers 4 spelled differently are written in both spellings. What only generation reads has no
@@ -175,7 +178,7 @@ def _check_generation_config(folder: Path, source: Source) -> None:
 def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> None:
     """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does."""
     problem = _problem_with_tokenizer(folder, source, tokenizer)
-    if problem is not None and plan.layout != "stock" and not tokenizer_code(folder):
+    if problem is not None and plan.written_type != plan.model_type and not tokenizer_code(folder):
         # the type of the dense model may have chosen the class, and the slice is of another type
         _name_tokenizer_class(folder, type(tokenizer).__name__)
         problem = _problem_with_tokenizer(folder, source, tokenizer)

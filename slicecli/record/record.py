@@ -113,6 +113,7 @@ def build_record(
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
+        "written_type": plan.written_type,
         "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,

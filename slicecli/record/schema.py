@@ -425,6 +425,10 @@ class Record(JsonObject):
     layout: Layout = Field(
         description="stock: a checkpoint of a transformers class. custom-code: one that includes its class."
     )
+    written_type: Name = Field(
+        description="model_type of the class that the slice is written in: that of the source, of another class of "
+        "transformers that computes the same, or of slicecli's custom code."
+    )
     needs_remote_code: bool = Field(
         description="Whether transformers must run code stored with the weights (trust_remote_code); true for layout "
         "custom-code."

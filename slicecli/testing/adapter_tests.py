@@ -31,6 +31,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
+from slicecli.family.written_class import OWN, SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import find_adapter, full_fields, plan_slices
 from slicecli.jobs.run import run_slices
@@ -48,6 +49,7 @@ from slicecli.proof.declaration import (
     relative_error,
     slice_in_memory,
 )
+from slicecli.proof.portable import prove_portable
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.runtime.libraries import quiet_libraries
 from slicecli.slicing.slicegpt import Orientation
@@ -80,7 +82,7 @@ class Subject:
         self.dimensions: Dimensions = Dimensions(adapter, self.fields)
         self.is_real = is_real
         self._folder = folder
-        self._sliced: dict[tuple[Method, bool], Path] = {}
+        self._sliced: dict[tuple[Method, str, bool], Path] = {}
         self._loaded: dict[tuple[Method, bool], Any] = {}
 
     @property
@@ -132,19 +134,26 @@ class Subject:
         """Return the legal dims and sizes of slices by a method."""
         return self.dimensions if method == "refit" else PublishedSizes(self.dimensions)
 
+    @functools.cached_property
+    def portable(self) -> tuple[WrittenClass, ...]:
+        """The portable classes that this config can have."""
+        with _registered(self.adapter):
+            return SliceClasses.of(self.dimensions, self.model.config.model_type).available[1:]
+
     @property
     def mlp_dim(self) -> int:
         """About three quarters of the MLP channels, an odd number of them."""
         return self.dimensions.mlp_size * 3 // 8 * 2 - 1
 
-    def sliced(self, method: Method, has_fewer_channels: bool = False) -> Path:
+    def sliced(self, method: Method, write_as: str = OWN, has_fewer_channels: bool = False) -> Path:
         """Return a slice of the model, made by the same code as the command."""
-        key = (method, has_fewer_channels)
+        key = (method, write_as, has_fewer_channels)
         if key not in self._sliced:
             parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
             text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
             options = SliceOptions(
                 method=method,
+                write_as=write_as,
                 calibration=str(text),
                 samples=24,
                 sequence_length=32,
@@ -161,7 +170,9 @@ class Subject:
         """Return the slice, loaded with transformers."""
         key = (method, has_fewer_channels)
         if key not in self._loaded:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(self.sliced(*key), dtype=torch.float32)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                self.sliced(method, OWN, has_fewer_channels), dtype=torch.float32
+            )
             self._loaded[key] = loaded.eval()
         return self._loaded[key]
 
@@ -182,6 +193,7 @@ class Subject:
             "layer-norm": self.adapter.norm.is_centred,
             "slicegpt": not self.dimensions.shortcut_obstacle,
             "mlp": not self.dimensions.mlp_obstacle,
+            "portable": bool(self.portable),
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -350,6 +362,31 @@ class AdapterTests:
         # models hold such a factor in float32
         error = prove_embeddings(subject.exact, subject.dimensions, subject.token_ids, subject.dim, FLOAT32)
         record_property("relative_error", error)
+
+    # portable classes
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_portable_class_computes_the_same(self, subject: Subject, record_property: Any) -> None:
+        """The model written in another class has the same logits."""
+        for written in subject.portable:
+            error = prove_portable(subject.exact, written, subject.token_ids, FLOAT64)
+            record_property(f"relative_error as {written.model_type}", error)
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_slice_in_a_portable_class_is_the_same_slice(self, subject: Subject, record_property: Any) -> None:
+        """A slice written in another class has the predicted parameters and the logits of one in the family's own."""
+        ids = subject.token_ids.cpu()
+        expected = logits(subject.loaded("refit"), ids)
+        for written in subject.portable:
+            if subject.dim not in written.legal_dims():
+                continue
+            folder = subject.sliced("refit", written.model_type)
+            made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            assert made.config.model_type == written.model_type
+            assert sum(value.numel() for value in made.parameters()) == written.parameters(subject.dim)
+            error = relative_error(logits(made, ids), expected)
+            record_property(f"relative_error as {written.model_type}", error)
+            assert error <= FLOAT32, f"written as {written.model_type}, the logits of a slice change by {error:.1e}"
 
     # the dims
 
