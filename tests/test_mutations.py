@@ -498,7 +498,7 @@ def subject(slice_of_llama, tmp_path):
     """A sound declaration, with a slice that may be damaged."""
     made = tiny_subject(sound("llama"), tmp_path)
     copy = shutil.copytree(slice_of_llama, tmp_path / "copy")
-    made.sliced = lambda _method, _has_fewer_channels=False: copy
+    made.sliced = lambda _method, *_: copy
     return made
 
 
