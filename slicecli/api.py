@@ -190,8 +190,8 @@ def estimate(
     method: Method = "refit",
     slice_head: bool | None = None,
     unties: bool = False,
-    mlp_dim: int | None = None,
     write_as: str = "auto",
+    mlp_dim: int | None = None,
     dtype: str | None = None,
     batch: int = 1,
     length: int | None = None,
@@ -208,8 +208,8 @@ def estimate(
         method: Slicing method.
         slice_head: Whether the published method slices the input of the head.
         unties: Whether slices of a tied model get a head of their own.
-        mlp_dim: How many MLP channels the slices keep; `None` keeps all.
         write_as: Class that slices are written in: `auto`, `own`, or the model type of a portable class.
+        mlp_dim: How many MLP channels the slices keep; `None` keeps all.
         dtype: Dtype of weights and cache; `None` uses the checkpoint's.
         batch: Sequences served at once.
         length: Tokens per sequence; `None` uses 2048, or the model's limit if that is less.
@@ -227,15 +227,7 @@ def estimate(
 
     mlp = None if mlp_dim is None else Width(mlp_dim=mlp_dim)
     subject = estimating.Subject.find(
-        model,
-        method,
-        slice_head,
-        dtype,
-        revision=revision,
-        token=token,
-        unties=unties,
-        write_as=write_as,
-        mlp=mlp,
+        model, method, slice_head, dtype, revision=revision, token=token, unties=unties, write_as=write_as, mlp=mlp
     )
     inputs = ForecastInputs(**knowledge)
     cuts_mlp = subject.narrower.mlp_dim is not None

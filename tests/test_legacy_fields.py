@@ -15,7 +15,12 @@ ROTATIONS = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 30},
-    "longrope": {key: value for key, value in LONG_ROPE.items() if "original" not in key} | {"factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 2.0,
+        "short_factor": [1.0 + index / 8 for index in range(20)],
+        "long_factor": [2.0 + index for index in range(20)],
+    },
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -45,7 +50,7 @@ def without_old_type(fields):
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_the_rotation_is_spelled_as_transformers_4_did(kind):
-    found = with_legacy_fields(llama_fields(ROTATIONS[kind], head_dim=16), {})
+    found = with_legacy_fields(llama_fields(ROTATIONS[kind], head_dim=40), {})
     assert found["rope_theta"] == 5e4
     assert found["torch_dtype"] == "bfloat16"
     scaling = found["rope_scaling"]
@@ -104,7 +109,7 @@ def test_the_dense_config_inside_gets_them_too():
 
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_transformers_5_reads_the_same_rotation_from_both_spellings(kind):
-    fields = llama_fields(ROTATIONS[kind], head_dim=16)
+    fields = llama_fields(ROTATIONS[kind], head_dim=40)
     legacy = with_legacy_fields(fields, {})
     old = {name: value for name, value in legacy.items() if name not in ("rope_parameters", "dtype")}
     assert of_version_5(fields) == of_version_5(legacy) == of_version_5(old)

@@ -65,8 +65,7 @@ def portable_config(config: Any, written: WrittenClass, dim: int, dtype: str) ->
         raise PluginError(f"transformers {transformers.__version__} has no class for models of type {kind}.") from None
     only_own = {*_declared(type(config)), "model_type", "auto_map"} - _declared(cls)
     fields = {name: value for name, value in _own_fields(config).items() if name not in only_own}
-    fields |= own.sliced_fields(dim) | written.dimensions.mlp_fields()
-    fields |= {"dtype": dtype, "architectures": [architecture]}
+    fields |= own.sliced_fields(dim) | {"dtype": dtype, "architectures": [architecture]}
     fields |= values_of_fields(own, portable, own.adapter.name)
     try:
         with quiet_libraries():

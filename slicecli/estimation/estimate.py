@@ -110,8 +110,8 @@ class Subject:
                 warnings.warn(text, SlicecliWarning, stacklevel=2)
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
-        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
         model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
+        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
         classes = SliceClasses.of_method(narrower, method, model_type, write_as, has_code)
         sizes = classes.at() if classes else slice_sizes(narrower, method, slice_head)
         return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
@@ -131,16 +131,16 @@ class Subject:
         return self.classes.at(dim) if self.classes else None
 
     def costs(self, written: WrittenClass | None) -> CostModel:
-        """Return the costs of slices written in a class, or of slices with code of their own."""
-        dimensions = self.narrower if written is None else written.dimensions
+        """Return the costs of slices written in a class, or of the dense model and of slices with code of their own."""
+        dimensions = self.dimensions if written is None else written.dimensions
         return CostModel(dimensions, self.method, self.slice_head)
 
     def untied(self) -> Subject:
         """Return the same model for slices with a head of their own."""
-        narrower = self.narrower.untied()
+        dimensions = self.dimensions.untied()
         wish = self.classes.wish if self.classes else AUTO
-        classes = SliceClasses.of_method(narrower, self.method, self.model_type, wish, self.source.has_own_model_code)
-        return dataclasses.replace(self, narrower=narrower, classes=classes)
+        classes = SliceClasses.of_method(dimensions, self.method, self.model_type, wish, self.source.has_own_model_code)
+        return dataclasses.replace(self, dimensions=dimensions, classes=classes)
 
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
         """Return what is served: sequences of a length, by default 2048 or the model's longest."""
@@ -326,12 +326,6 @@ def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
     return (f"Sequences of {workload.length:,} tokens exceed the limit of {subject.source.name} ({longest:,}).",)
 
 
-def _channels_note(subject: Subject) -> tuple[str, ...]:
-    if subject.narrower.mlp_dim is None:
-        return ()
-    return ("Quality is predicted only for slices that keep all MLP channels.",)
-
-
 def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
     """Say in which class slices would be written, where that needs a word."""
     if subject.classes is None:
@@ -339,6 +333,12 @@ def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
     chosen = [(subject.classes.at(dim), dim) for dim in dims]
     notes = [subject.classes.note(one, dim) for one, dim in chosen if dim in one.legal_dims()]
     return [note for note in dict.fromkeys(notes) if note]
+
+
+def _channels_note(subject: Subject) -> tuple[str, ...]:
+    if subject.narrower.mlp_dim is None:
+        return ()
+    return ("Quality is predicted only for slices that keep all MLP channels.",)
 
 
 def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:

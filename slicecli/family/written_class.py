@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slicecli.adapters import PortableClass, Sizes, ask, select_adapter
@@ -68,7 +68,12 @@ class WrittenClass:
             **values_of_fields(own, portable, own.adapter.name),
             "model_type": portable.model_type,
         }
-        return cls(portable.model_type, own, Dimensions(adapter, fields, mlp_dim=own.mlp_dim), portable)
+        return cls(portable.model_type, own, Dimensions(adapter, fields), portable)
+
+    def with_mlp_dim(self, mlp_dim: int | None) -> WrittenClass:
+        """Return the same class for slices whose MLPs have a width."""
+        own, dimensions = self.own.with_mlp_dim(mlp_dim), self.dimensions.with_mlp_dim(mlp_dim)
+        return WrittenClass(self.model_type, own, dimensions, self.portable)
 
     @property
     def hidden_size(self) -> int:
@@ -171,6 +176,12 @@ class SliceClasses:
         if wish not in (AUTO, OWN):
             raise RequestError(f"--write-as {wish} requires a slice without custom code.", "Leave out --write-as.")
         return None
+
+    def with_mlp_dim(self, mlp_dim: int | None) -> SliceClasses:
+        """Return the same classes for slices whose MLPs have a width."""
+        if mlp_dim is None:
+            return self
+        return replace(self, available=tuple(one.with_mlp_dim(mlp_dim) for one in self.available))
 
     @property
     def own(self) -> WrittenClass:

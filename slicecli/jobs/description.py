@@ -29,9 +29,8 @@ __all__ = ["draft_description", "licence_warning", "reproduce_command"]
 def draft_description(job: Job, planned: PlannedSlice, rows: Rows) -> Description:
     """Return what is known of a slice before its weights are, found fit to be written."""
     plan = planned.plan
-    sizes = planned.written or slice_sizes(
-        job.dimensions.with_mlp_dim(plan.mlp_dim), plan.method, job.options.slice_head
-    )
+    narrower = job.dimensions.with_mlp_dim(plan.mlp_dim)
+    sizes = planned.written or slice_sizes(narrower, plan.method, job.options.slice_head)
     record = build_record(
         plan,
         job.source,

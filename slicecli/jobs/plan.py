@@ -7,7 +7,7 @@ downloaded or computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +61,8 @@ class PlannedSlice:
         config: Its config, an object of transformers.
         folder: Where it will lie.
         written: The class it is written in; `None` for custom code.
-        own_config: Its config in its family's own class, in which it is computed, with the MLPs of the dense model.
+        running_config: Its config in its family's own class, with the MLPs of the dense model: its blocks run so while
+            they are fitted.
         note: Why it is written in that class, where that needs a word.
     """
 
@@ -69,13 +70,18 @@ class PlannedSlice:
     config: Any
     folder: Path
     written: WrittenClass | None
-    own_config: Any
+    running_config: Any
     note: str = ""
 
     @property
     def is_portable(self) -> bool:
         """Whether it is written in another class than its family's own."""
         return self.written is not None and self.written.portable is not None
+
+    @property
+    def runs_as_written(self) -> bool:
+        """Whether its blocks are fitted in the very model that is written."""
+        return self.running_config is self.config
 
 
 @dataclass(frozen=True)
@@ -136,25 +142,21 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
-    model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
-
-    def classes_of(sizes: Dimensions) -> SliceClasses | None:
-        return SliceClasses.of_method(sizes, options.method, model_type, options.write_as, has_code)
-
-    classes = classes_of(dimensions)
-    requests = [resolve(width, dimensions, classes_of, options, DTYPE_BYTES[dtype]) for width in widths]
+    classes = SliceClasses.of_method(
+        dimensions, options.method, str(source.fields.get("model_type")), options.write_as, source.has_own_model_code
+    )
+    requests = [resolve(width, dimensions, classes, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
     meta_model = build_runnable_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    cuts_mlp = any(one.sizes.mlp_dim is not None for one in requests)
+    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _, _ in requests)
     output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
     _prove_portable(source, config, requests)
     slices = []
     for width, (sizes, dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
-        parameters = count(schedule.shapes(dimensions)) if schedule else (written or sizes).parameters(dim)
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -163,7 +165,9 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=parameters,
+            sliced_parameters=(written or sizes).parameters(dim)
+            if schedule is None
+            else count(schedule.shapes(dimensions)),
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
@@ -175,16 +179,16 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             mlp_dim=sizes.mlp_dim,
         )
         sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code, written)
+        running_config = sliced_config
+        if written is not None and written.portable is not None:
+            running_config = resized_config(config, dimensions, dim, dtype)
+        elif plan.mlp_dim is not None:
+            running_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
-        own_config = sliced_config
-        if written is not None and written.portable is not None:
-            own_config = resized_config(config, dimensions, dim, dtype)
-        elif plan.mlp_dim is not None:
-            own_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
         note = classes.note(written, dim) if classes and written else ""
-        slices.append(PlannedSlice(plan, sliced_config, folder, written, own_config, note))
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, running_config, note))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -325,13 +329,7 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
 
 
 class Resolved(NamedTuple):
-    """What a width comes to.
-
-    Attributes:
-        sizes: The model with the MLPs of the slice.
-        schedule: For the published method, the width at every place.
-        written: The class to write.
-    """
+    """What is wished for comes to: sizes with the MLPs of the slice, a dim or a schedule, and the class to write."""
 
     sizes: Dimensions
     dim: int
@@ -342,22 +340,17 @@ class Resolved(NamedTuple):
 def resolve(
     width: Width,
     dimensions: Dimensions,
-    classes_of: Callable[[Dimensions], SliceClasses | None],
+    classes: SliceClasses | None,
     options: SliceOptions,
     bytes_per_parameter: int,
 ) -> Resolved:
-    """Return what a width comes to.
-
-    Args:
-        classes_of: Returns the classes of slices with some sizes.
-    """
-    if options.method == "refit":
-        narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
-        classes = classes_of(narrower)
-        if classes is None:
-            return Resolved(narrower, width.resolve(narrower, bytes_per_parameter), None, None)
-        dim, written = classes.resolve(width, bytes_per_parameter)
+    """Return the widths that meet a wish, and the class of the slice."""
+    narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
+    if classes is not None:
+        dim, written = classes.with_mlp_dim(narrower.mlp_dim).resolve(width, bytes_per_parameter)
         return Resolved(narrower, dim, None, written)
+    if options.method == "refit":
+        return Resolved(narrower, width.resolve(narrower, bytes_per_parameter), None, None)
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
         return Resolved(dimensions, schedule.dim, schedule, None)

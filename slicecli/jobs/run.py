@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,15 +167,15 @@ def _open_targets(
     targets, writers = [], []
     for number, one in enumerate(job.slices):
         missing = None if state is None else state["missing"][number]
+        running = meta_models[number] if folders and one.runs_as_written else None
+        if running is None:
+            running = build_runnable_meta_model(one.running_config, job.options.trust_remote_code)
+        target = _open_target(number, one.plan, running)
         if folders:
-            folder, meta_model = folders[number], meta_models[number]
-        else:
-            folder, meta_model = None, None
-        target, writer = _open_target(number, one, meta_model, folder, job.options, missing)
-        targets.append(target)
-        if writer is not None:
+            writer = _open_writer(target, one, meta_models[number], folders[number], job.options, missing)
             stack.callback(writer.close)
             writers.append(writer)
+        targets.append(target)
     return targets, writers
 
 
@@ -298,48 +298,46 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     return groups
 
 
-def _open_target(
-    number: int,
-    planned: PlannedSlice,
-    meta_model: Any,
-    folder: Path | None,
-    options: SliceOptions,
-    missing: Sequence[str] | None,
-) -> tuple[Target, ShardWriter | None]:
-    """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
-
-    A slice is computed in its family's own class with the MLPs of the dense model; its tensors are converted to the
-    class that is written as they come.
-
-    Args:
-        meta_model: The empty model of the config that is written; `None` without a folder, where nothing is written.
-    """
+def _open_target(number: int, plan: SlicePlan, meta_model: Any) -> Target:
+    """Return a slice in the making, of which nothing is written."""
     import torch
 
     from slicecli.slicing.context import Target
 
-    plan = planned.plan
     dtype = getattr(torch, plan.dtype)
-    own_model = meta_model
-    if own_model is None or planned.own_config is not planned.config:
-        own_model = build_runnable_meta_model(planned.own_config, options.trust_remote_code)
-    if folder is None:
-        return Target(plan.dim, own_model, dtype, lambda _name, _tensor: None, number, plan.mlp_dim), None
-    stored_shapes = {
+    return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number, plan.mlp_dim)
+
+
+def _open_writer(
+    target: Target,
+    planned: PlannedSlice,
+    meta_model: Any,
+    folder: Path,
+    options: SliceOptions,
+    missing: Sequence[str] | None,
+) -> ShardWriter:
+    """Lay out the weight files of a slice for the tensors of its target, or open those of an interrupted run.
+
+    A slice is computed in its family's own class; its tensors are converted to the class that is written as they come.
+
+    Args:
+        meta_model: The empty model of the config that is written.
+    """
+    shapes = {
         stored: tuple(tensor.shape)
         for name, value in stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
-    writer = ShardWriter(folder, stored_shapes, dtype, options.max_shard_size, missing)
+    writer = ShardWriter(folder, shapes, target.dtype, options.max_shard_size, missing)
 
     def write(name: str, tensor: torch.Tensor) -> None:
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    sink: Callable[[str, torch.Tensor], None] = write
+    target.sink = write
     if planned.written is not None and planned.is_portable:
-        sink = converting_sink(planned.written, meta_model, dtype, write)
-    return Target(plan.dim, own_model, dtype, sink, number, plan.mlp_dim), writer
+        target.sink = converting_sink(planned.written, meta_model, target.dtype, write)
+    return writer
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Subject:
         self.dimensions: Dimensions = Dimensions(adapter, self.fields)
         self.is_real = is_real
         self._folder = folder
-        self._sliced: dict[tuple[Method, str, bool], Path] = {}
+        self._sliced: dict[tuple[Method, bool, str], Path] = {}
         self._loaded: dict[tuple[Method, bool], Any] = {}
 
     @property
@@ -145,9 +145,9 @@ class Subject:
         """About three quarters of the MLP channels, an odd number of them."""
         return self.dimensions.mlp_size * 3 // 8 * 2 - 1
 
-    def sliced(self, method: Method, write_as: str = OWN, has_fewer_channels: bool = False) -> Path:
+    def sliced(self, method: Method, has_fewer_channels: bool = False, write_as: str = OWN) -> Path:
         """Return a slice of the model, made by the same code as the command."""
-        key = (method, write_as, has_fewer_channels)
+        key = (method, has_fewer_channels, write_as)
         if key not in self._sliced:
             parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
             text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
@@ -170,9 +170,7 @@ class Subject:
         """Return the slice, loaded with transformers."""
         key = (method, has_fewer_channels)
         if key not in self._loaded:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                self.sliced(method, OWN, has_fewer_channels), dtype=torch.float32
-            )
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(self.sliced(*key), dtype=torch.float32)
             self._loaded[key] = loaded.eval()
         return self._loaded[key]
 
@@ -192,8 +190,8 @@ class Subject:
             "experts": any(branch.experts is not None for branch in branches),
             "layer-norm": self.adapter.norm.is_centred,
             "slicegpt": not self.dimensions.shortcut_obstacle,
-            "mlp": not self.dimensions.mlp_obstacle,
             "portable": bool(self.portable),
+            "mlp": not self.dimensions.mlp_obstacle,
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -380,7 +378,7 @@ class AdapterTests:
         for written in subject.portable:
             if subject.dim not in written.legal_dims():
                 continue
-            folder = subject.sliced("refit", written.model_type)
+            folder = subject.sliced("refit", write_as=written.model_type)
             made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             assert made.config.model_type == written.model_type
             assert sum(value.numel() for value in made.parameters()) == written.parameters(subject.dim)
