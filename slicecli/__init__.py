@@ -14,13 +14,14 @@ from slicecli.modeling import register_when_needed
 from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
-    from slicecli.api import estimate, evaluate, load, perplexity, slice_model
+    from slicecli.api import estimate, evaluate, load, perplexity, recover, slice_model
     from slicecli.evaluation.options import EvaluationOptions
-    from slicecli.jobs.options import SliceOptions
+    from slicecli.jobs.options import RecoverOptions, SliceOptions
     from slicecli.jobs.sweep import run_sweep
 
 __all__ = [
     "EvaluationOptions",
+    "RecoverOptions",
     "SliceOptions",
     "SlicecliError",
     "SlicecliWarning",
@@ -30,12 +31,14 @@ __all__ = [
     "hookimpl",
     "load",
     "perplexity",
+    "recover",
     "run_sweep",
     "slice_model",
 ]
 
 _HOMES = {
     "EvaluationOptions": "slicecli.evaluation.options",
+    "RecoverOptions": "slicecli.jobs.options",
     "SliceOptions": "slicecli.jobs.options",
     "run_sweep": "slicecli.jobs.sweep",
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli.errors import RequestError, WeightsError
 from slicecli.family.context_length import context_length_of_config
 from slicecli.family.slice_plan import Method, Width
-from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.options import RecoverOptions, SliceOptions
 from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.run import SliceReport, run_slices
 from slicecli.runtime.inputs import check_sampling, local_path
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
     from slicecli.evaluation.document import PerplexityResult
     from slicecli.evaluation.measure import Evaluation
+    from slicecli.jobs.recover import RecoveryReport
     from slicecli.progress import Progress
     from slicecli.runtime.placement import DeviceMap, MaxMemory
 
-__all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "slice_model"]
+__all__ = ["estimate", "evaluate", "generate_text", "load", "perplexities", "perplexity", "recover", "slice_model"]
 
 
 def slice_model(
@@ -76,6 +77,38 @@ def slice_model(
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
         return run_slices(job, progress)[0]
+
+
+def recover(
+    model: str,
+    teacher: str | None = None,
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RecoveryReport:
+    """Train a slice to predict as its dense model does, and write the result to a folder.
+
+    Args:
+        model: The slice: Hub id or folder.
+        teacher: The model to learn from; `None` takes the one it was made from, if that is on the Hub.
+        output: The folder to write; by default `./<name>-recovered`.
+        progress: Progress callback.
+        **options: Fields of `slicecli.jobs.options.RecoverOptions`.
+
+    Returns:
+        A report with the output folder, the divergence from the teacher before and after, and the warnings.
+
+    Raises:
+        TrainingError: The slice did not become better; nothing was written.
+        SlicecliError: The request cannot be met; the message gives the cause and the remedy.
+    """
+    from slicecli.jobs.recover import plan_recovery, recover_slice
+
+    folder = None if output is None else local_path(output)
+    with quiet_libraries():
+        job = plan_recovery(model, folder, RecoverOptions(teacher=teacher, **options))
+        return recover_slice(job, progress)
 
 
 def load(

@@ -9,6 +9,7 @@
     │   └── WeightsError             its weights are missing, damaged, unsafe or not finite
     ├── TextError                a calibration or evaluation text cannot be found or is too short
     ├── OutputError              the result cannot be written
+    ├── TrainingError            training did not make the slice better
     ├── PublishError             the result is there, and could not be sent to the Hub
     ├── ProcessError             another of the processes that do the job together has failed, or is gone
     └── PluginError              a plugin declares something that does not hold
@@ -35,6 +36,7 @@ __all__ = [
     "SlicecliWarning",
     "SourceError",
     "TextError",
+    "TrainingError",
     "UnsupportedModelError",
     "WeightsError",
     "reason_of",
@@ -108,6 +110,10 @@ class TextError(SlicecliError):
 
 class OutputError(SlicecliError):
     """The result cannot be written."""
+
+
+class TrainingError(SlicecliError):
+    """Training did not make the slice better, so that there is nothing to write."""
 
 
 class PublishError(SlicecliError):

@@ -124,6 +124,28 @@ def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypa
     exec(snippet, {})
 
 
+def test_the_commands_on_the_page_of_recovery_run_as_written(tmp_path, monkeypatch):
+    import shlex
+
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+    from slicecli.data.demo import MODEL_FOLDER
+
+    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
+    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "recover.md").read_text()
+    (commands,) = re.findall(r"```\n(slicecli slice .*?)```", page, flags=re.DOTALL)
+    for command in commands.splitlines():
+        # less text, which changes nothing but the time and the figures
+        quick = command.replace("--samples 256", "--samples 8").replace("--tokens 270k", "--tokens 10k")
+        quick = quick.replace(" --record", " --record --limit 4")
+        result = CliRunner().invoke(group, shlex.split(quick)[1:], prog_name="slicecli")
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    assert "| dense | sliced | recovered |" in (tmp_path / "demo-recovered" / "README.md").read_text()
+
+
 def test_the_relation_in_the_documentation_registers_and_fits():
     page = (ROOT / "docs" / "plugins.md").read_text()
     (source,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "Relation(" in block]

@@ -90,7 +90,7 @@ MOST_NAMED = 20
 _OWN_FILES = frozenset(
     {
         "config.json", "readme.md", "slicecli.json", "model.safetensors.index.json", "plots/prediction.png",
-        "configuration_slicecli.py", "modeling_slicecli.py",
+        "plots/recovery.png", "configuration_slicecli.py", "modeling_slicecli.py",
     }
 )  # fmt: skip
 # what transformers reads, and what it would read of another set of shards

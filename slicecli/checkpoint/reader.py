@@ -128,6 +128,13 @@ class OffloadedWeights:
         return {name: self.tensor(f"{path}.{name}") for name in self._weights.names_in(path)}
 
 
+def stored_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a checkpoint of a model holds, by the names of its parameters and buffers, a shared table once."""
+    names = {name for name, _ in model.named_parameters()}
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    yield from ((name, value) for name, value in model.state_dict().items() if name not in shared)
+
+
 def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a parameter as checkpoints of its family store it.
 

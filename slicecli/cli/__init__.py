@@ -26,6 +26,7 @@ __all__ = ["group", "main", "say_error"]
 
 COMMANDS = {
     "slice": "Slice the hidden size of a model.",
+    "recover": "Train a slice to predict as its dense model does.",
     "estimate": "Estimate the cost and quality of slices, from the config alone.",
     "spectrum": "Measure what slicing a model would lose, without slicing it.",
     "eval": "Measure a model: perplexity and tasks.",

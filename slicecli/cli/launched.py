@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TOGETHER", "is_done_together", "run_together"]
 
-TOGETHER = ("slice", "spectrum", "eval", "sweep", "demo")
+TOGETHER = ("slice", "recover", "spectrum", "eval", "sweep", "demo")
 # seconds until a process ends even if a library still waits for another that has gone
 LONGEST_END = 20
 

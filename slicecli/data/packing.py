@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slicecli.data.text import Text, shuffled
@@ -18,7 +18,7 @@ from slicecli.errors import SourceError, TextError, reason_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rows", "calibration_rows", "check_embedded", "check_vocabulary", "evaluation_rows", "monotony"]
+__all__ = ["Rows", "calibration_rows", "check_embedded", "check_vocabulary", "evaluation_rows", "monotony", "rows_part"]
 
 # below these, or above, a text is no sample of what a model reads
 FEWEST_TOKENS = 10
@@ -76,6 +76,12 @@ def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: i
     ids, byte_count = _tokenise(text.documents, tokenizer, None)
     rows = _cut(ids, sequence_length, text)
     return _rows(text, rows[:samples], byte_count / len(ids))
+
+
+def rows_part(rows: Rows, start: int, stop: int) -> Rows:
+    """Return some of the rows."""
+    ids = rows.ids[start:stop]
+    return replace(rows, ids=ids, digest=_digest(ids))
 
 
 def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
@@ -171,5 +177,8 @@ def _rows(text: Text, rows: list[list[int]], bytes_per_token: float) -> Rows:
     import torch
 
     ids = torch.tensor(rows, dtype=torch.int64)
-    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return Rows(text.name, ids, bytes_per_token, digest, text.dataset, text.digest)
+    return Rows(text.name, ids, bytes_per_token, _digest(ids), text.dataset, text.digest)
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()

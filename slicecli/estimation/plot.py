@@ -1,4 +1,4 @@
-"""Pictures: predicted and measured quality against the dim, and the validation of the relations.
+"""Pictures: quality against the dim, the validation of the relations, and the divergence in a training.
 
 matplotlib draws without a display; files are written whole or not at all.
 
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from slicecli.estimation.forecasts import Forecast
     from slicecli.estimation.validation import Check
 
-__all__ = ["Picture", "check_plot_file", "draw_quality", "draw_validation", "picture_of_curve", "picture_of_forecast"]
+__all__ = [
+    "Picture",
+    "check_plot_file",
+    "divergence_picture",
+    "draw_quality",
+    "draw_validation",
+    "picture_of_curve",
+    "picture_of_forecast",
+]
 
 # distinct in grey and for colour-blind eyes
 BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#4d9221", "#777777"
@@ -264,6 +272,25 @@ def _draw_check(axes: Any, check: Check) -> None:
     axes.set_ylabel("predicted")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def divergence_picture(history: Sequence[tuple[int, float]]) -> bytes:
+    """Return the picture of a training as the content of a file.
+
+    Args:
+        history: Tokens trained on, and the divergence on the held-out rows by then.
+    """
+    figure, grid = _panels(1, 1, width=8.0, height=4.0)
+    axes = grid[0, 0]
+    tokens, values = zip(*history, strict=True)
+    axes.plot(tokens, values, color=BLUE, linewidth=2, marker="o", markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(_counts())
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("held-out KL, nats per token")
+    axes.grid(alpha=0.25)
+    return _drawn(figure, ".png")
 
 
 def check_plot_file(path: Path) -> None:

@@ -136,7 +136,10 @@ def _names(read: Sequence[EvaluationDocument], quantity: Quantity) -> dict[tuple
 
 
 def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Group eval documents into series; those of perplexity come first."""
+    """Group eval documents into series; those of perplexity come first.
+
+    What slicing loses is one thing, what training wins back another: slices that were trained are left out.
+    """
     from pydantic import ValidationError
 
     from slicecli.evaluation.document import EvaluationDocument
@@ -149,6 +152,7 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
         raise RequestError(
             f"A results file is incomplete: {faults_of(error)[0]}.", "Measure again with this version of slicecli."
         ) from None
+    read = [one for one in read if not one.is_recovered]
     names = {quantity: _names(read, quantity) for quantity in QUANTITIES}
     dense: dict[_Key, _Figure] = {}
     slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
@@ -357,6 +361,7 @@ def curves_document(
                 name: document[name]
                 for name in ("source", "method", "dim", "sparsity", "hidden_size", "parameters", "perplexity", "tasks")
             }
+            | {"is_recovered": bool(document.get("is_recovered"))}
             for document in sorted(documents, key=lambda one: (str(one["source"]), -one["dim"]))
         ],
         **curves_json(curves),

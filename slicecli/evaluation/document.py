@@ -74,6 +74,7 @@ class EvaluationDocument(JsonObject):
     source: SourceIdentity = Field(description="The dense model that a slice was made from, or the model itself.")
     calibration: Calibration | None = Field(description="What a slice was fitted to; null for a dense model.")
     evaluation: Settings = Field(description="How it was measured.")
+    is_recovered: bool = Field(default=False, description="Whether a slice was trained after slicing.")
 
     @field_validator("dim")
     @classmethod

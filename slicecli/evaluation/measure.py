@@ -205,6 +205,7 @@ def measure_loaded(
             dtype=str(model.dtype).removeprefix("torch."),
             rows={result.text: result.rows_sha256 for result in perplexities},
         ),
+        is_recovered="recovery" in record,
         versions={
             "slicecli": __version__,
             **package_versions(),

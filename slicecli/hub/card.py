@@ -19,10 +19,11 @@ from slicecli.hub.serving import verdicts_on
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
-__all__ = ["CARD_FILE", "PLOT_FILE", "Card", "read_card", "render_body", "render_card"]
+__all__ = ["CARD_FILE", "PLOT_FILE", "RECOVERY_PLOT_FILE", "Card", "read_card", "render_body", "render_card"]
 
 CARD_FILE = "README.md"
 PLOT_FILE = "plots/prediction.png"
+RECOVERY_PLOT_FILE = "plots/recovery.png"
 TEMPLATE_FILE = "card.md.jinja"
 UNKNOWN_PLACE = "PATH"
 _VERDICTS = {
@@ -134,8 +135,10 @@ def render_body(record: Mapping[str, Any]) -> str:
         programs=list(_programs(record, place)),
         measured=list(_measured(record)),
         energy_sentence=_energy_sentence(record),
+        trainings=list(_trainings(record)),
+        recovery_plot=RECOVERY_PLOT_FILE if RECOVERY_PLOT_FILE in record["files"] else "",
         plot=PLOT_FILE if PLOT_FILE in record["files"] else "",
-        command_block=code_block(" ".join(record["command"].splitlines())),
+        command_block=code_block("\n".join(" ".join(one.splitlines()) for one in _commands(record))),
         citation_block=code_block(CITATION, "bibtex"),
     )
     return text.strip("\n")
@@ -176,21 +179,47 @@ def _sentence(text: str) -> str:
     return prose(text[:1].upper() + text[1:].rstrip(".") + ".")
 
 
+def _commands(record: Mapping[str, Any]) -> list[str]:
+    return [record["command"], *(one["command"] for one in record.get("recovery", ()))]
+
+
+def _trainings(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence on each training after slicing."""
+    for one in record.get("recovery", ()):
+        what = "all weights" if one["mode"] == "full" else f"low-rank adapters of rank {one['lora_rank']}, then merged"
+        yield (
+            f"Then it was trained ({what}) on {one['tokens']:,} tokens of {code(one['text'])} to predict as "
+            f"{code(one['teacher']['model'])} does: the mean KL divergence per token on held-out rows of that text "
+            f"fell from {one['kl_before']:.4f} to {one['kl_after']:.4f}."
+        )
+
+
 def _measured(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of measured figures."""
-    results = record["results"]
-    dense = results.get("dense") or {}
-    for text, figure in (results.get("perplexity") or {}).items():
-        before = (dense.get("perplexity") or {}).get(text)
+    for text, figure, cells in _figures(record, "perplexity", "rows_sha256", digits=3):
         what = f"perplexity, {figure['tokens']:,} tokens in rows of {figure['seq_len']}"
         if figure["text_sha256"] is not None and figure["text_sha256"] == record["calibration"]["text_sha256"]:
             what += ", on the text it was calibrated on"
-        yield {"what": text, "metric": what, "dense": _cell(before, 3), "slice": _cell(figure, 3)}
-    for task, figure in (results.get("tasks") or {}).items():
-        before = (dense.get("tasks") or {}).get(task)
+        yield {"what": text, "metric": what, **cells}
+    for task, figure, cells in _figures(record, "tasks", "requests_sha256", digits=4):
         chance = "" if figure.get("chance") is None else f", chance {figure['chance']:.3f}"
         what = f"{figure['metric']}, {figure['num_fewshot']} examples, {figure['samples']:,} questions{chance}"
-        yield {"what": task, "metric": what, "dense": _cell(before, 4), "slice": _cell(figure, 4)}
+        yield {"what": task, "metric": what, **cells}
+
+
+def _figures(
+    record: Mapping[str, Any], kind: str, digest: str, digits: int
+) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
+    """Yield each text or task, a figure on it, and the cells of its row: dense, before a training, and as it is."""
+    results = record["results"]
+    untrained = record["recovery"][0]["results"] if "recovery" in record else {}
+    own, dense, sliced = (of.get(kind) or {} for of in (results, results.get("dense") or {}, untrained))
+    for name, figure in {**sliced, **own}.items():
+        before = sliced.get(name)
+        if before is not None and before[digest] != figure[digest]:  # on other rows or questions
+            before = None
+        cells = {"dense": dense.get(name), "sliced": before, "slice": own.get(name)}
+        yield name, figure, {column: _cell(one, digits) for column, one in cells.items()}
 
 
 def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:
@@ -257,15 +286,15 @@ def _change_of_widths(record: Mapping[str, Any]) -> str:
 
 
 def _method_sentence(record: Mapping[str, Any]) -> str:
+    is_trained = "recovery" in record
     if record["method"] == "refit":
         removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
-        return (
-            f"{removed}Every matrix that reads or writes the residual stream was refitted by least squares; nothing "
-            "was trained."
-        )
+        end = "." if is_trained else "; nothing was trained."
+        return f"{removed}Every matrix that reads or writes the residual stream was refitted by least squares{end}"
+    end = "nothing was refitted." if is_trained else "nothing was refitted or trained."
     return (
         "The residual stream is projected onto its principal directions at each norm site, as published "
-        "([SliceGPT](https://arxiv.org/abs/2401.15024)); nothing was refitted or trained."
+        f"([SliceGPT](https://arxiv.org/abs/2401.15024)); {end}"
     )
 
 
@@ -292,8 +321,13 @@ def _layout_sentence(record: Mapping[str, Any]) -> str:
 
 def _energy_sentence(record: Mapping[str, Any]) -> str:
     kept = record["energy"]["kept"]
+    trained = ", before it was trained" if "recovery" in record else ""
     if record["method"] == "refit":
-        return f"The basis keeps {kept:.2%} of the energy of the normalised residual stream on the calibration text."
+        return (
+            f"The basis keeps {kept:.2%} of the energy of the normalised residual stream on the calibration "
+            f"text{trained}."
+        )
     return (
-        f"The bases keep {kept:.2%} of the residual stream's energy on the calibration text, averaged over norm sites."
+        f"The bases keep {kept:.2%} of the residual stream's energy on the calibration text, averaged over norm "
+        f"sites{trained}."
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
 
 TAGS = ("slicecli", "sliced", "pruned")
+DISTILLED_TAG = "distillation"
 UNKNOWN_LICENSE = "other"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LICENSE_LINK = re.compile(r"(https://)?[\w./%-]{1,200}")
@@ -67,15 +68,17 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     from huggingface_hub import ModelCardData
 
     base_model = base_model_of(record)
-    dataset = record["calibration"]["dataset"]
+    trainings = record.get("recovery", [])
+    datasets = [record["calibration"]["dataset"], *(one["dataset"] for one in trainings)]
+    named = [one for one in dict.fromkeys(datasets) if one and is_repository_name(one, needs_owner=True)]
     data = ModelCardData(
         base_model=base_model,
         # the Hub knows four relations, none of which is pruning; unstated it would count as this one too
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        datasets=[dataset] if dataset and is_repository_name(dataset, needs_owner=True) else None,
-        tags=list(TAGS),
+        datasets=named or None,
+        tags=[*TAGS, *([DISTILLED_TAG] if trainings else [])],
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )
     results = list(_eval_results(record))

@@ -141,7 +141,8 @@ def _message(folder: Path) -> str:
     from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
-    return f"{record['source']['model']} sliced to {' and '.join(sliced_widths(record))}"
+    recovered = " and recovered" if "recovery" in record else ""
+    return f"{record['source']['model']} sliced to {' and '.join(sliced_widths(record))}{recovered}"
 
 
 def _may_write(api: HfApi, repository: str) -> bool:

@@ -176,7 +176,30 @@ def check_counts(inspection: Inspection) -> Iterator[Finding]:
             "counts",
             f"{rows['samples']} rows of {rows['sequence_length']} tokens are not {rows['tokens']:,} calibration tokens",
         )
+    for one in record.get("recovery", ()):
+        yield from _check_recovery(one)
     yield from _check_tensors(inspection)
+
+
+def _check_recovery(recovery: Mapping[str, Any]) -> Iterator[Finding]:
+    for rows in (recovery["training"], recovery["held_out"]):
+        if rows["tokens"] != rows["rows"] * recovery["sequence_length"]:
+            yield _error(
+                "counts",
+                f"{rows['rows']} rows of {recovery['sequence_length']} tokens are not {rows['tokens']:,} tokens of the "
+                "training text",
+            )
+    steps, tokens, per_step = recovery["steps"], recovery["tokens"], recovery["tokens_per_step"]
+    if tokens != steps * per_step:
+        yield _error("counts", f"{steps:,} steps of {per_step:,} tokens are not {tokens:,} tokens of training")
+    if recovery["best_step"] > steps:
+        yield _error("counts", f"the best step is {recovery['best_step']:,} of {steps:,} in the record")
+    if recovery["kl_after"] >= recovery["kl_before"]:
+        yield _error(
+            "counts",
+            f"the divergence after training is {recovery['kl_after']:g} in the record, no less than before "
+            f"({recovery['kl_before']:g})",
+        )
 
 
 def _check_tensors(inspection: Inspection) -> Iterator[Finding]:

@@ -205,6 +205,11 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
             that was measured has its name, one on another file of that name a name of its own.
     """
     record = _record_to_enter_in(folder)
+    if "recovery" in record:
+        raise RequestError(
+            f"{folder.name!r} was trained after slicing, which no curve of slices describes.",
+            "Enter the curves into a slice that was not.",
+        )
     own = [
         one for one in curves if (one.get("model"), one.get("method")) == (record["source"]["model"], record["method"])
     ]

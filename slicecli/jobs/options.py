@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from slicecli.errors import RequestError, shown
 from slicecli.family.slice_plan import METHODS, Method
 from slicecli.runtime import options
-from slicecli.runtime.inputs import check_count, check_seed, local_path, parse_bytes, parse_text
+from slicecli.runtime.inputs import check_count, check_seed, local_path, parse_bytes, parse_text, parse_tokens
 from slicecli.runtime.options import Option
 
 if TYPE_CHECKING:
+    from slicecli.record.schema import RecoveryMode
     from slicecli.runtime.placement import DeviceMap, MaxMemory
     from slicecli.slicing.slicegpt import Orientation
 
-__all__ = ["SliceOptions"]
+__all__ = ["RecoverOptions", "SliceOptions"]
+
+MAX_SHARD_SIZE = Option(
+    "--max-shard-size",
+    "Maximum bytes per weight file.",
+    default="5GB",
+    reads=parse_bytes,
+    metavar="SIZE",
+    affects_result=False,
+)
+OVERWRITE = Option("--overwrite", "Replace an existing slice.", default=False, reads=bool, affects_result=False)
+RESUME = Option(
+    "--resume", "Continue an interrupted run of the same command.", default=False, reads=bool, affects_result=False
+)
 
 
 @dataclass(frozen=True)
@@ -96,14 +112,7 @@ class SliceOptions:
         choices=("auto", "device", "host", "disk"),
         affects_result=False,
     ).field()
-    max_shard_size: int = Option(
-        "--max-shard-size",
-        "Maximum bytes per weight file.",
-        default="5GB",
-        reads=parse_bytes,
-        metavar="SIZE",
-        affects_result=False,
-    ).field()
+    max_shard_size: int = MAX_SHARD_SIZE.field()
     adapter: str | None = Option(
         "--adapter",
         "Use this adapter instead of the one for the model's type; auto infers one.",
@@ -113,16 +122,8 @@ class SliceOptions:
     revision: str | None = options.REVISION.field()
     token: str | None = options.TOKEN.field()
     trust_remote_code: bool = options.TRUST_REMOTE_CODE.field()
-    overwrite: bool = Option(
-        "--overwrite", "Replace an existing slice.", default=False, reads=bool, affects_result=False
-    ).field()
-    resume: bool = Option(
-        "--resume",
-        "Continue an interrupted run of the same command.",
-        default=False,
-        reads=bool,
-        affects_result=False,
-    ).field()
+    overwrite: bool = OVERWRITE.field()
+    resume: bool = RESUME.field()
 
     def __post_init__(self) -> None:
         check_count(self.samples, "{} calibration samples are", "Use --samples", words=("too few", "too many"))
@@ -131,3 +132,96 @@ class SliceOptions:
         check_seed(self.seed)
         if isinstance(self.max_shard_size, str):
             object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """Everything about the training of a slice; each field says what it is.
+
+    `None` stands for what the help of the option calls its default.
+
+    Raises:
+        RequestError: A number is out of range.
+    """
+
+    teacher: str | None = Option(
+        "--teacher",
+        "Model whose predictions the slice is trained to give.  [default: the model it was made from, if that is on "
+        "the Hub]",
+        reads=parse_text,
+        metavar="MODEL",
+    ).field()
+    data: str = Option(
+        "--data",
+        "Training text: alpaca, c4, wikitext2, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",
+        default="alpaca",
+        reads=parse_text,
+        metavar="NAME|FILE|HUB_ID",
+    ).field()
+    tokens: int = Option(
+        "--tokens",
+        "Tokens to train on; a shorter text is read several times.",
+        default="2M",
+        reads=parse_tokens,
+        metavar="N",
+    ).field()
+    mode: RecoveryMode = Option(
+        "--mode",
+        "full: train all weights. lora: train low-rank adapters and merge them (needs slicecli[lora]).",
+        default="full",
+        choices=("full", "lora"),
+    ).field()
+    learning_rate: float = Option(
+        "--lr", "Largest learning rate; it rises for 5 % of the steps and falls by a cosine.", default=2e-4, reads=float
+    ).field()
+    sequence_length: int | None = Option(
+        "--seq-len", "Tokens per row.  [default: 512, or the model's longest]", reads=int, metavar="N"
+    ).field()
+    batch_size: int = Option(
+        "--batch-size",
+        "Tokens per step; as many as fit are computed at once.",
+        default="2048",
+        reads=parse_tokens,
+        metavar="N",
+    ).field()
+    seed: int = Option("--seed", "Seed for choosing and ordering the rows.", default=42, reads=int, metavar="N").field()
+    eval_every: int | None = Option(
+        "--eval-every",
+        "Steps between measurements on the held-out rows, each with a checkpoint.  [default: a tenth of the steps]",
+        reads=int,
+        metavar="N",
+    ).field()
+    device_map: DeviceMap = dataclasses.replace(
+        options.DEVICE_MAP,
+        help="Where to place the teacher: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that "
+        "maps modules to devices, cpu or disk.",
+    ).field()
+    max_memory: MaxMemory | None = dataclasses.replace(
+        options.MAX_MEMORY,
+        help="Maximum bytes of the teacher's weights on each device; those that fit nowhere are read from disk.",
+    ).field()
+    max_shard_size: int = MAX_SHARD_SIZE.field()
+    revision: str | None = options.REVISION.field()
+    token: str | None = options.TOKEN.field()
+    trust_remote_code: bool = options.TRUST_REMOTE_CODE.field()
+    overwrite: bool = OVERWRITE.field()
+    resume: bool = RESUME.field()
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, parse_tokens(value))
+        if isinstance(self.max_shard_size, str):
+            object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
+        if self.tokens < 1:
+            raise RequestError(f"{self.tokens} training tokens are too few.", "Use --tokens 1 or more.")
+        check_count(self.sequence_length, "A sequence length of {} is", "Use --seq-len", least=2)
+        check_count(self.batch_size, "A batch of {} tokens is", "Use --batch-size", least=2)
+        check_count(
+            self.eval_every, "A measurement every {} steps is", "Use --eval-every", words=("too often", "too rare")
+        )
+        check_seed(self.seed)
+        if not 0 < self.learning_rate < 1:
+            raise RequestError(f"A learning rate of {self.learning_rate} is out of range.", "Use --lr between 0 and 1.")
+        if self.mode not in ("full", "lora"):
+            raise RequestError(f"{shown(self.mode)} is not a mode of training.", "Use full or lora.")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from slicecli.family.slice_plan import SlicePlan
     from slicecli.jobs.plan import Job, PlannedSlice
 
-__all__ = ["check_loads", "prepare_folders", "rehearse", "write_config"]
+__all__ = ["check_loads", "copy_companions", "prepare_folders", "rehearse", "write_config"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # what tokenizers treat in different ways
@@ -63,11 +63,7 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
 def _prepare_folder(job: Job, one: PlannedSlice, folder: Path, tokenizer: Any) -> Any:
     source, plan = job.source, one.plan
     clear_folder(folder, is_progress)
-    for file in source.companions.files:
-        _take_over(source, file, folder)
-    if plan.layout != "stock":
-        for path in CODE_FILES:
-            shutil.copyfile(path, folder / path.name)
+    copy_companions(source, folder, has_code=plan.layout != "stock")
     adapter = job.adapter if one.written is None else one.written.dimensions.adapter
     write_config(one.config, folder, source, adapter.names)
     return check_loads(folder, plan, source, tokenizer)
@@ -79,6 +75,15 @@ def check_loads(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
     return meta_model
+
+
+def copy_companions(source: Source, folder: Path, has_code: bool) -> None:
+    """Copy the files of a model that go along with a slice, and the code of ours where it needs that."""
+    for file in source.companions.files:
+        _take_over(source, file, folder)
+    if has_code:
+        for path in CODE_FILES:
+            shutil.copyfile(path, folder / path.name)
 
 
 def rehearse(job: Job) -> None:

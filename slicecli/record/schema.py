@@ -47,6 +47,7 @@ __all__ = [
     "Prediction",
     "PublishedRecord",
     "Record",
+    "Recovery",
     "RefitRecord",
     "Task",
     "schema_errors",
@@ -76,10 +77,14 @@ MeasuredSparsity = Annotated[float, Field(ge=LEAST_SPARSITY, le=1 - LEAST_SPARSI
 # a sum of rounded numbers may be a little more than the whole
 EnergyShare = Annotated[float, Field(ge=0, le=1.000001)]
 Quantity = Literal["perplexity", "accuracy"]
+RecoveryMode = Literal["full", "lora"]
+Command = Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)]
+DatasetId = Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
-class Source(JsonObject):
-    """A model that was sliced."""
+class ModelIdentity(JsonObject):
+    """Which model it is."""
 
     model: ModelName = Field(description="Hub id (owner/name), or the name of its folder without the path to it.")
     revision: Annotated[str, Field(min_length=1, max_length=255, pattern=LINE)] | None = Field(
@@ -93,6 +98,10 @@ class Source(JsonObject):
         "tensors; see docs/record.md."
     )
     model_type: Name = Field(description="Its model_type in transformers.")
+
+
+class Source(ModelIdentity):
+    """A model that was sliced."""
 
 
 class Ancestor(Source):
@@ -142,13 +151,13 @@ class Calibration(JsonObject):
         description="Name of the text; a file's name with as many of its folders as tell it from other texts of the "
         "record."
     )
-    dataset: Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")] | None = Field(
+    dataset: DatasetId | None = Field(
         description="Hub id of the dataset it comes from; null where it comes from elsewhere."
     )
     samples: Size = Field(description="Rows.")
     sequence_length: Size = Field(description="Tokens per row.")
     tokens: Size = Field(description="Tokens in all rows.")
-    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] = Field(description="Seed of their draw.")
+    seed: Seed = Field(description="Seed of their draw.")
     sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
     text_sha256: Digest | None = Field(
         description="SHA-256 of a text from a file, as of a perplexity; null where the name identifies the text."
@@ -251,6 +260,57 @@ class Results(Figures):
     versions: dict[Name, PackageVersion] = Field(
         default=ABSENT, description="Versions of the packages that measured it."
     )
+
+
+class RowSet(JsonObject):
+    """Rows of token ids."""
+
+    rows: Size = Field(description="Rows.")
+    tokens: Size = Field(description="Tokens in all rows.")
+    sha256: Digest = Field(description="SHA-256 of the token ids as little-endian int64.")
+
+
+class HeldOutDivergence(JsonObject):
+    """The divergence on the held-out rows at some moment of a training."""
+
+    tokens: Count = Field(description="Tokens trained on by then.")
+    kl: NotNegative = Field(description="Mean KL(teacher ‖ slice) per predicted token, in nats.")
+
+
+class Recovery(JsonObject):
+    """A training of a slice to predict as a teacher does."""
+
+    slice: ModelIdentity = Field(description="The slice before this training.")
+    teacher: ModelIdentity = Field(description="The model whose predictions it was trained to give.")
+    mode: RecoveryMode = Field(description="full: all weights. lora: low-rank adapters, merged at the end.")
+    lora_rank: Size | None = Field(description="Rank of the adapters; null for mode full.")
+    text: Name = Field(description="Name of the text.")
+    dataset: DatasetId | None = Field(
+        description="Hub id of the dataset it comes from; null where it comes from elsewhere."
+    )
+    text_sha256: Digest | None = Field(
+        description="SHA-256 of a text from a file, as of a perplexity; null where the name identifies the text."
+    )
+    sequence_length: Size = Field(description="Tokens per row.")
+    seed: Seed = Field(description="Seed of the draw of the rows and of their order.")
+    training: RowSet = Field(description="The rows that were trained on.")
+    held_out: RowSet = Field(description="The rows that the divergence was measured on; none is trained on.")
+    tokens: Size = Field(description="Tokens trained on; rows that were read again count again.")
+    tokens_per_step: Size = Field(description="Tokens of one step of the optimiser.")
+    steps: Size = Field(description="Steps of the optimiser.")
+    best_step: Size = Field(description="The step whose weights were kept: those of the lowest held-out divergence.")
+    learning_rate: Annotated[Figure, Field(gt=0)] = Field(description="Largest learning rate.")
+    kl_before: NotNegative = Field(
+        description="Mean KL(teacher ‖ slice) per predicted token of the held-out rows before training, in nats."
+    )
+    kl_after: NotNegative = Field(description="The same of the weights as they are stored.")
+    history: Annotated[list[HeldOutDivergence], Field(min_length=1)] = Field(
+        description="The same on the way, in float32."
+    )
+    seconds: NotNegative = Field(description="Wall-clock time of the training, without what an interrupted run took.")
+    command: Command = Field(description="The command that trained it; text files and folders appear by their names.")
+    results: Figures = Field(description="What had been measured of the slice before.")
+    versions: dict[Name, PackageVersion] = Field(description="Versions of the packages that trained it.")
 
 
 class Alternative(JsonObject):
@@ -411,8 +471,9 @@ class Record(JsonObject):
         "empty."
     )
     repository: HubId | None = Field(description="Hub repository of the slice (owner/name); null if it was not pushed.")
-    command: Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)] = Field(
-        description="The command that reproduces the slice; text files and folders appear by their names only."
+    command: Command = Field(
+        description="The command that reproduces the slice, before any training; text files and folders appear by "
+        "their names only."
     )
     inherited: Inherited = Field(
         description="Licence and languages on the card of the source, as far as they are well formed."
@@ -453,6 +514,9 @@ class Record(JsonObject):
     energy: Energy = Field(
         description="How much of the stream's energy on the calibration text the slice keeps, and slices of other dims "
         "would keep."
+    )
+    recovery: Annotated[list[Recovery], Field(min_length=1)] = Field(
+        default=ABSENT, description="How the slice was trained after slicing, first to last; absent if it was not."
     )
     results: Results = Field(
         description="Measurements of the slice, and of the dense model on the same rows and questions."

@@ -28,6 +28,7 @@ __all__ = [
     "parse_repository",
     "parse_text",
     "parse_token",
+    "parse_tokens",
 ]
 
 MOST_COUNT = 10**9  # of rows, tokens or questions: more than anybody means
@@ -200,6 +201,11 @@ def describe_shadow(text: str) -> str:
 def parse_count(text: str) -> int:
     """Read a number of parameters such as `6B`, `750M` or `1234567`."""
     return _parse(text, _SUFFIXES, "a number of parameters such as 6B or 750M")
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens such as `2M`, `500k` or `1234567`."""
+    return _parse(text, _SUFFIXES, "a number of tokens such as 2M or 500k")
 
 
 def parse_bytes(text: str) -> int:
