@@ -145,10 +145,3 @@ def checkpoint_tensors(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
 
     stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
     return stored
-
-
-def stored_values(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a checkpoint of a model holds, a shared table once."""
-    names = {name for name, _ in model.named_parameters()}
-    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    yield from ((name, value) for name, value in model.state_dict().items() if name not in shared)
