@@ -275,6 +275,27 @@ def test_the_count_of_an_estimate_is_that_of_the_slice(run, checkpoints, both):
     assert row["parameters"] == record_of(both)["parameters"]["sliced"]
 
 
+def estimated(run, model, *words):
+    (row,) = json.loads(run("estimate", model, *words, "--format", "json").stdout)["estimates"]
+    return row
+
+
+def test_an_estimate_counts_the_other_head_with_the_same_channels(run, checkpoints):
+    widths = ("--dim", "36", "--mlp-dim", "61")
+    untied = estimated(run, checkpoints("llama-tied"), *widths)["untied"]
+    assert untied["parameters"] == estimated(run, checkpoints("llama-tied"), *widths, "--untie")["parameters"]
+
+
+def test_an_estimate_counts_slices_with_custom_code(run, words, tmp_path):
+    from slicecli.proof.tiny import random_model
+    from slicecli.proof.tiny import tiny_config as small
+
+    model = save_checkpoint(random_model(small("gpt2", has_head_dim=False)), tmp_path / "model")
+    run("slice", model, "--dim", "40", "--mlp-dim", "50", "-o", tmp_path / "out", *words)
+    written = record_of(tmp_path / "out")["parameters"]["sliced"]
+    assert estimated(run, model, "--dim", "40", "--mlp-dim", "50")["parameters"] == written
+
+
 def test_an_estimate_of_the_mlp_alone_is_at_the_hidden_size(run, checkpoints):
     (row,) = json.loads(run("estimate", checkpoints(), "--mlp-dim", "61", "--format", "json").stdout)["estimates"]
     assert (row["dim"], row["legal"]) == (48, True)

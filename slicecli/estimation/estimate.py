@@ -131,16 +131,16 @@ class Subject:
         return self.classes.at(dim) if self.classes else None
 
     def costs(self, written: WrittenClass | None) -> CostModel:
-        """Return the costs of slices written in a class, or of the dense model and of slices with code of their own."""
-        dimensions = self.dimensions if written is None else written.dimensions
+        """Return the costs of slices written in a class, or of slices with code of their own."""
+        dimensions = self.narrower if written is None else written.dimensions
         return CostModel(dimensions, self.method, self.slice_head)
 
     def untied(self) -> Subject:
         """Return the same model for slices with a head of their own."""
-        dimensions = self.dimensions.untied()
+        narrower = self.narrower.untied()
         wish = self.classes.wish if self.classes else AUTO
-        classes = SliceClasses.of_method(dimensions, self.method, self.model_type, wish, self.source.has_own_model_code)
-        return dataclasses.replace(self, dimensions=dimensions, classes=classes)
+        classes = SliceClasses.of_method(narrower, self.method, self.model_type, wish, self.source.has_own_model_code)
+        return dataclasses.replace(self, narrower=narrower, classes=classes)
 
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
         """Return what is served: sequences of a length, by default 2048 or the model's longest."""
