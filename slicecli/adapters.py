@@ -38,6 +38,7 @@ __all__ = [
     "Kept",
     "Linear",
     "Norm",
+    "PortableClass",
     "Refusal",
     "Sizes",
     "ask",
@@ -62,10 +63,12 @@ class Sizes(Protocol):
     Attributes:
         heads: Attention heads.
         key_value_heads: Key/value heads.
+        head_dim: Width of a head.
     """
 
     heads: int
     key_value_heads: int
+    head_dim: int
 
     def value(self, name: str, otherwise: Any = None) -> Any:
         """Return a config field by its usual name; if missing, the family's default, then `otherwise`."""
@@ -320,6 +323,38 @@ def mlp(
 
 
 @dataclass(frozen=True)
+class PortableClass:
+    """Another class of transformers that computes the same as the family's own, in which a slice can be written.
+
+    Programs that serve models load some classes with widths of heads that a slice does not have; in another class the
+    same slice runs. Modules have the same names in both, except those in `splits`. An adapter must serve the type: it
+    has the rule on dims and the sizes. Functions take the dense model's sizes.
+
+    Attributes:
+        model_type: Its `config.model_type`.
+        fields: Config fields whose values differ from those of the same names in the family's own config: a value, or
+            a function that returns it. Fields that only the family's own class has are left out.
+        splits: Linears of a block whose rows are those of several linears there, in this order, by path.
+        constants: Parameters of every block (by path in the block) or of the model (by name) that the family's own
+            class lacks, with the value that fills them.
+        scales: What the weight and bias of a module are multiplied by: functions, by path in the block or name in the
+            model.
+        centres_stream: Whether everything that adds into the stream loses its mean, so that an RMSNorm computes what
+            the family's LayerNorm does.
+        obstacle: Why it does not compute the same for a config: a sentence, or a function that returns one; empty if
+            it does.
+    """
+
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    splits: Mapping[str, tuple[Linear, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    constants: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    scales: Mapping[str, Callable[[Sizes], float]] = field(default_factory=lambda: MappingProxyType({}))
+    centres_stream: bool = False
+    obstacle: str | Callable[[Sizes], str] = ""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The declaration of one model family.
 
@@ -350,6 +385,7 @@ class Adapter:
             method requires; in the same form.
         tie_obstacle: Why a slice of a tied model cannot share one table between embedding and head; in the same form.
         obstacle: Why the stream cannot be sliced at all; in the same form.
+        portable: Other classes that compute the same, the preferred one first.
     """
 
     name: str
@@ -372,6 +408,7 @@ class Adapter:
     shortcut_obstacle: str | Callable[[Fields], str] = ""
     tie_obstacle: str | Callable[[Fields], str] = ""
     obstacle: str | Callable[[Fields], str] = ""
+    portable: tuple[PortableClass, ...] = ()
 
     def require_sliceable(self, config: Fields) -> None:
         """Check that the residual stream of a config can be sliced.

@@ -44,6 +44,8 @@ def slice_model(
     memory: int | None = None,
     multiple_of: int | None = None,
     schedule: str | None = None,
+    mlp_dim: int | None = None,
+    mlp_sparsity: float | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -58,7 +60,9 @@ def slice_model(
         memory: Instead: maximum bytes of its weights.
         multiple_of: With a sparsity or a target: choose among multiples of this number.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
-        output: The folder to write; by default `./<name>-dim<k>`.
+        mlp_dim: How many MLP channels to keep; alone, it leaves the hidden size as it is.
+        mlp_sparsity: Instead: the fraction of them to remove.
+        output: The folder to write; by default `./<name>-dim<k>`, or `./<name>-dim<k>-mlp<m>`.
         progress: Progress callback.
         **options: Fields of `slicecli.jobs.options.SliceOptions`.
 
@@ -68,7 +72,7 @@ def slice_model(
     Raises:
         SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
-    width = Width(dim, sparsity, target_parameters, memory, multiple_of, schedule)
+    width = Width(dim, sparsity, target_parameters, memory, multiple_of, schedule, mlp_dim, mlp_sparsity)
     folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
@@ -219,6 +223,8 @@ def estimate(
     method: Method = "refit",
     slice_head: bool | None = None,
     unties: bool = False,
+    write_as: str = "auto",
+    mlp_dim: int | None = None,
     dtype: str | None = None,
     batch: int = 1,
     length: int | None = None,
@@ -235,6 +241,8 @@ def estimate(
         method: Slicing method.
         slice_head: Whether the published method slices the input of the head.
         unties: Whether slices of a tied model get a head of their own.
+        write_as: Class that slices are written in: `auto`, `own`, or the model type of a portable class.
+        mlp_dim: How many MLP channels the slices keep; `None` keeps all.
         dtype: Dtype of weights and cache; `None` uses the checkpoint's.
         batch: Sequences served at once.
         length: Tokens per sequence; `None` uses 2048, or the model's limit if that is less.
@@ -250,8 +258,13 @@ def estimate(
     from slicecli.estimation.devices import device_named
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
 
-    subject = estimating.Subject.find(model, method, slice_head, dtype, revision=revision, token=token, unties=unties)
-    forecasts = find_forecasts(subject.source, subject.dimensions, method, ForecastInputs(**knowledge))
+    mlp = None if mlp_dim is None else Width(mlp_dim=mlp_dim)
+    subject = estimating.Subject.find(
+        model, method, slice_head, dtype, revision=revision, token=token, unties=unties, write_as=write_as, mlp=mlp
+    )
+    inputs = ForecastInputs(**knowledge)
+    cuts_mlp = subject.narrower.mlp_dim is not None
+    forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, inputs)
     accelerator = None if device is None else device_named(device)
     return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
 

@@ -20,10 +20,12 @@ import torch
 
 LENGTH = 24
 CASES = {
-    # family, method, calibration rows, rows of a batch
+    # family, method, calibration rows, rows of a batch, dim, MLP channels
     "llama, batches that do not divide": ("llama", "refit", 23, 4),
     "llama, fewer than five rows": ("llama", "refit", 3, 1),
     "llama, fewer rows than processes": ("llama", "refit", 1, 1),
+    "llama, fewer channels": ("llama", "refit", 14, 4, 48, 61),
+    "phi, fewer channels": ("phi", "refit", 14, 4, 48, 61),
     "mixtral": ("mixtral", "refit", 14, 4),
     "phi, by LayerNorm": ("phi", "refit", 14, 4),
     "llama, as published": ("llama", "pca", 14, 4),
@@ -31,7 +33,7 @@ CASES = {
 }
 
 
-def slice_case(family, method, rows, batch, dim=48):
+def slice_case(family, method, rows, batch, dim=48, mlp_dim=None):
     """Slice a random model in float64; return what the sink took, and the energies."""
     from slicecli.adapters import select_adapter
     from slicecli.checkpoint.configs import custom_code_config, stock_config
@@ -60,7 +62,7 @@ def slice_case(family, method, rows, batch, dim=48):
     found = {}
 
     def target(config):
-        return Target(dim, build_runnable_meta_model(config), torch.float64, found.__setitem__)
+        return Target(dim, build_runnable_meta_model(config), torch.float64, found.__setitem__, mlp_dim=mlp_dim)
 
     with Float64Throughout():
         if method == "refit":

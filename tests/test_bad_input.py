@@ -59,12 +59,12 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("dim", ["48", "49", "0", "-4", "37"])
 def test_a_dim_that_is_not_legal(refused, checkpoints, dim):
-    assert "The nearest legal dims: " in refused(checkpoints(), dim=dim, code=2)
+    assert "The nearest legal dims: " in refused(checkpoints(), "--write-as", "own", dim=dim, code=2)
 
 
 def test_a_dim_is_refused_before_weights_are_looked_at(refused, checkpoint_copy):
     (checkpoint_copy / WEIGHTS).unlink()
-    assert "multiple of num_attention_heads (4)" in refused(checkpoint_copy, dim="37", code=2)
+    assert "multiple of num_attention_heads (4)" in refused(checkpoint_copy, "--write-as", "own", dim="37", code=2)
 
 
 def test_no_width_or_two(refused, checkpoints):

@@ -11,8 +11,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from slicecli.errors import OutputError
+from slicecli.hub import serving
 from slicecli.hub.card import Card, read_card, render_card
 from slicecli.hub.metadata import base_model_of, inherited_metadata
+from slicecli.hub.serving import Verdict
 from slicecli.hub.writing import enter_results, own_files, write_card
 from slicecli.runtime.markdown import code, code_block, heading, prose
 
@@ -115,10 +117,30 @@ def test_the_card_of_a_slice_is_harmless_and_whole(one_slice, record):
     assert set(record["files"]) == set(own_files(one_slice)) - set(record["weights"])
 
 
+@pytest.mark.parametrize(
+    ("verdict", "sentence", "is_shown"),
+    [
+        ("correct", "gave the same logits in vLLM (package 1).", True),
+        ("wrong", "**Do not use vLLM**", False),
+        ("refused", "It does not run in vLLM (package 1).", False),
+        (None, "Other programs were not tried with this class.", False),
+    ],
+)
+def test_a_program_is_named_as_it_was_found(record, monkeypatch, verdict, sentence, is_shown):
+    kind = (record["source"]["model_type"], record["layout"], record["method"], record["is_tied"])
+    found = [] if verdict is None else [Verdict("a slice", *kind, "vLLM", "package 1", verdict, None, "")]
+    monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(found))
+    text = render_card(record)
+    assert sentence in text
+    assert ("vllm serve" in text) == is_shown
+    assert "llama-cli" not in text
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_of_others_are_shown_and_do_nothing(record, text):
     record["source"] |= {"model": text, "model_type": text}
-    record["ancestry"] = [{**record["source"], "method": text, "hidden_size": 64, "dim": 48, "slicecli_version": "0"}]
+    widths = {"hidden_size": 64, "dim": 48, "mlp_size": 90, "mlp_dim": 80}
+    record["ancestry"] = [{**record["source"], "method": text, **widths, "slicecli_version": "0"}]
     record["calibration"] |= {"text": text}
     record["command"] = text
     record["versions"] = {text or "x": text}

@@ -272,8 +272,8 @@ def test_generate_continues_the_prompt(run, checkpoints):
 
 
 def test_verbose_shows_the_traceback_and_nothing_else_does(run, checkpoints):
-    plain = run("slice", checkpoints(), "--dim", "37")
+    plain = run("slice", checkpoints(), "--dim", "48")
     assert plain.exit_code == 2
     assert "Traceback" not in plain.output
-    loud = run("-v", "slice", checkpoints(), "--dim", "37")
+    loud = run("-v", "slice", checkpoints(), "--dim", "48")
     assert type(loud.exception).__name__ == "RequestError"

@@ -36,6 +36,11 @@ def test_the_page_of_families_is_what_the_adapters_declare():
     assert page == load_tool("write_families_page").page()
 
 
+def test_the_page_of_programs_is_what_was_found_in_them():
+    tool = load_tool("write_serving_page")
+    assert tool.PAGE.read_text() == tool.page()
+
+
 def test_the_page_and_the_schema_of_the_record_are_those_of_its_models():
     tool = load_tool("write_record_schema")
     assert tool.PAGE.read_text() == tool.page()

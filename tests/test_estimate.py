@@ -121,7 +121,7 @@ def test_targets_answer_with_a_legal_dim(estimate, method):
 
 
 def test_an_illegal_dim_is_said_with_its_neighbours(run, llama, estimate):
-    document = estimate("--dim", "3000")
+    document = estimate("--dim", "3000", "--write-as", "own")
     (one,) = document["estimates"]
     assert not one["legal"]
     assert one["nearest_legal"] == [2976, 3008]

@@ -24,6 +24,10 @@ LONG_ROPE = {
 VARIANTS = {
     "llama": [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}],
     "internlm3": [{"attention_bias": True, "mlp_bias": True}],
+    "qwen2": [
+        {"tie_word_embeddings": True},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ],
     "qwen3": [{"attention_bias": True}],
     "gemma": [{"attention_bias": True, "tie_word_embeddings": False}],
     "granite": [
@@ -33,7 +37,8 @@ VARIANTS = {
             "attention_multiplier": 0.1,
             "logits_scaling": 8.0,
             "mlp_bias": True,
-        }
+        },
+        {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "tie_word_embeddings": True},
     ],
     "smollm3": [{"attention_bias": True, "mlp_bias": True}],
     "olmo": [{"attention_bias": True, "clip_qkv": 4.0}],
@@ -44,7 +49,7 @@ VARIANTS = {
     "ernie4_5": [{"use_bias": True}],
     "hunyuan_v1_dense": [{"attention_bias": True}],
     "phi": [{"qk_layernorm": True}],
-    "phi3": [{"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 60}],
+    "phi3": [{"sliding_window": 16}, {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 60}],
     "cohere": [{"use_qk_norm": True, "attention_bias": True}],
     "stablelm": [{"use_parallel_residual": True, "use_qkv_bias": True}, {"qk_layernorm": True}],
     "gpt_neox": [{"use_parallel_residual": False}, {"attention_bias": False, "tie_word_embeddings": True}],

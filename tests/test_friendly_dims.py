@@ -8,7 +8,12 @@ from itertools import pairwise
 import pytest
 
 from slicecli.errors import RequestError
-from slicecli.family.friendly_dims import friendly_multiple, preferred_dims, why_not_quantised
+from slicecli.family.friendly_dims import (
+    friendly_multiple,
+    preferred_dims,
+    why_not_quantised,
+    why_writers_are_not_quantised,
+)
 from slicecli.family.slice_plan import Width
 
 
@@ -62,3 +67,8 @@ def test_a_dim_that_no_format_quantises_names_its_neighbours():
     assert "416 and 448" in why_not_quantised(432, range(1, 576))
     assert "Nearest" not in why_not_quantised(432, range(9, 576, 9)[:20])
     assert why_not_quantised(448, range(1, 576)) == ""
+
+
+def test_an_mlp_width_that_no_format_can_use_names_its_neighbours():
+    assert "1152 and 1184" in why_writers_are_not_quantised(1166, range(1, 1537))
+    assert why_writers_are_not_quantised(1152, range(1, 1537)) == ""

@@ -110,7 +110,7 @@ def test_the_record_of_a_slice_in_a_cache_is_left_alone(
 
 
 def test_an_illegal_dim_is_refused_before_weights_are_downloaded(slicecli, loopback_hub, slice_words):
-    done = slicecli("slice", NAME, "--dim", "37", *slice_words)
+    done = slicecli("slice", NAME, "--dim", "37", "--write-as", "own", *slice_words)
     assert done.returncode == 2
     assert "36 and 40" in done.stderr
     fetched = [request.path.rpartition("/")[2] for request in loopback_hub.requests if "/resolve/" in request.path]

@@ -7,6 +7,8 @@ import json
 import pytest
 from programs import run_command, run_program
 
+from slicecli.hub.serving import verdicts_on
+
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 CARD = b"---\nlicense: llama3\nlanguage:\n- en\npipeline_tag: text-generation\n---\n\n# A model\n"
 # a program of somebody who has transformers and not slicecli
@@ -72,7 +74,8 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
         assert f"\n{line}\n" in card
     assert 'from_pretrained("me/slice"' in card
     assert ("trust_remote_code=True" in card) == (method == "slicegpt")
-    assert ("vllm serve me/slice" in card) == (method == "refit")
+    verdicts = verdicts_on("llama", record["layout"], method, record["is_tied"])
+    assert ("vllm serve me/slice" in card) == (verdicts["vLLM"].verdict == "correct")
 
     # it generates where slicecli is not, and writes the same as the folder
     trust = "trust" if method == "slicegpt" else "no"

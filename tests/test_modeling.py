@@ -25,6 +25,7 @@ from slicecli.testing.checkpoints import save_checkpoint
 
 FOUR = ("phi3", "phi", "opt", "gpt2")
 IDS = torch.randint(2, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+CACHED = {"use_cache": True, "return_dict_in_generate": True, "pad_token_id": 0}
 # greedy tokens and logits of every folder named, in a process that cannot import slicecli
 BARE = """
 import json, sys
@@ -157,7 +158,7 @@ def test_the_folder_has_the_code_that_is_installed(folder):
 def test_the_config_answers_for_the_dense_one(model):
     config = model.config
     assert config.embedding_size == model.get_input_embeddings().embedding_dim == 48
-    assert config.hidden_size == config.text_config.hidden_size == 64
+    assert config.hidden_size == config.dense_config.hidden_size == 64
     assert config.num_hidden_layers == config.get_text_config().num_hidden_layers == 2
     assert config.vocab_size == 304
     with pytest.raises(AttributeError, match="SlicedConfig"):
@@ -165,8 +166,18 @@ def test_the_config_answers_for_the_dense_one(model):
     assert not hasattr(transformers.AutoConfig.for_model("slicecli"), "num_hidden_layers")
 
 
+@pytest.mark.parametrize("kind", [("opt", "refit"), ("gpt2", "refit"), ("phi", "slicegpt"), ("gpt2", "slicegpt")])
+def test_the_config_states_the_widths_that_serving_programs_read(slices, kind):
+    model = transformers.AutoModelForCausalLM.from_pretrained(slices[kind])
+    config = model.config.get_text_config()
+    assert config is model.config
+    assert config.embedding_size == model.get_input_embeddings().weight.shape[1]
+    assert config.hidden_size == model.get_output_embeddings().weight.shape[1]
+    assert config.head_dim == model.generate(IDS, max_new_tokens=2, **CACHED).past_key_values.layers[0].keys.shape[-1]
+
+
 def test_a_config_that_says_nothing_of_slicing_is_refused():
-    config = transformers.AutoConfig.for_model("slicecli", text_config=CASES["llama"][1].to_dict())
+    config = transformers.AutoConfig.for_model("slicecli", dense_config=CASES["llama"][1].to_dict())
     with pytest.raises(ValueError, match="slicing"):
         transformers.AutoModelForCausalLM.from_config(config)
 
@@ -187,7 +198,7 @@ def test_attention_implementations_agree(family, implementation):
     ids = torch.randint(2, 250, (6, 40), generator=torch.Generator().manual_seed(0))
     made = published_in_memory(dense, sizes, ids, Schedule.constant(sizes, sizes.hidden_size))
     made.set_attn_implementation(implementation)
-    assert made.config._attn_implementation == made.config.text_config._attn_implementation == implementation
+    assert made.config._attn_implementation == made.config.dense_config._attn_implementation == implementation
     dense.set_attn_implementation("eager")
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -258,7 +269,7 @@ def test_it_compiles_without_a_break(model):
 
 def test_new_tokens_can_be_added(model):
     model.resize_token_embeddings(320)
-    assert model.config.vocab_size == model.config.text_config.vocab_size == 320
+    assert model.config.vocab_size == model.config.dense_config.vocab_size == 320
     assert logits(model, torch.full((1, 2), 319)).shape == (1, 2, 320)
 
 

@@ -41,6 +41,16 @@ WIDER = "test_a_wider_slice_is_closer_to_the_model"
 WIDER_PUBLISHED = "test_a_wider_published_slice_is_closer_to_the_model"
 PROVED = "test_the_published_method_is_proved_on_a_small_model"
 PUBLISHED = "test_the_published_method_at_full_width_leaves_logits_unchanged"
+TIED = "test_a_tied_model_stays_tied_without_loss"
+UNTIED = "test_a_tied_model_can_get_a_head_of_its_own"
+PORTABLE = "test_a_portable_class_computes_the_same"
+PORTABLE_SLICE = "test_a_slice_in_a_portable_class_is_the_same_slice"
+CHANNELS = (
+    "test_channels_that_add_nothing_are_removed_without_loss",
+    "test_more_channels_are_closer_to_the_model",
+    "test_a_slice_with_fewer_channels_has_the_parameters_that_were_predicted",
+    "test_a_slice_with_fewer_channels_generates",
+)
 # what looks at slices in files
 OF_FILES = [
     "test_a_slice_has_the_parameters_that_were_predicted",
@@ -101,6 +111,24 @@ def without_bias(linears):
     return tuple(replace(linear, bias=False) for linear in linears)
 
 
+def in_portable(**changes: Any) -> Callable[[Adapter], Adapter]:
+    """Return a damage to the first portable class, the only one that is left."""
+    return lambda adapter: replace(adapter, portable=(replace(adapter.portable[0], **changes),))
+
+
+MULTIPLIERS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+
+
+def without_scale(path: str) -> Callable[[Adapter], Adapter]:
+    """Return a damage to the scales of the first portable class."""
+
+    def damage(adapter: Adapter) -> Adapter:
+        scales = {name: scale for name, scale in adapter.portable[0].scales.items() if name != path}
+        return in_portable(scales=scales)(adapter)
+
+    return damage
+
+
 MUTATIONS = {
     # norms
     "norm of another kind: a LayerNorm declared as RMSNorm": Mutation(
@@ -119,7 +147,7 @@ MUTATIONS = {
         "gemma",
         lambda a: replace(a, norm=replace(a.norm, weight_offset=0.0)),
         "model.layers.0.self_attn.q_proj",
-        caught_by=(ROTATION,),
+        caught_by=(ROTATION, TIED, UNTIED),
     ),
     "norm of the other branch": Mutation(
         "llama",
@@ -244,6 +272,19 @@ MUTATIONS = {
     "forgotten parameter apart from the stream": Mutation(
         "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
     ),
+    # MLP channels
+    "own name of the MLP's width forgotten": Mutation(
+        "gpt2",
+        lambda a: replace(a, names={usual: own for usual, own in a.names.items() if own != "n_inner"}),
+        "does not take the width of the MLP from intermediate_size",
+        caught_by=CHANNELS,
+    ),
+    "reader whose width is said to be a number": Mutation(
+        "llama",
+        in_branch(1, readers=lambda readers: (replace(readers[0], width="88"), *readers[1:])),
+        "model.layers.0.mlp.gate_proj.weight",
+        caught_by=CHANNELS[:2],
+    ),
     # sizes and dims
     "own name of the longest row forgotten": Mutation(
         "gptj",
@@ -265,6 +306,80 @@ MUTATIONS = {
     ),
     "a tied class declared as stock": Mutation(
         "gpt_neox", lambda a: replace(a, stock_obstacle=""), "gpt_neox.layers.0.attention", caught_by=(NAMES, CACHE)
+    ),
+    # portable classes
+    "tensor of a portable class forgotten": Mutation(
+        "qwen2",
+        in_portable(constants={}),
+        "lacks model.layers.0.self_attn.o_proj.bias",
+        caught_by=(PORTABLE, PORTABLE_SLICE),
+    ),
+    "tensor of a portable class with another value": Mutation(
+        "qwen2", in_portable(constants={"self_attn.o_proj.bias": 0.1}), "logits change", caught_by=(PORTABLE,)
+    ),
+    "tensor that a portable class has not": Mutation(
+        "qwen2",
+        in_portable(constants={"self_attn.o_proj.bias": 0.0, "mlp.up_proj.bias": 0.0}),
+        "model.layers.0.mlp.up_proj.bias",
+        caught_by=(PORTABLE,),
+    ),
+    "field of a portable class forgotten": Mutation(
+        "qwen2", in_portable(fields={}, constants={}), "model.layers.0.self_attn.k_proj.bias", caught_by=(PORTABLE,)
+    ),
+    "field of a portable class with another value": Mutation(
+        "olmo", in_portable(fields={"rms_norm_eps": 0.5}), "logits change", caught_by=(PORTABLE,)
+    ),
+    "parts of a fused linear with other widths": Mutation(
+        "phi3",
+        lambda a: in_portable(
+            splits={
+                **a.portable[0].splits,
+                "self_attn.qkv_proj": tuple(
+                    replace(part, width=width)
+                    for part, width in zip(
+                        a.portable[0].splits["self_attn.qkv_proj"], ("key_value", "query", "key_value"), strict=True
+                    )
+                ),
+            }
+        )(a),
+        "model.layers.0.self_attn.k_proj.weight",
+        caught_by=(PORTABLE,),
+    ),
+    "parts of a fused linear in another order": Mutation(
+        "phi3",
+        lambda a: in_portable(
+            splits={**a.portable[0].splits, "mlp.gate_up_proj": a.portable[0].splits["mlp.gate_up_proj"][::-1]}
+        )(a),
+        "logits change",
+        caught_by=(PORTABLE, PORTABLE_SLICE),
+    ),
+    "fused linear that is not split": Mutation(
+        "phi3", in_portable(splits={}), "lacks model.layers.0.mlp.gate_proj.weight", caught_by=(PORTABLE,)
+    ),
+    "scale of the branches forgotten": Mutation(
+        "granite", without_scale("mlp.down_proj"), "logits change", changes=MULTIPLIERS, caught_by=(PORTABLE,)
+    ),
+    "scale of the logits forgotten": Mutation(
+        "granite", without_scale("model.norm"), "logits change", changes=MULTIPLIERS, caught_by=(PORTABLE,)
+    ),
+    "scale of the queries forgotten": Mutation(
+        "granite", without_scale("self_attn.q_proj"), "logits change", caught_by=(PORTABLE,)
+    ),
+    "stream that is not centred": Mutation(
+        "olmo", in_portable(centres_stream=False), "logits change", caught_by=(PORTABLE,)
+    ),
+    "condition of a portable class forgotten": Mutation(
+        "olmo", in_portable(obstacle=""), "logits change", changes={"clip_qkv": 0.5}, caught_by=(PORTABLE,)
+    ),
+    "biases that a portable class has no place for": Mutation(
+        "llama",
+        in_portable(obstacle=""),
+        "model.layers.0.self_attn.k_proj.bias",
+        changes={"attention_bias": True},
+        caught_by=(PORTABLE,),
+    ),
+    "window that a portable class has not": Mutation(
+        "phi3", in_portable(obstacle=""), "logits change", changes={"sliding_window": 16}, caught_by=(PORTABLE,)
     ),
 }
 
@@ -383,7 +498,7 @@ def subject(slice_of_llama, tmp_path):
     """A sound declaration, with a slice that may be damaged."""
     made = tiny_subject(sound("llama"), tmp_path)
     copy = shutil.copytree(slice_of_llama, tmp_path / "copy")
-    made.sliced = lambda _method: copy
+    made.sliced = lambda _method, _has_fewer_channels=False: copy
     return made
 
 

@@ -77,7 +77,7 @@ def test_what_a_model_asks_of_its_runs_is_in_the_slice(run, dense, slice_words, 
     assert done.exit_code == 0, done.stderr
     assert tokens_generated(model) == tokens_generated(tmp_path / "out") == 3
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config.get("text_config", config).get("output_attentions", False) == changes.get("output_attentions", False)
+    assert config.get("dense_config", config).get("output_attentions", False) == changes.get("output_attentions", False)
     assert run("verify", tmp_path / "out").exit_code == 0
 
 

@@ -70,15 +70,15 @@ def slice_command(model, slice_words):
     return words
 
 
-@pytest.mark.parametrize("method", ["refit", "slicegpt"])
-def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_path, method):
+@pytest.mark.parametrize("how", [("--method", "refit"), ("--method", "slicegpt"), ("--mlp-dim", "61")], ids=" ".join)
+def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_path, how):
     log = tmp_path / "log"
-    words = ["--method", method, "--no-cache", "--max-shard-size", "100KB"]
+    words = [*how, "--no-cache", "--max-shard-size", "100KB"]
     code = in_child(slice_command(tmp_path / "whole", *words), log, SLICECLI_JOURNAL_SECONDS="0")
     assert code == 0, log.read_text()
     lines = log.read_text().count("\n")
     expected = digests(tmp_path / "whole")
-    generator = random.Random(method)
+    generator = random.Random(" ".join(how))
     resumed = 0
     for number in range(SLICES):
         output = tmp_path / f"out{number}"

@@ -50,7 +50,7 @@ def traces(checkpoints, text_file, tmp_path_factory):
         call("verify", "somebody/one", "--format", "json")
         call("inspect", "somebody/one")
         call("estimate", "one", "--dim", "24", "--format", "json")
-        call("slice", NAME, "--dim", "37", *quick, code=2)
+        call("slice", NAME, "--dim", "48", *quick, code=2)
         call("slice", NAME, "--dim", "36", "-o", "one", *quick, code=1)
         call("inspect", "owner/nothing", "--token", token, code=1)
         call("push", "one", "other/one", "--token", "hf_" + "x" * 34, code=1)

@@ -245,7 +245,7 @@ def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--dims", "37"), "not legal"),
+        (("--dims", "37", "--write-as", "own"), "not legal"),
         (("--dims", "48"), "is not below"),
         (("--relation", "hearsay", "--dims", "36"), "Available: paper"),
         (("--limit", "0", "--dims", "36"), "too small"),

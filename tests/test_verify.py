@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "PlantedInATest" + "0" * 20
 KINDS = {
     "stock": ("llama", []),
+    "fewer channels": ("llama", ["--mlp-dim", "61"]),
     "sharded": ("llama", ["--max-shard-size", "60KB"]),
     "published": ("llama", ["--method", "slicegpt"]),
     "schedule": ("llama", ["--method", "slicegpt", "--schedule", "linear:0.1:0.4", "--slice-head"]),

@@ -128,7 +128,7 @@ def call(*words: str | Path, code: int = 0) -> Any:
 def slice_of(model: Path, method: str, text: Path) -> dict[str, Any]:
     """Slice a model; return the report and hashes of what was written."""
     output = model.with_name(f"{model.name}-{method}")
-    words = ("--dim", str(DIM), "--method", method, "-o", output, "--calibration", text)
+    words = ("--dim", str(DIM), "--method", method, "--write-as", "own", "-o", output, "--calibration", text)
     report = call("slice", model, *words, *CALIBRATION)
     hashes = {path.name: digest(path) for path in sorted(output.glob("*")) if path.suffix in {".safetensors", ".json"}}
     hashes.pop("slicecli.json", None)

@@ -25,7 +25,7 @@ def block(sizes: Sizes, _index: int) -> Block:
         writer=Linear("self_attention.dense", "query", "bias"),
         module="self_attention",
     )
-    feed_forward = mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", norm=mlp_norm, bias="bias", width="ffn_hidden_size")
+    feed_forward = mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", norm=mlp_norm, bias="bias")
     return Block((attention, feed_forward), is_parallel)
 
 
@@ -45,11 +45,12 @@ ADAPTER = Adapter(
     embeddings=(Embedding("transformer.word_embeddings"),),
     final_norm="transformer.ln_f",
     norm=Norm("layer", epsilon="layer_norm_epsilon", has_bias=True),
+    names=MappingProxyType({"intermediate_size": "ffn_hidden_size"}),
     defaults=MappingProxyType({"parallel_attn": True, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5}),
     derived=MappingProxyType(
         {
             "num_key_value_heads": key_value_heads,
-            "ffn_hidden_size": lambda config: config.get("ffn_hidden_size") or 4 * config["hidden_size"],
+            "intermediate_size": lambda config: config.get("ffn_hidden_size") or 4 * config["hidden_size"],
         }
     ),
     stock_obstacle="FalconAttention takes the width of a head from hidden_size / num_attention_heads.",

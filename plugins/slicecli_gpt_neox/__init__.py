@@ -29,6 +29,7 @@ ADAPTER = Adapter(
     embeddings=(Embedding("gpt_neox.embed_in"),),
     final_norm="gpt_neox.final_layer_norm",
     norm=Norm("layer", epsilon="layer_norm_eps", has_bias=True),
+    names=MappingProxyType({"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}),
     defaults=MappingProxyType({"attention_bias": True, "use_parallel_residual": True, "layer_norm_eps": 1e-5}),
     stock_obstacle="GPTNeoXAttention takes the width of a head from hidden_size / num_attention_heads.",
 )

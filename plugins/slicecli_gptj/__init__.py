@@ -35,6 +35,7 @@ ADAPTER = Adapter(
     names=MappingProxyType(
         {
             "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
             "max_position_embeddings": "n_positions",

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, PortableClass, Sizes, attention, gated_mlp
 
 BLOCK = Block((attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp(bias="mlp_bias")))
 # LlamaConfig and its like refuse a hidden size that the head count does not divide, even where head_dim is given
 DIVISORS = ("num_attention_heads",)
+
+
+def biases(sizes: Sizes) -> str:
+    """Say why a config cannot be Mistral's, which has no biases."""
+    return "its biases have no place in Mistral" if sizes.value("attention_bias") or sizes.value("mlp_bias") else ""
+
 
 LLAMA = Adapter(
     name="llama",
@@ -18,6 +24,8 @@ LLAMA = Adapter(
     block=BLOCK,
     dim_divisors=DIVISORS,
     defaults=MappingProxyType({"rms_norm_eps": 1e-6}),
+    # any dim
+    portable=(PortableClass("mistral", MappingProxyType({"sliding_window": None}), obstacle=biases),),
 )
 INTERNLM3 = Adapter(
     name="internlm3",

@@ -32,7 +32,6 @@ ADAPTER = Adapter(
                 "fc2",
                 norm="final_layer_norm",
                 bias="enable_bias",
-                width="ffn_dim",
                 module="",
                 activation="activation_fn",
             ),
@@ -46,8 +45,9 @@ ADAPTER = Adapter(
     ),
     final_norm="model.decoder.final_layer_norm",
     norm=Norm("layer", epsilon=1e-5, has_bias=True),
+    names=MappingProxyType({"intermediate_size": "ffn_dim"}),
     defaults=MappingProxyType(
-        {"enable_bias": True, "tie_word_embeddings": True, "ffn_dim": 3072, "max_position_embeddings": 2048}
+        {"enable_bias": True, "tie_word_embeddings": True, "intermediate_size": 3072, "max_position_embeddings": 2048}
     ),
     stock_obstacle="OPTAttention takes the width of a head from hidden_size / num_attention_heads.",
     obstacle=obstacle,

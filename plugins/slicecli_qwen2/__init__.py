@@ -7,13 +7,33 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, PortableClass, Sizes, attention, gated_mlp
 
 
 def window(config: Mapping[str, Any]) -> Any:
     """Return the sliding window, which the config class drops unless another field asks for it."""
     return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
 
+
+def sliding(sizes: Sizes) -> str:
+    """Say why a config cannot be that of a class whose blocks all attend to everything."""
+    return "some of its blocks have a sliding window" if sizes.value("sliding_window") else ""
+
+
+PORTABLE = (
+    PortableClass(
+        "llama",
+        MappingProxyType({"attention_bias": True, "mlp_bias": False}),
+        constants=MappingProxyType({"self_attn.o_proj.bias": 0.0}),
+        obstacle=sliding,
+    ),
+    # any dim
+    PortableClass(
+        "seed_oss",
+        MappingProxyType({"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}),
+        obstacle=sliding,
+    ),
+)
 
 ADAPTER = Adapter(
     name="qwen2",
@@ -22,6 +42,7 @@ ADAPTER = Adapter(
     defaults=MappingProxyType({"num_key_value_heads": 32, "max_window_layers": 28, "rms_norm_eps": 1e-6}),
     derived=MappingProxyType({"sliding_window": window}),
     has_window=lambda sizes, index: index >= sizes.number("max_window_layers"),
+    portable=PORTABLE,
 )
 
 

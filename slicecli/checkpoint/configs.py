@@ -1,23 +1,28 @@
 """The config of a slice, in either layout.
 
-A stock slice has its family's own config at a smaller hidden size. A slice with code of its own has the config of
-`slicecli.modeling`: the dense config as it was, and where the stream is cut.
+A stock slice has its family's own config at a smaller hidden size, or that of a portable class which computes the same.
+A slice with code of its own has the config of `slicecli.modeling`: the dense config as it was, and where the stream is
+cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from slicecli.errors import RequestError, reason_of
+from slicecli.errors import PluginError, RequestError, reason_of
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.schedule import Schedule
+from slicecli.family.written_class import WrittenClass, values_of_fields
 from slicecli.modeling import AUTO_MAP
 from slicecli.runtime.libraries import quiet_libraries
 
-__all__ = ["custom_code_config", "stock_config"]
+__all__ = ["custom_code_config", "portable_config", "resized_config", "stock_config"]
 
 # what belongs to the machine or the library that made a config, not to the model
 _LOCAL = ("_name_or_path", "transformers_version", "transformers_weights")
+# what transformers looks for in the outer config alone when it generates
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_code: bool = False) -> Any:
@@ -39,6 +44,57 @@ def stock_config(config: Any, dimensions: Dimensions, dim: int, dtype: str, has_
     return sliced
 
 
+def portable_config(config: Any, written: WrittenClass, dim: int, dtype: str) -> Any:
+    """Return the config of a stock slice in another class than its family's own.
+
+    It has the fields of the family's own config but for those that only its class has.
+
+    Args:
+        dtype: Dtype of the weights.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own, portable = written.own, written.portable
+    assert portable is not None
+    kind = portable.model_type
+    try:
+        cls = transformers.CONFIG_MAPPING[kind]
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    except KeyError:
+        raise PluginError(f"transformers {transformers.__version__} has no class for models of type {kind}.") from None
+    only_own = {*_declared(type(config)), "model_type", "auto_map"} - _declared(cls)
+    fields = {name: value for name, value in _own_fields(config).items() if name not in only_own}
+    fields |= own.sliced_fields(dim) | {"dtype": dtype, "architectures": [architecture]}
+    fields |= values_of_fields(own, portable, own.adapter.name)
+    try:
+        with quiet_libraries():
+            return cls.from_dict(fields)
+    except Exception as error:  # config classes raise what they like
+        raise RequestError(f"{cls.__name__} rejects a hidden size of {dim}: {reason_of(error)}.") from error
+
+
+def resized_config(config: Any, dimensions: Dimensions, dim: int, dtype: str) -> Any:
+    """Return the config of a stock slice in its family's own class, to compute with only.
+
+    Some classes refuse a hidden size that the modules they build can have; here they get it all the same.
+
+    Args:
+        dtype: Dtype of the weights.
+    """
+    if dim in dimensions.legal_dims():
+        return stock_config(config, dimensions, dim, dtype)
+    resized = stock_config(config, dimensions, dimensions.hidden_size, dtype)
+    for name, value in dimensions.sliced_fields(dim).items():
+        setattr(resized, name, value)
+    return resized
+
+
+def _declared(cls: type[Any]) -> set[str]:
+    """Return the fields that a config class declares."""
+    return {one.name for one in dataclasses.fields(cls)}
+
+
 def custom_code_config(
     config: Any, dimensions: Dimensions, schedule: Schedule, has_shortcuts: bool, block_output_length: int, dtype: str
 ) -> Any:
@@ -50,11 +106,14 @@ def custom_code_config(
     from slicecli.modeling.configuration_slicecli import SlicedConfig
 
     dense = _own_fields(config) | {"tie_word_embeddings": False, "dtype": dtype, "model_type": config.model_type}
+    dense |= dimensions.mlp_fields()
     dense.pop("architectures", None)
     with quiet_libraries():
         return SlicedConfig(
-            text_config=dense,
+            dense_config=dense,
             embedding_size=schedule.places[0],
+            hidden_size=schedule.head,
+            head_dim=dimensions.head_dim,
             slicing={
                 "hidden_size": dimensions.hidden_size,
                 "declaration": dimensions.declaration(),
@@ -66,6 +125,7 @@ def custom_code_config(
             dtype=dtype,
             architectures=["SlicedForCausalLM"],
             auto_map=dict(AUTO_MAP),
+            **{name: dense[name] for name in _GENERATION if name in dense},
         )
 
 

@@ -96,6 +96,11 @@ class DenseWeights:
         """Read all parameters and persistent buffers below a module, by their names inside it."""
         return {name: self.tensor(f"{path}.{name}") for name in self.names_in(path)}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters and persistent buffers, a shared one once."""
+        return tuple(self._names)
+
     def names_in(self, path: str) -> list[str]:
         """Return the names of all parameters and persistent buffers below a module, inside it."""
         return [name.removeprefix(f"{path}.") for name in self._names if name.startswith(f"{path}.")]

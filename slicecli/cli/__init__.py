@@ -35,6 +35,7 @@ COMMANDS = {
     "relations": "List or validate the relations between width and quality.",
     "inspect": "Show how a model would be sliced, from its config alone.",
     "card": "Rewrite the model card of a slice, optionally with curves.",
+    "convert": "Rewrite a slice in another class that computes the same.",
     "verify": "Check a slice against its record: files, counts, card.",
     "push": "Publish a slice on the Hugging Face Hub.",
     "search": "List slices on the Hugging Face Hub.",

@@ -11,6 +11,7 @@ import click
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
 from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
+from slicecli.family.slice_plan import Width
 from slicecli.jobs.options import SliceOptions
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ if TYPE_CHECKING:
     metavar="P",
     help="Instead: the smallest slice predicted to stay within this perplexity.",
 )
+@shared.add_options(Width, "mlp_dim", "mlp_sparsity")
 @click.option(
     "--method", type=click.Choice(["refit", "slicegpt"]), default="refit", show_default=True, help="Slicing method."
 )
 @click.option("--slice-head/--no-slice-head", default=None, help="slicegpt: slice the input of the head too.")
-@shared.add_options(SliceOptions, "unties")
+@shared.add_options(SliceOptions, "unties", "write_as")
 @click.option(
     "--text",
     type=shared.TEXT,
@@ -140,9 +142,12 @@ def command(
     target_params: int | None,
     memory: int | None,
     max_perplexity: float | None,
+    mlp_dim: int | None,
+    mlp_sparsity: float | None,
     method: Any,
     slice_head: bool | None,
     unties: bool,
+    write_as: str,
     text: str,
     calibration: str,
     dense_perplexity: float | None,
@@ -178,9 +183,16 @@ def command(
     """
     from slicecli.errors import RequestError
     from slicecli.estimation.devices import custom_device, device_named
-    from slicecli.estimation.estimate import USUAL_SPARSITIES, Subject, estimate, nearest_dims, smallest_dim_within
+    from slicecli.estimation.estimate import (
+        USUAL_SPARSITIES,
+        Subject,
+        estimate,
+        nearest_dims,
+        smallest_dim_surely_within,
+        smallest_dim_within,
+    )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
-    from slicecli.family.slice_plan import DTYPE_BYTES, Width
+    from slicecli.family.slice_plan import DTYPE_BYTES
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -201,7 +213,16 @@ def command(
         accelerator = device_named(device)
     elif bandwidth is not None or tflops is not None:
         accelerator = custom_device(bandwidth, tflops)
-    subject = Subject.find(model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties)
+    has_mlp = mlp_dim is not None or mlp_sparsity is not None
+    mlp = Width(mlp_dim=mlp_dim, mlp_sparsity=mlp_sparsity) if has_mlp else None
+    subject = Subject.find(
+        model, method, slice_head, dtype, adapter, revision, token, trust_remote_code, unties, write_as, mlp
+    )
+    cuts_mlp = subject.narrower.mlp_dim is not None
+    if cuts_mlp and max_perplexity is not None:
+        raise RequestError(
+            "--max-perplexity is for slices that keep all MLP channels.", "Leave out --mlp-dim and --mlp-sparsity."
+        )
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
@@ -213,15 +234,22 @@ def command(
         curve=curve,
         spectrum=spectrum,
     )
-    forecasts = find_forecasts(subject.source, subject.dimensions, method, knowledge)
+    forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, knowledge)
     if dims is None:
         if target_params is not None or memory is not None:
             wish = Width(target_parameters=target_params, memory=memory)
             dims = (wish.resolve(subject.sizes, DTYPE_BYTES[subject.dtype]),)
         elif max_perplexity is not None:
-            dims = (smallest_dim_within(subject.sizes, forecasts, max_perplexity),)
+            expected = smallest_dim_within(subject.sizes, forecasts, max_perplexity)
+            certain = smallest_dim_surely_within(subject.sizes, forecasts, max_perplexity)
+            dims = (expected,)
+        elif cuts_mlp and sweep is None:
+            dims = (subject.dimensions.hidden_size,)
         else:
             dims = tuple(nearest_dims(subject.sizes, sweep or USUAL_SPARSITIES))
+    if max_perplexity is not None:
+        only = "" if certain is None else f"; of dim {certain} the whole 90 % interval does"
+        show.note(f"Of dim {expected} the predicted perplexity stays within {max_perplexity:g}{only}.")
     result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
     if plot is not None:
         _draw(result, plot)
@@ -233,7 +261,7 @@ def command(
     if not context["quiet"] or output_format == "human":
         for note in document["notes"]:
             show.note(f"Note: {note}")
-    if not forecasts and not context["quiet"]:
+    if not forecasts and not cuts_mlp and not context["quiet"]:
         show.note(
             "Quality cannot be predicted: no figure of the dense model was passed, is on its card, in its "
             "slicecli.json or published. Pass --dense-perplexity, or measure it with slicecli eval."
@@ -262,7 +290,7 @@ def _print(document: dict[str, Any]) -> None:
     )
     device = document["device"]
     named = [(f"{document['hidden_size']} dense", dense), *((_dim(one), one) for one in estimates)]
-    untied = [(f"{one['dim']} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
+    untied = [(f"{_dim(one)} with --untie", {**one, **one["untied"]}) for one in estimates if one["untied"]]
     show.print_table(
         ["dim", "s", "parameters", "weights", "cache/token", "to serve", "÷"],
         [
@@ -311,7 +339,8 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _dim(one: dict[str, Any]) -> str:
-    return f"{one['dim']}" if one["legal"] else f"{one['dim']} (not legal)"
+    name = f"{one['dim']}" + ("" if one["mlp_dim"] is None else f", MLP {one['mlp_dim']}")
+    return name if one["legal"] else f"{name} (not legal)"
 
 
 def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:

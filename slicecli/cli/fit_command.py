@@ -48,6 +48,7 @@ def command(
       slicecli fit dense.json dim3584.json dim3072.json -o curve.json --plot curve.png
     """
     from slicecli.checkpoint.folder import check_results_file
+    from slicecli.errors import RequestError
     from slicecli.estimation.plot import check_plot_file, draw_quality, picture_of_curve
     from slicecli.estimation.results import curves_document, fit_results, fit_shared, read_documents, series_of
 
@@ -58,6 +59,11 @@ def command(
     documents = read_documents(results)
     groups = series_of(documents)
     curves = fit_results(groups, relation)
+    if not curves:
+        raise RequestError(
+            "These results hold no slice together with its dense model.",
+            "Pass the results of the dense model and of at least one slice of it, measured on the same text or task.",
+        )
     shared = fit_shared(groups)
     document = curves_document(curves, shared, documents)
     if output is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.family.serving import CLIENTS
+
+if TYPE_CHECKING:
+    from slicecli.hub.serving import Verdict
 
 
 @click.command("inspect")
@@ -35,6 +40,8 @@ def command(
     """
     from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
+    from slicecli.family.written_class import SliceClasses
+    from slicecli.hub.serving import verdicts_on
     from slicecli.jobs.plan import find_adapter
     from slicecli.record.record import read_sound_record
 
@@ -51,14 +58,20 @@ def command(
     chosen, fields, inference = found_adapter.adapter, found_adapter.fields, found_adapter.inference
     dimensions, comparison = source.dimensions(chosen, fields)
     legal = dimensions.legal_dims()
+    model_type = str(fields.get("model_type"))
+    classes = SliceClasses.of_method(dimensions, "refit", model_type, has_own_code=source.has_own_model_code)
     record = read_sound_record(source.folder)
+    layout = chosen.layout(fields)
+    verdicts = {}
+    if not source.has_own_model_code:
+        verdicts = verdicts_on(str(fields.get("model_type")), layout, "refit", dimensions.keeps_tie)
     document: dict[str, Any] = {
         "model": source.name,
         "revision": source.commit,
         "model_type": fields.get("model_type"),
         "adapter": chosen.name,
         "inferred": None if inference is None else {"checks": list(inference.checks), "error": inference.error},
-        "layout": chosen.layout(fields),
+        "layout": layout,
         "stock_obstacle": chosen.why_not_stock(fields),
         "shortcut_obstacle": dimensions.shortcut_obstacle,
         "hidden_size": dimensions.hidden_size,
@@ -76,6 +89,14 @@ def command(
             "smallest": legal[0] if legal else None,
             "largest": legal[-1] if legal else None,
         },
+        "classes": [one.to_json() for one in classes.available] if classes else [],
+        "class_obstacles": dict(classes.obstacles) if classes else {},
+        "mlp_size": None if dimensions.mlp_obstacle else dimensions.mlp_size,
+        "mlp_obstacle": dimensions.mlp_obstacle,
+        "serving": {
+            client: {"version": one.version, "verdict": one.verdict, "reason": one.reason}
+            for client, one in verdicts.items()
+        },
         "unused_tensors": list(comparison.unused),
         "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
@@ -92,6 +113,7 @@ def command(
             *([["slice of", document["slice_of"]]] if document["slice_of"] else []),
             ["type", f"{document['model_type']} ({how}, {document['layout']} layout)"],
             ["hidden size", f"{dimensions.hidden_size:,}"],
+            *([] if dimensions.mlp_obstacle else [["MLP width", f"{dimensions.mlp_size:,}"]]),
             ["blocks", f"{dimensions.blocks}"],
             ["heads", f"{dimensions.heads} x {dimensions.head_dim}, {dimensions.key_value_heads} key/value"],
             [
@@ -100,15 +122,29 @@ def command(
             ],
             ["parameters", f"{dimensions.parameters():,}"],
             ["legal dims", _legal_dims(legal)],
+            *_where_slices_run(verdicts),
         ],
     )
+    if classes:
+        show.print_table(
+            ["slices written as", "dims", *CLIENTS],
+            [
+                [one.model_type, _legal_dims(one.legal_dims()), *(one.clients[client] for client in CLIENTS)]
+                for one in classes.available
+            ],
+            is_numeric=False,
+        )
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
         show.note(f"A slice needs custom code: {document['stock_obstacle']}")
     if document["tie_obstacle"]:
         show.note(f"A slice gets a head of its own: {document['tie_obstacle']}.")
+    for name, reason in document["class_obstacles"].items():
+        show.note(f"Slices cannot be written as {name}: {reason}.")
     if document["shortcut_obstacle"]:
         show.note(f"The slicegpt method cannot slice it: {document['shortcut_obstacle']}")
+    if document["mlp_obstacle"]:
+        show.note(f"Its MLPs cannot be sliced: {document['mlp_obstacle']}.")
     for text in comparison.remarks(source.name):
         show.note(text)
     if inference is not None:
@@ -123,6 +159,14 @@ def _legal_dims(legal: range) -> str:
     if not legal:
         return "none"
     return f"{'any' if legal.step == 1 else f'multiples of {legal.step}'}, {legal[0]} to {legal[-1]}"
+
+
+def _where_slices_run(verdicts: Mapping[str, Verdict]) -> Iterator[list[str]]:
+    """Yield a row for each verdict, with the programs in which a slice of this class got it."""
+    for verdict, words in (("correct", "slices run in"), ("wrong", "give other logits in"), ("refused", "refused by")):
+        clients = [f"{client} ({one.version})" for client, one in verdicts.items() if one.verdict == verdict]
+        if clients:
+            yield [words, ", ".join(clients)]
 
 
 def _print_declaration(declaration: dict[str, Any]) -> None:

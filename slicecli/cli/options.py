@@ -228,7 +228,7 @@ def _type_of(option: Option) -> Any:
 
 
 # the options that several commands share, in the order of their help
-method_options = add_options(SliceOptions, "method", "orientation", "slice_head", "unties")
+method_options = add_options(SliceOptions, "method", "orientation", "slice_head", "unties", "write_as")
 calibration_options = add_options(SliceOptions, "calibration", "samples", "seed")
 cache_options = add_options(SliceOptions, "cache", "cache_folder")
 run_options = add_options(SliceOptions, "sequence_length", "batch_size", "dtype")

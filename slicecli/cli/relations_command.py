@@ -88,7 +88,18 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
         show.print_json(lines)
         return
     show.print_table(
-        ["relation", "of", "knows", "family", "models", "points", "mean error", "median error", "90 % interval holds"],
+        [
+            "relation",
+            "of",
+            "knows",
+            "family",
+            "models",
+            "points",
+            "mean error",
+            "median error",
+            "interval holds",
+            "width",
+        ],
         [
             [
                 line["relation"] if line["family"] == "all" else "",
@@ -100,6 +111,7 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
                 _error(line["mean_error"], line["quantity"]),
                 _error(line["median_error"], line["quantity"]),
                 f"{line['coverage']:.1%}",
+                _width(line),
             ]
             for line in lines
         ],
@@ -108,3 +120,11 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
 
 def _error(value: float, quantity: str) -> str:
     return f"{value:.1%}" if quantity == "perplexity" else f"{100 * value:.1f} points"
+
+
+def _width(line: dict[str, Any]) -> str:
+    """Return the median width of the intervals: of perplexity the upper end over the lower one."""
+    width = line["median_width"]
+    if line["quantity"] == "accuracy":
+        return f"{100 * width:.0f} points"
+    return f"x {width:.2f}" if width < 100 else f"x {width:.0e}"

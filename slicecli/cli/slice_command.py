@@ -18,7 +18,7 @@ from slicecli.runtime.options import from_chosen
 
 @click.command("slice")
 @click.argument("model", type=shared.MODEL)
-@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "multiple_of")
+@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "multiple_of", "mlp_dim", "mlp_sparsity")
 @click.option(
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
@@ -54,11 +54,12 @@ def command(
     output_format: str,
     **chosen: Any,
 ) -> None:
-    """Slice the hidden size of MODEL and write a checkpoint that loads like any other.
+    """Slice the hidden size of MODEL, its MLPs, or both, and write a checkpoint that loads like any other.
 
     \b
     Examples:
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3584 --mlp-dim 11264
       slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
@@ -90,13 +91,16 @@ def command(
     if not context["quiet"]:
         show.note(
             f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "
-            f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}, by {plan.method}"
+            + (f"MLP width {plan.mlp_size} -> {plan.mlp_dim}, " if plan.mlp_dim is not None else "")
+            + f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}, by {plan.method}"
         )
         if job.inference is not None:
             show.note(
                 f"No plugin serves type {plan.model_type}: the adapter was inferred and proved on a small model "
                 f"(a rotation changes its logits by {job.inference.error:.0e})."
             )
+        if job.slices[0].note:
+            show.note(job.slices[0].note)
         for one in job.source.companions.left_out:
             show.note(f"Not copied: {one.describe()}")
     if dry_run:
@@ -160,16 +164,23 @@ def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
         "model_type": plan.model_type,
         "method": plan.method,
         "layout": plan.layout,
+        "written_type": plan.written_type,
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "adapter": plan.adapter,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
+        "mlp_size": plan.mlp_size,
+        "mlp_dim": plan.mlp_dim,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
         "left_out": [one.to_json() for one in source.companions.left_out],
     }
+
+
+def _change(what: str, before: int, after: int) -> list[str]:
+    return [what, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"]
 
 
 def _report(fields: dict[str, Any], output_format: str) -> None:
@@ -180,7 +191,8 @@ def _report(fields: dict[str, Any], output_format: str) -> None:
     show.print_table(
         ["", "before", "after", "change"],
         [
-            ["hidden size", f"{fields['hidden_size']:,}", f"{fields['dim']:,}", f"{-fields['sparsity']:+.1%}"],
+            _change("hidden size", fields["hidden_size"], fields["dim"]),
+            *([] if fields["mlp_dim"] is None else [_change("MLP width", fields["mlp_size"], fields["mlp_dim"])]),
             [
                 "parameters",
                 f"{parameters['dense']:,}",

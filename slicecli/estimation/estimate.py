@@ -9,6 +9,7 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -22,15 +23,26 @@ from slicecli.errors import RequestError, SlicecliWarning
 from slicecli.estimation.cost import Cost, CostModel, SpeedUp, Workload, speed_up
 from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
-from slicecli.estimation.intervals import FARTHEST
+from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.origin import Origin, origin_of
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
 from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, slice_sizes
+from slicecli.family.written_class import AUTO, SliceClasses, WrittenClass
+from slicecli.modeling import CONFIG_TYPE
 
-__all__ = ["USUAL_SPARSITIES", "Estimate", "Slice", "Subject", "estimate", "nearest_dims", "smallest_dim_within"]
+__all__ = [
+    "USUAL_SPARSITIES",
+    "Estimate",
+    "Slice",
+    "Subject",
+    "estimate",
+    "nearest_dims",
+    "smallest_dim_surely_within",
+    "smallest_dim_within",
+]
 
 # the fractions that the published study of the relation went through
 USUAL_SPARSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -44,19 +56,23 @@ class Subject:
     Attributes:
         source: The model; only what describes it has been fetched. Of a slice it is the dense model that it was made
             from.
+        narrower: Its sizes with the MLPs of its slices.
         sizes: What a slice of it may be.
         slice_head: Whether the published method slices the input of the head; `None` as it does by default.
         dtype: Of weights and cache.
         origin: The slice that was asked for, if it was one.
+        classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
     source: Source
     dimensions: Dimensions
+    narrower: Dimensions
     sizes: SliceSizes
     method: Method
     slice_head: bool | None
     dtype: str
     origin: Origin | None = None
+    classes: SliceClasses | None = None
 
     @classmethod
     def find(
@@ -70,13 +86,16 @@ class Subject:
         token: str | None = None,
         trust_remote_code: bool = False,
         unties: bool = False,
+        write_as: str = AUTO,
+        mlp: Width | None = None,
     ) -> Subject:
         """Find a model by Hub id or folder, from its config alone.
 
         Args:
             dtype: Of weights and cache; `None` takes the checkpoint's.
+            mlp: The width of the MLPs of slices; `None` leaves it as it is.
         """
-        check_method(method, slice_head)
+        check_method(method, slice_head, chooses_mlp=mlp is not None)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
@@ -91,8 +110,11 @@ class Subject:
                 warnings.warn(text, SlicecliWarning, stacklevel=2)
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
-        sizes = slice_sizes(dimensions, method, slice_head)
-        return cls(source, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin)
+        model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
+        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
+        classes = SliceClasses.of_method(narrower, method, model_type, write_as, has_code)
+        sizes = classes.at() if classes else slice_sizes(narrower, method, slice_head)
+        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
 
     @property
     def model_type(self) -> str:
@@ -104,6 +126,22 @@ class Subject:
         """How slices would be written."""
         return "custom-code" if self.method == "slicegpt" else self.dimensions.layout
 
+    def written(self, dim: int) -> WrittenClass | None:
+        """Return the class that a slice would be written in; `None` where it brings code of its own."""
+        return self.classes.at(dim) if self.classes else None
+
+    def costs(self, written: WrittenClass | None) -> CostModel:
+        """Return the costs of slices written in a class, or of the dense model and of slices with code of their own."""
+        dimensions = self.dimensions if written is None else written.dimensions
+        return CostModel(dimensions, self.method, self.slice_head)
+
+    def untied(self) -> Subject:
+        """Return the same model for slices with a head of their own."""
+        dimensions = self.dimensions.untied()
+        wish = self.classes.wish if self.classes else AUTO
+        classes = SliceClasses.of_method(dimensions, self.method, self.model_type, wish, self.source.has_own_model_code)
+        return dataclasses.replace(self, dimensions=dimensions, classes=classes)
+
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
         """Return what is served: sequences of a length, by default 2048 or the model's longest."""
         return Workload(batch, default_length(self.dimensions.context_length) if length is None else length)
@@ -114,17 +152,21 @@ class Slice:
     """What one slice would be.
 
     Attributes:
+        mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
+        written_type: The model type of the class it would be written in.
         untied_cost: Of a tied slice: what it would cost with a head of its own.
         speed_up: Against the dense model, on a device.
     """
 
     dim: int
     sparsity: float
+    mlp_dim: int | None
     is_legal: bool
     nearest_legal: tuple[int, ...]
     is_tied: bool
+    written_type: str
     cost: Cost
     untied_cost: Cost | None
     speed_up: SpeedUp | None
@@ -186,10 +228,12 @@ class Estimate:
         fields: dict[str, Any] = {
             "dim": one.dim,
             "sparsity": one.sparsity,
+            "mlp_dim": one.mlp_dim,
             "legal": one.is_legal,
             "nearest_legal": list(one.nearest_legal),
             "formats": formats_of(one.dim),
             "is_tied": one.is_tied,
+            "written_type": one.written_type,
             **_cost_json(one.cost),
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
             "speed_up": None if one.speed_up is None else one.speed_up.to_json(),
@@ -225,25 +269,29 @@ def estimate(
 ) -> Estimate:
     """Put an estimate together."""
     dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
-    costs = CostModel(dimensions, subject.method, subject.slice_head)
     is_tied = subject.method == "refit" and dimensions.keeps_tie
-    untied = CostModel(dimensions.untied(), subject.method) if is_tied else None
-    dense = costs.dense(dtype, workload)
+    untied = subject.untied() if is_tied else None
+    costs, untied_costs = functools.cache(subject.costs), functools.cache((untied or subject).costs)
+    dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
     slices = []
     for dim in dims:
+        written = subject.written(dim)
+        legal = written or sizes
         if not 0 < dim < dimensions.hidden_size:
-            sizes.check_dim(dim)
-        cost = costs.sliced(dim, dtype, workload)
-        is_legal = dim in sizes.legal_dims()
+            legal.check_dim(dim)
+        cost = costs(written).sliced(dim, dtype, workload)
+        is_legal = dim in legal.legal_dims()
         slices.append(
             Slice(
                 dim=dim,
                 sparsity=1 - dim / dimensions.hidden_size,
+                mlp_dim=subject.narrower.mlp_dim,
                 is_legal=is_legal,
-                nearest_legal=() if is_legal else nearest_in(sizes.legal_dims(), dim),
+                nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
                 is_tied=is_tied,
+                written_type=written.model_type if written else CONFIG_TYPE,
                 cost=cost,
-                untied_cost=None if untied is None else untied.sliced(dim, dtype, workload),
+                untied_cost=untied_costs(untied.written(dim)).sliced(dim, dtype, workload) if untied else None,
                 speed_up=None if device is None else speed_up(dense, cost, workload, device),
             )
         )
@@ -259,11 +307,14 @@ def estimate(
         dense=dense,
         slices=tuple(slices),
         forecasts=tuple(forecasts),
-        parameters=lambda dim: costs.sliced(dim, dtype, workload).parameters,
+        parameters=sizes.parameters,
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
             *_length_note(subject, workload),
+            *_class_notes(subject, dims),
+            *_channels_note(subject),
             *_notes(slices, forecasts),
+            *_growth_note(dense, slices),
         ),
     )
 
@@ -273,6 +324,28 @@ def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
     if longest is None or workload.length <= longest:
         return ()
     return (f"Sequences of {workload.length:,} tokens exceed the limit of {subject.source.name} ({longest:,}).",)
+
+
+def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
+    """Say in which class slices would be written, where that needs a word."""
+    if subject.classes is None:
+        return []
+    chosen = [(subject.classes.at(dim), dim) for dim in dims]
+    notes = [subject.classes.note(one, dim) for one, dim in chosen if dim in one.legal_dims()]
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _channels_note(subject: Subject) -> tuple[str, ...]:
+    if subject.narrower.mlp_dim is None:
+        return ()
+    return ("Quality is predicted only for slices that keep all MLP channels.",)
+
+
+def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:
+    larger = [str(one.dim) for one in slices if one.cost.parameters >= dense.parameters]
+    if not larger:
+        return ()
+    return (f"Slices of dim {', '.join(larger)} have at least as many parameters as the dense model.",)
 
 
 def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
@@ -297,21 +370,30 @@ def nearest_dims(sizes: SliceSizes, sparsities: Sequence[float]) -> list[int]:
 
 def smallest_dim_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int:
     """Return the smallest legal dim whose predicted perplexity is within a limit."""
+    fitting = _dims_within(sizes, forecasts, most, lambda found: found.value)
+    if not fitting:
+        raise RequestError(
+            f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
+            f"{forecasts[0].dense.value:.4g}.",
+            "Raise --max-perplexity.",
+        )
+    return fitting[-1]
+
+
+def smallest_dim_surely_within(sizes: SliceSizes, forecasts: Sequence[Forecast], most: float) -> int | None:
+    """Return the smallest legal dim whose whole 90 % interval is within a limit; `None` where no dim's is."""
+    fitting = _dims_within(sizes, forecasts, most, lambda found: found.high)
+    return fitting[-1] if fitting else None
+
+
+def _dims_within(
+    sizes: SliceSizes, forecasts: Sequence[Forecast], most: float, bound: Callable[[Prediction], float]
+) -> list[int]:
+    """Return preferred dims from the wide end down to the first that is over."""
     if not 1 <= most < math.inf:
         raise RequestError(f"A perplexity of {most:g} is impossible.", "Use a limit of 1 or more.")
     if not forecasts or forecasts[0].quantity != "perplexity":
         raise RequestError("--max-perplexity needs the dense perplexity, which is unknown.", "Pass --dense-perplexity.")
-    forecast = forecasts[0]
-    legal = preferred_dims(sizes)
-    limit = math.log(most)
-    # from the wide end down to the first that is over, so that a relation that turns back fools nobody
-    fitting = list(
-        itertools.takewhile(lambda dim: forecast.predict(1 - dim / sizes.hidden_size).value <= limit, reversed(legal))
-    )
-    if not fitting:
-        raise RequestError(
-            f"No slice is predicted to have a perplexity of {most:g} or less; the dense model has "
-            f"{forecast.dense.value:.4g}.",
-            "Raise --max-perplexity.",
-        )
-    return fitting[-1]
+    limit, predict = math.log(most), forecasts[0].predict
+    wide_first = reversed(preferred_dims(sizes))
+    return list(itertools.takewhile(lambda dim: bound(predict(1 - dim / sizes.hidden_size)) <= limit, wide_first))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from slicecli.estimation.intervals import (
     known_range,
     predict_new,
     spread_of,
+    widened_for_refit,
 )
-from slicecli.estimation.measurements import Figure, Point, Series, published_series
+from slicecli.estimation.measurements import Figure, Point, Series, family_of, published_series, published_slices_of
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import read_spectrum, study_models
@@ -42,6 +43,10 @@ from slicecli.runtime.json import read_json
 __all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
 SPECTRUM_RELATION = "fisher"
+REFIT_NOTE = (
+    "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to 0.75 "
+    "times as much in ln PPL, so the intervals extend to smaller losses."
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,9 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
     """Return what can be predicted of a model's slices, perplexity first."""
     parameters = dimensions.parameters()
     knowledge.check(dimensions.hidden_size)
-    text, family = knowledge.text, str(source.fields.get("model_type"))
+    text = knowledge.text
+    kind = str(source.fields.get("model_type"))
+    family = family_of(kind, dimensions.vocabulary)
     forecasts: list[Forecast] = []
     published = _known_curves(source, method, knowledge)
     if published is not None:
@@ -172,11 +179,14 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
         perplexity = _forecast_perplexity(source, dimensions, family, method, knowledge)
         forecasts = ([] if perplexity is None else [perplexity]) + forecasts
     first = forecasts[0] if forecasts and forecasts[0].quantity == "perplexity" else None
+    if first is not None and knowledge.text != knowledge.calibration and not first.points:
+        # what is lost on another text than the calibration's says nothing of tasks
+        first = _forecast_perplexity(source, dimensions, family, method, replace(knowledge, calibration=text))
     name = knowledge.relation if knowledge.relation in _names("accuracy") else None
     for task, figure in accuracies(source.folder, source.name, knowledge.dense_accuracies).items():
         if ("accuracy", task) not in known:
             chance = knowledge.chances.get(task)
-            found = forecast_new("accuracy", task, figure, family, method, name, chance, first, parameters=parameters)
+            found = forecast_new("accuracy", task, figure, kind, method, name, chance, first, parameters=parameters)
             forecasts.append(found)
     return forecasts
 
@@ -194,6 +204,9 @@ def _forecast_perplexity(
         if figure is None:
             return None
         is_other_text = text != knowledge.calibration
+        own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
+        if own is not None and own.evaluation == text:
+            return _forecast_by_published(own, figure, method, dimensions.vocabulary)
         name = name or (None if spectrum is None else SPECTRUM_RELATION)
         return forecast_new(
             "perplexity",
@@ -205,6 +218,7 @@ def _forecast_perplexity(
             is_other_text=is_other_text,
             spectrum=spectrum,
             parameters=dimensions.parameters(),
+            vocabulary=dimensions.vocabulary,
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
@@ -212,9 +226,34 @@ def _forecast_perplexity(
         Point(1 - dim / hidden_size, math.log(value), None, dim)
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
     )
-    dense = Dense(math.log(figure.value), spectrum=spectrum)
+    dense = Dense(math.log(figure.value), spectrum=spectrum, ceiling=math.log(dimensions.vocabulary))
     series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
-    return forecast_by_curve(fit_curve(series, name), "given", figure.source)
+    found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
+    better = [point.dim for point in points if point.value < dense.value]
+    if not better:
+        return found
+    note = (
+        f"The perplexity passed for dim {', '.join(map(str, better))} is below the dense one; check that both are of "
+        "the same text."
+    )
+    return replace(found, notes=(*found.notes, note))
+
+
+def _forecast_by_published(own: Series, figure: Figure, method: Method, vocabulary: int) -> Forecast:
+    """Return the forecast of a model whose slices are published, about the dense figure that is known."""
+    level = math.log(figure.value)
+    points = tuple(replace(one, value=level + one.value - own.dense.value) for one in own.points)
+    series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(vocabulary)), points=points)
+    found = forecast_by_curve(fit_curve(series), "published for this model", figure.source)
+    if method != "refit":
+        return found
+
+    def predict(sparsity: float) -> Prediction:
+        one = found.predict(sparsity)
+        low, high = widened_for_refit("perplexity", series.dense, one.low, one.high)
+        return replace(one, low=low, high=high)
+
+    return replace(found, predict=predict, notes=(REFIT_NOTE,))
 
 
 def forecast_new(
@@ -229,6 +268,7 @@ def forecast_new(
     is_other_text: bool = False,
     spectrum: Callable[[float], float] | None = None,
     parameters: int | None = None,
+    vocabulary: int | None = None,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -238,6 +278,7 @@ def forecast_new(
         level,
         None if perplexity is None else _log_ratio(perplexity),
         spectrum,
+        None if vocabulary is None or quantity == "accuracy" else math.log(vocabulary),
     )
     obstacle = chosen.why_not(dense)
     if obstacle:
@@ -301,10 +342,7 @@ def _new_notes(
             f"little about one with {parameters / 1e9:.3g} billion."
         )
     if method == "refit" and not is_by_spectrum:
-        notes.append(
-            "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to "
-            "0.75 times as much in ln PPL, so the intervals extend to smaller losses."
-        )
+        notes.append(REFIT_NOTE)
     if is_other_text:
         notes.append(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "

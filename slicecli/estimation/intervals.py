@@ -35,12 +35,14 @@ __all__ = [
     "predict_fitted",
     "predict_new",
     "spread_of",
+    "widened_for_refit",
 ]
 
 # what does best on published models that it was not fitted to, of the same and of other families taken together; and
 # with one slice of the model known: see docs/relations.md and the test that compares them
 DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "odds", "accuracy": "linear"}
 FARTHEST = 0.6
+ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
 # what the refit lost against the published method at the same dim, at best, on the models of docs/published.md; its
 # intervals reach down by as much, because what is published is measured with the published method
 REFIT_SHARE = 0.5
@@ -99,13 +101,14 @@ def predict_new(
 ) -> Prediction:
     """Predict for a model of which no slice is measured."""
     relation = spread.relation
-    value = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shift))
+    typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shift))
+    value = _possible(relation.quantity, dense, typical)
     expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shift)
     low, high = interval(relation, dense, spread.parameters, sparsity, expected)
     if method == "refit" and not relation.needs_spectrum:
-        low, high = _widened_for_refit(relation.quantity, dense, low, high)
+        low, high = widened_for_refit(relation.quantity, dense, low, high)
     least, largest = known_range(relation, method)
-    is_outside = not least <= sparsity <= largest
+    is_outside = not least - ROUNDING <= sparsity <= largest + ROUNDING
     # the interval says what published models did; the relation's own value belongs to it even where that disagrees
     return Prediction(value, min(low, value), max(high, value), relation.name, is_outside)
 
@@ -120,7 +123,7 @@ def predict_fitted(
 ) -> Prediction:
     """Predict for a model with measured slices, to which the relation was fitted."""
     relation = spread.relation
-    value = relation.predict(sparsity, dense, parameters)
+    value = _possible(relation.quantity, dense, relation.predict(sparsity, dense, parameters))
     found = [deviation(relation, dense, parameters, point) for point in points]
     anchors = [anchor for anchor in found if anchor is not None]
     here = coordinate(relation, dense, parameters, sparsity)
@@ -130,11 +133,20 @@ def predict_fitted(
         expected = dataclasses.replace(spread.of_new_model(family, None, here), mean=0.0)
     low, high = interval(relation, dense, parameters, sparsity, expected)
     least, largest = min(point.sparsity for point in points), max(point.sparsity for point in points)
-    return Prediction(value, min(low, value), max(high, value), relation.name, not least <= sparsity <= largest)
+    return Prediction(
+        value, min(low, value), max(high, value), relation.name, not least - ROUNDING <= sparsity <= largest + ROUNDING
+    )
 
 
-def _widened_for_refit(quantity: Quantity, dense: Dense, low: float, high: float) -> tuple[float, float]:
+def widened_for_refit(quantity: Quantity, dense: Dense, low: float, high: float) -> tuple[float, float]:
     """Move the better end of an interval towards the dense figure, by what the refit is better at best."""
     if quantity == "perplexity":
         return dense.value + (low - dense.value) * (REFIT_SHARE if low > dense.value else 1.0), high
     return low, dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)
+
+
+def _possible(quantity: Quantity, dense: Dense, value: float) -> float:
+    """Return the nearest figure that can be: no perplexity beyond that of a uniform guess, no accuracy below chance."""
+    if quantity == "perplexity":
+        return value if dense.ceiling is None else min(value, dense.ceiling)
+    return max(value, min(dense.chance or 0.0, dense.value))

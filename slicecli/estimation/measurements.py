@@ -19,6 +19,9 @@ from slicecli.estimation.relations import Dense, Quantity
 from slicecli.evaluation.chance import chance_level
 
 OTHER_TEXT = "other text than calibrated on"
+LARGE_VOCABULARY = 100_000
+LEAST_SAMPLES = 128
+_KIND = " with a large vocabulary"
 
 __all__ = [
     "OTHER_TEXT",
@@ -26,9 +29,12 @@ __all__ = [
     "Point",
     "Published",
     "Series",
+    "family_of",
+    "model_type_of",
     "published_figure",
     "published_rows",
     "published_series",
+    "published_slices_of",
 ]
 
 
@@ -88,6 +94,7 @@ class Published:
     """One published figure.
 
     Attributes:
+        vocabulary: Rows of its embedding table.
         parameters: Its number of parameters, by its name.
         samples: Rows of it, as printed; empty where that is not known.
         sparsity: s, the real one after rounding of the dim.
@@ -98,6 +105,7 @@ class Published:
     source: str
     model: str
     model_type: str
+    vocabulary: float
     parameters: float
     method: str
     calibration: str
@@ -118,7 +126,7 @@ def published_rows() -> tuple[Published, ...]:
 
 
 def _row(fields: dict[str, str]) -> Published:
-    numbers = {name: float(fields[name]) for name in ("parameters", "sparsity", "value")}
+    numbers = {name: float(fields[name]) for name in ("vocabulary", "parameters", "sparsity", "value")}
     return Published(**{**fields, **numbers})  # type: ignore[arg-type]
 
 
@@ -131,18 +139,35 @@ def published_figure(model: str, quantity: Quantity, evaluation: str) -> Figure 
     return None
 
 
+def family_of(model_type: str, vocabulary: float) -> str:
+    """Return the group of models that a model is compared with: of one type, and of the same kind of vocabulary.
+
+    Llama 3 loses two to three times as much as Llama 2 of the same size and type; its vocabulary tells it apart.
+    """
+    return model_type + _KIND if vocabulary >= LARGE_VOCABULARY else model_type
+
+
+def model_type_of(family: str) -> str:
+    """Return the type of a group of models: how a loss grows with s is much the same for all of one type."""
+    return family.partition(_KIND)[0]
+
+
 @functools.cache
 def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, ...]:
     """Return the bundled measurements that serve for the spread of relations, as series.
 
-    A series of accuracies knows the published perplexity ratios of the same slices, where there are some.
+    Slices calibrated on fewer than 128 rows lose more than those that people make, and are left out. A series of
+    accuracies knows the published perplexity ratios of the same slices, where there are some.
     """
     dense = _dense_values()
     ratios = _log_ratios(dense)
     grouped: dict[tuple[str, ...], list[Published]] = defaultdict(list)
     for row in published_rows():
-        if row.use == use and row.metric == quantity:
-            grouped[(row.model, row.model_type, row.method, row.calibration, row.samples, row.evaluation)].append(row)
+        if row.use == use and row.metric == quantity and not _has_few_rows(row):
+            # accuracies are relative to the dense ones, and the models too few to be told apart
+            is_grouped = quantity == "perplexity"
+            family = family_of(row.model_type, row.vocabulary) if is_grouped else row.model_type
+            grouped[row.model, family, row.method, row.calibration, row.samples, row.evaluation].append(row)
     found = []
     for (model, family, method, text, samples, evaluation), rows in grouped.items():
         known = ratios.get((model, samples), {})
@@ -162,6 +187,16 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
         size = rows[0].parameters
         found.append(Series(model, family, method, calibration, quantity, evaluation, context, points, size))
     return tuple(found)
+
+
+def published_slices_of(model: str) -> Series | None:
+    """Return the published perplexities of a model's slices by its Hub id, those of 128 calibration rows first."""
+    own = [one for one in published_series("perplexity") if one.model.lower() == model.lower()]
+    return min(own, key=lambda one: not one.calibration.endswith(f" x {LEAST_SAMPLES}"), default=None)
+
+
+def _has_few_rows(row: Published) -> bool:
+    return row.metric == "perplexity" and row.samples.isdecimal() and int(row.samples) < LEAST_SAMPLES
 
 
 def _lookup(known: dict[float, float]) -> Callable[[float], float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from slicecli.adapters import Adapter, Refusal, select_adapter
 from slicecli.checkpoint.source import Source
-from slicecli.family.dimensions import Dimensions
+from slicecli.family.dimensions import MLP_WIDTH, Dimensions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.record.record import read_sound_record
 
@@ -36,9 +36,11 @@ class Origin:
     @property
     def note(self) -> str:
         """What a reader should know."""
+        mlp_dim = self.record["mlp_dim"]
+        width = f"dim {self.record['dim']}" + ("" if mlp_dim is None else f" and MLP width {mlp_dim}")
         return (
-            f"{self.slice_name} is a slice of {self.source.name} at dim {self.record['dim']}; the estimates are for "
-            f"slices of {self.source.name}."
+            f"{self.slice_name} is a slice of {self.source.name} at {width}; the estimates are for slices of "
+            f"{self.source.name}."
         )
 
 
@@ -51,10 +53,14 @@ def origin_of(
         return None
     fields = dict(source.fields)
     if fields.get("model_type") == CONFIG_TYPE:
-        inner = fields.get("text_config")
+        inner = fields.get("dense_config")
         fields = dict(inner) if isinstance(inner, dict) else {}
+    elif any(record["source"]["model_type"] in one.model_types for one in adapters.values()):
+        fields["model_type"] = record["source"]["model_type"]  # it may be written in another class
     adapter = select_adapter(fields, adapters, name, refusals)
     fields[adapter.names.get("hidden_size", "hidden_size")] = record["hidden_size"]
+    if record["mlp_size"] is not None:
+        fields[adapter.names.get(MLP_WIDTH, MLP_WIDTH)] = record["mlp_size"]
     # a slice never shares its head with the embeddings; whether the dense model did shows in its count
     tied = {**fields, "tie_word_embeddings": True}
     if Dimensions(adapter, tied).parameters() == record["parameters"]["dense"]:

@@ -57,6 +57,7 @@ class Dense:
         value: ln PPL0, or the dense accuracy between 0 and 1.
         chance: Accuracy of a guess; of perplexity and of tasks without one, `None`.
         log_ratio: D at a fraction removed, measured or predicted, where a relation on accuracy asks for it.
+        ceiling: ln PPL of a uniform guess over the vocabulary, where the vocabulary is known.
         spectrum: The Fisher weight of what a fraction removed discards, where a relation asks for it.
     """
 
@@ -64,6 +65,7 @@ class Dense:
     chance: float | None = None
     log_ratio: Callable[[float], float] | None = None
     spectrum: Callable[[float], float] | None = None
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,11 @@ def series_of(documents: Sequence[Mapping[str, Any]]) -> list[Group]:
     slices: dict[_Key, dict[int, list[_Figure]]] = defaultdict(lambda: defaultdict(list))
     about: dict[_Key, EvaluationDocument] = {}
     for one in read:
+        if one.mlp_dim is not None:
+            raise RequestError(
+                f"{one.model} keeps {one.mlp_dim:,} of {one.mlp_size} MLP channels; a curve is for slices with all.",
+                "Leave its results out.",
+            )
         content = one.source.content or one.source.model
         settings = tuple(str(getattr(one.evaluation, setting)) for setting in SETTINGS)
         for (quantity, name), figure in _figures(one).items():

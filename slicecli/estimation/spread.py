@@ -28,7 +28,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from slicecli.estimation.measurements import Point, Series
+from slicecli.estimation.measurements import Point, Series, model_type_of
 from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Prior, Quantity, Relation
 
 __all__ = [
@@ -51,9 +51,10 @@ REFERENCE = 0.25  # the s at which intercepts are taken: the middle of what is p
 # what repeated measurements of one slice differ by: printed perplexities of reruns agree to half a percent, published
 # accuracies have standard errors of about a point
 FLOOR: dict[Quantity, float] = {"perplexity": LEAST_DAMAGE, "accuracy": 0.01}
-# models of one family differ by about a factor of 1.6 in what they lose: a prior variance worth two pseudo-observations
-USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.25}
-USUAL_DEGREES = 2
+# models of one family differ by about a factor of 1.4 in what they lose: a prior variance worth four observations, with
+# which left-out models are predicted best (tried: 0.015 to 0.25, with two and four)
+USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.12}
+USUAL_DEGREES = 4
 DECADE = math.log(10)
 SMALLEST_DAMAGE = 1e-6
 LARGEST_DEVIATION = 50.0  # whose exp times any loss is still a number
@@ -227,7 +228,7 @@ class Spread:
 
     def prior(self, family: str) -> Prior:
         """Return what the published series say of the parameters for a new model of a family."""
-        found = [level.of_new_model(family) for level in self.parameter_levels]
+        found = [level.of_new_model(model_type_of(family)) for level in self.parameter_levels]
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
     def of_new_model(
@@ -235,7 +236,7 @@ class Spread:
     ) -> Deviation:
         """Return what to expect of a model without any measurement."""
         mean, variance, degrees = self.intercept.of_new_model(family, size)
-        slope, slope_variance, _ = self.slope.of_new_model(family)
+        slope, slope_variance, _ = self.slope.of_new_model(model_type_of(family))
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
         if shift is not None:
             mean, total, degrees = mean + shift.mean, total + shift.variance, min(degrees, shift.degrees)
@@ -254,7 +255,7 @@ class Spread:
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
         """Return what to expect of a model with measured points, of which the relation may have been fitted to some."""
-        mean, variance, _ = self.slope.of_new_model(family)
+        mean, variance, _ = self.slope.of_new_model(model_type_of(family))
         # a fit with a prior has the family's mean slope already
         slope_precision = 1 / (variance + (0.0 if self.relation.has_prior else mean**2) + 1e-6)
         noise, degrees = self.noise_variance, float(PRIOR_DEGREES)
@@ -322,7 +323,8 @@ def interval(
     )
     if relation.quantity == "accuracy":
         return max(0.0, low - floor), min(1.0, high + floor)
-    return low - floor, high + floor
+    ceiling = math.inf if dense.ceiling is None else dense.ceiling
+    return min(max(low - floor, dense.value), ceiling), min(high + floor, ceiling)
 
 
 def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
@@ -357,7 +359,9 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
             [GroupEffect(key[0], float(np.mean(some)), sizes[key]) for key, some in intercepts.items()],
             USUAL_VARIANCE.get(relation.quantity),
         ),
-        slope=VarianceComponent.learn([GroupEffect(key[0], float(np.mean(some))) for key, some in slopes.items()]),
+        slope=VarianceComponent.learn(
+            [GroupEffect(model_type_of(key[0]), float(np.mean(some))) for key, some in slopes.items()]
+        ),
         calibration_variance=within / max(1, repeats),
         noise_variance=max(squares / max(1, degrees), 1e-4),
         parameter_levels=_parameter_levels(relation, usable),
@@ -395,7 +399,9 @@ def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, st
 def _parameter_levels(relation: Relation, series: Sequence[Series]) -> tuple[VarianceComponent, ...]:
     fits = own_fits(relation, series) if relation.parameters else {}
     return tuple(
-        VarianceComponent.learn([GroupEffect(family, float(values[index])) for (family, _), values in fits.items()])
+        VarianceComponent.learn(
+            [GroupEffect(model_type_of(family), float(values[index])) for (family, _), values in fits.items()]
+        )
         for index in range(len(relation.parameters))
     )
 

@@ -27,6 +27,7 @@ ForecastInputs = Literal["other models", "other families", "one slice"]
 KNOWLEDGE: tuple[ForecastInputs, ...] = get_args(ForecastInputs)
 ANCHOR = 0.2  # s of the slice that is known
 ANCHOR_RANGE = 0.02
+MOST_WIDTH = 700.0  # whose exp is a number
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Row:
     def is_covered(self) -> bool:
         """Whether the interval holds the measurement."""
         return self.prediction.low <= self.measured <= self.prediction.high
+
+    @property
+    def width(self) -> float:
+        """The width of the interval: of perplexity the ratio of its ends, of accuracy their difference."""
+        width = self.prediction.high - self.prediction.low
+        return width if self.series.quantity == "accuracy" else math.exp(min(width, MOST_WIDTH))
 
 
 @dataclass(frozen=True)
@@ -132,4 +139,5 @@ def _line(check: Check, group: str, rows: list[Row]) -> dict[str, Any]:
         "mean_error": float(np.mean(errors)),
         "median_error": float(np.median(errors)),
         "coverage": sum(row.is_covered for row in rows) / len(rows),
+        "median_width": float(np.median([row.width for row in rows])),
     }

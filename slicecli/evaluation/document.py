@@ -66,6 +66,10 @@ class EvaluationDocument(JsonObject):
     hidden_size: Width = Field(description="Hidden size of the dense model.")
     dim: Width = Field(description="Its own: less in a slice.")
     sparsity: Sparsity = Field(description="Fraction of the hidden size that was removed.")
+    mlp_size: Size | None = Field(
+        default=None, description="MLP channels of the dense model; null where they are all there."
+    )
+    mlp_dim: Size | None = Field(default=None, description="Those of the slice; likewise.")
     method: Method | None = Field(description="How a slice was made; null for a dense model.")
     source: SourceIdentity = Field(description="The dense model that a slice was made from, or the model itself.")
     calibration: Calibration | None = Field(description="What a slice was fitted to; null for a dense model.")

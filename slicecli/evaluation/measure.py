@@ -192,6 +192,8 @@ def measure_loaded(
         hidden_size=hidden_size,
         dim=dim,
         sparsity=1 - dim / hidden_size,
+        mlp_size=record.get("mlp_size"),
+        mlp_dim=record.get("mlp_dim"),
         method=record.get("method"),
         source=SourceIdentity(**{name: origin[name] for name in SourceIdentity.model_fields}),
         calibration=Calibration.model_validate(record["calibration"]) if record else None,

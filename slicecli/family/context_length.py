@@ -55,7 +55,7 @@ def context_length(fields: Mapping[str, Any], names: Mapping[str, str], default:
 
 def context_length_of_config(config: Any) -> int | None:
     """Return the same for a transformers config."""
-    text = config.get_text_config(decoder=True)
+    text = getattr(config, "dense_config", None) or config.get_text_config(decoder=True)
     if not hasattr(text, "to_dict"):  # some classes keep plain data there
         text = config
     return context_length(vars(text), own_names(text))

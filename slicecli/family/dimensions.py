@@ -21,15 +21,16 @@ from slicecli.family.context_length import context_length
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from slicecli.adapters import Adapter, Block, Linear
+    from slicecli.adapters import Adapter, Block, Branch, Linear
 
-__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+__all__ = ["MLP_WIDTH", "MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
 
 # more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
 MOST_BLOCKS = MOST_HEADS = 1024
 MOST_WIDTH = 2**20
 MOST = 2**31 - 1  # of all other sizes
 MOST_NAMED = 4  # in a message
+MLP_WIDTH = "intermediate_size"  # as declarations name it; `Adapter.names` has the family's own name
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -79,11 +80,16 @@ class Dimensions:
         layout: How the refit writes a slice: `stock` or `custom-code`.
         shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
         dim_multiple: Every legal dim is a multiple of it.
+        mlp_dim: m, the width of the MLPs of slices; `None` where they keep that of the dense model.
     """
 
-    def __init__(self, adapter: Adapter, config: Mapping[str, Any], unties: bool = False) -> None:
+    def __init__(
+        self, adapter: Adapter, config: Mapping[str, Any], unties: bool = False, mlp_dim: int | None = None
+    ) -> None:
         self.adapter = adapter
-        self._config = config
+        self.mlp_dim = mlp_dim
+        self._config = config if mlp_dim is None else {**config, self._own_name(MLP_WIDTH): mlp_dim}
+        self._unties = unties
         self.layout = adapter.layout(config)
         self.shortcut_obstacle = adapter.why_no_shortcuts(config)
         self.hidden_size = self.number("hidden_size")
@@ -99,6 +105,11 @@ class Dimensions:
         divisors = adapter.dim_divisors if self.layout == "stock" else ()
         self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of the config."""
+        return self._config
+
     def value(self, name: str, otherwise: Any = None) -> Any:
         """Return a config field by its usual name; where it has none, the family's default, then `otherwise`.
 
@@ -108,7 +119,7 @@ class Dimensions:
             value = ask(self.adapter.name, self.adapter.derived[name], self._config)
             return otherwise if value is None else value
         # transformers writes some configs under the usual names
-        given = [self._config[one] for one in (self.adapter.names.get(name, name), name) if one in self._config]
+        given = [self._config[one] for one in (self._own_name(name), name) if one in self._config]
         value = next((one for one in given if one is not None), None)
         if not given:
             value = self.adapter.defaults.get(name)
@@ -137,11 +148,13 @@ class Dimensions:
         return float(value)
 
     def _misfit(self, name: str, value: object, needed: str) -> UnsupportedModelError:
-        own_name = self.adapter.names.get(name, name)
         return UnsupportedModelError(
-            f"config.json gives {own_name} = {shown(value)}, but {needed} is required.",
+            f"config.json gives {self._own_name(name)} = {shown(value)}, but {needed} is required.",
             f"Check config.json, and whether the model really is of type {self.adapter.name}.",
         )
+
+    def _own_name(self, name: str) -> str:
+        return self.adapter.names.get(name, name)
 
     def width(self, name: str) -> int:
         """Return the size a declaration refers to by name.
@@ -367,14 +380,75 @@ class Dimensions:
         The width of a head is stated, because the class would otherwise derive it from the new hidden size.
         """
         return {
-            self.adapter.names.get("hidden_size", "hidden_size"): dim,
+            self._own_name("hidden_size"): dim,
             "head_dim": self.head_dim,
             "tie_word_embeddings": self.keeps_tie,
+            **self.mlp_fields(),
         }
+
+    def mlp_fields(self) -> dict[str, Any]:
+        """Return the config field of the MLP's width with its value in a slice; nothing where the MLPs stay whole."""
+        return {} if self.mlp_dim is None else {self._own_name(MLP_WIDTH): self.mlp_dim}
 
     def untied(self) -> Dimensions:
         """Return the same sizes for slices with a head of their own."""
-        return Dimensions(self.adapter, self._config, unties=True)
+        return Dimensions(self.adapter, self._config, unties=True, mlp_dim=self.mlp_dim)
+
+    def with_mlp_dim(self, mlp_dim: int | None) -> Dimensions:
+        """Return the sizes for slices with fewer MLP channels; these where none are removed.
+
+        Raises:
+            PluginError: The adapter does not say which config field has the width.
+        """
+        if mlp_dim is None or mlp_dim == self.mlp_size:
+            return self
+        narrower = Dimensions(self.adapter, self._config, self._unties, mlp_dim)
+        if narrower.mlp_size != mlp_dim:
+            raise PluginError(
+                f"Adapter {self.adapter.name!r} does not take the width of the MLP from {self._own_name(MLP_WIDTH)}.",
+                f"Name the config field of {MLP_WIDTH} in `names`.",
+            )
+        return narrower
+
+    @property
+    def mlp_size(self) -> int:
+        """The width of the MLPs: how many channels they have."""
+        return self.number(MLP_WIDTH)
+
+    def channel_groups(self, linear: Linear) -> int:
+        """Return how many times a linear has the MLP's channels, side by side: 0 where that is not its width."""
+        factor, _, rest = linear.width.rpartition("*")
+        return int(factor or 1) if rest == MLP_WIDTH else 0
+
+    def has_channels(self, branch: Branch) -> bool:
+        """Say whether a branch is an MLP whose channels can be removed."""
+        return branch.writer is not None and self.channel_groups(branch.writer) == 1
+
+    @functools.cached_property
+    def mlp_obstacle(self) -> str:
+        """Why channels cannot be removed from the MLPs of this model; empty where they can."""
+        name = self.adapter.name
+        for index, block in enumerate(self.declared_blocks):
+            if any(branch.experts is not None for branch in block.branches):
+                return "its MLPs are mixtures of experts"
+            if sum(self.has_channels(branch) for branch in block.branches) != 1:
+                return f"adapter {name!r} declares no writer of width {MLP_WIDTH!r} in block {index}"
+            if any(kept.width.endswith(MLP_WIDTH) for kept in block.kept):
+                return f"adapter {name!r} keeps a parameter of width {MLP_WIDTH!r} in block {index}"
+        return ""
+
+    def legal_mlp_dims(self) -> range:
+        """Return the widths that the MLPs of a slice may have, the dense model's among them; none where it cannot."""
+        return range(1, 1 if self.mlp_obstacle else self.mlp_size + 1)
+
+    def check_mlp_dim(self, mlp_dim: int) -> None:
+        """Refuse an MLP width that a slice cannot have."""
+        if self.mlp_obstacle:
+            raise RequestError(f"The MLPs of this model cannot be sliced: {self.mlp_obstacle}.", "Use --dim alone.")
+        if mlp_dim not in self.legal_mlp_dims():
+            raise RequestError(
+                f"An MLP width of {mlp_dim} is impossible.", f"MLP widths range from 1 to {self.mlp_size}."
+            )
 
     def legal_dims(self) -> range:
         """Return the dims a slice of this model may have, in ascending order."""
@@ -382,7 +456,8 @@ class Dimensions:
         if self.adapter.norm.is_centred:
             smallest = max(smallest, 2)  # one direction is taken by the mean
         first = -(-smallest // self.dim_multiple) * self.dim_multiple
-        return range(first, self.hidden_size, self.dim_multiple)
+        # where channels are removed, the stream may keep its width
+        return range(first, self.hidden_size + (self.mlp_dim is not None), self.dim_multiple)
 
     def nearest_legal(self, dim: int) -> tuple[int, ...]:
         """Return the legal dims next to `dim`: one below and one above where they exist."""

@@ -10,7 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["MULTIPLES", "formats_of", "friendly_multiple", "preferred_dims", "why_not_quantised"]
+__all__ = [
+    "MULTIPLES",
+    "formats_of",
+    "friendly_multiple",
+    "preferred_dims",
+    "preferred_widths",
+    "why_not_quantised",
+    "why_writers_are_not_quantised",
+]
 
 # what each multiple is needed for, from the most demanding on
 MULTIPLES = {256: "k-quants", 128: "GPTQ, AWQ, Marlin", 64: "bitsandbytes, MLX", 32: "q8_0, q4_0"}
@@ -59,26 +67,49 @@ def preferred_dims(sizes: LegalDims, multiple_of: int | None = None) -> list[int
     Args:
         multiple_of: The number to use instead.
     """
+    return preferred_widths(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple, multiple_of)
+
+
+def preferred_widths(legal: range, size: int, least_step: int = 1, multiple_of: int | None = None) -> list[int]:
+    """Do the same for legal widths of any kind, such as those of an MLP.
+
+    Args:
+        size: The width of the dense model.
+        least_step: What every legal width is a multiple of.
+    """
     if multiple_of is not None:
-        return _divided(sizes, multiple_of)
+        return _divided(legal, multiple_of)
     for multiple in MULTIPLES:
-        if math.lcm(sizes.dim_multiple, multiple) <= MOST_STEP * sizes.hidden_size:
-            return _divided(sizes, multiple)
-    return list(sizes.legal_dims())
+        if math.lcm(least_step, multiple) <= MOST_STEP * size:
+            return _divided(legal, multiple)
+    return list(legal)
 
 
 def why_not_quantised(dim: int, legal: Sequence[int]) -> str:
     """Say what a hidden size costs that 32 does not divide, and which legal ones do better; empty if 32 divides it."""
     if dim % LEAST == 0:
         return ""
-    friendly = [other for other in legal if other % LEAST == 0]
-    nearest = sorted(sorted(friendly, key=lambda other: abs(other - dim))[:2])
-    names = f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
     return (
         f"{LEAST} does not divide a hidden size of {dim}, so GGUF keeps its matrices in 16 bits: a quantised file can "
-        f"be larger than the dense model's.{names}"
+        f"be larger than the dense model's.{_nearest(dim, legal)}"
     )
 
 
-def _divided(sizes: LegalDims, multiple: int) -> list[int]:
-    return [dim for dim in sizes.legal_dims() if dim % multiple == 0]
+def why_writers_are_not_quantised(mlp_dim: int, legal: Sequence[int]) -> str:
+    """Say the same of an MLP width, which is the length of the rows of the MLPs' writers."""
+    if mlp_dim % LEAST == 0:
+        return ""
+    return (
+        f"{LEAST} does not divide an MLP width of {mlp_dim}, so GGUF keeps the last matrix of every MLP in 16 bits."
+        f"{_nearest(mlp_dim, legal)}"
+    )
+
+
+def _nearest(width: int, legal: Sequence[int]) -> str:
+    friendly = [other for other in legal if other % LEAST == 0]
+    nearest = sorted(sorted(friendly, key=lambda other: abs(other - width))[:2])
+    return f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
+
+
+def _divided(legal: range, multiple: int) -> list[int]:
+    return [width for width in legal if width % multiple == 0]

@@ -8,12 +8,13 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
-from slicecli.family.friendly_dims import preferred_dims
+from slicecli.family.friendly_dims import preferred_dims, preferred_widths
 from slicecli.family.schedule import PublishedSizes, Schedule
 from slicecli.runtime.inputs import check_count, parse_bytes, parse_count, parse_text
 from slicecli.runtime.options import Option
@@ -29,6 +30,8 @@ __all__ = [
     "Width",
     "check_method",
     "slice_sizes",
+    "sliced_widths",
+    "width_name",
 ]
 
 Method = Literal["refit", "slicegpt"]
@@ -68,9 +71,10 @@ class SliceSizes(Protocol):
 
 @dataclass(frozen=True)
 class Width:
-    """How wide the slice shall be, in the user's units; one of its fields is given, besides the multiple.
+    """How wide the slice shall be, in the user's units: one way to choose the hidden size, one for the MLP's width.
 
-    A schedule is as `slicecli.family.schedule.read_schedule` takes it.
+    With an MLP width, none has to be: the hidden size then stays. A schedule is as
+    `slicecli.family.schedule.read_schedule` takes it.
     """
 
     dim: int | None = Option("--dim", "Hidden size to keep.", reads=int, metavar="N").field()
@@ -97,13 +101,19 @@ class Width:
         reads=parse_text,
         metavar="constant|linear:S0:S1|FILE.json",
     ).field()
+    mlp_dim: int | None = Option(
+        "--mlp-dim", "MLP channels to keep; alone, it leaves the hidden size as it is.", reads=int, metavar="M"
+    ).field()
+    mlp_sparsity: float | None = Option(
+        "--mlp-sparsity", "Instead: fraction of the MLP channels to remove.", reads=float, metavar="F"
+    ).field()
 
     def __post_init__(self) -> None:
         if self.schedule == "constant":  # one width, which another option gives
             object.__setattr__(self, "schedule", None)
         wishes = (self.dim, self.sparsity, self.target_parameters, self.memory, self.schedule)
         given = [value for value in wishes if value is not None]
-        if len(given) != 1:
+        if len(given) > 1 or not (given or self.chooses_mlp):
             raise RequestError(
                 "No width was chosen." if not given else "The width was chosen more than once.",
                 "Use exactly one of --dim, --sparsity, --target-params, --memory and --schedule.",
@@ -111,8 +121,35 @@ class Width:
         check_count(self.multiple_of, "A multiple of {} is", "Use --multiple-of")
         if self.multiple_of is not None and self.dim is not None:
             raise RequestError("--multiple-of has no effect on --dim.", "Leave out one of them.")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise RequestError(f"A sparsity of {self.sparsity} is not a fraction of the hidden size.", "Use 0 < F < 1.")
+        if self.mlp_dim is not None and self.mlp_sparsity is not None:
+            raise RequestError("The MLP's width was chosen twice.", "Use one of --mlp-dim and --mlp-sparsity.")
+        for share, what in ((self.sparsity, "hidden size"), (self.mlp_sparsity, "MLP channels")):
+            if share is not None and not 0 < share < 1:
+                raise RequestError(f"A sparsity of {share} is not a fraction of the {what}.", "Use 0 < F < 1.")
+
+    @property
+    def chooses_mlp(self) -> bool:
+        """Whether a width of the MLP is given."""
+        return self.mlp_dim is not None or self.mlp_sparsity is not None
+
+    def resolve_mlp(self, dimensions: Dimensions) -> int | None:
+        """Return the MLP width that meets the wish; `None` where the MLPs stay whole.
+
+        A width is taken as it is or refused; a sparsity goes to the nearest, of those that kernels and formats can
+        use.
+        """
+        if not self.chooses_mlp:
+            return None
+        if self.mlp_dim is not None:
+            dimensions.check_mlp_dim(self.mlp_dim)
+            found = self.mlp_dim
+        else:
+            assert self.mlp_sparsity is not None
+            dimensions.check_mlp_dim(1)  # refuses where no width is legal
+            wish = (1 - self.mlp_sparsity) * dimensions.mlp_size
+            legal = preferred_widths(dimensions.legal_mlp_dims(), dimensions.mlp_size)
+            found = min(legal, key=lambda width: (abs(width - wish), width))
+        return None if found == dimensions.mlp_size else found
 
     def resolve(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
         """Return the legal dim that meets the wish, of all but a schedule.
@@ -126,6 +163,10 @@ class Width:
         if self.dim is not None:
             sizes.check_dim(self.dim)
             return self.dim
+        if self.sparsity is None and self.target_parameters is None and self.memory is None:
+            if sizes.hidden_size not in sizes.legal_dims():
+                raise RequestError("Nothing would be removed.", "Choose a smaller MLP width, or a --dim.")
+            return sizes.hidden_size
         legal = preferred_dims(sizes, self.multiple_of)
         if not legal:
             what = "" if self.multiple_of is None else f" that {self.multiple_of} divides"
@@ -160,6 +201,9 @@ class SlicePlan:
         dense_parameters: Parameters of the dense model as shipped.
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
+        written_type: The model type of the class it is written in, in its config.
+        mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
+        mlp_dim: m, how many of them stay; likewise.
     """
 
     model: str
@@ -176,6 +220,9 @@ class SlicePlan:
     is_tied: bool = False
     schedule: Schedule | None = None
     schedule_name: str = ""
+    written_type: str = ""
+    mlp_size: int | None = None
+    mlp_dim: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -198,11 +245,32 @@ def slice_sizes(dimensions: Dimensions, method: Method, slice_head: bool | None 
     return dimensions if method == "refit" else PublishedSizes(dimensions, slice_head)
 
 
+def width_name(dim: int, mlp_dim: int | None) -> str:
+    """Return what the widths of a slice add to its name."""
+    return f"dim{dim}" + ("" if mlp_dim is None else f"-mlp{mlp_dim}")
+
+
+def sliced_widths(record: Mapping[str, Any]) -> list[str]:
+    """Name the widths of a slice that differ from the dense model's, from its record."""
+    keeps_hidden_size = record["mlp_dim"] is not None and record["dim"] == record["hidden_size"]
+    widths = [] if keeps_hidden_size else [f"hidden size {record['dim']}"]
+    return widths + ([] if record["mlp_dim"] is None else [f"MLP width {record['mlp_dim']}"])
+
+
 def check_method(
-    method: Method, slice_head: bool | None = None, has_schedule: bool = False, has_orientation: bool = False
+    method: Method,
+    slice_head: bool | None = None,
+    has_schedule: bool = False,
+    has_orientation: bool = False,
+    chooses_mlp: bool = False,
 ) -> None:
-    """Refuse options of the published method where it is not asked for."""
+    """Refuse options of one method where the other is asked for."""
     if method == "slicegpt":
+        if chooses_mlp:
+            raise RequestError(
+                "--mlp-dim and --mlp-sparsity require the refit; the slicegpt method leaves MLP channels as they are.",
+                "Leave out --method slicegpt.",
+            )
         return
     given = {
         "--schedule": has_schedule,

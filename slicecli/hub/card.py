@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
+from slicecli.hub.serving import verdicts_on
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
@@ -24,6 +26,11 @@ PLOT_FILE = "plots/prediction.png"
 RECOVERY_PLOT_FILE = "plots/recovery.png"
 TEMPLATE_FILE = "card.md.jinja"
 UNKNOWN_PLACE = "PATH"
+_VERDICTS = {
+    "correct": "A small slice of this class gave the same logits in {}",
+    "wrong": "**Do not use {}**: a small slice of this class ran there and gave other logits",
+    "refused": "It does not run in {}",
+}
 _BEGIN = re.compile(r"<!-- slicecli ([\w.+-]+): begin -->\n")
 _END = "\n<!-- slicecli: end -->"
 CITATION = """\
@@ -120,12 +127,12 @@ def render_body(record: Mapping[str, Any]) -> str:
         **record,
         name=name.rpartition("/")[2],
         base_model_link=f"[{name}](https://huggingface.co/{name})" if base_model_of(record) == name else code(name),
-        is_stock=record["layout"] == "stock" and not record["needs_remote_code"],
+        widths=" and ".join(sliced_widths(record)),
+        change_of_widths=_change_of_widths(record),
         method_sentence=_method_sentence(record),
         layout_sentence=_layout_sentence(record),
         transformers_snippet=_transformers_snippet(place, record["needs_remote_code"]),
-        vllm_snippet=code_block(f"vllm serve {place}"),
-        llama_cpp_snippet=_llama_cpp_snippet(record["repository"]),
+        programs=list(_programs(record, place)),
         measured=list(_measured(record)),
         energy_sentence=_energy_sentence(record),
         trainings=list(_trainings(record)),
@@ -234,6 +241,24 @@ def _transformers_snippet(place: str, needs_remote_code: bool) -> str:
     )
 
 
+def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]:
+    """Yield what is known of each program that was given a slice of this class: a sentence, and how to run it there."""
+    if record["layout"] == "stock" and record["needs_remote_code"]:  # the class is the repository's own
+        return
+    flag = " --trust-remote-code" if record["needs_remote_code"] else ""
+    snippets = {
+        "vLLM": code_block(f"vllm serve {place}{flag}"),
+        "llama.cpp": _llama_cpp_snippet(record["repository"]),
+    }
+    written = record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"]
+    verdicts = verdicts_on(written, record["layout"], record["method"], record["is_tied"])
+    for client, found in verdicts.items():
+        yield {
+            "sentence": f"{_VERDICTS[found.verdict].format(client)} ({found.version}).",
+            "snippet": snippets.get(client, "") if found.verdict == "correct" else "",
+        }
+
+
 def _llama_cpp_snippet(repository: str | None) -> str:
     folder = "PATH" if repository is None else repository.rpartition("/")[2]
     name = "slice" if repository is None else folder
@@ -249,11 +274,23 @@ def _llama_cpp_snippet(repository: str | None) -> str:
     )
 
 
+def _change_of_widths(record: Mapping[str, Any]) -> str:
+    hidden = (
+        f"its hidden size (the width of the residual stream) sliced from {record['hidden_size']} to {record['dim']}"
+    )
+    if record["mlp_dim"] is None:
+        return hidden
+    channels = f"from {record['mlp_size']} to {record['mlp_dim']} channels"
+    is_narrower = record["dim"] < record["hidden_size"]
+    return f"{hidden} and its MLPs {channels}" if is_narrower else f"its MLPs sliced {channels}"
+
+
 def _method_sentence(record: Mapping[str, Any]) -> str:
     is_trained = "recovery" in record
     if record["method"] == "refit":
+        removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
         end = "." if is_trained else "; nothing was trained."
-        return f"Every matrix that reads or writes the residual stream was refitted by least squares{end}"
+        return f"{removed}Every matrix that reads or writes the residual stream was refitted by least squares{end}"
     end = "nothing was refitted." if is_trained else "nothing was refitted or trained."
     return (
         "The residual stream is projected onto its principal directions at each norm site, as published "
@@ -269,11 +306,17 @@ def _layout_sentence(record: Mapping[str, Any]) -> str:
             "it includes `configuration_slicecli.py` and `modeling_slicecli.py`, which need only torch and "
             "transformers: read them before you trust them. After `import slicecli` transformers uses the installed "
             "classes instead, and the flag is not needed. Made with transformers "
-            f"{code(record['versions']['transformers'])}; vLLM and llama.cpp cannot load it."
+            f"{code(record['versions']['transformers'])}."
         )
     if record["needs_remote_code"]:
         return "It runs the code of its base model, which is stored with the weights: read it before you trust it."
-    return f"It is a stock {model_type} checkpoint: no custom code is needed."
+    written_type = code(record["written_type"])
+    if written_type == model_type:
+        return f"It is a stock {model_type} checkpoint: no custom code is needed."
+    return (
+        f"It is a stock {written_type} checkpoint: its base model is of type {model_type}, and this class computes the "
+        "same. No custom code is needed."
+    )
 
 
 def _energy_sentence(record: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.data.text import NAMED_TEXTS
+from slicecli.family.slice_plan import width_name
 from slicecli.runtime.inputs import is_repository_name
 from slicecli.runtime.markdown import visible
 
@@ -90,7 +91,9 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model_name(record: Mapping[str, Any]) -> str:
     repository: str | None = record["repository"]
-    return repository or visible(f"{record['source']['model'].rpartition('/')[2]}-dim{record['dim']}")
+    return repository or visible(
+        f"{record['source']['model'].rpartition('/')[2]}-{width_name(record['dim'], record['mlp_dim'])}"
+    )
 
 
 def _eval_results(record: Mapping[str, Any]) -> Iterator[EvalResult]:

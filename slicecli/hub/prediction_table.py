@@ -24,8 +24,11 @@ HALF = 0.5  # of a unit of hidden size: closer than that is the same dim
 def with_predictions(
     record: dict[str, Any], forecasts: Sequence[Forecast]
 ) -> tuple[dict[str, Any], Mapping[str, bytes]]:
-    """Return a record with forecasts in it, as tables for the usual dims, and their plots by file name."""
-    if not forecasts:
+    """Return a record with forecasts in it, as tables for the usual dims, and their plots by file name.
+
+    They are for slices that keep all MLP channels, so one that does not has none.
+    """
+    if not forecasts or record["mlp_dim"] is not None:
         return record, {}
     known = {one["dim"]: one["parameters"] for one in record["other_dims"]}
     known[record["dim"]] = record["parameters"]["sliced"]

@@ -137,11 +137,12 @@ def _client(options: PushOptions) -> HfApi:
 
 
 def _message(folder: Path) -> str:
+    from slicecli.family.slice_plan import sliced_widths
     from slicecli.record.record import read_record
 
     record = read_record(folder) or {}
     recovered = " and recovered" if "recovery" in record else ""
-    return f"{record['source']['model']} sliced to hidden size {record['dim']}{recovered}"
+    return f"{record['source']['model']} sliced to {' and '.join(sliced_widths(record))}{recovered}"
 
 
 def _may_write(api: HfApi, repository: str) -> bool:

@@ -21,6 +21,7 @@ from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
 from slicecli.checkpoint.weight_files import INDEX_FILE, entry_file
 from slicecli.errors import WeightsError
+from slicecli.family.dimensions import MLP_WIDTH
 from slicecli.family.schedule import Schedule
 from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
@@ -279,11 +280,26 @@ def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     """Return what the config of a stock slice has, by path."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
+    written = record["written_type"]
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if written in one.model_types), known.get(record["adapter"]))
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
     if width is None:
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
-    return {("model_type",): record["source"]["model_type"], (width,): record["dim"]}
+    fields: dict[tuple[str, ...], Any] = {("model_type",): written, (width,): record["dim"]}
+    if record["mlp_dim"] is not None:
+        fields[_mlp_field(record),] = record["mlp_dim"]
+    return fields
+
+
+def _mlp_field(record: Mapping[str, Any]) -> str:
+    """Return the name of the config field that has the width of the MLP."""
+    from slicecli.family.plugins import plugins
+
+    adapter = plugins().adapters.get(record["adapter"])
+    if adapter is None or record["written_type"] not in adapter.model_types:
+        return MLP_WIDTH
+    return adapter.names.get(MLP_WIDTH, MLP_WIDTH)
 
 
 def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -291,12 +307,14 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
     fields: dict[tuple[str, ...], Any] = {
         ("model_type",): CONFIG_TYPE,
         ("auto_map",): AUTO_MAP,
-        ("text_config", "model_type"): record["source"]["model_type"],
+        ("dense_config", "model_type"): record["source"]["model_type"],
         ("slicing", "hidden_size"): record["hidden_size"],
         ("slicing", "has_shortcuts"): record["schedule"] is not None,
         ("embedding_size",): record["dim"],
         ("slicing", "head_width"): record["dim"],
     }
+    if record["mlp_dim"] is not None:
+        fields["dense_config", _mlp_field(record)] = record["mlp_dim"]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Description",
     "describe_slice",
+    "enter_class",
     "enter_curves",
     "enter_repository",
     "enter_results",
@@ -228,6 +229,17 @@ def enter_curves(folder: Path, curves: Sequence[Mapping[str, Any]]) -> None:
 def enter_repository(folder: Path, repository: str) -> None:
     """Enter where a slice is published, so that its card says how to load it from there."""
     _write(folder, {**_record_to_enter_in(folder), "repository": repository}, folder)
+
+
+def enter_class(folder: Path, changes: Mapping[str, Any], weights: Mapping[str, str]) -> None:
+    """Enter that a slice, whose files are there, is written in another class.
+
+    Args:
+        changes: Fields of the record with their new values.
+    """
+    record = {**_record_to_enter_in(folder), **changes, "weights": dict(weights)}
+    files = {name: file_digest(folder / name) for name in own_files(folder) if name not in weights}
+    _write(folder, {**record, "files": files}, folder)
 
 
 def write_card(folder: Path) -> None:

@@ -10,6 +10,7 @@ from slicecli.adapters import AUTO_ADAPTER
 from slicecli.errors import SlicecliError
 from slicecli.estimation.estimate import USUAL_SPARSITIES, nearest_dims
 from slicecli.family.slice_plan import SlicePlan, Width, slice_sizes
+from slicecli.family.written_class import OWN
 from slicecli.hub.metadata import inherited_metadata
 from slicecli.hub.writing import Description
 from slicecli.jobs.options import SliceOptions
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
     from slicecli.data.packing import Rows
     from slicecli.estimation.forecasts import Forecast
-    from slicecli.jobs.plan import Job
+    from slicecli.jobs.plan import Job, PlannedSlice
 
 __all__ = ["draft_description", "licence_warning", "reproduce_command"]
 
 
-def draft_description(job: Job, plan: SlicePlan, rows: Rows) -> Description:
+def draft_description(job: Job, planned: PlannedSlice, rows: Rows) -> Description:
     """Return what is known of a slice before its weights are, found fit to be written."""
-    sizes = slice_sizes(job.dimensions, plan.method, job.options.slice_head)
+    plan = planned.plan
+    narrower = job.dimensions.with_mlp_dim(plan.mlp_dim)
+    sizes = planned.written or slice_sizes(narrower, plan.method, job.options.slice_head)
     record = build_record(
         plan,
         job.source,
@@ -74,6 +77,10 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
         values |= {"method": plan.method, "orientation": options.orientation}
     if options.unties:
         values["unties"] = True
+    if plan.layout == "stock" and plan.written_type != plan.model_type:
+        values["write_as"] = plan.written_type
+    elif options.write_as == OWN:
+        values["write_as"] = OWN
     if job.source.commit:
         values["revision"] = job.source.commit
     values |= {
@@ -89,5 +96,7 @@ def reproduce_command(job: Job, plan: SlicePlan) -> str:
         values["trust_remote_code"] = True
     if plan.schedule is not None:
         values = {"slice_head": options.slice_head, **values}
-    width = {"schedule": plan.schedule_name} if plan.schedule_name else {"dim": plan.dim}
+    width: dict[str, Any] = {"schedule": plan.schedule_name} if plan.schedule_name else {"dim": plan.dim}
+    if plan.mlp_dim is not None:
+        width["mlp_dim"] = plan.mlp_dim
     return shlex.join(["slicecli", "slice", plan.model, *words_of(Width, width), *words_of(SliceOptions, values)])

@@ -68,6 +68,14 @@ class SliceOptions:
         default=False,
         reads=bool,
     ).field()
+    write_as: str = Option(
+        "--write-as",
+        "Class of transformers to write a refitted slice in: auto takes the family's own if vLLM and llama.cpp run it, "
+        "else one that computes the same and runs; own, or the type of such a class (see `slicecli inspect`).",
+        default="auto",
+        reads=parse_text,
+        metavar="auto|own|NAME",
+    ).field()
     calibration: str = Option(
         "--calibration",
         "Calibration text: wikitext2, c4, alpaca, ptb, demo, a .txt or .jsonl file, or a Hub dataset.",

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slicecli.adapters import AUTO_ADAPTER, Adapter, select_adapter
-from slicecli.checkpoint.configs import custom_code_config, stock_config
+from slicecli.checkpoint.configs import custom_code_config, portable_config, resized_config, stock_config
 from slicecli.checkpoint.folder import check_apart, check_output, require_disk_space
 from slicecli.checkpoint.meta_model import build_runnable_meta_model, parameter_shapes
 from slicecli.checkpoint.source import Source
@@ -22,7 +22,8 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method
+from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method, width_name
+from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.runtime.distributed import Processes
@@ -59,11 +60,28 @@ class PlannedSlice:
     Attributes:
         config: Its config, an object of transformers.
         folder: Where it will lie.
+        written: The class it is written in; `None` for custom code.
+        running_config: Its config in its family's own class, with the MLPs of the dense model: its blocks run so while
+            they are fitted.
+        note: Why it is written in that class, where that needs a word.
     """
 
     plan: SlicePlan
     config: Any
     folder: Path
+    written: WrittenClass | None
+    running_config: Any
+    note: str = ""
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it is written in another class than its family's own."""
+        return self.written is not None and self.written.portable is not None
+
+    @property
+    def runs_as_written(self) -> bool:
+        """Whether its blocks are fitted in the very model that is written."""
+        return self.running_config is self.config
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class Job:
         meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
         placement: Where the dense weights rest, and what computes.
         processes: Those that do it together.
+        classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
     source: Source
@@ -90,6 +109,7 @@ class Job:
     slices: tuple[PlannedSlice, ...]
     options: SliceOptions
     processes: Processes
+    classes: SliceClasses | None
 
     def describe_places(self) -> str:
         """Say in a line what computes, and where weights and streams are kept."""
@@ -114,6 +134,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
+        chooses_mlp=any(width.chooses_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
     Dimensions(adapter, chosen.fields)  # names a field that is wrong, where transformers would name its own check
@@ -121,16 +142,21 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions = Dimensions(adapter, source.loaded_fields(adapter, full_fields(source, config)), options.unties)
     stored_dtype = source.stored_dtype()
     dtype = options.dtype or stored_dtype
-    requests = [resolve(width, dimensions, options, DTYPE_BYTES[dtype]) for width in widths]
+    classes = SliceClasses.of_method(
+        dimensions, options.method, str(source.fields.get("model_type")), options.write_as, source.has_own_model_code
+    )
+    requests = [resolve(width, dimensions, classes, options, DTYPE_BYTES[dtype]) for width in widths]
     sequence_length = pick_sequence_length(source.name, config, options.sequence_length)
     config.tie_word_embeddings = dimensions.is_tied  # as the weight files have it
     meta_model = build_runnable_meta_model(config, options.trust_remote_code)
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    output_length = _prove(source, chosen, config, dimensions, options)
+    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _, _ in requests)
+    output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
+    _prove_portable(source, config, requests)
     slices = []
-    for width, (dim, schedule), output in zip(widths, requests, outputs, strict=True):
+    for width, (sizes, dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -139,19 +165,30 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             dim=dim,
             dtype=dtype,
             dense_parameters=dimensions.parameters(),
-            sliced_parameters=dimensions.parameters(dim) if schedule is None else count(schedule.shapes(dimensions)),
+            sliced_parameters=(written or sizes).parameters(dim)
+            if schedule is None
+            else count(schedule.shapes(dimensions)),
             dense_dtype=stored_dtype,
             method=options.method,
             layout=layout,
             is_tied=options.method == "refit" and dimensions.keeps_tie,
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
+            written_type=written.model_type if written else CONFIG_TYPE,
+            mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
+            mlp_dim=sizes.mlp_dim,
         )
-        sliced_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
+        sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code, written)
+        running_config = sliced_config
+        if written is not None and written.portable is not None:
+            running_config = resized_config(config, dimensions, dim, dtype)
+        elif plan.mlp_dim is not None:
+            running_config = config_of(plan, config, dimensions, output_length, source.has_own_model_code)
         if not sliced_config.architectures:  # which others than transformers need
             sliced_config.architectures = [type(meta_model).__name__]
-        folder = output or Path(f"{source.name.rpartition('/')[2]}-dim{dim}")
-        slices.append(PlannedSlice(plan, sliced_config, folder))
+        folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
+        note = classes.note(written, dim) if classes and written else ""
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, running_config, note))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
@@ -169,6 +206,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         tuple(slices),
         options,
         processes,
+        classes,
     )
 
 
@@ -203,19 +241,40 @@ def _layout(source: Source, chosen: ChosenAdapter, method: Method) -> Layout:
     return "custom-code"
 
 
-def _prove(source: Source, chosen: ChosenAdapter, config: Any, dimensions: Dimensions, options: SliceOptions) -> int:
+def _prove(
+    source: Source,
+    chosen: ChosenAdapter,
+    config: Any,
+    dimensions: Dimensions,
+    options: SliceOptions,
+    cuts_mlp: bool,
+) -> int:
     """Prove on a small model what the declaration alone cannot tell; return how many values a block returns.
 
     That number is of the published method only, which needs it.
     """
-    from slicecli.proof.declaration import prove_own_class, prove_shortcuts
+    from slicecli.proof.declaration import prove_channels_of_class, prove_own_class, prove_shortcuts
 
     with quiet_libraries(), running(source.name):
         if source.has_own_model_code and chosen.inference is None:
             prove_own_class(chosen.adapter, config, source.trust_remote_code)
+        if cuts_mlp and (source.has_own_model_code or chosen.inference is not None):
+            prove_channels_of_class(chosen.adapter, config, source.trust_remote_code)
         if options.method == "slicegpt":
             return prove_shortcuts(chosen.adapter, config, slices_head(dimensions, options.slice_head))
     return 0
+
+
+def _prove_portable(source: Source, config: Any, requests: Sequence[Resolved]) -> None:
+    """Prove on a small model that the portable classes to be written compute what the family's own class does."""
+    chosen = {one.written.model_type: one.written for one in requests if one.written is not None}
+    portable = [one for one in chosen.values() if one.portable is not None]
+    if portable:
+        from slicecli.proof.portable import prove_portable_class
+
+        with quiet_libraries(), running(source.name):
+            for written in portable:
+                prove_portable_class(written, config)
 
 
 def _check_outputs(
@@ -269,26 +328,54 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
     return dimensions.hidden_size * (most_steps + 1)
 
 
+class Resolved(NamedTuple):
+    """What is wished for comes to: sizes with the MLPs of the slice, a dim or a schedule, and the class to write."""
+
+    sizes: Dimensions
+    dim: int
+    schedule: Schedule | None
+    written: WrittenClass | None
+
+
 def resolve(
-    width: Width, dimensions: Dimensions, options: SliceOptions, bytes_per_parameter: int
-) -> tuple[int, Schedule | None]:
-    """Return the dim that meets a wish, and for the published method the width at every place."""
+    width: Width,
+    dimensions: Dimensions,
+    classes: SliceClasses | None,
+    options: SliceOptions,
+    bytes_per_parameter: int,
+) -> Resolved:
+    """Return the widths that meet a wish, and the class of the slice."""
+    narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
+    if classes is not None:
+        dim, written = classes.with_mlp_dim(narrower.mlp_dim).resolve(width, bytes_per_parameter)
+        return Resolved(narrower, dim, None, written)
     if options.method == "refit":
-        return width.resolve(dimensions, bytes_per_parameter), None
+        return Resolved(narrower, width.resolve(narrower, bytes_per_parameter), None, None)
     if width.schedule is not None:
         schedule = read_schedule(width.schedule, dimensions, options.slice_head)
-        return schedule.dim, schedule
+        return Resolved(dimensions, schedule.dim, schedule, None)
     sizes = PublishedSizes(dimensions, options.slice_head)
     dim = width.resolve(sizes, bytes_per_parameter)
     schedule = sizes.schedule(dim)
     schedule.check(dimensions)
-    return dim, schedule
+    return Resolved(dimensions, dim, schedule, None)
 
 
 def config_of(
-    plan: SlicePlan, config: Any, dimensions: Dimensions, block_output_length: int = 0, has_code: bool = False
+    plan: SlicePlan,
+    config: Any,
+    dimensions: Dimensions,
+    block_output_length: int = 0,
+    has_code: bool = False,
+    written: WrittenClass | None = None,
 ) -> Any:
-    """Return the config of a planned slice."""
+    """Return the config of a planned slice.
+
+    Args:
+        dimensions: With the MLPs that it shall have.
+    """
+    if written is not None and written.portable is not None:
+        return portable_config(config, written, plan.dim, plan.dtype)
     if plan.layout == "stock":
         return stock_config(config, dimensions, plan.dim, plan.dtype, has_code)
     schedule = plan.schedule or Schedule.constant(dimensions, plan.dim)

@@ -11,13 +11,14 @@ import json
 import operator
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder
+from slicecli.checkpoint.legacy_fields import with_legacy_fields
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, load_tokenizer, tokenizer_code
 from slicecli.errors import OutputError, PluginError, SourceError, reason_of, shown
@@ -29,9 +30,9 @@ from slicecli.slicing.journal import is_progress
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
     from slicecli.family.slice_plan import SlicePlan
-    from slicecli.jobs.plan import Job
+    from slicecli.jobs.plan import Job, PlannedSlice
 
-__all__ = ["copy_companions", "prepare_folders", "rehearse"]
+__all__ = ["check_loads", "copy_companions", "prepare_folders", "rehearse", "write_config"]
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # what tokenizers treat in different ways
@@ -56,17 +57,20 @@ def prepare_folders(job: Job, folders: Sequence[Path]) -> list[Any]:
     What an interrupted run has computed stays there, everything else is written anew.
     """
     tokenizer = job.source.tokenizer()
-    return [
-        _prepare_folder(job, one.plan, one.config, folder, tokenizer)
-        for one, folder in zip(job.slices, folders, strict=True)
-    ]
+    return [_prepare_folder(job, one, folder, tokenizer) for one, folder in zip(job.slices, folders, strict=True)]
 
 
-def _prepare_folder(job: Job, plan: SlicePlan, config: Any, folder: Path, tokenizer: Any) -> Any:
-    source = job.source
+def _prepare_folder(job: Job, one: PlannedSlice, folder: Path, tokenizer: Any) -> Any:
+    source, plan = job.source, one.plan
     clear_folder(folder, is_progress)
     copy_companions(source, folder, has_code=plan.layout != "stock")
-    _write_config(config, folder, source)
+    adapter = job.adapter if one.written is None else one.written.dimensions.adapter
+    write_config(one.config, folder, source, adapter.names)
+    return check_loads(folder, plan, source, tokenizer)
+
+
+def check_loads(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> Any:
+    """Make sure that all but the weights of a slice load from its folder; return its empty model."""
     meta_model = _load_meta_model(folder, plan, source)
     _check_generation_config(folder, source)
     _check_tokenizer(folder, plan, source, tokenizer)
@@ -110,26 +114,26 @@ def _take_over(source: Source, file: str, folder: Path) -> None:
         shutil.copyfileobj(content, copy)
 
 
-def _write_config(config: Any, folder: Path, source: Source) -> None:
+def write_config(config: Any, folder: Path, source: Source, names: Mapping[str, str]) -> None:
     """Write the config as its class does, also where the class would rather not: the slice then loads as its source.
 
-    What only generation reads has no place in a config any more, and its classes drop it; transformers still looks for
-    it in the file where there is no generation config.
+    Fields that transformers 4 spelled differently are written in both spellings. What only generation reads has no
+    place in a config any more, and its classes drop it; transformers still looks for it in the file where there is no
+    generation config.
     """
     import transformers
 
     try:
-        text = config.to_json_string()
+        fields = with_legacy_fields(json.loads(config.to_json_string()), names)
         if not (folder / GENERATION_FILE).is_file():
-            names = {name for name in vars(transformers.GenerationConfig()) if not hasattr(config, name)}
-            dropped = {name: value for name, value in source.fields.items() if name in names}
-            if dropped:
-                text = json.dumps({**json.loads(text), **dropped}, indent=2, sort_keys=True) + "\n"
+            lost = {name for name in vars(transformers.GenerationConfig()) if not hasattr(config, name)}
+            fields |= {name: value for name, value in source.fields.items() if name in lost}
     except Exception as error:  # config classes raise what they like
         raise SourceError(
             f"The config of a slice of {source.name} cannot be written: {reason_of(error)}.", "Check config.json."
         ) from error
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
@@ -158,7 +162,7 @@ def _load_meta_model(folder: Path, plan: SlicePlan, source: Source) -> Any:
 
 
 def _check_generation_config(folder: Path, source: Source) -> None:
-    """Refuse what keeps transformers from loading a model: it does without a generation config, but not with any."""
+    """Refuse a generation config that transformers cannot load; a missing one is fine."""
     from transformers import GenerationConfig
 
     try:
@@ -179,7 +183,7 @@ def _check_generation_config(folder: Path, source: Source) -> None:
 def _check_tokenizer(folder: Path, plan: SlicePlan, source: Source, tokenizer: Any) -> None:
     """Make sure that a slice's tokenizer, loaded from its folder, does what the dense model's does."""
     problem = _problem_with_tokenizer(folder, source, tokenizer)
-    if problem is not None and plan.layout != "stock" and not tokenizer_code(folder):
+    if problem is not None and plan.written_type != plan.model_type and not tokenizer_code(folder):
         # the type of the dense model may have chosen the class, and the slice is of another type
         _name_tokenizer_class(folder, type(tokenizer).__name__)
         problem = _problem_with_tokenizer(folder, source, tokenizer)

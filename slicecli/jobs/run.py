@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
+from slicecli.checkpoint.portable import converting_sink
 from slicecli.checkpoint.reader import checkpoint_tensors, stored_values
 from slicecli.checkpoint.shards import ShardWriter
 from slicecli.errors import OutputError
-from slicecli.family.friendly_dims import why_not_quantised
+from slicecli.family.friendly_dims import why_not_quantised, why_writers_are_not_quantised
 from slicecli.family.slice_plan import SlicePlan, slice_sizes
 from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
-from slicecli.jobs.plan import Job, width_of_dense_activations
+from slicecli.jobs.plan import Job, PlannedSlice, width_of_dense_activations
 from slicecli.record.record import Energy
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
@@ -115,7 +116,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         rows, warnings = read_rows(job)
         job = with_weights(job)
         with running(job.source.name):
-            drafts = [draft_description(job, one.plan, rows) for one in job.slices] if folders else []
+            drafts = [draft_description(job, one, rows) for one in job.slices] if folders else []
         dense, batches, identity = share_work(job, rows)
         warnings += _idle_warning(processes.count, batches)
         fingerprint = identity.of_run(job, batches.size)
@@ -166,15 +167,15 @@ def _open_targets(
     targets, writers = [], []
     for number, one in enumerate(job.slices):
         missing = None if state is None else state["missing"][number]
+        running = meta_models[number] if folders and one.runs_as_written else None
+        if running is None:
+            running = build_runnable_meta_model(one.running_config, job.options.trust_remote_code)
+        target = _open_target(number, one.plan, running)
         if folders:
-            folder, meta_model = folders[number], meta_models[number]
-        else:
-            folder, meta_model = None, build_runnable_meta_model(one.config, job.options.trust_remote_code)
-        target, writer = _open_target(number, one.plan, meta_model, folder, job.options, missing)
-        targets.append(target)
-        if writer is not None:
+            writer = _open_writer(target, one, meta_models[number], folders[number], job.options, missing)
             stack.callback(writer.close)
             writers.append(writer)
+        targets.append(target)
     return targets, writers
 
 
@@ -244,7 +245,7 @@ def _find_statistics(
 def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
     """Return what keeps the dense stream of all steps between the passes, where that saves time.
 
-    On a CPU it is, by far, as long as the memory that is free holds what is written to the disk.
+    On a CPU that is so as long as free memory can hold what is written to disk.
     """
     from slicecli.slicing.activation_cache import ActivationCache
 
@@ -297,37 +298,46 @@ def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int
     return groups
 
 
-def _open_target(
-    number: int,
-    plan: SlicePlan,
-    meta_model: Any,
-    folder: Path | None,
-    options: SliceOptions,
-    missing: Sequence[str] | None,
-) -> tuple[Target, ShardWriter | None]:
-    """Lay out the weight files of an empty sliced model, or open those of an interrupted run.
-
-    Without a folder nothing is written.
-    """
+def _open_target(number: int, plan: SlicePlan, meta_model: Any) -> Target:
+    """Return a slice in the making, of which nothing is written."""
     import torch
 
     from slicecli.slicing.context import Target
 
     dtype = getattr(torch, plan.dtype)
-    if folder is None:
-        return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number), None
+    return Target(plan.dim, meta_model, dtype, lambda _name, _tensor: None, number, plan.mlp_dim)
+
+
+def _open_writer(
+    target: Target,
+    planned: PlannedSlice,
+    meta_model: Any,
+    folder: Path,
+    options: SliceOptions,
+    missing: Sequence[str] | None,
+) -> ShardWriter:
+    """Lay out the weight files of a slice for the tensors of its target, or open those of an interrupted run.
+
+    A slice is computed in its family's own class; its tensors are converted to the class that is written as they come.
+
+    Args:
+        meta_model: The empty model of the config that is written.
+    """
     shapes = {
         stored: tuple(tensor.shape)
         for name, value in stored_values(meta_model)
         for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
     }
-    writer = ShardWriter(folder, shapes, dtype, options.max_shard_size, missing)
+    writer = ShardWriter(folder, shapes, target.dtype, options.max_shard_size, missing)
 
-    def sink(name: str, tensor: torch.Tensor) -> None:
+    def write(name: str, tensor: torch.Tensor) -> None:
         for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
             writer.write(stored, part)
 
-    return Target(plan.dim, meta_model, dtype, sink, number), writer
+    target.sink = write
+    if planned.written is not None and planned.is_portable:
+        target.sink = converting_sink(planned.written, meta_model, target.dtype, write)
+    return writer
 
 
 def _idle_warning(processes: int, batches: Batches) -> tuple[str, ...]:
@@ -352,9 +362,13 @@ def _memory_warning(dense: DenseModel, batches: Batches) -> tuple[str, ...]:
 
 
 def _format_warning(job: Job, plan: SlicePlan) -> tuple[str, ...]:
-    legal = slice_sizes(job.dimensions, plan.method, job.options.slice_head).legal_dims()
-    warning = why_not_quantised(plan.dim, legal)
-    return (warning,) if warning and job.dimensions.hidden_size % 32 == 0 else ()
+    dimensions = job.dimensions
+    legal = (job.classes or slice_sizes(dimensions, plan.method, job.options.slice_head)).legal_dims()
+    of_dim = why_not_quantised(plan.dim, legal) if dimensions.hidden_size % 32 == 0 else ""
+    of_mlp = ""
+    if plan.mlp_dim is not None and dimensions.mlp_size % 32 == 0:
+        of_mlp = why_writers_are_not_quantised(plan.mlp_dim, dimensions.legal_mlp_dims())
+    return tuple(text for text in (of_dim, of_mlp) if text)
 
 
 def _growth_warning(plan: SlicePlan) -> tuple[str, ...]:

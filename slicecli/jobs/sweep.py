@@ -26,6 +26,7 @@ from slicecli.evaluation.measure import EvaluationSet
 from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Width, slice_sizes
+from slicecli.family.written_class import SliceClasses
 from slicecli.hub.writing import enter_curves, enter_results
 from slicecli.jobs.dense_model import with_weights
 from slicecli.jobs.identity import sweep_digest
@@ -151,7 +152,11 @@ def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -
     source.check_is_decoder()
     chosen = find_adapter(source, options.adapter)
     dimensions = Dimensions(chosen.adapter, chosen.fields)
-    return tuple(nearest_dims(slice_sizes(dimensions, options.method, options.slice_head), sparsities))
+    model_type = str(source.fields.get("model_type"))
+    has_code = source.has_own_model_code
+    classes = SliceClasses.of_method(dimensions, options.method, model_type, options.write_as, has_code)
+    sizes = classes.at() if classes else slice_sizes(dimensions, options.method, options.slice_head)
+    return tuple(nearest_dims(sizes, sparsities))
 
 
 def _begin(folder: Path, fingerprint: str, job: Job, overwrite: bool) -> dict[str, Any]:
@@ -255,5 +260,5 @@ def _draw(path: Path, curves: Sequence[Curve], job: Job) -> None:
 
     if not curves:
         return
-    sizes = slice_sizes(job.dimensions, job.options.method, job.options.slice_head)
+    sizes = job.classes.at() if job.classes else slice_sizes(job.dimensions, job.options.method, job.options.slice_head)
     draw_quality([picture_of_curve(curve, sizes.parameters) for curve in curves], path)

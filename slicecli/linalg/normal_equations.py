@@ -177,6 +177,25 @@ class NormalEquations:
             change += float((corrected * corrected.sub(residuals[:, columns], alpha=2)).sum())
         return change
 
+    def keep_inputs(self, stays: torch.Tensor, start: torch.Tensor) -> None:
+        """Take inputs out of the regression: what the existing map makes of them is part of the residuals again.
+
+        Args:
+            stays: Which inputs stay, bool of shape (inputs,).
+            start: The existing map, shape (outputs, inputs).
+        """
+        given = start[:, ~stays].T.double()
+        self.gram, self.cross, added = _without(self.gram, self.cross, stays, given)
+        self.residual_energy[0] += added
+        if self.held_out_sums is not None:
+            *sums, added = _without(*self.held_out_sums, stays, given)
+            self.held_out_sums = sums[0], sums[1]
+            self.residual_energy[1] += added
+        for number, (inputs, residuals) in enumerate(self.held_out):
+            whole = residuals + inputs[:, ~stays] @ given.to(inputs)
+            self.residual_energy[1] += whole.double().square().sum() - residuals.double().square().sum()
+            self.held_out[number] = inputs[:, stays], whole
+
     def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the held-out tokens to the others, and return Gram matrix and cross products of all."""
         if self.held_out_sums is not None:
@@ -188,3 +207,18 @@ class NormalEquations:
             add_outer(self.cross, inputs, residuals)
         self.held_out.clear()
         return self.gram, self.cross
+
+
+def _without(
+    gram: torch.Tensor, cross: torch.Tensor, stays: torch.Tensor, given: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return Gram matrix, in the memory of the old one, and cross products of what stays, and what Σ |r|² gains."""
+    explained = gram[:, ~stays] @ given
+    added = (given * (explained[~stays] + 2 * cross[~stays])).sum()
+    explained += cross
+    kept = stays.nonzero().squeeze(1)
+    count, flat = len(kept), gram.view(-1)
+    for first in range(0, count, BAND_ROWS):  # written where rows are that have been read
+        rows = gram[kept[first : first + BAND_ROWS]][:, kept]
+        flat[first * count : first * count + rows.numel()] = rows.flatten()
+    return flat[: count * count].view(count, count), explained[kept], added

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 
@@ -50,19 +51,25 @@ class _Sliced(_Derived, PreTrainedModel):
 
     def __new__(cls, config: SlicedConfig, *args: Any, **kwargs: Any) -> _Sliced:
         """Choose the class by the dense model's config."""
-        family, ours = cls.family_classes[type(config.text_config)], cast("Any", cls)
+        family, ours = cls.family_classes[type(config.dense_config)], cast("Any", cls)
         return object.__new__(_with_family(ours, family))
 
     def __init__(self, config: SlicedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the dense model and cut it."""
         if config.slicing is None:
             raise ValueError("The config lacks `slicing`, which describes how the residual stream is sliced.")
-        super().__init__(config.text_config, *args, **kwargs)
-        _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
+        super().__init__(config.dense_config, *args, **kwargs)
+        try:
+            _slice(self, config.slicing, f"{self.base_model_prefix}." if self.base_model is self else "")
+        except (AttributeError, IndexError) as error:
+            raise ValueError(
+                f"transformers {transformers.__version__} builds a {type(config.dense_config).__name__} model from "
+                f"other modules than the version this slice was made with ({error}). Use that version."
+            ) from error
         for kind in ("_attn_implementation_internal", "_experts_implementation_internal"):
             # chosen by the library for the config that the family's class was given
-            if hasattr(config.text_config, kind):
-                setattr(config, kind, getattr(config.text_config, kind))
+            if hasattr(config.dense_config, kind):
+                setattr(config, kind, getattr(config.dense_config, kind))
         self.config = config
         # transformers reads and writes some families' weights under other names than those of their modules, but for
         # custom code; so must it be for the family's model inside ours, or it would depend on what stands around it
@@ -152,7 +159,18 @@ def _slice(model: Any, slicing: dict[str, Any], own_prefix: str) -> None:
 
     _slice_norm(model, inside(declared["final_norm"]), head_width, divisor)
     if own_prefix == "":
+        _name_head(model, declared["head"]["path"])
         _slice_linear(model, declared["head"], 1, head_width, reader_biases)
+
+
+def _name_head(model: Any, name: str) -> None:
+    """Register the head under the name its weight is stored by; the family's forward may know it by another."""
+    if name in model._modules:
+        return
+    (other,) = (key for key, module in model._modules.items() if module is model.get_output_embeddings())
+    head = model._modules.pop(other)
+    model.add_module(name, head)
+    model.__dict__[other] = head
 
 
 def _slice_norm(parent: nn.Module, path: str, width: int, divisor: tuple[int, float] | None) -> None:
@@ -238,6 +256,7 @@ class _WithShortcuts(_Derived, nn.Module):
     """A family's block whose stream changes its basis, and may change its width, at every step."""
 
     family_parameters: dict[str, inspect.Parameter]
+    returns_tuple: bool
     shortcuts: nn.ModuleList
 
     def set_steps(self, groups: list[list[dict[str, Any]]], widths: list[int], output_length: int) -> None:
@@ -272,7 +291,7 @@ class _WithShortcuts(_Derived, nn.Module):
                     output, others = output[0], others or output[1:]
                 stream = stream + (output if branch["multiplier"] == 1 else output * branch["multiplier"])
         if not self.output_length:
-            return stream
+            return (stream, *others) if self.returns_tuple else stream
         return (stream, *others, *[None] * self.output_length)[: self.output_length]
 
     def _run(self, branch: dict[str, Any], normalised: torch.Tensor, given: dict[str, Any]) -> Any:
@@ -300,6 +319,14 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if name != "self"}
 
 
+def _returns_tuple(family: Any) -> bool:
+    """Say whether a block returns a tuple in transformers 4, where in 5 it returns the stream alone."""
+    if not transformers.__version__.startswith("4."):
+        return False
+    _, _, returned = inspect.getsource(family.forward).rpartition("return ")
+    return returned.strip() != "hidden_states"
+
+
 @functools.cache
 def _with_shortcuts(family: Any) -> Any:
     """Return the class of a family's blocks with shortcuts, under its own name, by which devices are assigned."""
@@ -307,6 +334,7 @@ def _with_shortcuts(family: Any) -> Any:
         "__module__": __name__,
         "__doc__": _WithShortcuts.__doc__,
         "family_parameters": _parameters(family),
+        "returns_tuple": _returns_tuple(family),
         "made_from": (_with_shortcuts, family),
     }
     return type(family.__name__, (_WithShortcuts, family), own)

@@ -8,6 +8,7 @@ where the declaration is wrong.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ __all__ = [
     "logits",
     "projected_model",
     "prove_accounting",
+    "prove_channels",
+    "prove_channels_of_class",
     "prove_embeddings",
     "prove_refit",
     "prove_rotation",
@@ -133,7 +136,8 @@ def _empty_like(
         cls = _sliced_class()
     elif dim is None or dim == dimensions.hidden_size:
         # a class that ties the heads to the hidden size would not know what to do with a width of their own
-        config = type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": dimensions.keeps_tie})
+        fields = {"tie_word_embeddings": dimensions.keeps_tie, **dimensions.mlp_fields()}
+        config = type(model.config).from_dict(model.config.to_dict() | fields)
     elif dimensions.layout == "stock":
         config = stock_config(model.config, dimensions, dim, dtype)
     else:
@@ -281,19 +285,71 @@ def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tol
     return _prove_same(model, sliced, dimensions, basis, token_ids, tolerance, "the refit at full width")
 
 
+def prove_channels(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:
+    """Check on a model that MLP channels which add nothing can be removed without any loss.
+
+    In each block a third of them is kept from writing; the refit at full width has to choose the same ones, and to cut
+    every parameter that has them.
+
+    Args:
+        token_ids: Calibration rows, shape (rows, sequence length), on the model's device.
+    """
+    size, generator = dimensions.mlp_size, torch.Generator().manual_seed(0)
+    model = copy.deepcopy(model)
+    for index, block in enumerate(dimensions.declared_blocks):
+        for branch in block.branches:
+            if dimensions.has_channels(branch):
+                assert branch.writer is not None
+                path = f"{dimensions.adapter.blocks}.{index}.{branch.writer.path}.weight"
+                weight = model.get_parameter(path).detach()
+                columns = weight.mT if branch.writer.is_transposed else weight
+                columns[:, torch.randperm(size, generator=generator)[: size // 3].to(weight.device)] = 0
+    try:
+        (sliced,), _ = slice_in_memory(model, dimensions, token_ids, dimensions.hidden_size, mlp_dim=size - size // 3)
+        error = relative_error(logits(sliced, token_ids), logits(model, token_ids))
+    except (RuntimeError, ValueError, IndexError) as failure:  # of shapes that do not fit
+        raise PluginError(
+            f"Adapter {dimensions.adapter.name!r} does not describe the MLPs of this model: without some of their "
+            f"channels they fail to run ({reason_of(failure)}).",
+            "Check the widths of their readers and writers.",
+        ) from failure
+    if not error <= tolerance:
+        raise PluginError(
+            f"Adapter {dimensions.adapter.name!r} does not describe the MLPs of this model: without channels that add "
+            f"nothing, the logits change by {error:.1e}.",
+            "Check which readers have the width of the MLP, and how they arrange it.",
+        )
+    return error
+
+
+def prove_channels_of_class(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:
+    """Check on a small model of a config's class that MLP channels can be removed as an adapter describes them."""
+    small = tiny_config(config, has_head_dim=adapter.layout(config.to_dict()) == "stock", **_ungrouped(config))
+    model = random_model(small, dtype="float64", trust_remote_code=trust_remote_code)
+    dimensions = Dimensions(adapter, small.to_dict())
+    token_ids = torch.randint(2, dimensions.vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
+    prove_channels(model, dimensions, token_ids, PROOF_TOLERANCE)
+
+
 def slice_in_memory(
-    model: Any, dimensions: Dimensions, token_ids: torch.Tensor, *dims: int, batch_rows: int = 8
+    model: Any,
+    dimensions: Dimensions,
+    token_ids: torch.Tensor,
+    *dims: int,
+    batch_rows: int = 8,
+    mlp_dim: int | None = None,
 ) -> tuple[list[Any], Basis]:
     """Slice a model that is in memory, by the refit; nothing is read or written.
 
     Args:
         token_ids: Calibration rows, shape (rows, sequence length).
+        mlp_dim: How many MLP channels stay; `None` leaves them all.
 
     Returns:
         The slices, in the model's dtype, and their basis.
     """
     tensors: list[dict[str, torch.Tensor]] = [{} for _ in dims]
-    made = [_empty_like(model, dimensions, dim) for dim in dims]
+    made = [_empty_like(model, dimensions.with_mlp_dim(mlp_dim), dim) for dim in dims]
     dense = DenseModel(
         _empty_like(model, dimensions, on_meta=True),
         ModelWeights(model),
@@ -302,7 +358,7 @@ def slice_in_memory(
         model.dtype,
     )
     targets = [
-        Target(dim, _empty_like(model, dimensions, dim, on_meta=True), model.dtype, found.__setitem__)
+        Target(dim, _empty_like(model, dimensions, dim, on_meta=True), model.dtype, found.__setitem__, mlp_dim=mlp_dim)
         for dim, found in zip(dims, tensors, strict=True)
     ]
     batches = Batches(token_ids, batch_rows)

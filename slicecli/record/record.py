@@ -113,11 +113,14 @@ def build_record(
         "adapter": plan.adapter,
         "method": plan.method,
         "layout": plan.layout,
+        "written_type": plan.written_type,
         "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
         "dim": plan.dim,
         "sparsity": plan.sparsity,
+        "mlp_size": plan.mlp_size,
+        "mlp_dim": plan.mlp_dim,
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "dtype": plan.dtype,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
@@ -140,7 +143,7 @@ def _ancestry(source: Source) -> list[dict[str, Any]]:
     record = read_sound_record(source.folder)
     if record is None:
         return []
-    own = {name: record[name] for name in ("method", "hidden_size", "dim", "slicecli_version")}
+    own = {name: record[name] for name in ("method", "hidden_size", "dim", "mlp_size", "mlp_dim", "slicecli_version")}
     return [{**record["source"], **own}, *record["ancestry"]]
 
 

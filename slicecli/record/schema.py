@@ -110,6 +110,8 @@ class Ancestor(Source):
     method: Method = Field(description="How it was sliced.")
     hidden_size: Width = Field(description="Its hidden size.")
     dim: Width = Field(description="Hidden size of the slice of it.")
+    mlp_size: Size | None = Field(description="Its MLP channels; null where the slice has all of them.")
+    mlp_dim: Size | None = Field(description="MLP channels of the slice of it; likewise.")
     slicecli_version: Version = Field(description="Version of slicecli that sliced it.")
 
 
@@ -484,6 +486,10 @@ class Record(JsonObject):
     layout: Layout = Field(
         description="stock: a checkpoint of a transformers class. custom-code: one that includes its class."
     )
+    written_type: Name = Field(
+        description="model_type of the class that the slice is written in: that of the source, of another class of "
+        "transformers that computes the same, or of slicecli's custom code."
+    )
     needs_remote_code: bool = Field(
         description="Whether transformers must run code stored with the weights (trust_remote_code); true for layout "
         "custom-code."
@@ -494,6 +500,10 @@ class Record(JsonObject):
     hidden_size: Width = Field(description="d, the hidden size of the source.")
     dim: Width = Field(description="k, the hidden size of the slice; for a schedule of several widths, their mean.")
     sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")
+    mlp_size: Size | None = Field(
+        description="MLP channels of the source, in each block; null where the slice has all of them."
+    )
+    mlp_dim: Size | None = Field(description="m, the MLP channels of the slice; null where it has all of them.")
     schedule: Schedule | None = Field(
         description="Widths of the stream for method slicegpt; null for method refit, which has one width."
     )
@@ -537,6 +547,14 @@ class RefitRecord(Record):
     schedule: None = Field(description="The stream has one width.")
     energy: NormalisedEnergy = Field(description="How much of the stream's energy the basis keeps.")
 
+    @field_validator("mlp_dim")
+    @classmethod
+    def _check_channels(cls, value: int | None, about: ValidationInfo) -> int | None:
+        size = about.data.get("mlp_size")
+        if (value is None) != (size is None) or (value is not None and size is not None and value >= size):
+            raise PydanticCustomError("channels", "it should be below mlp_size, or null like it")
+        return value
+
     @field_validator("needs_remote_code")
     @classmethod
     def _check_code(cls, value: bool, about: ValidationInfo) -> bool:
@@ -552,6 +570,8 @@ class PublishedRecord(Record):
         description="A basis at every place, weights projected, as published in arXiv 2401.15024."
     )
     layout: Literal["custom-code"] = Field(description="A checkpoint that brings its class along.")
+    mlp_size: None = Field(description="The MLPs have all their channels.")
+    mlp_dim: None = Field(description="The MLPs have all their channels.")
     needs_remote_code: Literal[True] = Field(description="transformers has to run code that lies beside the weights.")
     schedule: Schedule = Field(description="Widths of the stream.")
     energy: StreamEnergy = Field(description="How much of the stream's energy the bases keep.")

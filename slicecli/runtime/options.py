@@ -100,7 +100,7 @@ def result_fields(request: Any) -> dict[str, Any]:
 
 
 def from_chosen(request: type[Request], chosen: Mapping[str, Any], leave_out: Container[str] = ()) -> Request:
-    """Make a request from what was chosen, by field; what it has no field for, or is to be left out, is."""
+    """Make a request from chosen values by field name; names without a field, and those to leave out, are ignored."""
     names = (name for name in options_of(request) if name in chosen and name not in leave_out)
     return request(**{name: chosen[name] for name in names})
 

@@ -1,9 +1,8 @@
 """Where things are computed and kept: devices, device maps, the dtype that suits a device, room for the streams.
 
-To run a model its parts must be on devices; a device map, as accelerate has it, says on which. To slice one, each block
-is needed on the one device that computes, twice and for a moment: there a device map says where the dense weights rest
-between. What rests on disk is read from the checkpoint whenever it is needed; what rests in main memory or on a GPU is
-read once.
+To run a model, an accelerate device map assigns its parts to devices. Slicing needs each block only twice, on the one
+device that computes; there a device map says where the dense weights are kept in between. Weights kept on disk are read
+from the checkpoint whenever they are needed; weights kept in main memory or on a GPU are read once.
 """
 
 from __future__ import annotations

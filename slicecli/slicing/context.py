@@ -187,11 +187,14 @@ class Target:
     """One slice in the making.
 
     Attributes:
-        meta_model: The empty model of the sliced config.
+        meta_model: The empty model of the sliced config, with the MLPs of the dense one.
         dtype: Dtype in which its tensors are written.
         sink: Takes each finished tensor: parameter name and value on the CPU.
         number: Its place among the slices of the job.
         ridges: The ridges found so far.
+        mlp_dim: m, how many MLP channels of a block stay; `None` leaves them all.
+        cuts: Of the block that is worked on, which indices of an axis of a parameter are written, by its name. Until
+            then it has all of them, because that is what the modules of `meta_model` have.
         stream: y, batch by batch, as far as the pass has come.
     """
 
@@ -200,8 +203,10 @@ class Target:
     dtype: torch.dtype
     sink: Callable[[str, torch.Tensor], None]
     number: int = 0
+    mlp_dim: int | None = None
     ridges: RidgeMemory = field(default_factory=RidgeMemory, repr=False)
     stream: Stream = field(default_factory=list, repr=False)
+    cuts: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

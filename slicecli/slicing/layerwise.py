@@ -104,7 +104,10 @@ def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor])
     """Give a finished block's tensors to the sink and free it."""
     block = target.meta_model.get_submodule(name)
     for parameter_name, parameter in block.named_parameters():
+        if parameter_name in target.cuts:
+            parameter = parameter.index_select(*target.cuts[parameter_name])
         target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
+    target.cuts.clear()
     for buffer_name in modules.persistent_buffers(block):
         target.sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", target.dtype))
     modules.clear(block)

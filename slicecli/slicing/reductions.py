@@ -14,13 +14,14 @@ from collections.abc import Callable
 import torch
 
 from slicecli.linalg.basis import Basis, reader_basis
+from slicecli.linalg.channels import choose_channels
 from slicecli.linalg.normal_equations import NormalEquations
 from slicecli.linalg.ridge import Correction
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.memory import make_room
 from slicecli.slicing.context import Batches, DenseModel, DenseStatistics
 
-__all__ = ["give_statistics", "share_rows", "solve_normal_equations", "solve_statistics"]
+__all__ = ["give_statistics", "share_rows", "solve_normal_equations", "solve_statistics", "solve_with_channels"]
 
 
 def share_rows(processes: Processes, dense: DenseModel, rows: torch.Tensor, batch: int) -> tuple[DenseModel, Batches]:
@@ -53,6 +54,38 @@ def solve_normal_equations(
     matrix, numbers = processes.tensors_from_main(solution, [(outputs, inputs), (2,)], equations.cross.device)
     ridge, error = numbers.tolist()
     return Correction(matrix, ridge, error)
+
+
+def solve_with_channels(
+    processes: Processes,
+    equations: NormalEquations,
+    solve: Callable[[NormalEquations], Correction],
+    start: torch.Tensor,
+    channels: slice,
+    count: int,
+) -> tuple[Correction, torch.Tensor]:
+    """Do the same for a map that may use only so many of some inputs: choose them, and solve for what stays.
+
+    Args:
+        start: The map that is corrected, B₀, shape (outputs, inputs).
+        channels: The inputs to choose from.
+        count: How many of them stay.
+
+    Returns:
+        The correction, -B₀ where an input is removed, and which of the channels stay.
+    """
+    chosen: list[int] = []
+
+    def solve_with_the_best(equations: NormalEquations) -> Correction:
+        stays = choose_channels(equations, start, channels, count)
+        chosen.extend((stays[(stays >= channels.start) & (stays < channels.stop)] - channels.start).tolist())
+        found = solve(equations)
+        matrix = -start.double()
+        matrix[:, stays] = found.matrix
+        return dataclasses.replace(found, matrix=matrix)
+
+    correction = solve_normal_equations(processes, equations, solve_with_the_best)
+    return correction, torch.tensor(processes.from_main(lambda: chosen), device=start.device)
 
 
 def solve_statistics(

@@ -29,6 +29,7 @@ from slicecli.linalg.tied import Tie, tie
 
 __all__ = [
     "WeightReader",
+    "channel_cuts",
     "final_norm_weight_and_bias",
     "fold_head",
     "matrix_of",
@@ -194,6 +195,25 @@ def project_writers(
             name = branch.experts.writer_path
             tensors[name] = projected_writer(weights[name], basis)
     return tensors
+
+
+def channel_cuts(dimensions: Dimensions, branch: Branch, channels: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+    """Return the axis of MLP channels of each parameter of a branch that has one, and which of its indices stay.
+
+    Args:
+        channels: The channels that stay, int64 in ascending order.
+    """
+    cuts: dict[str, tuple[int, torch.Tensor]] = {}
+    assert branch.writer is not None
+    cuts[f"{branch.writer.path}.weight"] = (int(not branch.writer.is_transposed), channels)
+    for reader in branch.readers:
+        groups = dimensions.channel_groups(reader)
+        if groups:
+            stays = torch.cat([channels + group * dimensions.mlp_size for group in range(groups)])
+            cuts[f"{reader.path}.weight"] = (int(reader.is_transposed), stays)
+            if dimensions.has_bias(reader):
+                cuts[f"{reader.path}.bias"] = (0, stays)
+    return cuts
 
 
 def stored_writers(branches: Sequence[Branch], tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -27,8 +27,8 @@ from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel, Target
 from slicecli.slicing.layerwise import require_finite
 from slicecli.slicing.modules import Call, Calls, Routing
-from slicecli.slicing.reductions import solve_normal_equations
-from slicecli.slicing.sliced_tensors import project_writers, sliced_readers, stored_writers
+from slicecli.slicing.reductions import solve_normal_equations, solve_with_channels
+from slicecli.slicing.sliced_tensors import channel_cuts, project_writers, sliced_readers, stored_writers
 
 __all__ = ["BlockPass", "Sublayer", "fit_reading"]
 
@@ -254,7 +254,7 @@ class Sublayer:
                 starts.append(projected[f"{entry.writer.path}.bias"][:, None])
         start = _beside(starts)
         equations = self._moments_of_linear(entries, start, dense_after, goals, kept)
-        matrix = solve_normal_equations(self.dense.processes, equations, self._solver("writers")).matrix
+        matrix = self._solve_linear(entries, equations, start)
         del equations  # before anything else of its size is wanted
         matrix += start
         widths = [size for entry in entries for size in ((entry.width, 1) if entry.has_bias else (entry.width,))]
@@ -264,6 +264,23 @@ class Sublayer:
             if entry.has_bias:
                 fitted[f"{entry.writer.path}.bias"] = next(solved).squeeze(1)
             self._set_writers(fitted)
+
+    def _solve_linear(self, entries: Sequence[Entry], equations: NormalEquations, start: torch.Tensor) -> torch.Tensor:
+        """Return the correction of the linear writers; where MLP channels go, it takes them out of the writer.
+
+        They stay in the block until it is handed over, and add nothing to the stream.
+        """
+        processes, solve, count = self.dense.processes, self._solver("writers"), self.target.mlp_dim
+        if count is not None:
+            first = 0
+            for entry, branch in zip(entries, (one for one in self.branches if one.writer is not None), strict=True):
+                if self.dense.dimensions.has_channels(branch):
+                    inputs = slice(first, first + entry.width)
+                    found, channels = solve_with_channels(processes, equations, solve, start, inputs, count)
+                    self.target.cuts.update(channel_cuts(self.dense.dimensions, branch, channels))
+                    return found.matrix
+                first += entry.width + entry.has_bias
+        return solve_normal_equations(processes, equations, solve).matrix
 
     def _moments_of_linear(
         self,

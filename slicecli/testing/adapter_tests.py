@@ -31,6 +31,7 @@ from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
+from slicecli.family.written_class import OWN, SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import find_adapter, full_fields, plan_slices
 from slicecli.jobs.run import run_slices
@@ -39,6 +40,7 @@ from slicecli.proof.declaration import (
     logits,
     projected_model,
     prove_accounting,
+    prove_channels,
     prove_embeddings,
     prove_refit,
     prove_rotation,
@@ -47,6 +49,7 @@ from slicecli.proof.declaration import (
     relative_error,
     slice_in_memory,
 )
+from slicecli.proof.portable import prove_portable
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.runtime.libraries import quiet_libraries
 from slicecli.slicing.slicegpt import Orientation
@@ -79,8 +82,8 @@ class Subject:
         self.dimensions: Dimensions = Dimensions(adapter, self.fields)
         self.is_real = is_real
         self._folder = folder
-        self._sliced: dict[Method, Path] = {}
-        self._loaded: dict[Method, Any] = {}
+        self._sliced: dict[tuple[Method, bool, str], Path] = {}
+        self._loaded: dict[tuple[Method, bool], Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -131,13 +134,26 @@ class Subject:
         """Return the legal dims and sizes of slices by a method."""
         return self.dimensions if method == "refit" else PublishedSizes(self.dimensions)
 
-    def sliced(self, method: Method) -> Path:
+    @functools.cached_property
+    def portable(self) -> tuple[WrittenClass, ...]:
+        """The portable classes that this config can have."""
+        with _registered(self.adapter):
+            return SliceClasses.of(self.dimensions, self.model.config.model_type).available[1:]
+
+    @property
+    def mlp_dim(self) -> int:
+        """About three quarters of the MLP channels, an odd number of them."""
+        return self.dimensions.mlp_size * 3 // 8 * 2 - 1
+
+    def sliced(self, method: Method, has_fewer_channels: bool = False, write_as: str = OWN) -> Path:
         """Return a slice of the model, made by the same code as the command."""
-        if method not in self._sliced:
+        key = (method, has_fewer_channels, write_as)
+        if key not in self._sliced:
             parent = Path(tempfile.mkdtemp(dir=None if self.is_real else self._folder))
             text, output = nonsense_text(parent / "nonsense.jsonl"), parent / "slice"
             options = SliceOptions(
                 method=method,
+                write_as=write_as,
                 calibration=str(text),
                 samples=24,
                 sequence_length=32,
@@ -145,16 +161,18 @@ class Subject:
                 device_map=str(self.device),
             )
             with quiet_libraries(), _registered(self.adapter):
-                run_slices(plan_slices(str(self.checkpoint), [Width(self.dim)], [output], options))
-            self._sliced[method] = output
-        return self._sliced[method]
+                width = Width(self.dim, mlp_dim=self.mlp_dim if has_fewer_channels else None)
+                run_slices(plan_slices(str(self.checkpoint), [width], [output], options))
+            self._sliced[key] = output
+        return self._sliced[key]
 
-    def loaded(self, method: Method) -> Any:
+    def loaded(self, method: Method, has_fewer_channels: bool = False) -> Any:
         """Return the slice, loaded with transformers."""
-        if method not in self._loaded:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(self.sliced(method), dtype=torch.float32)
-            self._loaded[method] = loaded.eval()
-        return self._loaded[method]
+        key = (method, has_fewer_channels)
+        if key not in self._loaded:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(self.sliced(*key), dtype=torch.float32)
+            self._loaded[key] = loaded.eval()
+        return self._loaded[key]
 
     @property
     def capabilities(self) -> set[str]:
@@ -172,6 +190,8 @@ class Subject:
             "experts": any(branch.experts is not None for branch in branches),
             "layer-norm": self.adapter.norm.is_centred,
             "slicegpt": not self.dimensions.shortcut_obstacle,
+            "portable": bool(self.portable),
+            "mlp": not self.dimensions.mlp_obstacle,
             "transposed": any(linear.is_transposed for linear in linears),
         }
         return {name for name, holds in found.items() if holds}
@@ -341,6 +361,31 @@ class AdapterTests:
         error = prove_embeddings(subject.exact, subject.dimensions, subject.token_ids, subject.dim, FLOAT32)
         record_property("relative_error", error)
 
+    # portable classes
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_portable_class_computes_the_same(self, subject: Subject, record_property: Any) -> None:
+        """The model written in another class has the same logits."""
+        for written in subject.portable:
+            error = prove_portable(subject.exact, written, subject.token_ids, FLOAT64)
+            record_property(f"relative_error as {written.model_type}", error)
+
+    @pytest.mark.slicecli_requires("portable")
+    def test_a_slice_in_a_portable_class_is_the_same_slice(self, subject: Subject, record_property: Any) -> None:
+        """A slice written in another class has the predicted parameters and the logits of one in the family's own."""
+        ids = subject.token_ids.cpu()
+        expected = logits(subject.loaded("refit"), ids)
+        for written in subject.portable:
+            if subject.dim not in written.legal_dims():
+                continue
+            folder = subject.sliced("refit", write_as=written.model_type)
+            made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            assert made.config.model_type == written.model_type
+            assert sum(value.numel() for value in made.parameters()) == written.parameters(subject.dim)
+            error = relative_error(logits(made, ids), expected)
+            record_property(f"relative_error as {written.model_type}", error)
+            assert error <= FLOAT32, f"written as {written.model_type}, the logits of a slice change by {error:.1e}"
+
     # the dims
 
     def test_illegal_dims_are_refused_with_the_legal_neighbours(self, subject: Subject) -> None:
@@ -403,6 +448,49 @@ class AdapterTests:
         error = relative_error(logits(turned, subject.token_ids), logits(subject.exact, subject.token_ids))
         record_property("relative_error", error)
         assert error <= FLOAT64, f"with shortcuts the logits change by {error:.1e}"
+
+    # the channels of MLPs
+
+    @pytest.mark.slicecli_requires("mlp")
+    def test_channels_that_add_nothing_are_removed_without_loss(self, subject: Subject, record_property: Any) -> None:
+        """Every parameter with an axis of MLP channels is declared, and how it arranges them."""
+        error = prove_channels(subject.exact, subject.dimensions, subject.token_ids, FLOAT64)
+        record_property("relative_error", error)
+
+    @pytest.mark.slicecli_requires("mlp")
+    def test_more_channels_are_closer_to_the_model(self, subject: Subject, record_property: Any) -> None:
+        """At the hidden size of the model, and with all channels there is no loss."""
+        width, size = subject.dimensions.hidden_size, subject.dimensions.mlp_size
+        dense, errors = logits(subject.exact, subject.token_ids), {}
+        for mlp_dim in (size // 2, size * 7 // 8, size):
+            (made,), _ = slice_in_memory(
+                subject.exact,
+                subject.dimensions,
+                subject.token_ids,
+                width,
+                mlp_dim=None if mlp_dim == size else mlp_dim,
+            )
+            errors[mlp_dim] = relative_error(logits(made, subject.token_ids), dense)
+        record_property("relative_errors", errors)
+        assert list(errors.values()) == sorted(errors.values(), reverse=True), f"relative errors are {errors}"
+        assert errors[size] <= FLOAT64
+
+    @pytest.mark.slicecli_requires("mlp")
+    def test_a_slice_with_fewer_channels_has_the_parameters_that_were_predicted(self, subject: Subject) -> None:
+        """The predicted number of parameters equals that of the loaded model, and no tensor is missing or unused."""
+        predicted = subject.dimensions.with_mlp_dim(subject.mlp_dim).parameters(subject.dim)
+        folder = subject.sliced("refit", has_fewer_channels=True)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        for kind, names in report.items():
+            assert not names, f"{kind}: {sorted(names)}"
+        assert sum(value.numel() for value in model.parameters()) == predicted
+
+    @pytest.mark.slicecli_requires("mlp")
+    def test_a_slice_with_fewer_channels_generates(self, subject: Subject) -> None:
+        """Greedy tokens are the same with a cache and without."""
+        ids, loaded = subject.token_ids[:3, :8].cpu(), subject.loaded("refit", has_fewer_channels=True)
+        cached, plain = (_generate(loaded, ids, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, plain), f"with cache {cached.tolist()}, without {plain.tolist()}"
 
     @methods
     def test_a_slice_has_the_parameters_that_were_predicted(self, subject: Subject, method: Method) -> None:

@@ -1,0 +1,312 @@
+"""Slices with fewer MLP channels: which widths are legal, and what becomes of them from the request to the card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from slicecli.adapters import Kept, select_adapter
+from slicecli.errors import PluginError, RequestError
+from slicecli.family.dimensions import Dimensions
+from slicecli.family.plugins import plugins
+from slicecli.family.slice_plan import Width
+from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
+
+SIZE = 80
+
+
+def dimensions(family="llama", **changes):
+    fields = tiny_config(family).to_dict() | changes
+    return Dimensions(select_adapter(fields, plugins().adapters), fields)
+
+
+# sizes
+
+
+def test_every_channel_costs_the_same_parameters():
+    sizes = dimensions("llama-biased")
+    per_channel = sizes.blocks * (3 * 36 + 2)  # gate, up and down, and the biases of gate and up
+    assert sizes.parameters(36) - sizes.with_mlp_dim(50).parameters(36) == (SIZE - 50) * per_channel
+
+
+def test_all_channels_are_no_change():
+    sizes = dimensions()
+    assert sizes.with_mlp_dim(SIZE) is sizes
+    assert sizes.with_mlp_dim(None) is sizes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "name"),
+    [
+        ("llama", {}, "intermediate_size"),
+        ("llama", {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": None}, "n_inner"),
+        ("llama", {"model_type": "opt", "ffn_dim": 80}, "ffn_dim"),
+    ],
+)
+def test_the_config_of_a_slice_has_the_width_under_the_name_of_the_family(family, changes, name):
+    assert dimensions(family, **changes).with_mlp_dim(50).mlp_fields() == {name: 50}
+
+
+def test_the_hidden_size_may_stay_only_where_channels_go():
+    sizes = dimensions()
+    assert 48 not in sizes.legal_dims()
+    assert 48 in sizes.with_mlp_dim(50).legal_dims()
+    assert 49 not in sizes.with_mlp_dim(50).legal_dims()
+
+
+@pytest.mark.parametrize("mlp_dim", [-1, 0, SIZE + 1])
+def test_a_width_that_cannot_be_is_refused(mlp_dim):
+    with pytest.raises(RequestError, match=f"from 1 to {SIZE}"):
+        dimensions().check_mlp_dim(mlp_dim)
+
+
+def test_experts_keep_their_channels():
+    sizes = dimensions(model_type="mixtral", num_local_experts=4)
+    assert not sizes.legal_mlp_dims()
+    for width in (Width(mlp_dim=50), Width(mlp_sparsity=0.5)):
+        with pytest.raises(RequestError, match="mixtures of experts"):
+            width.resolve_mlp(sizes)
+
+
+def test_a_declaration_without_the_width_of_the_mlp_says_so():
+    from dataclasses import replace
+
+    sizes = dimensions()
+    block = replace(sizes.adapter.block, branches=sizes.adapter.block.branches[:1])
+    fields = tiny_config("llama").to_dict()
+    assert "no writer of width" in Dimensions(replace(sizes.adapter, block=block), fields).mlp_obstacle
+    block = replace(sizes.adapter.block, kept=(Kept("mlp.scale", "intermediate_size"),))
+    assert "keeps a parameter" in Dimensions(replace(sizes.adapter, block=block), fields).mlp_obstacle
+
+
+def test_a_width_that_follows_from_another_field_is_refused():
+    from dataclasses import replace
+
+    adapter = replace(plugins().adapters["llama"], derived={"intermediate_size": lambda config: 80})
+    with pytest.raises(PluginError, match="does not take the width"):
+        Dimensions(adapter, tiny_config("llama").to_dict()).with_mlp_dim(50)
+
+
+# requests
+
+
+@pytest.mark.parametrize(("sparsity", "mlp_dim"), [(0.25, 60), (0.501, 40), (0.001, None)])
+def test_a_sparsity_goes_to_the_nearest_width(sparsity, mlp_dim):
+    assert Width(mlp_sparsity=sparsity).resolve_mlp(dimensions()) == mlp_dim
+
+
+def test_a_sparsity_of_a_wide_model_goes_to_a_width_that_formats_can_use():
+    assert Width(mlp_sparsity=0.3).resolve_mlp(dimensions(intermediate_size=14336)) == 9984
+
+
+def test_a_width_of_the_mlp_alone_keeps_the_hidden_size():
+    assert Width(mlp_dim=50).resolve(dimensions().with_mlp_dim(50), 2) == 48
+
+
+def test_a_target_counts_the_channels_that_go():
+    sizes = dimensions()
+    limit = sizes.parameters(36)
+    width = Width(target_parameters=limit, mlp_dim=40)
+    dim = width.resolve(sizes.with_mlp_dim(width.resolve_mlp(sizes)), 2)
+    assert dim > 36
+    assert sizes.with_mlp_dim(40).parameters(dim) <= limit
+
+
+def test_nothing_to_remove_is_refused():
+    with pytest.raises(RequestError, match="Nothing would be removed"):
+        Width(mlp_dim=SIZE).resolve(dimensions(), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mlp_dim": 50, "mlp_sparsity": 0.5}, "chosen twice"),
+        ({"mlp_sparsity": 1.0}, "not a fraction of the MLP channels"),
+        ({"mlp_sparsity": float("nan")}, "not a fraction"),
+        ({}, "No width"),
+    ],
+)
+def test_requests_without_sense_are_refused(given, message):
+    with pytest.raises(RequestError, match=message):
+        Width(**given)
+
+
+# slices
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    text = nonsense_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+    return ("--calibration", text, "--samples", "24", "--seq-len", "32", "--no-cache")
+
+
+@pytest.fixture(scope="module")
+def both(checkpoints, words, tmp_path_factory):
+    """A slice of both widths."""
+    from click.testing import CliRunner
+
+    from slicecli.cli import group
+
+    output = tmp_path_factory.mktemp("both") / "slice"
+    asked = ["slice", checkpoints(), "--dim", "36", "--mlp-dim", "61", "-o", output, *words]
+    done = CliRunner().invoke(group, [str(word) for word in asked])
+    assert done.exit_code == 0, done.output
+    return output
+
+
+def record_of(folder):
+    return json.loads((folder / "slicecli.json").read_text())
+
+
+def test_the_full_width_gives_the_same_bytes(run, checkpoints, words, tmp_path):
+    for name, more in (("without", []), ("full", ["--mlp-dim", SIZE])):
+        done = run("slice", checkpoints(), "--dim", "36", *more, "-o", tmp_path / name, *words)
+        assert done.exit_code == 0, done.output
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("without", "full")
+    )
+    assert first == second
+
+
+def test_weights_config_and_record_have_the_width(both):
+    tensors = load_file(both / "model.safetensors")
+    assert tensors["model.layers.0.mlp.gate_proj.weight"].shape == (61, 36)
+    assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (36, 61)
+    assert json.loads((both / "config.json").read_text())["intermediate_size"] == 61
+    record = record_of(both)
+    assert (record["mlp_size"], record["mlp_dim"], record["dim"]) == (SIZE, 61, 36)
+    assert record["parameters"]["sliced"] == sum(tensor.numel() for tensor in tensors.values())
+    assert record["predictions"] == []
+
+
+def test_the_card_says_both_widths(both):
+    card = (both / "README.md").read_text()
+    assert "sliced to hidden size 36 and MLP width 61" in card
+    assert "sliced from 48 to 36 and its MLPs from 80 to 61 channels" in card
+    assert "| MLP width | 80 | 61 |" in card
+
+
+def test_the_command_in_the_record_makes_the_same_slice(run, checkpoints, both, words, tmp_path):
+    command = record_of(both)["command"]
+    assert "--dim 36 --mlp-dim 61" in command
+    asked = command.split()[3:]
+    asked[asked.index("--calibration") + 1] = words[1]
+    done = run("slice", checkpoints(), *asked, "--no-cache", "-o", tmp_path / "again")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (both / "model.safetensors").read_bytes()
+
+
+def test_a_slice_of_the_mlp_alone_keeps_the_hidden_size(run, checkpoints, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("slice", checkpoints("phi3"), "--mlp-sparsity", "0.5", *words)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "tiny-phi3-dim48-mlp40"
+    assert load_file(folder / "model.safetensors")["model.layers.0.mlp.gate_up_proj.weight"].shape == (80, 48)
+    assert "sliced to MLP width 40" in (folder / "README.md").read_text()
+    assert run("verify", folder).exit_code == 0
+    assert record_of(folder)["sparsity"] == 0
+
+
+def test_a_slice_can_be_sliced_again(run, both, words, tmp_path):
+    done = run("slice", both, "--dim", "32", "--mlp-dim", "40", "-o", tmp_path / "again", *words)
+    assert done.exit_code == 0, done.output
+    record = record_of(tmp_path / "again")
+    assert (record["mlp_size"], record["mlp_dim"]) == (61, 40)
+    assert [(one["mlp_size"], one["mlp_dim"]) for one in record["ancestry"]] == [(SIZE, 61)]
+    assert "48 to 36, MLP width 80 to 61" in (tmp_path / "again" / "README.md").read_text()
+    assert run("verify", tmp_path / "again").exit_code == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon"])
+def test_a_slice_with_custom_code_has_the_width_in_the_config_of_its_class(run, words, tmp_path, family):
+    from slicecli.proof.tiny import random_model
+    from slicecli.proof.tiny import tiny_config as small
+
+    model = save_checkpoint(random_model(small(family, has_head_dim=False)), tmp_path / "model")
+    done = run("slice", model, "--mlp-dim", "50", "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    field = {"gpt2": "n_inner", "opt": "ffn_dim", "falcon": "ffn_hidden_size"}[family]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dense_config"][field] == 50
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_an_inferred_declaration_has_the_width_of_the_mlp(run, checkpoints, words, tmp_path):
+    done = run("slice", checkpoints(), "--adapter", "auto", "--mlp-dim", "61", "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    assert record_of(tmp_path / "out")["mlp_dim"] == 61
+
+
+def test_the_published_method_keeps_the_channels(run, checkpoints, words):
+    done = run("slice", checkpoints(), "--dim", "36", "--mlp-dim", "61", "--method", "slicegpt", *words)
+    assert done.exit_code == 2
+    assert "require the refit" in done.output
+
+
+def test_less_is_lost_than_without_other_channels(run, checkpoints, both, tmp_path):
+    """The channels that go are not just any: the first as many, without a refit, lose more."""
+    import transformers
+
+    from slicecli.proof.declaration import logits, relative_error, slice_in_memory
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints(), dtype=torch.float64).eval()
+    fields = model.config.to_dict()
+    sizes = Dimensions(select_adapter(fields, plugins().adapters), fields)
+    token_ids = torch.randint(2, 258, (40, 24), generator=torch.Generator().manual_seed(1))
+    (made,), _ = slice_in_memory(model, sizes, token_ids, 48, mlp_dim=61)
+    dense = logits(model, token_ids)
+    chosen = relative_error(logits(made, token_ids), dense)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 61:] = 0
+    assert chosen < 0.7 * relative_error(logits(model, token_ids), dense)
+
+
+# estimates and measurements
+
+
+def test_the_count_of_an_estimate_is_that_of_the_slice(run, checkpoints, both):
+    done = run("estimate", checkpoints(), "--dim", "36", "--mlp-dim", "61", "--format", "json")
+    (row,) = json.loads(done.stdout)["estimates"]
+    assert row["mlp_dim"] == 61
+    assert row["parameters"] == record_of(both)["parameters"]["sliced"]
+
+
+def test_an_estimate_of_the_mlp_alone_is_at_the_hidden_size(run, checkpoints):
+    (row,) = json.loads(run("estimate", checkpoints(), "--mlp-dim", "61", "--format", "json").stdout)["estimates"]
+    assert (row["dim"], row["legal"]) == (48, True)
+
+
+def test_an_estimate_predicts_nothing_without_all_channels(run, checkpoints):
+    words = ("estimate", checkpoints(), "--dim", "36", "--dense-perplexity", "9", "--format", "json")
+    whole, narrower = (json.loads(run(*words, *more).stdout) for more in ([], ["--mlp-dim", "61"]))
+    assert "perplexity" in whole["estimates"][0]
+    assert "perplexity" not in narrower["estimates"][0]
+    assert any("all MLP channels" in note for note in narrower["notes"])
+
+
+def test_an_estimate_of_a_slice_is_of_its_dense_model(run, checkpoints, both):
+    dense, of_slice = (
+        json.loads(run("estimate", model, "--dim", "24", "--format", "json").stdout) for model in (checkpoints(), both)
+    )
+    assert of_slice["estimates"] == dense["estimates"]
+    assert any("dim 36 and MLP width 61" in note for note in of_slice["notes"])
+
+
+def test_inspect_names_the_width_or_why_it_cannot_change(run, checkpoints):
+    found = json.loads(run("inspect", checkpoints(), "--format", "json").stdout)
+    assert (found["mlp_size"], found["mlp_obstacle"]) == (SIZE, "")
+
+
+def test_a_curve_of_the_hidden_size_takes_no_such_slice(run, checkpoints, both, text_file, tmp_path):
+    for name, model in (("dense", checkpoints()), ("slice", both)):
+        measure = ["--perplexity", text_file, "--limit", "4", "--seq-len", "32"]
+        done = run("eval", model, *measure, "-o", tmp_path / f"{name}.json")
+        assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "slice.json").read_text())["mlp_dim"] == 61
+    done = run("fit", tmp_path / "dense.json", tmp_path / "slice.json")
+    assert done.exit_code == 2
+    assert "keeps 61 of 80 MLP channels" in done.output
