@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import disturb
 from process_server import CASES
 from safetensors.torch import load_file
 from test_tasks import write_questions
@@ -340,6 +342,23 @@ def test_figures_are_those_of_one_process(start, slices, text_file, checkpoints)
         results = read_json(start.folder / f"by{count}" / "slice" / "slicecli.json")["results"]
         assert results["tasks"]["mine.jsonl"]["samples"] == 19
     assert_close(found[3], found[1], 1e-7)  # float32 weights may differ in their last bit
+
+
+def test_a_training_is_that_of_one_process(start, slices, text_file, checkpoints):
+    words = ["--data", text_file, "--tokens", "2k", "--seq-len", "32", "--batch-size", "256", "--lr", "2e-3"]
+    disturb(Path(shutil.copytree(start.folder / "by1" / "slice", start.folder / "disturbed")))
+    found = {}
+    for count in (1, 2):
+        output = f"recovered{count}"
+        done = start(
+            count, "recover", "disturbed", "--teacher", checkpoints(), *words, "-o", output, "--format", "json"
+        )
+        assert done["codes"] == [0] * count, done["err"]
+        assert done["out"][1:] == done["err"][1:] == [""] * (count - 1)
+        found[count] = json.loads(done["out"][0])
+        assert not list(start.folder.glob(".recovered*"))
+    for name in ("kl_before", "kl_after"):
+        assert found[2][name] == pytest.approx(found[1][name], rel=1e-5)
 
 
 def test_a_sweep_is_that_of_one_process(start, checkpoints, text_file, slice_options):
