@@ -202,13 +202,21 @@ def test_the_command_in_the_record_makes_the_same_slice(run, checkpoints, both, 
 
 def test_a_slice_of_the_mlp_alone_keeps_the_hidden_size(run, checkpoints, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("slice", checkpoints("phi3"), "--mlp-sparsity", "0.5", *words)
+    done = run("slice", checkpoints("phi3"), "--mlp-sparsity", "0.5", "--write-as", "own", *words)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "tiny-phi3-dim48-mlp40"
     assert load_file(folder / "model.safetensors")["model.layers.0.mlp.gate_up_proj.weight"].shape == (80, 48)
     assert "sliced to MLP width 40" in (folder / "README.md").read_text()
     assert run("verify", folder).exit_code == 0
     assert record_of(folder)["sparsity"] == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_a_slice_in_a_portable_class_has_the_width(run, checkpoints, words, tmp_path, family):
+    done = run("slice", checkpoints(family), "--mlp-dim", "61", "--write-as", "llama", "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape == (61, 48)
+    assert run("verify", tmp_path / "out").exit_code == 0
 
 
 def test_a_slice_can_be_sliced_again(run, both, words, tmp_path):

@@ -288,18 +288,17 @@ def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
     fields: dict[tuple[str, ...], Any] = {("model_type",): written, (width,): record["dim"]}
     if record["mlp_dim"] is not None:
-        fields[_mlp_field(record),] = record["mlp_dim"]
+        fields[_mlp_field(record, written),] = record["mlp_dim"]
     return fields
 
 
-def _mlp_field(record: Mapping[str, Any]) -> str:
-    """Return the name of the config field that has the width of the MLP."""
+def _mlp_field(record: Mapping[str, Any], model_type: str) -> str:
+    """Return the name of the config field that has the width of the MLP, in the class of a model type."""
     from slicecli.family.plugins import plugins
 
-    adapter = plugins().adapters.get(record["adapter"])
-    if adapter is None or record["written_type"] not in adapter.model_types:
-        return MLP_WIDTH
-    return adapter.names.get(MLP_WIDTH, MLP_WIDTH)
+    known = plugins().adapters
+    adapter = next((one for one in known.values() if model_type in one.model_types), known.get(record["adapter"]))
+    return MLP_WIDTH if adapter is None else adapter.names.get(MLP_WIDTH, MLP_WIDTH)
 
 
 def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -314,7 +313,7 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
         ("slicing", "head_width"): record["dim"],
     }
     if record["mlp_dim"] is not None:
-        fields["dense_config", _mlp_field(record)] = record["mlp_dim"]
+        fields["dense_config", _mlp_field(record, record["source"]["model_type"])] = record["mlp_dim"]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {
