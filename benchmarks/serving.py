@@ -3,10 +3,10 @@
     python benchmarks/serving.py --environments ~/serving --write slicecli/hub/serving.json
     python benchmarks/serving.py --environments ~/serving --clients llama.cpp,mlx-lm --families llama,qwen2
 
-Slices tiny random models of every family from 256 to 192, with heads of 32 and positions that do not rotate by the
-default base, and asks each client for the most probable next token after each of 200 tokens. Each client has a virtual
-environment below `--environments`, made where it is missing; it falls back on the packages of this one, so that torch
-is not installed again. A client is
+Slices tiny random models of every family, in their own and in portable classes, from 256 to 192, with heads of 32 and
+positions that do not rotate by the default base, and asks each client for the most probable next token after each of
+200 tokens. Each client has a virtual environment below `--environments`, made where it is missing; it falls back on the
+packages of this one, so that torch is not installed again. A client is
 
     correct   its next tokens are those of transformers 5, and their log probabilities differ by less than 0.01
     wrong     it runs, and they are not
@@ -66,15 +66,21 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# type, arrangement, method, changes of its config
+# so that hidden_size / heads is 32 in the slice, a width that attention kernels have too
+WIDE_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+# type, method, changes of its config
 SLICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "refit", {}),
     "llama (tied)": ("llama", "refit", {"tie_word_embeddings": True}),
     "llama (llama3 rotation)": ("llama", "refit", {"rope_parameters": LLAMA_3}),
+    "llama as mistral": ("llama", "refit", {}),
     "mistral": ("mistral", "refit", {"sliding_window": None}),
     "qwen2": ("qwen2", "refit", {}),
+    "qwen2 (6 heads of 64)": ("qwen2", "refit", WIDE_HEADS),
+    "qwen2 as llama": ("qwen2", "refit", {}),
     "qwen3": ("qwen3", "refit", {}),
     "phi3": ("phi3", "refit", {}),
+    "phi3 as llama": ("phi3", "refit", {}),
     "phi": ("phi", "refit", {"num_key_value_heads": 8}),
     "gemma (tied)": ("gemma", "refit", {"tie_word_embeddings": True}),
     "gemma": ("gemma", "refit", {"tie_word_embeddings": False}),
@@ -83,6 +89,7 @@ SLICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("mixtral", "refit", {"sliding_window": None}),
     "qwen3_moe": ("qwen3_moe", "refit", {"norm_topk_prob": True}),
     "qwen2_moe": ("qwen2_moe", "refit", {}),
+    "qwen2_moe (6 heads of 64)": ("qwen2_moe", "refit", WIDE_HEADS),
     "cohere": ("cohere", "refit", {"tie_word_embeddings": False}),
     "cohere (tied)": ("cohere", "refit", {"tie_word_embeddings": True}),
     "glm": ("glm", "refit", {}),
@@ -183,10 +190,12 @@ def make_slices(folder: Path, families: set[str]) -> Iterator[tuple[str, Path]]:
             fields["rope_parameters"] = {**rope, "rope_theta": 777.0}
         config = tiny_config(model_type, has_head_dim=False, **fields)
         dense = save_checkpoint(random_model(config), folder / f"d{index}")
-        yield name, make_slice(dense, DIM, method, folder / f"s{index}")
+        _, _, portable = name.partition(" as ")
+        write_as = (portable or "own") if method == "refit" else None
+        yield name, make_slice(dense, DIM, method, folder / f"s{index}", write_as)
 
 
-def make_slice(model: Path, dim: int, method: str, output: Path) -> Path:
+def make_slice(model: Path, dim: int, method: str, output: Path, write_as: str | None = None) -> Path:
     """Slice a model in float32."""
     from click.testing import CliRunner
 
@@ -194,6 +203,8 @@ def make_slice(model: Path, dim: int, method: str, output: Path) -> Path:
 
     words = ["slice", str(model), "--dim", str(dim), "--method", method, "-o", str(output), "--calibration", "demo"]
     words += ["--samples", "32", "--seq-len", "64", "--dtype", "float32", "--no-cache"]
+    if write_as:
+        words += ["--write-as", write_as]
     done = CliRunner().invoke(group, words, prog_name="slicecli")
     if done.exit_code:
         sys.exit(done.output)
@@ -262,7 +273,7 @@ def kind_of(folder: Path) -> dict[str, Any]:
     """Return what a verdict is about."""
     record = json.loads((folder / "slicecli.json").read_text())
     return {
-        "model_type": record["source"]["model_type"],
+        "model_type": record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"],
         "layout": record["layout"],
         "method": record["method"],
         "is_tied": record["is_tied"],
