@@ -273,7 +273,7 @@ def test_an_adapter_is_to_be_merged_first(refused, checkpoint_copy, monkeypatch,
     [
         ("model-Q4.gguf", "the format of llama.cpp"),
         ("params.json", "first released"),
-        ("model_index.json", "a pipeline of diffusers"),
+        ("model_index.json", "part of a diffusers pipeline"),
         ("hyperparams.json", "has no config.json. Pass the folder of a transformers model"),
         ("checkpoint-500/config.json", "Pass one of its subfolders that has one: checkpoint-500"),
     ],

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import tiny_model
@@ -35,7 +36,8 @@ def in_child(words, log, kill_when=None, signal_number=signal.SIGKILL, **variabl
     child = start_program((*SLICECLI, *words), log, log, env={**os.environ, **variables}, kind="warm")
     while kill_when is not None and child.is_alive():
         if kill_when():
-            os.kill(child.pid, signal_number)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(child.pid, signal_number)
             break
         time.sleep(0.003)
     child.join()
