@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.errors import RequestError, SlicecliError
 from slicecli.hub.options import PushOptions
 from slicecli.runtime.options import from_chosen
 
@@ -70,6 +72,38 @@ def push(folder: Path, repository: str, settings: PushOptions, is_quiet: bool) -
     if is_quiet or not sys.stderr.isatty():
         disable_progress_bars()
     return push_slice(folder, repository, settings)
+
+
+def publication_of(chosen: Mapping[str, Any], repository: str | None) -> PushOptions:
+    """Return how a new slice is published; refuse options of publishing without a repository.
+
+    The revision among the chosen options is that of the model.
+    """
+    publication = from_chosen(PushOptions, chosen, leave_out=["revision"])
+    if repository is None and publication != PushOptions(token=publication.token):
+        raise RequestError("--private, --create-pr and --commit-message require --push.", "Add --push REPO.")
+    return publication
+
+
+def push_and_report(
+    folder: Path,
+    repository: str | None,
+    settings: PushOptions,
+    is_quiet: bool,
+    fields: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
+) -> Publication | None:
+    """Push a new slice if a repository is named, and report its fields with what became of that."""
+    if repository is None:
+        report(fields)
+        return None
+    try:
+        published = push(folder, repository, settings, is_quiet)
+    except SlicecliError:
+        report({**fields, "published": None})
+        raise
+    report({**fields, "published": publication_fields(published)})
+    return published
 
 
 def publication_fields(publication: Publication) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.hub.options import PushOptions
+from slicecli.cli.push_command import publication_of, push_and_report
 from slicecli.jobs.options import RecoverOptions
 from slicecli.runtime.options import from_chosen
 
@@ -62,11 +63,7 @@ def command(
       slicecli recover ./my-slice --teacher ./my-model -o ./my-slice-recovered
       slicecli recover me/my-slice --data c4 --tokens 10M --mode lora --lr 3e-4
     """
-    from slicecli.errors import RequestError, SlicecliError
-
-    publication = from_chosen(PushOptions, chosen, leave_out=["revision"])  # that is the slice's
-    if repository is None and publication != PushOptions(token=publication.token):
-        raise RequestError("--private, --create-pr and --commit-message require --push.", "Add --push REPO.")
+    publication = publication_of(chosen, repository)
 
     from slicecli.checkpoint.folder import unfinished_folder
     from slicecli.jobs.recover import plan_recovery, recover_slice
@@ -106,19 +103,11 @@ def command(
         "history": [{"tokens": tokens, "kl": kl} for tokens, kl in report.history],
         "seconds": round(report.seconds, 3),
     }
-    if repository is not None:
-        from slicecli.cli.push_command import publication_fields, push
-
-        try:
-            published = push(job.folder, repository, publication, context["quiet"])
-        except SlicecliError:
-            _report({**fields, "published": None}, output_format)
-            raise
-        fields["published"] = publication_fields(published)
-    _report(fields, output_format)
+    report_fields = functools.partial(_report, output_format=output_format)
+    published = push_and_report(job.folder, repository, publication, context["quiet"], fields, report_fields)
     if not context["quiet"]:
         show.note(f"{job.folder}: trained on {report.tokens:,} tokens in {report.seconds:.0f} s")
-        if repository is not None:
+        if published is not None:
             show.note(f"Published: {published.url}")
         show.note(f"Next: slicecli eval {job.folder} --perplexity wikitext2")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.cli.push_command import publication_of, push_and_report
 from slicecli.family.slice_plan import Width
-from slicecli.hub.options import PushOptions
 from slicecli.jobs.options import SliceOptions
 from slicecli.runtime.options import from_chosen
 
@@ -65,11 +66,8 @@ def command(
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
     """
     from slicecli.checkpoint.folder import unfinished_folder
-    from slicecli.errors import RequestError, SlicecliError
 
-    publication = from_chosen(PushOptions, chosen, leave_out=["revision"])  # that is the model's
-    if repository is None and publication != PushOptions(token=publication.token):
-        raise RequestError("--private, --create-pr and --commit-message require --push.", "Add --push REPO.")
+    publication = publication_of(chosen, repository)
     width = from_chosen(Width, chosen)
 
     from slicecli.jobs.plan import plan_slices
@@ -134,22 +132,14 @@ def command(
         "peak_device_memory_bytes": report.peak_device_memory_bytes,
         "placement": job.places_to_json(),
     }
-    if repository is not None:
-        from slicecli.cli.push_command import publication_fields, push
-
-        try:
-            published = push(folder, repository, publication, context["quiet"])
-        except SlicecliError:
-            _report({**fields, "published": None}, output_format)
-            raise
-        fields["published"] = publication_fields(published)
-    _report(fields, output_format)
+    report_fields = functools.partial(_report, output_format=output_format)
+    published = push_and_report(folder, repository, publication, context["quiet"], fields, report_fields)
     if not context["quiet"]:
         show.note(
             f"{folder}: {report.energy_kept:.1%} of the energy kept, {report.seconds:.0f} s, "
             f"peak memory {show.size(report.peak_memory_bytes)}"
         )
-        if repository is not None:
+        if published is not None:
             show.note(f"Published: {published.url}")
         if plan.layout == "custom-code":
             show.note("It needs custom code: load it with trust_remote_code=True, or after `import slicecli`.")
