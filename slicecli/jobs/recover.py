@@ -33,7 +33,7 @@ from slicecli.errors import OutputError, RequestError, TrainingError, WeightsErr
 from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.slice_plan import DTYPE_BYTES
 from slicecli.jobs.options import RecoverOptions
-from slicecli.record.record import read_sound_record
+from slicecli.record.record import read_sound_record, source_fields
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.libraries import running
 from slicecli.runtime.options import result_fields, words_of
@@ -494,13 +494,7 @@ def _draft(job: RecoveryJob, rows: TrainingRows, trained: _Trained | None = None
 
 
 def _identity(source: Source) -> dict[str, Any]:
-    return {
-        "model": source.name,
-        "revision": source.revision,
-        "commit": source.commit,
-        "content": source.content,
-        "model_type": str(source.fields.get("model_type")),
-    }
+    return source_fields(source, str(source.fields.get("model_type")))
 
 
 def _command(job: RecoveryJob) -> str:

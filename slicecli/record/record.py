@@ -34,6 +34,7 @@ __all__ = [
     "read_record",
     "read_sound_record",
     "record_text",
+    "source_fields",
 ]
 
 ResultKind = Literal["perplexity", "tasks"]
@@ -99,13 +100,7 @@ def build_record(
     return {
         "record_version": RECORD_VERSION,
         "slicecli_version": __version__,
-        "source": {
-            "model": source.name,
-            "revision": source.revision,
-            "commit": source.commit,
-            "content": source.content,
-            "model_type": plan.model_type,
-        },
+        "source": source_fields(source, plan.model_type),
         "ancestry": _ancestry(source),
         "repository": None,
         "command": command,
@@ -135,6 +130,17 @@ def build_record(
         "files": {},
         "left_out": [one.to_json() for one in source.companions.left_out],
         "versions": package_versions(),
+    }
+
+
+def source_fields(source: Source, model_type: str) -> dict[str, Any]:
+    """Return what identifies a model in a record."""
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "commit": source.commit,
+        "content": source.content,
+        "model_type": model_type,
     }
 
 

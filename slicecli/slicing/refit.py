@@ -56,7 +56,7 @@ from slicecli.slicing.sliced_tensors import (
     slice_embeddings,
 )
 from slicecli.slicing.sublayer import BlockPass, Sublayer, fit_reading
-from slicecli.slicing.tied_head import fit_tied_head, solve_tie
+from slicecli.slicing.tied_head import fit_tied_head, measure_logits, solve_tie
 
 __all__ = ["collect_statistics", "refit"]
 
@@ -172,11 +172,12 @@ def refit(
         journal.offer(phase, index + 1, _content(stream, targets))
         progress.advance(f"energy kept {1 - lost:.4f}")
 
+    metric = measure_logits(dense, batches) if dense.dimensions.keeps_tie else None
     for target, leading, tied in zip(targets, bases, ties, strict=True):
         if tied is None:
             _fit_head(dense, target, stream, leading, held_out)
         else:
-            fit_tied_head(dense, target, stream, tied, batches, held_out)
+            fit_tied_head(dense, target, stream, tied, metric, held_out)
         hand_over_buffers(dense, target)
         target.stream.clear()
     journal.finish(phase, Content())

@@ -16,7 +16,7 @@ from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Target
 from slicecli.slicing.sliced_tensors import final_norm_weight_and_bias, neutral_norm, tie_of, tied_head
 
-__all__ = ["fit_tied_head", "solve_tie"]
+__all__ = ["fit_tied_head", "measure_logits", "solve_tie"]
 
 
 def solve_tie(dense: DenseModel, statistics: DenseStatistics, basis: torch.Tensor) -> Tie:
@@ -34,15 +34,31 @@ def solve_tie(dense: DenseModel, statistics: DenseStatistics, basis: torch.Tenso
     return Tie(*dense.processes.tensors_from_main(solution, [shape, shape[1:], shape], dense.device))
 
 
+def measure_logits(dense: DenseModel, batches: Batches) -> torch.Tensor | None:
+    """Return G, which weighs errors of the head's input, once for all slices; `None` but on the main process.
+
+    Returns:
+        See `slicecli.linalg.tied.token_metric`.
+    """
+    if not dense.processes.is_main:
+        return None
+    table = dense.weights.tensor(f"{dense.adapter.head.path}.weight").to(dense.device)
+    return token_metric(table, torch.bincount(batches.rows.flatten(), minlength=len(table)))
+
+
 def fit_tied_head(
     dense: DenseModel,
     target: Target,
     stream: Stream,
     found: Tie,
-    batches: Batches,
+    metric: torch.Tensor | None,
     held_out: Sequence[torch.Tensor],
 ) -> None:
-    """Fit the weight of the final norm to the sliced stream as it is there, and hand it to the sink."""
+    """Fit the weight of the final norm to the sliced stream as it is there, and hand it to the sink.
+
+    Args:
+        metric: As `measure_logits` returns it.
+    """
     path = dense.adapter.final_norm
     norm = target.meta_model.get_submodule(path)
     modules.fill(norm, modules.below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
@@ -56,13 +72,11 @@ def fit_tied_head(
     modules.clear(norm)
     for one in sums:
         dense.processes.sum_to_main(one.sliced, one.crossed)
-    if not dense.processes.is_main:
+    if metric is None:  # the head is only written
         return
     gain, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     assert gain is not None
-    table = dense.weights.tensor(f"{dense.adapter.head.path}.weight").to(dense.device)
-    counts = torch.bincount(batches.rows.flatten(), minlength=len(table))
-    fitted = fit_gain(found, gain, token_metric(table, counts), sums)
+    fitted = fit_gain(found, gain, metric, sums)
     for name, tensor in tied_head(dense.dimensions, dense.weights, fitted).items():
         target.sink(name, tensor.to("cpu", target.dtype))
 
