@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
-from slicecli.checkpoint.shards import ShardWriter
+from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.data.demo import MODEL_FOLDER
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -159,7 +159,7 @@ def fails(how):
     """Let this process fail in the middle of a slice, by a bug at its beginning."""
     from slicecli.errors import WeightsError
     from slicecli.jobs import run as engine
-    from slicecli.slicing import sublayer as step
+    from slicecli.slicing import sublayer_fit as step
 
     def read_rows(_job):
         raise TypeError("no sentence")

@@ -563,7 +563,7 @@ def test_a_disk_that_is_too_small(refused, checkpoints, monkeypatch):
 
 
 def test_a_disk_that_becomes_full(refused, checkpoints, monkeypatch):
-    from slicecli.checkpoint.shards import ShardWriter
+    from slicecli.checkpoint.weight_writer import ShardWriter
 
     def fail(self, name, tensor):
         raise OSError(28, "No space left on device")

@@ -22,7 +22,7 @@ from slicecli.checkpoint.folder import (
     unfinished_folder,
     whole_folder,
 )
-from slicecli.checkpoint.shards import ShardWriter
+from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import OutputError, WeightsError
 
 SHAPES = {"embed.weight": (7, 4), "blocks.0.weight": (4, 4), "blocks.0.bias": (4,), "head.weight": (7, 4)}

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slicecli.checkpoint.folder import file_digest
 from slicecli.checkpoint.meta_model import build_meta_model
-from slicecli.checkpoint.reader import OffloadedWeights
-from slicecli.checkpoint.shards import content_of, write_tensors
+from slicecli.checkpoint.dense_weights import OffloadedWeights
+from slicecli.checkpoint.weight_writer import content_of, write_tensors
 from slicecli.errors import RequestError, WeightsError
 from slicecli.runtime import placement
 from slicecli.runtime.microbatch import MicroBatches, concat

@@ -12,7 +12,7 @@ from conftest import BASE, tiny_model
 from safetensors.torch import load_file
 
 from slicecli.adapters import PortableClass, select_adapter
-from slicecli.checkpoint.shards import ShardWriter
+from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import PluginError, RequestError
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins

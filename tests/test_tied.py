@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from slicecli.adapters import Adapter, Block, Branch, Norm, select_adapter
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
-from slicecli.linalg.tied import GainSums, Tie, fit_gain, tie, token_metric
+from slicecli.linalg.tied_table import GainSums, Tie, fit_gain, tie, token_metric
 from slicecli.proof.declaration import logits, slice_in_memory
 
 WIDTH, DIM, VOCABULARY = 12, 8, 40

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from slicecli.checkpoint.source import Source
-from slicecli.checkpoint.weight_files import weight_file_names
+from slicecli.checkpoint.weight_headers import weight_file_names
 from slicecli.proof.tiny import random_model, tiny_config
 from slicecli.testing import save_checkpoint
 
@@ -120,7 +120,7 @@ def test_content_is_the_same_however_a_model_is_named_divided_and_saved(checkpoi
 
 @pytest.mark.parametrize("whole_bytes", [64_000_000, 0])
 def test_content_tells_a_trained_tensor(checkpoint_copy, monkeypatch, whole_bytes):
-    monkeypatch.setattr("slicecli.checkpoint.weight_files.WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr("slicecli.checkpoint.weight_headers.WHOLE_BYTES", whole_bytes)
     before = Source.find(str(checkpoint_copy)).content
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(checkpoint_copy, **{name: load_file(checkpoint_copy / SINGLE)[name] * 1.001})

@@ -13,7 +13,7 @@ from typing import Any
 
 from slicecli.adapters import Adapter
 from slicecli.checkpoint.load_report import some_of
-from slicecli.checkpoint.weight_files import StoredTensor, have_same_values
+from slicecli.checkpoint.weight_headers import StoredTensor, have_same_values
 from slicecli.errors import WeightsError
 from slicecli.family.dimensions import Dimensions
 

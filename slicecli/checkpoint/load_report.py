@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from slicecli.checkpoint.weight_files import StoredTensor
+from slicecli.checkpoint.weight_headers import StoredTensor
 from slicecli.errors import UnsupportedModelError, WeightsError
 
 __all__ = ["check_report", "check_stored", "some_of"]

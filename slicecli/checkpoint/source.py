@@ -35,7 +35,7 @@ from slicecli.checkpoint.foreign import FOREIGN_FILES, check_is_whole, check_not
 from slicecli.checkpoint.load_report import check_stored
 from slicecli.checkpoint.meta_model import build_meta_model
 from slicecli.checkpoint.tokenizer_errors import has_vocabulary, tokenizer_error, why_not_loaded
-from slicecli.checkpoint.weight_files import (
+from slicecli.checkpoint.weight_headers import (
     INDEX_FILE,
     LONGEST_NAME,
     SINGLE_FILE,
@@ -434,7 +434,7 @@ class Source:
 
     @functools.cached_property
     def content(self) -> str:
-        """A digest of config and weights (`weight_files.content_digest`); the weights must be at hand."""
+        """A digest of config and weights (`weight_headers.content_digest`); the weights must be at hand."""
         return content_digest(self.folder, self.fields, stored_tensors(self.folder, self.weight_files()))
 
     def identity(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from slicecli.checkpoint.companions import is_text
 from slicecli.checkpoint.folder import RECORD_FILE, file_digest
 from slicecli.checkpoint.source import DESCRIPTION_FILES, name_of_folder
-from slicecli.checkpoint.weight_files import INDEX_FILE
+from slicecli.checkpoint.weight_headers import INDEX_FILE
 from slicecli.errors import SourceError
 from slicecli.record.schema import schema_errors
 from slicecli.runtime.hub_client import patiently, quiet_client

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from slicecli.checkpoint.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULARIES, WEIGHT_SUFFIXES
 from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
-from slicecli.checkpoint.weight_files import INDEX_FILE, entry_file
+from slicecli.checkpoint.weight_headers import INDEX_FILE, entry_file
 from slicecli.errors import WeightsError
 from slicecli.family.dimensions import MLP_WIDTH
 from slicecli.family.schedule import Schedule

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slicecli.checkpoint.reader import DenseWeights, OffloadedWeights
+from slicecli.checkpoint.dense_weights import DenseWeights, OffloadedWeights
 from slicecli.data.packing import check_vocabulary
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.plan import Job, full_fields

@@ -388,7 +388,7 @@ def _round(model: Any, dtype: str) -> None:
     """Give a model's weights the values that they will have on the disk."""
     import torch
 
-    from slicecli.checkpoint.reader import stored_values
+    from slicecli.checkpoint.dense_weights import stored_values
 
     with torch.no_grad():
         for _, value in stored_values(model):
@@ -413,8 +413,8 @@ def _write_weights(job: RecoveryJob, model: Any, folder: Path) -> dict[str, str]
     """Write a model's weights as those of the slice are laid out; return the SHA-256 of each file."""
     import torch
 
-    from slicecli.checkpoint.reader import DenseWeights, checkpoint_tensors, stored_values
-    from slicecli.checkpoint.shards import ShardWriter
+    from slicecli.checkpoint.dense_weights import DenseWeights, checkpoint_tensors, stored_values
+    from slicecli.checkpoint.weight_writer import ShardWriter
 
     dtype = getattr(torch, job.record["dtype"])
     values = {name: value.detach().to("cpu", dtype) for name, value in stored_values(model)}

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from slicecli.checkpoint.shards import content_of
+from slicecli.checkpoint.weight_writer import content_of
 from slicecli.runtime.placement import Place
 
 __all__ = ["ActivationStore", "Carrier", "Place", "Stream"]

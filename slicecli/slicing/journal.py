@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint.shards import ShardWriter, write_tensors
+from slicecli.checkpoint.weight_writer import ShardWriter, write_tensors
 from slicecli.errors import OutputError, RequestError
 from slicecli.runtime.json import read_json
 from slicecli.slicing.context import Content, Snapshot

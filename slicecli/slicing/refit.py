@@ -18,7 +18,7 @@ from torch import nn
 from slicecli.adapters import Block
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeMemory
-from slicecli.linalg.tied import Tie
+from slicecli.linalg.tied_table import Tie
 from slicecli.progress import Progress
 from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
@@ -55,7 +55,7 @@ from slicecli.slicing.sliced_tensors import (
     norm_weight_and_bias,
     slice_embeddings,
 )
-from slicecli.slicing.sublayer import BlockPass, Sublayer, fit_reading
+from slicecli.slicing.sublayer_fit import BlockPass, Sublayer, fit_reading
 from slicecli.slicing.tied_head import fit_tied_head, measure_logits, solve_tie
 
 __all__ = ["collect_statistics", "refit"]

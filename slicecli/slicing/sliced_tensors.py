@@ -25,7 +25,7 @@ from slicecli.linalg.sliced_maps import (
     projection_for_readers,
     rows_times,
 )
-from slicecli.linalg.tied import Tie, tie
+from slicecli.linalg.tied_table import Tie, tie
 
 __all__ = [
     "WeightReader",
@@ -229,7 +229,7 @@ def tie_of(
 
     Args:
         basis: Q, float64 of shape (d, k), on the device that computes.
-        second_moment: As of `slicecli.linalg.tied.tie`.
+        second_moment: As of `slicecli.linalg.tied_table.tie`.
     """
     gain, _ = final_norm_weight_and_bias(dimensions, weights, basis.device)
     assert gain is not None  # the norms of tied slices have a weight

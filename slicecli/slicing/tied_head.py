@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from slicecli.linalg.normal_equations import add_outer, add_square, widen
-from slicecli.linalg.tied import GainSums, Tie, fit_gain, token_metric
+from slicecli.linalg.tied_table import GainSums, Tie, fit_gain, token_metric
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Target
@@ -38,7 +38,7 @@ def measure_logits(dense: DenseModel, batches: Batches) -> torch.Tensor | None:
     """Return G, which weighs errors of the head's input, once for all slices; `None` but on the main process.
 
     Returns:
-        See `slicecli.linalg.tied.token_metric`.
+        See `slicecli.linalg.tied_table.token_metric`.
     """
     if not dense.processes.is_main:
         return None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from slicecli.checkpoint.folder import file_digest
-from slicecli.checkpoint.weight_files import INDEX_FILE
+from slicecli.checkpoint.weight_headers import INDEX_FILE
 from slicecli.errors import OutputError, WeightsError
 from slicecli.family.slice_plan import DTYPE_CODES
 
