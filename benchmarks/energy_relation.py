@@ -224,8 +224,8 @@ def find_bases(model: Any, job: Job, places: Sequence[NormInput], rows: torch.Te
     """
     import torch
 
-    from slicecli.checkpoint.meta_model import build_runnable_meta_model
     from slicecli.checkpoint.dense_weights import DenseWeights
+    from slicecli.checkpoint.meta_model import build_runnable_meta_model
     from slicecli.linalg.basis import principal_basis
     from slicecli.linalg.normal_equations import add_square, normalise
     from slicecli.progress import Silent

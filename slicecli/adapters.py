@@ -35,9 +35,9 @@ __all__ = [
     "Embedding",
     "Experts",
     "Fields",
-    "Kept",
     "Linear",
     "Norm",
+    "PassedThrough",
     "PortableClass",
     "Refusal",
     "Sizes",
@@ -123,7 +123,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Kept:
+class PassedThrough:
     """A parameter of the block without an axis of hidden size; it is passed through.
 
     Attributes:
@@ -232,12 +232,12 @@ class Block:
     Attributes:
         branches: Its branches in the order in which they run.
         is_parallel: Whether all branches read the stream as it enters the block, instead of after the previous branch.
-        kept: Parameters that do not touch the stream; they are passed through.
+        passed_through: Parameters that do not touch the stream; slices have them unchanged.
     """
 
     branches: tuple[Branch, ...]
     is_parallel: bool = False
-    kept: tuple[Kept, ...] = ()
+    passed_through: tuple[PassedThrough, ...] = ()
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -194,9 +194,9 @@ def test_a_tokenizer_that_is_missing_or_of_another_model(refused, checkpoint_cop
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no kept", "does not cover model.layers.0.self_attn.k_norm.weight"),
+        ("none passed through", "does not cover model.layers.0.self_attn.k_norm.weight"),
         ("other blocks", "the model has no model.blocks.0"),
-        ("wide kept", "self_attn.q_norm.weight is 16, not 64"),
+        ("wide", "self_attn.q_norm.weight is 16, not 64"),
     ],
 )
 def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monkeypatch, change, message):
@@ -205,10 +205,10 @@ def test_an_adapter_that_does_not_describe_the_model(refused, checkpoints, monke
     from slicecli.family.plugins import plugins
 
     qwen3 = plugins().adapters["qwen3"]
-    widened = tuple(dataclasses.replace(kept, width="query") for kept in qwen3.block.kept)
+    widened = tuple(dataclasses.replace(one, width="query") for one in qwen3.block.passed_through)
     changes = {
-        "no kept": {"block": dataclasses.replace(qwen3.block, kept=())},
-        "wide kept": {"block": dataclasses.replace(qwen3.block, kept=widened)},
+        "none passed through": {"block": dataclasses.replace(qwen3.block, passed_through=())},
+        "wide": {"block": dataclasses.replace(qwen3.block, passed_through=widened)},
         "other blocks": {"blocks": "model.blocks"},
     }
     monkeypatch.setitem(plugins().adapters, "qwen3", dataclasses.replace(qwen3, **changes[change]))

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from slicecli.adapters import Kept, select_adapter
+from slicecli.adapters import PassedThrough, select_adapter
 from slicecli.errors import PluginError, RequestError
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
@@ -79,7 +79,7 @@ def test_a_declaration_without_the_width_of_the_mlp_says_so():
     block = replace(sizes.adapter.block, branches=sizes.adapter.block.branches[:1])
     fields = tiny_config("llama").to_dict()
     assert "no writer of width" in Dimensions(replace(sizes.adapter, block=block), fields).mlp_obstacle
-    block = replace(sizes.adapter.block, kept=(Kept("mlp.scale", "intermediate_size"),))
+    block = replace(sizes.adapter.block, passed_through=(PassedThrough("mlp.scale", "intermediate_size"),))
     assert "keeps a parameter" in Dimensions(replace(sizes.adapter, block=block), fields).mlp_obstacle
 
 

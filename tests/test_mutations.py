@@ -245,7 +245,7 @@ MUTATIONS = {
         "model.layers.0.mlp.experts.down_proj",
     ),
     "missed experts": Mutation("qwen2_moe", in_branch(1, experts=None), "model.layers.0.mlp.experts.gate_up_proj"),
-    # embeddings and what is kept
+    # embeddings and what is passed through
     "untouched position embedding": Mutation(
         "opt", lambda a: replace(a, embeddings=a.embeddings[:1]), "model.decoder.embed_positions.weight"
     ),
@@ -270,7 +270,7 @@ MUTATIONS = {
         caught_by=(START,),
     ),
     "forgotten parameter apart from the stream": Mutation(
-        "qwen3", in_block(lambda block: replace(block, kept=())), "model.layers.0.self_attn.q_norm.weight"
+        "qwen3", in_block(lambda block: replace(block, passed_through=())), "model.layers.0.self_attn.q_norm.weight"
     ),
     # MLP channels
     "own name of the MLP's width forgotten": Mutation(

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from slicecli.checkpoint.dense_weights import OffloadedWeights
 from slicecli.checkpoint.folder import file_digest
 from slicecli.checkpoint.meta_model import build_meta_model
-from slicecli.checkpoint.dense_weights import OffloadedWeights
 from slicecli.checkpoint.weight_writer import content_of, write_tensors
 from slicecli.errors import RequestError, WeightsError
 from slicecli.runtime import placement

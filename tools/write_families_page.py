@@ -46,7 +46,7 @@ def describe(adapter: Adapter) -> str:
     words += ["embeddings times root of width"] if adapter.scales_embeddings_by_width else []
     words += ["learned positions"] if len(adapter.embeddings) > 1 else []
     words += ["head sliced with the blocks"] if adapter.keeps_width else []
-    words += ["norms on queries"] if any(block.kept for block in dimensions.declared_blocks) else []
+    words += ["norms on queries"] if any(block.passed_through for block in dimensions.declared_blocks) else []
     words += ["a tied head stays tied"] if not adapter.why_untied({}) else []
     words += ["varies with the config"] if callable(adapter.block) else []
     return ", ".join(words)

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Norm, Sizes, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, Norm, PassedThrough, Sizes, attention, gated_mlp
 
-QUERY_NORMS = (Kept("self_attn.q_norm.weight", "query"), Kept("self_attn.k_norm.weight", "key_value"))
+QUERY_NORMS = (PassedThrough("self_attn.q_norm.weight", "query"), PassedThrough("self_attn.k_norm.weight", "key_value"))
 
 
 def block(sizes: Sizes, _index: int) -> Block:
@@ -17,7 +17,7 @@ def block(sizes: Sizes, _index: int) -> Block:
     return Block(
         (attention("attention_bias", "attention_bias"), gated_mlp(norm="input_layernorm")),
         is_parallel=True,
-        kept=QUERY_NORMS if sizes.value("use_qk_norm") else (),
+        passed_through=QUERY_NORMS if sizes.value("use_qk_norm") else (),
     )
 
 

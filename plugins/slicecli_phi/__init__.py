@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Linear, Norm, Sizes, attention, mlp
+from slicecli.adapters import Adapter, Block, Linear, Norm, PassedThrough, Sizes, attention, mlp
 
 QUERY_NORMS = tuple(
-    Kept(f"self_attn.{norm}.{parameter}", "head_dim")
+    PassedThrough(f"self_attn.{norm}.{parameter}", "head_dim")
     for norm in ("q_layernorm", "k_layernorm")
     for parameter in ("weight", "bias")
 )
@@ -21,7 +21,7 @@ def block(sizes: Sizes, _index: int) -> Block:
     return Block(
         (attention(True, True, writer="dense"), mlp("mlp.fc1", "mlp.fc2", norm="input_layernorm", bias=True)),
         is_parallel=True,
-        kept=QUERY_NORMS if sizes.value("qk_layernorm") else (),
+        passed_through=QUERY_NORMS if sizes.value("qk_layernorm") else (),
     )
 
 

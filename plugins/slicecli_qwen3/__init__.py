@@ -7,9 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, PassedThrough, attention, gated_mlp
 
-QUERY_NORMS = (Kept("self_attn.q_norm.weight", "head_dim"), Kept("self_attn.k_norm.weight", "head_dim"))
+QUERY_NORMS = (
+    PassedThrough("self_attn.q_norm.weight", "head_dim"),
+    PassedThrough("self_attn.k_norm.weight", "head_dim"),
+)
 
 
 def window(config: Mapping[str, Any]) -> Any:
@@ -20,7 +23,9 @@ def window(config: Mapping[str, Any]) -> Any:
 ADAPTER = Adapter(
     name="qwen3",
     model_types=("qwen3",),
-    block=Block((attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp()), kept=QUERY_NORMS),
+    block=Block(
+        (attention(bias="attention_bias", writer_bias="attention_bias"), gated_mlp()), passed_through=QUERY_NORMS
+    ),
     defaults=MappingProxyType(
         {"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28, "rms_norm_eps": 1e-6}
     ),

@@ -7,9 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Branch, Experts, Kept, Linear, Sizes, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, Branch, Experts, Linear, PassedThrough, Sizes, attention, gated_mlp
 
-QUERY_NORMS = (Kept("self_attn.q_norm.weight", "head_dim"), Kept("self_attn.k_norm.weight", "head_dim"))
+QUERY_NORMS = (
+    PassedThrough("self_attn.q_norm.weight", "head_dim"),
+    PassedThrough("self_attn.k_norm.weight", "head_dim"),
+)
 
 EXPERTS = Branch(
     norm="post_attention_layernorm",
@@ -25,7 +28,7 @@ def block(sizes: Sizes, index: int) -> Block:
     is_dense = index in (sizes.value("mlp_only_layers") or ())
     has_experts = not is_dense and (index + 1) % sizes.number("decoder_sparse_step") == 0
     attend = attention(bias="attention_bias", writer_bias="attention_bias")
-    return Block((attend, EXPERTS if has_experts else gated_mlp()), kept=QUERY_NORMS)
+    return Block((attend, EXPERTS if has_experts else gated_mlp()), passed_through=QUERY_NORMS)
 
 
 def window(config: Mapping[str, Any]) -> Any:

@@ -6,22 +6,22 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from slicecli import hookimpl
-from slicecli.adapters import Adapter, Block, Kept, Norm, Sizes, attention, gated_mlp
+from slicecli.adapters import Adapter, Block, Norm, PassedThrough, Sizes, attention, gated_mlp
 
 
 def block(sizes: Sizes, _index: int) -> Block:
     """Declare the block as the config arranges it."""
     is_parallel = bool(sizes.value("use_parallel_residual"))
     norm = "input_layernorm" if is_parallel else "post_attention_layernorm"
-    kept: tuple[Kept, ...] = ()
+    passed_through: tuple[PassedThrough, ...] = ()
     if sizes.value("qk_layernorm"):
         heads = {"q_layernorm": sizes.heads, "k_layernorm": sizes.key_value_heads}
-        kept = tuple(
-            Kept(f"self_attn.{name}.norms.{head}.weight", "head_dim")
+        passed_through = tuple(
+            PassedThrough(f"self_attn.{name}.norms.{head}.weight", "head_dim")
             for name, count in heads.items()
             for head in range(count)
         )
-    return Block((attention("use_qkv_bias"), gated_mlp(norm=norm)), is_parallel, kept)
+    return Block((attention("use_qkv_bias"), gated_mlp(norm=norm)), is_parallel, passed_through)
 
 
 ADAPTER = Adapter(

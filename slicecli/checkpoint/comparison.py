@@ -87,7 +87,9 @@ def compare(dimensions: Dimensions, tensors: Mapping[str, StoredTensor], name: s
                 lacking.append(parameter.name)
             continue
         found.add(stored)
-        if parameter.role != "kept" and tensors[stored].elements != parameter.elements(dimensions.hidden_size):
+        if parameter.role != "passed_through" and tensors[stored].elements != parameter.elements(
+            dimensions.hidden_size
+        ):
             shape = tuple(dimensions.hidden_size if size is None else size for size in parameter.shape)
             raise WeightsError(
                 f"{stored} is {tensors[stored].shape} in the weight files of {name}, but config.json implies {shape}.",

@@ -41,14 +41,14 @@ class Parameter:
     """One declared parameter of a model.
 
     Attributes:
-        shape: Its shape (of what is kept, its elements).
+        shape: Its shape (of what is passed through, its elements).
         place: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
             or reads; of what writes, the number of the next one.
     """
 
     name: str
     shape: Shape
-    role: Literal["embedding", "norm", "reader", "writer", "experts", "kept"]
+    role: Literal["embedding", "norm", "reader", "writer", "experts", "passed_through"]
     place: int
 
     def elements(self, width: int) -> int:
@@ -229,22 +229,22 @@ class Dimensions:
         return {one.name: one.shape for one in self.declared_parameters() if None in one.shape}
 
     def other_parameters(self) -> dict[str, Shape]:
-        """Return the shape of every declared parameter without such an axis (of what is kept, its elements)."""
+        """Return the shape of every declared parameter without such an axis (of what is passed through, its size)."""
         return {one.name: one.shape for one in self.declared_parameters() if None not in one.shape}
 
     def parameters(self, dim: int | None = None) -> int:
         """Count the parameters: of the dense model as shipped, or of its slice by the refit at `dim`."""
-        kept, per_width = self._counts
+        fixed, per_width = self._counts
         if self.is_tied if dim is None else self.keeps_tie:
             per_width -= self.width(self.adapter.head.width)
-        return kept + per_width * (self.hidden_size if dim is None else dim)
+        return fixed + per_width * (self.hidden_size if dim is None else dim)
 
     @functools.cached_property
     def _counts(self) -> tuple[int, int]:
         """Elements without an axis of hidden size, and elements for each unit of hidden size; no shape has it twice."""
         parameters = list(self.declared_parameters())
-        kept = sum(one.elements(0) for one in parameters)
-        return kept, sum(one.elements(1) for one in parameters) - kept
+        fixed = sum(one.elements(0) for one in parameters)
+        return fixed, sum(one.elements(1) for one in parameters) - fixed
 
     def largest_regression(self) -> int:
         """Return the most inputs of one regression of the refit: of a step's linear writers, or of an expert."""
@@ -270,8 +270,8 @@ class Dimensions:
         place = 0
         for index, block in enumerate(self.declared_blocks):
             prefix = f"{adapter.blocks}.{index}."
-            for kept in block.kept:
-                yield Parameter(prefix + kept.path, (self.width(kept.width),), "kept", place)
+            for other in block.passed_through:
+                yield Parameter(prefix + other.path, (self.width(other.width),), "passed_through", place)
             norms: set[str] = set()
             for step in block.sublayers:
                 for branch in step:
@@ -362,7 +362,7 @@ class Dimensions:
                 }
                 for branch in block.branches
             ],
-            "kept": sorted(kept.path for kept in block.kept),
+            "passed_through": sorted(one.path for one in block.passed_through),
         }
 
     def _linear_declaration(self, linear: Linear) -> dict[str, Any]:
@@ -433,7 +433,7 @@ class Dimensions:
                 return "its MLPs are mixtures of experts"
             if sum(self.has_channels(branch) for branch in block.branches) != 1:
                 return f"adapter {name!r} declares no writer of width {MLP_WIDTH!r} in block {index}"
-            if any(kept.width.endswith(MLP_WIDTH) for kept in block.kept):
+            if any(other.width.endswith(MLP_WIDTH) for other in block.passed_through):
                 return f"adapter {name!r} keeps a parameter of width {MLP_WIDTH!r} in block {index}"
         return ""
 
@@ -483,10 +483,10 @@ class Dimensions:
     def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the declaration and the parameters of a real model name the same things, of the same sizes."""
         declared = {one.name: one.shape for one in self.declared_parameters()}
-        kept = {
-            f"{self.adapter.blocks}.{index}.{kept.path}"
+        passed_through = {
+            f"{self.adapter.blocks}.{index}.{other.path}"
             for index, block in enumerate(self.declared_blocks)
-            for kept in block.kept
+            for other in block.passed_through
         }
         if self.is_tied:
             # whether the shared table is listed under the head's name too depends on how the model was built
@@ -498,8 +498,8 @@ class Dimensions:
         for name, shape in declared.items():
             expected = tuple(self.hidden_size if size is None else size for size in shape)
             found = shapes.get(name, expected)
-            # of what is kept only the number of elements is declared
-            if (math.prod(found) != math.prod(expected)) if name in kept else (found != expected):
+            # of what is passed through only the number of elements is declared
+            if (math.prod(found) != math.prod(expected)) if name in passed_through else (found != expected):
                 wrong.append(f"{name} is {' x '.join(map(str, found))}, not {' x '.join(map(str, expected))}")
         parts = [f"it does not cover {_first_of(missing)}"] if missing else []
         parts += [f"the model has no {_first_of(extra)}"] if extra else []

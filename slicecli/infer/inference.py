@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from slicecli.adapters import Adapter, Block, Branch, Embedding, Experts, Kept, Linear
+from slicecli.adapters import Adapter, Block, Branch, Embedding, Experts, Linear, PassedThrough
 from slicecli.checkpoint.meta_model import parameter_shapes
 from slicecli.errors import NotInferredError, SlicecliError, UnsupportedModelError, reason_of
 from slicecli.family.dimensions import Dimensions
@@ -345,15 +345,17 @@ class _Inferring:
         self.adapter = self._declare(self._block)
         dimensions = Dimensions(self.adapter, self._probe.fields)
         declared = dimensions.stream_parameters() | dimensions.other_parameters()
-        kept, prefix = [], f"{self._blocks}.0."
+        passed_through, prefix = [], f"{self._blocks}.0."
         for name, shape in parameter_shapes(self._model).items():
             if name in declared:
                 continue
             if not name.startswith(f"{self._blocks}."):
                 raise UnsupportedModelError(f"the parameter {name} has no explanation")
             if name.startswith(prefix):
-                kept.append(Kept(name.removeprefix(prefix), self._probe.size_name(math.prod(shape), name)))
-        self._block = dataclasses.replace(self._block, kept=tuple(kept))
+                passed_through.append(
+                    PassedThrough(name.removeprefix(prefix), self._probe.size_name(math.prod(shape), name))
+                )
+        self._block = dataclasses.replace(self._block, passed_through=tuple(passed_through))
         self.found["block"] = _describe(self._block)
         self.adapter = self._declare(self._block)
 
@@ -438,7 +440,7 @@ class _Inferring:
 def _sizes_used(block: Block) -> set[str]:
     """Return the usual names of the config fields that give a declaration its sizes."""
     widths = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    widths += ["max_position_embeddings", *(kept.width for kept in block.kept)]
+    widths += ["max_position_embeddings", *(one.width for one in block.passed_through)]
     for branch in block.branches:
         widths += [linear.width for linear in branch.linears]
         if branch.experts is not None:
@@ -455,7 +457,7 @@ def _describe(block: Block) -> list[str]:
         lines.append(f"{branch.norm}: read by {readers}; written by {writers}{times}")
     if block.is_parallel:
         lines.append("in parallel")
-    return lines + [f"kept: {kept.path}" for kept in block.kept]
+    return lines + [f"passed through: {one.path}" for one in block.passed_through]
 
 
 def _module_of(path: str, prefix: str) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.checkpoint.configs import portable_config
+from slicecli.checkpoint.dense_weights import DenseWeights, stored_values
 from slicecli.checkpoint.folder import RECORD_FILE, check_apart, require_disk_space, whole_folder
 from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.portable import converting_sink
-from slicecli.checkpoint.dense_weights import DenseWeights, stored_values
-from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.checkpoint.source import Source
 from slicecli.checkpoint.weight_headers import INDEX_FILE
+from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import OutputError, RequestError, WeightsError
 from slicecli.family.dimensions import nearest_in
 from slicecli.family.slice_plan import DTYPE_BYTES, SlicePlan

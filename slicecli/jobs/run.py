@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slicecli.checkpoint.dense_weights import checkpoint_tensors, stored_values
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.portable import converting_sink
-from slicecli.checkpoint.dense_weights import checkpoint_tensors, stored_values
 from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import OutputError
 from slicecli.family.friendly_dims import why_not_quantised, why_writers_are_not_quantised

@@ -200,7 +200,7 @@ def prove_accounting(shapes_by_width: dict[int, dict[str, tuple[int, ...]]], dim
         raise PluginError(
             f"Adapter {dimensions.adapter.name!r} declares that {', '.join(fixed)} touches the residual stream, but "
             "it has no axis of hidden size.",
-            "Declare it as kept.",
+            "Declare it as passed through.",
         )
 
 

@@ -95,7 +95,7 @@ def fill_kept(
     dense: DenseModel, target: Target, declared: Block, block: nn.Module, weights: dict[str, torch.Tensor]
 ) -> None:
     """Copy into a sliced block what does not touch the stream."""
-    names = [kept.path for kept in declared.kept] + modules.persistent_buffers(block)
+    names = [one.path for one in declared.passed_through] + modules.persistent_buffers(block)
     values = {name: weights[name].to(target.dtype) for name in names}
     modules.fill(block, values, dense.device, dense.dtype)
 

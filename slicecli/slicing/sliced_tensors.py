@@ -303,7 +303,7 @@ def project(
         dense = weights.module(path)
         tensors = sliced_readers(dimensions, block.branches, dense, matrix, dtype)
         tensors |= stored_writers(block.branches, project_writers(dimensions, block.branches, dense, leading))
-        tensors |= {kept.path: dense[kept.path] for kept in block.kept}
+        tensors |= {one.path: dense[one.path] for one in block.passed_through}
         for name, tensor in tensors.items():
             sink(f"{path}.{name}", tensor.to(dtype))
     head = tied_head(dimensions, weights, tied.gain) if tied else fold_head(dimensions, weights, matrix, dtype)
