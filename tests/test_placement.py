@@ -1,4 +1,4 @@
-"""Places of weights and streams change no byte, impossible maps are refused, and memory may run out."""
+"""Places of weights and activations change no byte, impossible maps are refused, and memory may run out."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def test_no_place_changes_a_byte(slice_to, family, method, tmp_path):
     path.write_text(json.dumps({"": "disk", "model.layers.1": "cpu"}))
     usual, digest, said = slice_to("--method", method, family=family)
     assert usual["placement"]["weights"] == {"": "disk"}
-    assert usual["placement"]["streams"] == "device"
+    assert usual["placement"]["activations"] == "device"
     assert "read from the checkpoint block by block" in said
     for words, place in (
-        (["--streams", "disk"], "disk"),
-        (["--device-map", path, "--streams", "host"], "host"),
-        (["--device-map", "sequential", "--streams", "disk"], "disk"),
+        (["--activations", "disk"], "disk"),
+        (["--device-map", path, "--activations", "host"], "host"),
+        (["--device-map", "sequential", "--activations", "disk"], "disk"),
     ):
         report, other, said = slice_to("--method", method, *words, family=family)
         assert other == digest
-        assert report["placement"]["streams"] == place
+        assert report["placement"]["activations"] == place
         assert ("weights are kept" in said) == ("--device-map" in words)
 
 
@@ -174,7 +174,7 @@ def test_the_first_gpu_of_a_map_computes(meta_model, monkeypatch):
         ("cpu", 700, 0, "disk"),
     ],
 )
-def test_streams_are_kept_in_the_first_place_that_has_room(monkeypatch, device, needed, kept, place):
+def test_activations_are_kept_in_the_first_place_that_has_room(monkeypatch, device, needed, kept, place):
     free = {"cuda": 100, "cpu": 1000}
     monkeypatch.setattr(placement, "available_memory_bytes", lambda device: free[device.type])
     monkeypatch.setattr(placement, "MEMORY_SHARE", 0.6)
@@ -208,7 +208,7 @@ def test_what_rests_in_memory_is_read_once():
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_streams_hold_what_they_are_given(place, dtype, tmp_path):
+def test_activations_hold_what_they_are_given(place, dtype, tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(rows, 3, 4, generator=generator).to(dtype) for rows in (2, 2, 1)]
     stream = ActivationStore(CPU, place, tmp_path).filled(iter(batches))

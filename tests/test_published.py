@@ -50,7 +50,7 @@ def reference_logits(model, schedule, calibration, rows):
     both = torch.cat([calibration, rows])
     shown = len(calibration)
     inner = model.model
-    places = iter(schedule.places)
+    places = iter(schedule.site_widths)
 
     def cut(stream):
         return stream @ projector(stream[:shown], next(places))
@@ -180,7 +180,7 @@ def test_widths_may_change_where_nothing_forbids_it(name):
         schedule = Schedule(((60, 44), (44, 36)), 36)
     else:
         schedule = read_schedule("linear:0.1:0.4", sizes)
-        assert len(set(schedule.places)) == 3
+        assert len(set(schedule.site_widths)) == 3
     rows = torch.randint(2, 300, (20, 24), generator=torch.Generator().manual_seed(0))
     sliced = published_in_memory(model, sizes, rows, schedule)
     assert sum(value.numel() for value in sliced.parameters()) == count(schedule.shapes(sizes))

@@ -126,7 +126,7 @@ def test_a_schedule_is_read_from_a_file(tmp_path):
     file.write_text(json.dumps({"blocks": [[60, 50], [40, 30], [20, 10]], "head": 33}))
     schedule = read_schedule(str(file), dimensions(SMALL))
     assert schedule == Schedule(((60, 50), (40, 30), (20, 10)), 33)
-    assert schedule.places == (60, 50, 40, 30, 20, 10, 33)
+    assert schedule.site_widths == (60, 50, 40, 30, 20, 10, 33)
     with pytest.raises(RequestError, match="Leave out --slice-head"):
         read_schedule(str(file), dimensions(SMALL), head=True)
 

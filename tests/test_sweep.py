@@ -222,7 +222,7 @@ def test_estimate_takes_a_sweeps_results_as_a_curve(run, whole, checkpoints, tex
     assert at_36["low"] <= known <= at_36["high"]
 
 
-def test_without_memory_for_all_streams_slices_are_refitted_in_groups(
+def test_without_memory_for_all_activations_slices_are_refitted_in_groups(
     checkpoints, text_file, monkeypatch, counted, tmp_path
 ):
     def sweep_into(folder):

@@ -111,7 +111,7 @@ def custom_code_config(
     with quiet_libraries():
         return SlicedConfig(
             dense_config=dense,
-            embedding_size=schedule.places[0],
+            embedding_size=schedule.site_widths[0],
             hidden_size=schedule.head,
             head_dim=dimensions.head_dim,
             slicing={

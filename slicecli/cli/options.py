@@ -37,6 +37,7 @@ __all__ = [
     "LocalPath",
     "Named",
     "Sweep",
+    "activations_option",
     "adapter_option",
     "add_options",
     "auto_as_none",
@@ -50,7 +51,6 @@ __all__ = [
     "model_options",
     "push_options",
     "run_options",
-    "streams_option",
     "token_option",
 ]
 
@@ -235,7 +235,7 @@ run_options = add_options(SliceOptions, "sequence_length", "batch_size", "dtype"
 device_options = add_options(SliceOptions, "device_map", "max_memory")
 model_options = add_options(SliceOptions, "revision", "token", "trust_remote_code")
 token_option = add_options(SliceOptions, "token")
-streams_option = add_options(SliceOptions, "streams")
+activations_option = add_options(SliceOptions, "activations")
 adapter_option = add_options(SliceOptions, "adapter")
 
 

@@ -31,7 +31,7 @@ from slicecli.runtime.options import from_chosen
 @shared.cache_options
 @shared.run_options
 @shared.device_options
-@shared.streams_option
+@shared.activations_option
 @shared.add_options(SliceOptions, "max_shard_size")
 @shared.adapter_option
 @click.option(

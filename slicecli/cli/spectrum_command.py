@@ -28,7 +28,7 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 @shared.calibration_options
 @shared.run_options
 @shared.device_options
-@shared.streams_option
+@shared.activations_option
 @shared.adapter_option
 @shared.model_options
 @shared.format_option

@@ -39,7 +39,7 @@ from slicecli.runtime.options import from_chosen
 )
 @shared.run_options
 @shared.device_options
-@shared.streams_option
+@shared.activations_option
 @shared.adapter_option
 @shared.model_options
 @shared.format_option

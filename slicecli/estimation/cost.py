@@ -265,12 +265,12 @@ class CostModel:
                     for path in (branch.experts.reader_path, branch.experts.writer_path):
                         mixture_of[f"{adapter.blocks}.{index}.{path}"] = kind
         declared = list(dimensions.declared_parameters())
-        last = max(one.place for one in declared)
+        last = max(one.site for one in declared)
         # by what is counted (a role, or a mixture of experts), then by whether the width is that before the head
         counts: Counter[tuple[str | tuple[int, int], bool]] = Counter()
         for one in declared:
             if one.role == "embedding" or (one.role in ("reader", "writer", "experts") and len(one.shape) > 1):
-                counts[mixture_of.get(one.name, one.role), one.place == last] += one.elements(1)
+                counts[mixture_of.get(one.name, one.role), one.site == last] += one.elements(1)
         per_width = {kind: _PerWidth(counts[kind, False], counts[kind, True]) for kind, _ in counts}
         self._embeddings = per_width["embedding"]
         self._matrices = _PerWidth(

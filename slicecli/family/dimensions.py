@@ -42,14 +42,14 @@ class Parameter:
 
     Attributes:
         shape: Its shape (of what is passed through, its elements).
-        place: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
+        site: Where it meets the stream: the number of the norm input, counted through the model, that it stands at
             or reads; of what writes, the number of the next one.
     """
 
     name: str
     shape: Shape
     role: Literal["embedding", "norm", "reader", "writer", "experts", "passed_through"]
-    place: int
+    site: int
 
     def elements(self, width: int) -> int:
         """Count its elements where the stream has a width."""
@@ -267,48 +267,48 @@ class Dimensions:
         adapter = self.adapter
         for table in adapter.embeddings:
             yield Parameter(f"{table.path}.weight", (self.width(table.rows) + table.extra_rows, None), "embedding", 0)
-        place = 0
+        site = 0
         for index, block in enumerate(self.declared_blocks):
             prefix = f"{adapter.blocks}.{index}."
             for other in block.passed_through:
-                yield Parameter(prefix + other.path, (self.width(other.width),), "passed_through", place)
+                yield Parameter(prefix + other.path, (self.width(other.width),), "passed_through", site)
             norms: set[str] = set()
             for step in block.sublayers:
                 for branch in step:
                     if branch.norm not in norms:
-                        yield from self._norm_parameters(prefix + branch.norm, place)
+                        yield from self._norm_parameters(prefix + branch.norm, site)
                     norms.add(branch.norm)
                     for linear in branch.readers:
-                        yield from self._linear_parameters(prefix, linear, "reader", place)
+                        yield from self._linear_parameters(prefix, linear, "reader", site)
                     if branch.writer is not None:
-                        yield from self._linear_parameters(prefix, branch.writer, "writer", place + 1)
+                        yield from self._linear_parameters(prefix, branch.writer, "writer", site + 1)
                     if branch.experts is not None:
                         experts = branch.experts
                         count = self.width(experts.count)
                         reads = (count, self.width(experts.reader_width), None)
                         writes = (count, None, self.width(experts.writer_width))
-                        yield Parameter(prefix + experts.reader_path, reads, "experts", place)
-                        yield Parameter(prefix + experts.writer_path, writes, "experts", place + 1)
-                place += 1
-        yield from self._norm_parameters(adapter.final_norm, place)
-        yield from self._linear_parameters("", adapter.head, "reader", place)
+                        yield Parameter(prefix + experts.reader_path, reads, "experts", site)
+                        yield Parameter(prefix + experts.writer_path, writes, "experts", site + 1)
+                site += 1
+        yield from self._norm_parameters(adapter.final_norm, site)
+        yield from self._linear_parameters("", adapter.head, "reader", site)
 
     def _linear_parameters(
-        self, prefix: str, linear: Linear, role: Literal["reader", "writer"], place: int
+        self, prefix: str, linear: Linear, role: Literal["reader", "writer"], site: int
     ) -> Iterator[Parameter]:
         """Yield weight and bias of a linear."""
         width = self.width(linear.width)
         shape: Shape = (width, None) if role == "reader" else (None, width)
         weight = shape[::-1] if linear.is_transposed else shape
-        yield Parameter(f"{prefix}{linear.path}.weight", weight, role, place)
+        yield Parameter(f"{prefix}{linear.path}.weight", weight, role, site)
         if self.has_bias(linear):
-            yield Parameter(f"{prefix}{linear.path}.bias", shape[:1], role, place)
+            yield Parameter(f"{prefix}{linear.path}.bias", shape[:1], role, site)
 
-    def _norm_parameters(self, path: str, place: int) -> Iterator[Parameter]:
+    def _norm_parameters(self, path: str, site: int) -> Iterator[Parameter]:
         if self.adapter.norm.has_weight:
-            yield Parameter(f"{path}.weight", (None,), "norm", place)
+            yield Parameter(f"{path}.weight", (None,), "norm", site)
         if self.adapter.norm.has_bias:
-            yield Parameter(f"{path}.bias", (None,), "norm", place)
+            yield Parameter(f"{path}.bias", (None,), "norm", site)
 
     def declaration(self) -> dict[str, Any]:
         """Return the declaration as it applies to this model, as plain data: names with their sizes.

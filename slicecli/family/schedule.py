@@ -1,8 +1,8 @@
-"""How wide the stream is at each place of a slice whose basis changes from place to place (SliceGPT).
+"""How wide the stream is at each norm site of a slice whose basis changes from site to site (SliceGPT).
 
-Such a slice has one width for each norm input: for each block the width where each of its steps reads the stream
+Such a slice has one width for each norm input: for each block the width where each of its sublayers reads the stream
 (attention and MLP of a sequential block, or both at once), and the width before the head. What writes the stream
-writes it at the next place's width. From the widths and the declaration follow all shapes, without torch.
+writes it at the next site's width. From the widths and the declaration follow all shapes, without torch.
 
 Symbols: docs/notation.md.
 """
@@ -26,10 +26,10 @@ __all__ = ["PublishedSizes", "Schedule", "read_schedule", "slices_head"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The width of the stream at every place.
+    """The width of the stream at every norm site.
 
     Attributes:
-        blocks: For each block the width at each of its steps.
+        blocks: For each block the width at each of its sublayers.
     """
 
     blocks: tuple[tuple[int, ...], ...]
@@ -42,18 +42,18 @@ class Schedule:
         return cls(blocks, dim if head is None else head)
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """The widths in order, the head's last; `Parameter.place` counts them."""
+    def site_widths(self) -> tuple[int, ...]:
+        """The widths in order, the head's last; `Parameter.site` counts them."""
         return (*(width for block in self.blocks for width in block), self.head)
 
     @property
     def dim(self) -> int:
         """The mean width of the blocks, rounded: the k that stands for the whole slice."""
-        widths = self.places[:-1]
+        widths = self.site_widths[:-1]
         return round(sum(widths) / len(widths))
 
     def shortcuts(self, block: int) -> list[tuple[int, int]]:
-        """Return the widths before and after each step of a block."""
+        """Return the widths before and after each sublayer of a block."""
         following = self.blocks[block + 1][0] if block + 1 < len(self.blocks) else self.head
         widths = (*self.blocks[block], following)
         return list(pairwise(widths))
@@ -62,14 +62,12 @@ class Schedule:
         """Return the shape of every parameter of the slice by name.
 
         Norms have none left: weights and biases of norms move into the linears behind them, which get a bias where
-        they had none. Every step has a shortcut.
+        they had none. Every sublayer has a shortcut.
         """
-        places = self.places
+        widths = self.site_widths
         adapter = dimensions.adapter
         declared = [one for one in dimensions.declared_parameters() if one.role != "norm"]
-        shapes = {
-            one.name: tuple(places[one.place] if size is None else size for size in one.shape) for one in declared
-        }
+        shapes = {one.name: tuple(widths[one.site] if size is None else size for size in one.shape) for one in declared}
         if adapter.norm.has_bias:
             heads = [(adapter.head.path, dimensions.width(adapter.head.width))]
             readers = [
@@ -80,39 +78,39 @@ class Schedule:
             ]
             shapes |= {f"{path}.bias": (width,) for path, width in readers + heads}
         for index in range(len(self.blocks)):
-            for step, (before, after) in enumerate(self.shortcuts(index)):
-                shapes[f"{adapter.blocks}.{index}.shortcuts.{step}.weight"] = (after, before)
+            for sublayer, (before, after) in enumerate(self.shortcuts(index)):
+                shapes[f"{adapter.blocks}.{index}.shortcuts.{sublayer}.weight"] = (after, before)
         return shapes
 
     def check(self, dimensions: Dimensions) -> None:
         """Refuse a schedule that does not fit a model."""
         _require_published(dimensions)
         size = dimensions.hidden_size
-        steps = [len(block.sublayers) for block in dimensions.declared_blocks]
-        if [len(block) for block in self.blocks] != steps:
+        sublayers = [len(block.sublayers) for block in dimensions.declared_blocks]
+        if [len(block) for block in self.blocks] != sublayers:
             found = (
                 f"{len(self.blocks)} blocks"
-                if len(self.blocks) != len(steps)
+                if len(self.blocks) != len(sublayers)
                 else "blocks with other numbers of sublayers"
             )
             raise RequestError(
-                f"The schedule has {found}, but the model has {len(steps)} blocks of {max(steps)} sublayers.",
+                f"The schedule has {found}, but the model has {len(sublayers)} blocks of {max(sublayers)} sublayers.",
                 "For each block, list the width of the residual stream at each of its sublayers.",
             )
-        for place, width in enumerate(self.places):
+        for site, width in enumerate(self.site_widths):
             if not 0 < width <= size:
                 raise RequestError(
-                    f"The schedule has a width of {width} at norm site {place}.", f"Widths range from 1 to {size}."
+                    f"The schedule has a width of {width} at norm site {site}.", f"Widths range from 1 to {size}."
                 )
-        if dimensions.adapter.keeps_width and self.head != self.places[0]:
+        if dimensions.adapter.keeps_width and self.head != self.site_widths[0]:
             raise RequestError(
                 f"{dimensions.adapter.name} models must start and end with the same width, but the schedule starts "
-                f"with {self.places[0]} and ends with {self.head}.",
+                f"with {self.site_widths[0]} and ends with {self.head}.",
                 "Use --slice-head, or a schedule that ends with its first width.",
             )
         for index, block in enumerate(dimensions.declared_blocks):
-            for step, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
-                if before != after and any(branch.experts for branch in step):
+            for sublayer, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
+                if before != after and any(branch.experts for branch in sublayer):
                     raise RequestError(
                         f"The residual stream is {before} wide before the experts of block {index} and {after} after "
                         "them, but experts write the width they read.",
@@ -181,7 +179,7 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
 
     Args:
         text: `linear:S0:S1`, the fractions of the hidden size that the first and the last block lose; or the name of
-            a JSON file with `blocks`, for each block the width at each of its steps, and perhaps `head`.
+            a JSON file with `blocks`, for each block the width at each of its sublayers, and perhaps `head`.
     """
     size = dimensions.hidden_size
     linear = re.fullmatch(r"linear:(\d*\.?\d+):(\d*\.?\d+)", text)

@@ -317,7 +317,7 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {
-            ("embedding_size",): schedule.places[0],
+            ("embedding_size",): schedule.site_widths[0],
             ("slicing", "widths"): [list(block) for block in schedule.blocks],
             ("slicing", "head_width"): schedule.head,
         }

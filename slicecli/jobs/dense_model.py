@@ -101,15 +101,15 @@ def open_dense(job: Job, dtype: str | None = None) -> DenseModel:
     weights = DenseWeights(job.source, job.adapter.unused_tensors)
     stored = weights.dtype if dtype is None else getattr(torch, dtype)
     resting = weights if job.placement.is_plain else OffloadedWeights(weights, job.placement.rest_of)
-    spare_bytes = job.streams.spare_bytes
+    spare_bytes = job.activations.spare_bytes
     if device.type == "cpu":
         spare_bytes = min(spare_bytes, int(MEMORY_SHARE * shutil.disk_usage(_scratch_folder(job)).free))
-    store = ActivationStore(device, job.streams.place, spare_bytes=spare_bytes)
+    store = ActivationStore(device, job.activations.place, spare_bytes=spare_bytes)
     return DenseModel(job.meta_model, resting, job.dimensions, device, compute_dtype(stored, device), store=store)
 
 
 def _scratch_folder(job: Job) -> Path:
-    """Return a folder that exists, on the disk that streams would be kept on."""
+    """Return a folder that exists, on the disk that activations would be cached on."""
     if not job.slices:
         return Path(tempfile.gettempdir())
     return next(folder for folder in job.slices[0].folder.absolute().parents if folder.is_dir())

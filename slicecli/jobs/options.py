@@ -105,8 +105,8 @@ class SliceOptions:
     dtype: str | None = options.DTYPE.field()
     device_map: DeviceMap = options.DEVICE_MAP.field()
     max_memory: MaxMemory | None = options.MAX_MEMORY.field()
-    streams: Literal["auto", "device", "host", "disk"] = Option(
-        "--streams",
+    activations: Literal["auto", "device", "host", "disk"] = Option(
+        "--activations",
         "Where to keep the cached activations of the calibration text; auto takes the first with room.",
         default="auto",
         choices=("auto", "device", "host", "disk"),

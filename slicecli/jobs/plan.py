@@ -105,19 +105,19 @@ class Job:
     meta_model: Any
     sequence_length: int
     placement: Placement
-    streams: ActivationPlan
+    activations: ActivationPlan
     slices: tuple[PlannedSlice, ...]
     options: SliceOptions
     processes: Processes
     classes: SliceClasses | None
 
     def describe_places(self) -> str:
-        """Say in a line what computes, and where weights and streams are kept."""
-        return f"{self.placement.describe()}; {self.streams.describe()}"
+        """Say in a line what computes, and where weights and activations are kept."""
+        return f"{self.placement.describe()}; {self.activations.describe()}"
 
     def places_to_json(self) -> dict[str, Any]:
         """Return the same as plain data."""
-        return {**self.placement.to_json(), **self.streams.to_json()}
+        return {**self.placement.to_json(), **self.activations.to_json()}
 
 
 def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | None], options: SliceOptions) -> Job:
@@ -192,7 +192,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
-    streams = _place_streams(dimensions, meta_model, placement, stored, tokens, slices, options)
+    activations = _place_activations(dimensions, meta_model, placement, stored, tokens, slices, options)
     return Job(
         source,
         adapter,
@@ -202,7 +202,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         meta_model,
         sequence_length,
         placement,
-        streams,
+        activations,
         tuple(slices),
         options,
         processes,
@@ -290,7 +290,7 @@ def _check_outputs(
         require_disk_space(one.folder, needed)
 
 
-def _place_streams(
+def _place_activations(
     dimensions: Dimensions,
     meta_model: Any,
     placement: Placement,
@@ -305,7 +305,7 @@ def _place_streams(
     for name, value in meta_model.named_parameters():
         resting_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
     needed_bytes = numbers * compute_dtype(stored, placement.device).itemsize
-    return place_activations(options.streams, placement, needed_bytes, resting_bytes)
+    return place_activations(options.activations, placement, needed_bytes, resting_bytes)
 
 
 def _input_files(options: SliceOptions, width: Width) -> list[Path]:

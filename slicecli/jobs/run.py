@@ -76,7 +76,7 @@ class SliceReport:
 def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
     """Do a job, and write a whole folder for each of its slices.
 
-    The refit makes one pass for statistics and one for all the slices whose streams fit the memory together; the
+    The refit makes one pass for statistics and one for all the slices whose activations fit the memory together; the
     published method a pass for each.
 
     Args:
@@ -122,7 +122,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         fingerprint = identity.of_run(job, batches.size)
         stack.enter_context(running(job.source.name))
         if folders:
-            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.streams, folder=folders[0]))
+            dense = dataclasses.replace(dense, store=dataclasses.replace(dense.activations, folder=folders[0]))
         state = _what_was_left(folders, fingerprint, resumes_if_possible) if resumes else None
         targets, writers = _open_targets(job, folders, meta_models, state, stack)
         if processes.count == 1:
@@ -253,7 +253,7 @@ def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | 
         return None
     places = 1 + sum(len(block.sublayers) for block in dense.dimensions.declared_blocks)
     size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
-    return ActivationCache(dense.streams, len(dense.blocks)) if 2 * size <= dense.streams.spare_bytes else None
+    return ActivationCache(dense.activations, len(dense.blocks)) if 2 * size <= dense.activations.spare_bytes else None
 
 
 def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:
@@ -274,16 +274,16 @@ def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_l
 
 
 def _groups_in_memory(job: Job, dense: DenseModel, tokens: int) -> list[list[int]]:
-    """Divide the slices of a job into groups whose streams fit where they are kept, in order.
+    """Divide the slices of a job into groups whose activations fit where they are kept, in order.
 
     A group shares the dense half of the refit; a slice that is alone too large for it is a group of its own.
     """
     import torch
 
-    if job.streams.place == "disk":
+    if job.activations.place == "disk":
         return [list(range(len(job.slices)))]
     per_number = tokens * dense.dtype.itemsize
-    device = dense.device if job.streams.place == "device" else torch.device("cpu")
+    device = dense.device if job.activations.place == "device" else torch.device("cpu")
     room = MEMORY_SHARE * min(dense.processes.gather(available_memory_bytes(device)))
     room -= per_number * width_of_dense_activations(dense.dimensions)
     groups: list[list[int]] = []

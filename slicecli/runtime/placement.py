@@ -1,4 +1,4 @@
-"""Where things are computed and kept: devices, device maps, the dtype that suits a device, room for the streams.
+"""Where things are computed and kept: devices, device maps, the dtype that suits a device, room for the activations.
 
 To run a model, an accelerate device map assigns its parts to devices. Slicing needs each block only twice, on the one
 device that computes; there a device map says where the dense weights are kept in between. Weights kept on disk are read
@@ -45,7 +45,7 @@ NAMED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DISK = "disk"
 HOST = "cpu"
 BATCH_TOKENS = {"cpu": 2048, "other": 16384}
-MEMORY_SHARE = 0.6  # of what is free, for streams; the rest is for blocks and statistics
+MEMORY_SHARE = 0.6  # of what is free, for activations; the rest is for blocks and statistics
 DeviceMap: TypeAlias = "str | Mapping[str, str | int]"
 MaxMemory: TypeAlias = "Mapping[str | int, int]"
 Place = Literal["device", "host", "disk"]
@@ -280,7 +280,7 @@ def _name_of(place: str | int) -> str:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """Where the streams of a job are kept, and why.
+    """Where the cached activations of a job are kept, and why.
 
     Attributes:
         place: On the device that computes, in main memory, or on disk.
@@ -304,7 +304,7 @@ class ActivationPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"streams": self.place, "needed_bytes": self.needed_bytes, "budget_bytes": self.budget_bytes}
+        return {"activations": self.place, "needed_bytes": self.needed_bytes, "budget_bytes": self.budget_bytes}
 
 
 def place_activations(
@@ -313,7 +313,7 @@ def place_activations(
     needed_bytes: int,
     kept_bytes: Mapping[str, int],
 ) -> ActivationPlan:
-    """Decide where streams are kept: on the device if they fit there, else in main memory if they fit there."""
+    """Decide where activations are cached: on the device if they fit there, else in main memory if they fit there."""
     import torch
 
     def room_on(device: torch.device) -> int:

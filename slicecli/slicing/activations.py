@@ -61,7 +61,7 @@ class Carrier:
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """Makes streams.
+    """Makes streams of cached activations.
 
     Attributes:
         folder: Folder on the disk that they are kept on; `None` takes the system's for temporary files.

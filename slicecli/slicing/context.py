@@ -125,9 +125,9 @@ class DenseModel:
     Attributes:
         meta_model: The transformers model with all parameters on `meta`.
         dimensions: Its sizes, and with them the family's declaration.
-        dtype: Dtype of blocks and streams.
+        dtype: Dtype of blocks and activations.
         processes: Those that run it, each on its share of the rows.
-        store: Keeps the streams; `None` keeps them on the device.
+        store: Keeps the activations; `None` keeps them on the device.
         micro_batches: How much of a batch runs at once.
     """
 
@@ -146,8 +146,8 @@ class DenseModel:
         return self.dimensions.adapter
 
     @property
-    def streams(self) -> ActivationStore:
-        """What keeps the streams."""
+    def activations(self) -> ActivationStore:
+        """What keeps the activations."""
         return self.store or ActivationStore(self.device)
 
     @property

@@ -46,7 +46,7 @@ def enter(
     """Run a model's embeddings over all batches."""
     modules.move_buffers(meta_model, dense.device)
     modules.fill(meta_model, tables, dense.device, dense.dtype)
-    stream, calls = dense.streams.new(), Calls(meta_model, dense.adapter)
+    stream, calls = dense.activations.new(), Calls(meta_model, dense.adapter)
     for batch in batches:
         stream.append(calls.record(batch.to(dense.device)))
     for table in dense.adapter.embeddings:

@@ -80,7 +80,7 @@ def collect_statistics(
     stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
     snapshot = journal.resume(STATISTICS)
     if snapshot is not None:
-        stream = activations_in("dense", snapshot, dense.streams)
+        stream = activations_in("dense", snapshot, dense.activations)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
         activations = None  # blocks before the resume point were not cached
@@ -99,7 +99,7 @@ def collect_statistics(
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
                 if activations is not None:
-                    activations.add(batch, [step[0].norm for step in declared.sublayers], runs)
+                    activations.add(batch, [sublayer[0].norm for sublayer in declared.sublayers], runs)
                 stream[number] = concat([run.output for _, run in runs])
             for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
@@ -148,9 +148,9 @@ def refit(
         _slice_embeddings(dense, target, leading, tied, batches)
     snapshot = journal.resume(phase)
     if snapshot is not None:
-        stream = activations_in("dense", snapshot, dense.streams)
+        stream = activations_in("dense", snapshot, dense.activations)
         for target, ridges in zip(targets, snapshot.about["ridges"], strict=True):
-            target.stream = activations_in(_stream_name(target), snapshot, dense.streams)
+            target.stream = activations_in(_stream_name(target), snapshot, dense.activations)
             target.ridges = RidgeMemory(ridges)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
@@ -189,7 +189,7 @@ def _run_dense_block(
 ) -> CachedBlock:
     """Run a dense block: move the dense stream on, and keep it as each sublayer reads it."""
     block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
-    seen = CachedBlock([dense.streams.new() for _ in declared.sublayers], stream)
+    seen = CachedBlock([dense.activations.new() for _ in declared.sublayers], stream)
     run_block = functools.partial(_run_block, block, calls, index, declared)
     with filled(dense, block, weights):
         for number, batch in enumerate(stream):

@@ -1,6 +1,6 @@
 """The published method: a basis of its own at every place of the stream, by projection alone (SliceGPT).
 
-One pass over the blocks. At each step the branches run on the sliced stream up to their writers; the dense writers
+One pass over the blocks. At each sublayer the branches run on the sliced stream up to their writers; the dense writers
 turn that into the stream of full width as slicing so far has left it; the principal directions of that stream are
 the next basis. The writers are rotated into it, and a shortcut matrix takes the stream from the old basis to the new
 one. Nothing is refitted and no dense stream runs beside the sliced one.
@@ -57,7 +57,7 @@ Orientation = Literal["pca", "random"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The energy of the stream along the principal directions, the mean over all places.
+    """The energy of the stream along the principal directions, the mean over all sites.
 
     Attributes:
         shares: Share of the stream's second moment in the first so many directions, float64 of shape (d,).
@@ -72,7 +72,7 @@ class Spectrum:
 
 
 class _Bases:
-    """Finds the basis of each place in turn, and keeps count of the energy."""
+    """Finds the basis of each site in turn, and keeps count of the energy."""
 
     def __init__(self, dense: DenseModel, orientation: Orientation, seed: int) -> None:
         self._dense = dense
@@ -82,7 +82,7 @@ class _Bases:
         self._kept: list[float] = []
 
     def find(self, stream: Iterable[torch.Tensor], width: int) -> torch.Tensor:
-        """Return Q at a place, float64 of shape (d, width), from the stream there."""
+        """Return Q at a site, float64 of shape (d, width), from the stream there."""
         size = self._dense.dimensions.hidden_size
         moment = torch.zeros(size, size, dtype=torch.float64, device=self._dense.device)
         for batch in stream:
@@ -106,7 +106,7 @@ class _Bases:
         return basis, shares
 
     def content(self) -> Content:
-        """Return what the places so far leave for those that follow."""
+        """Return what the sites so far leave for those that follow."""
         tensors = {"shares": torch.stack(self._shares), "generator": self._generator.get_state()}
         return Content({}, tensors, {"kept": self._kept})
 
@@ -117,7 +117,7 @@ class _Bases:
         self._generator.set_state(snapshot.tensors["generator"])
 
     def spectrum(self) -> Spectrum:
-        """Return the mean over the places so far."""
+        """Return the mean over the sites so far."""
         return Spectrum(torch.stack(self._shares).mean(0), sum(self._kept) / len(self._kept))
 
 
@@ -153,7 +153,7 @@ def slice_published(
     snapshot = journal.resume(phase)
     if snapshot is not None:
         bases.go_on(snapshot)
-        target.stream = activations_in("slice", snapshot, dense.streams)
+        target.stream = activations_in("slice", snapshot, dense.activations)
         basis = snapshot.tensors["basis"].to(dense.device)
 
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
@@ -161,17 +161,17 @@ def slice_published(
         block = target.meta_model.get_submodule(name)
         fill_kept(dense, target, declared, block, weights)
         for position, (_, width) in enumerate(schedule.shortcuts(index)):
-            step = _Sublayer(dense, target, block, declared, position, weights)
-            step.set_readers(basis)
-            step.widen_stream(
+            sublayer = _Sublayer(dense, target, block, declared, position, weights)
+            sublayer.set_readers(basis)
+            sublayer.widen_stream(
                 functools.partial(calls.of, index),
                 basis,
-                f"the sliced activations of block {index}, step {position + 1}",
+                f"the sliced activations of block {index}, sublayer {position + 1}",
             )
             following = bases.find(target.stream, width)
-            step.set_writers(basis, following)
+            sublayer.set_writers(basis, following)
             turn = following.to(torch.promote_types(dense.dtype, torch.float32))
-            target.stream = dense.streams.filled((widen(batch) @ turn).to(dense.dtype) for batch in target.stream)
+            target.stream = dense.activations.filled((widen(batch) @ turn).to(dense.dtype) for batch in target.stream)
             basis = following
         hand_over_block(target, name, weights)
         journal.offer(phase, index + 1, _content(bases, target, basis))
@@ -193,7 +193,7 @@ def _content(bases: _Bases, target: Target, basis: torch.Tensor) -> Content:
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """One step of one block: from the basis of its place to that of the next.
+    """One sublayer of one block: from the basis of its site to that of the next.
 
     Attributes:
         weights: The dense block's tensors by name inside it.
@@ -208,11 +208,11 @@ class _Sublayer:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches of the step."""
+        """The branches of the sublayer."""
         return self.declared.sublayers[self.position]
 
     def set_readers(self, basis: torch.Tensor) -> None:
-        """Fill everything that reads behind the norms of the step, in the basis of its place."""
+        """Fill everything that reads behind the norms of the sublayer, in the basis of its site."""
         dimensions, dtype = self.dense.dimensions, self.target.dtype
         tensors: dict[str, torch.Tensor] = {}
         for branch in self.branches:
@@ -225,15 +225,15 @@ class _Sublayer:
         self._fill(tensors)
 
     def widen_stream(self, call_of: Callable[[torch.Tensor], modules.Call], basis: torch.Tensor, what: str) -> None:
-        """Run the step up to its writers, and make of the stream what the dense writers would, at full width."""
-        steps = self.declared.sublayers
-        others = [step for position, step in enumerate(steps) if position != self.position]
-        silent = {branch.module: 0 for step in others for branch in step if branch.module}
+        """Run the sublayer up to its writers, and make of the stream what the dense writers would, at full width."""
+        sublayers = self.declared.sublayers
+        others = [sublayer for position, sublayer in enumerate(sublayers) if position != self.position]
+        zero_ablated = {branch.module: 0 for sublayer in others for branch in sublayer if branch.module}
         shortcuts = list(self.block.get_submodule("shortcuts").children())
 
         def run(batch: torch.Tensor) -> torch.Tensor:
             with modules.passing_through(shortcuts):
-                seen = modules.writer_inputs(self.block, call_of(batch), batch, self.branches, silent)
+                seen = modules.writer_inputs(self.block, call_of(batch), batch, self.branches, zero_ablated)
             flat = widen(batch).flatten(0, -2)
             after = flat @ basis.T.to(flat.dtype) + self._added(seen)
             require_finite(after, what)
@@ -243,7 +243,7 @@ class _Sublayer:
             self.target.stream[number] = concat([some for _, some in self.dense.micro_batches.run(run, batch)])
 
     def set_writers(self, basis: torch.Tensor, following: torch.Tensor) -> None:
-        """Fill the writers, in the basis of the next place, and the shortcut from this one to it."""
+        """Fill the writers, in the basis of the next site, and the shortcut from this one to it."""
         turn = _without_mean(self.dense, following, axis=0).T
         tensors = {f"shortcuts.{self.position}.weight": following.T @ basis}
         for branch in self.branches:

@@ -1,6 +1,6 @@
-"""One step of the refit: what reads the stream at one place, and what is then written to it.
+"""One sublayer of the refit: what reads the stream at one norm site, and what is then written to it.
 
-A step is a branch of a sequential block, or all branches of a parallel one. Its readers are fitted first, then its
+A sublayer is a branch of a sequential block, or all branches of a parallel one. Its readers are fitted first, then its
 writers with the readers as they are now, then the sliced stream moves on. Linear writers are fitted together, experts
 one after the other.
 
@@ -35,7 +35,7 @@ __all__ = ["BlockPass", "Sublayer", "fit_reading"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A linear writer's place in the regression of its step.
+    """A linear writer's part in the regression of its sublayer.
 
     Attributes:
         module: The module of the block that holds its branch.
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Goals:
-    """What the writers of a step are fitted to.
+    """What the writers of a sublayer are fitted to.
 
     Attributes:
         basis: Q, float64 of shape (d, k).
@@ -79,10 +79,10 @@ class Goals:
         return projection_of_stream(self.basis).to(torch.promote_types(self.dense.dtype, torch.float32))
 
     def residual(self, after: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """Return what the step has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k).
+        """Return what the sublayer has to add to the sliced stream, sqrt(k/d) Qᵀ x⁺ - y, shape (tokens, k).
 
         Args:
-            after: x⁺, the dense stream after the step, shape (rows, sequence length, d).
+            after: x⁺, the dense stream after the sublayer, shape (rows, sequence length, d).
             batch: y, the sliced stream before it, shape (rows, sequence length, k).
         """
         return widen(after).flatten(0, -2) @ self._turn - widen(batch).flatten(0, -2)
@@ -163,7 +163,7 @@ class Sublayer:
         return self.at.seen.tuple_lengths
 
     @functools.cached_property
-    def silent(self) -> dict[str, int]:
+    def zero_ablated(self) -> dict[str, int]:
         """Modules of the block's other sublayers, likewise."""
         others = [*self.at.sublayers[: self.position], *self.at.sublayers[self.position + 1 :]]
         modules = (branch.module for branches in others for branch in branches)
@@ -182,7 +182,7 @@ class Sublayer:
         return lost
 
     def project_writers(self, basis: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the writers' plain projections; after that the step has no use for dense weights any more.
+        """Return the writers' plain projections; after that the sublayer has no use for dense weights any more.
 
         They are in the dtype of products: the residuals are taken from what they give in it, and it is half as large.
         """
@@ -223,20 +223,20 @@ class Sublayer:
     def _room_for(self, entry: Entry) -> Stream | None:
         """Return where a writer's input is kept; `None` lets a wide one be computed again.
 
-        Before the block's last step there is no choice, because a later branch may have no module that could be
-        left out of the run; beside others of its step only a branch that has one can be left out itself.
+        Before the block's last sublayer there is no choice, because a later branch may have no module that could be
+        left out of the run; beside others of its sublayer only a branch that has one can be left out itself.
         """
-        streams = self.dense.streams
+        store = self.dense.activations
         is_narrow = entry.width <= 2 * self.dense.dimensions.hidden_size
         can_be_left_out = bool(entry.module) or len(self.branches) == 1
         if entry.writer.gate or not can_be_left_out:
             return None
         if is_narrow or not self.is_last:
-            return streams.new()
-        return streams.aside(sum(len(mask) for mask in self.at.held_out) * entry.width * self.dense.dtype.itemsize)
+            return store.new()
+        return store.aside(sum(len(mask) for mask in self.at.held_out) * entry.width * self.dense.dtype.itemsize)
 
     def _seen(self, batch: torch.Tensor) -> modules.WriterInputs:
-        return modules.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.silent)
+        return modules.writer_inputs(self.block, self.call_of(batch), batch, self.branches, self.zero_ablated)
 
     def _fit_linear(
         self,
@@ -246,7 +246,7 @@ class Sublayer:
         goals: Goals,
         kept: Mapping[str, Stream],
     ) -> None:
-        """Fit the linear writers of the step together; experts beside them count as their projections make them."""
+        """Fit the linear writers of the sublayer together; experts beside them count as their projections make them."""
         starts = []
         for entry in entries:
             starts.append(projected[f"{entry.writer.path}.weight"])
@@ -352,7 +352,7 @@ class Sublayer:
         self._set({declared.writer_path: torch.stack(fitted)})
 
     def _experts_add(self, seen: modules.WriterInputs) -> torch.Tensor | float:
-        """Return what the experts of the step add to the stream with their writers as they are, shape (tokens, k)."""
+        """Return what the sublayer's experts add to the stream with their writers as they are, shape (tokens, k)."""
         total: torch.Tensor | float = 0.0
         for branch in self.branches:
             if branch.experts is not None:
@@ -363,10 +363,10 @@ class Sublayer:
         return total
 
     def _move_on(self, entries: Sequence[Entry], kept: Mapping[str, Stream], what: str) -> None:
-        """Add the step to the sliced stream."""
+        """Add the sublayer to the sliced stream."""
         held = [entry for entry in entries if entry.writer.path in kept]
         is_complete = len(held) == len(entries) and not any(branch.experts for branch in self.branches)
-        silent = self.silent | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
+        silent = self.zero_ablated | {entry.module: self.lengths[entry.module] for entry in held if entry.module}
 
         def run(batch: torch.Tensor) -> torch.Tensor:
             with modules.zero_ablated(self.block, silent, batch):
