@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 from slicecli.adapters import PassedThrough, select_adapter
 from slicecli.errors import PluginError, RequestError
+from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
+from slicecli.family.shapes import pairs_within
 from slicecli.family.slice_plan import Width
+from slicecli.family.written_class import SliceClasses
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 
 SIZE = 80
@@ -128,11 +131,79 @@ def test_nothing_to_remove_is_refused():
         ({"mlp_sparsity": 1.0}, "not a fraction of the MLP channels"),
         ({"mlp_sparsity": float("nan")}, "not a fraction"),
         ({}, "No width"),
+        ({"dim": 36, "shape": "mlp"}, "no effect without a target"),
+        ({"dim": 36, "of": "parameters"}, "no effect without --sparsity"),
+        ({"target_parameters": 9, "shape": "mlp", "mlp_dim": 40}, "chooses the MLP's width"),
+        ({"sparsity": 1.5, "of": "parameters"}, "not a fraction of the parameters"),
     ],
 )
 def test_requests_without_sense_are_refused(given, message):
     with pytest.raises(RequestError, match=message):
         Width(**given)
+
+
+# pairs of widths
+
+
+def pairs(family="llama", share=0.8, **wish):
+    sizes = dimensions(family)
+    classes = SliceClasses.of_method(sizes, "refit", "llama")
+    width = Width(target_parameters=int(share * sizes.parameters()), **wish)
+    found = pairs_within(width, sizes, classes, 4)
+    counts = [classes.with_mlp_dim(mlp_dim).at(dim).parameters(dim) for dim, mlp_dim in found]
+    return sizes, width.target_parameters, found, counts
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "llama-tied"])
+def test_pairs_fit_and_use_up_a_target(family):
+    sizes, limit, found, counts = pairs(family)
+    assert len(found) > 2
+    for (dim, mlp_dim), count in zip(found, counts, strict=True):
+        assert count <= limit
+        if mlp_dim is not None:  # one channel more would be too many
+            assert mlp_dim + 1 == SIZE or sizes.with_mlp_dim(mlp_dim + 1).parameters(dim) > limit
+
+
+def test_no_pair_is_narrower_than_another_in_both_widths():
+    found = [(dim, mlp_dim or SIZE) for dim, mlp_dim in pairs()[2]]
+    assert found == sorted(found, reverse=True)
+    assert [mlp_dim for _, mlp_dim in found] == sorted({mlp_dim for _, mlp_dim in found})
+
+
+def test_pairs_reach_from_channels_alone_to_the_hidden_size_alone():
+    sizes, limit, found, _ = pairs()
+    assert found[0].dim == sizes.hidden_size
+    assert found[-1].mlp_dim is None
+    assert pairs(shape="mlp")[2] == found[:1]
+    assert found[-1].dim == Width(target_parameters=limit, shape="width").resolve(sizes, 4)
+
+
+def test_both_widths_are_multiples_of_a_number_of_the_users():
+    for dim, mlp_dim in pairs(multiple_of=12)[2]:
+        assert dim % 12 == 0
+        assert (mlp_dim or 12) % 12 == 0
+
+
+def test_a_fraction_of_the_parameters_is_a_target():
+    sizes = dimensions()
+    dim = Width(sparsity=0.2, of="parameters", shape="width").resolve(sizes, 4)
+    assert dim == Width(target_parameters=int(0.8 * sizes.parameters())).resolve(sizes, 4)
+
+
+def test_a_target_that_nothing_or_everything_fits_is_refused():
+    with pytest.raises(RequestError, match="The smallest has"):
+        pairs(share=0.001)
+    with pytest.raises(RequestError, match="dense model fits"):
+        pairs(share=1.0)
+
+
+def test_the_pair_of_least_loss_depends_on_what_each_width_loses():
+    size, channels = 12, 20
+    even = ShapeLosses([1 - dim / size for dim in range(size + 1)], [1 - m / channels for m in range(channels + 1)])
+    free = ShapeLosses(even.discarded, [0.0] * (channels + 1))
+    some = [(12, 8), (9, 12), (6, None)]
+    assert min(some, key=lambda pair: free.predict(*pair)) == (12, 8)
+    assert min(some, key=lambda pair: ShapeLosses([0.0] * (size + 1), even.cut).predict(*pair)) == (6, None)
 
 
 # slices
@@ -217,6 +288,33 @@ def test_a_slice_in_a_portable_class_has_the_width(run, checkpoints, words, tmp_
     assert done.exit_code == 0, done.output
     assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape == (61, 48)
     assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_target_is_met_by_the_pair_that_loses_least(run, checkpoints, words, tmp_path):
+    """The choice is of the first pass; the slice is the one that its widths alone would give."""
+    dense = dimensions().parameters()
+    target = ("--target-params", str(int(0.8 * dense)), "--write-as", "own")
+    listed = json.loads(run("slice", checkpoints(), *target, "--dry-run", "--format", "json", *words).stdout)
+    assert listed["dim"] is None
+    done = run("slice", checkpoints(), *target, "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    record = record_of(tmp_path / "out")
+    assert {"dim": record["dim"], "mlp_dim": record["mlp_dim"]} in listed["pairs"]
+    assert record["parameters"]["sliced"] <= 0.8 * dense
+    assert run("verify", tmp_path / "out").exit_code == 0
+    widths = ("--dim", record["dim"], *(() if record["mlp_dim"] is None else ("--mlp-dim", record["mlp_dim"])))
+    done = run("slice", checkpoints(), *widths, "--write-as", "own", "-o", tmp_path / "same", *words)
+    assert done.exit_code == 0, done.output
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("shape", "mlp_dim", "dim"), [("width", None, 36), ("mlp", 31, 48)])
+def test_a_target_may_be_met_by_one_width_alone(run, checkpoints, shape, mlp_dim, dim):
+    limit = dimensions().parameters(36)
+    words = ("--target-params", limit, "--shape", shape, "--write-as", "own", "--dry-run", "--format", "json")
+    plan = json.loads(run("slice", checkpoints(), *words).stdout)
+    assert (plan["dim"], plan["mlp_dim"], plan["pairs"]) == (dim, mlp_dim, [])
 
 
 def test_a_slice_can_be_sliced_again(run, both, words, tmp_path):

@@ -1,0 +1,45 @@
+"""Which pair of widths loses least at as many parameters: a prediction from the dense model alone.
+
+The rise of ln perplexity goes with what both cuts take from the stream, added up:
+
+    L(k, m) = Σ_l e_l(m) + a δ(k) + b δ(k)²
+
+with e_l(m) the least squared error of the MLP of block l on m of its channels, as a share of the squared stream behind
+it, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks add up in
+the stream, so e is a sum over blocks, while δ is a mean over all norm inputs. The constants are fitted to measured
+slices (docs/shape.md); the factor from L to nats differs from model to model and does not matter for the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["DISCARDED_LINEAR", "DISCARDED_SQUARED", "ShapeLosses"]
+
+DISCARDED_LINEAR = 1.6
+DISCARDED_SQUARED = 6.0
+
+
+@dataclass(frozen=True)
+class ShapeLosses:
+    """What each width of a model loses.
+
+    Attributes:
+        discarded: δ at index k, up to the dense model's hidden size.
+        cut: Σ_l e_l at index m, up to all channels.
+    """
+
+    discarded: Sequence[float]
+    cut: Sequence[float]
+
+    def predict(self, dim: int, mlp_dim: int | None) -> float:
+        """Return L of a pair.
+
+        Example:
+            >>> ShapeLosses([1.0, 0.5, 0.0], [0.75, 0.25, 0.0]).predict(2, 1)
+            0.25
+        """
+        discarded = self.discarded[dim]
+        cut = 0.0 if mlp_dim is None else self.cut[mlp_dim]
+        return cut + DISCARDED_LINEAR * discarded + DISCARDED_SQUARED * discarded**2
