@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.errors import RequestError, WeightsError
 from slicecli.family.context_length import context_length_of_config
-from slicecli.family.slice_plan import Method, Width
+from slicecli.family.slice_plan import Method, Width, WidthPair
 from slicecli.jobs.options import RecoverOptions, SliceOptions
 from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.run import SliceReport, run_slices
@@ -282,7 +282,8 @@ def estimate(
     cuts_mlp = subject.narrower.mlp_dim is not None
     forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, inputs)
     accelerator = None if device is None else device_named(device)
-    return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
+    pairs = [WidthPair(dim, subject.narrower.mlp_dim) for dim in dims]
+    return estimating.estimate(subject, pairs, subject.workload(batch, length), accelerator, forecasts)
 
 
 def generate_text(

@@ -437,3 +437,19 @@ def test_a_curve_of_the_hidden_size_takes_no_such_slice(run, checkpoints, both, 
     done = run("fit", tmp_path / "dense.json", tmp_path / "slice.json")
     assert done.exit_code == 2
     assert "keeps 61 of 80 MLP channels" in done.output
+
+
+def test_an_estimate_of_a_target_counts_the_pairs_that_slice_would_choose_among(run, checkpoints, words):
+    target = ("--target-params", int(0.8 * dimensions().parameters()))
+    rows = json.loads(run("estimate", checkpoints(), *target, "--format", "json").stdout)["estimates"]
+    plan = json.loads(run("slice", checkpoints(), *target, "--dry-run", "--format", "json", *words).stdout)
+    assert [{"dim": row["dim"], "mlp_dim": row["mlp_dim"]} for row in rows] == plan["pairs"]
+    assert all(row["parameters"] <= target[1] for row in rows)
+
+
+def test_an_estimate_predicts_those_pairs_that_keep_all_channels(run, checkpoints):
+    target = ("--target-params", int(0.8 * dimensions().parameters()), "--dense-perplexity", "9")
+    done = run("estimate", checkpoints(), *target, "--format", "json")
+    rows = json.loads(done.stdout)["estimates"]
+    assert {row["mlp_dim"] for row in rows if "perplexity" in row} == {None}
+    assert run("estimate", checkpoints(), *target).exit_code == 0

@@ -14,12 +14,18 @@ from collections.abc import Callable
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.friendly_dims import preferred_dims, preferred_widths
-from slicecli.family.slice_plan import Width, WidthPair, slice_sizes
+from slicecli.family.slice_plan import Method, Width, WidthPair, slice_sizes
 from slicecli.family.written_class import SliceClasses
 
-__all__ = ["pairs_within"]
+__all__ = ["is_met_by_pairs", "pairs_within"]
 
 PAIR_STEP = 1 / 16  # of the hidden size: the MLP's width fills what so large a step leaves
+
+
+def is_met_by_pairs(width: Width, dimensions: Dimensions, method: Method) -> bool:
+    """Say whether a wish may be met by the MLP's width too, of a model whose MLPs can be sliced or must be."""
+    is_open = width.is_target and width.shape != "width" and not width.chooses_mlp and method == "refit"
+    return is_open and (width.shape == "mlp" or not dimensions.mlp_obstacle)
 
 
 def pairs_within(

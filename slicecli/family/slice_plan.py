@@ -164,9 +164,9 @@ class Width:
         return self.mlp_dim is not None or self.mlp_sparsity is not None
 
     @property
-    def chooses_shape(self) -> bool:
-        """Whether a target may be met by the MLP's width."""
-        return self.is_target and self.shape != "width" and not self.chooses_mlp
+    def changes_mlp(self) -> bool:
+        """Whether the MLPs are to be sliced."""
+        return self.chooses_mlp or self.shape == "mlp"
 
     def resolve_mlp(self, dimensions: Dimensions) -> int | None:
         """Return the MLP width that meets the wish; `None` where the MLPs stay whole.
@@ -318,13 +318,13 @@ def check_method(
     slice_head: bool | None = None,
     has_schedule: bool = False,
     has_orientation: bool = False,
-    chooses_mlp: bool = False,
+    changes_mlp: bool = False,
 ) -> None:
     """Refuse options of one method where the other is asked for."""
     if method == "slicegpt":
-        if chooses_mlp:
+        if changes_mlp:
             raise RequestError(
-                "--mlp-dim and --mlp-sparsity require the refit; the slicegpt method leaves MLP channels as they are.",
+                "--mlp-dim, --mlp-sparsity and --shape mlp require the refit; slicegpt keeps all MLP channels.",
                 "Leave out --method slicegpt.",
             )
         return

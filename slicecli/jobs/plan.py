@@ -22,7 +22,7 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.shapes import pairs_within
+from slicecli.family.shapes import is_met_by_pairs, pairs_within
 from slicecli.family.slice_plan import (
     DTYPE_BYTES,
     Layout,
@@ -150,7 +150,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
-        chooses_mlp=any(width.chooses_mlp for width in widths),
+        changes_mlp=any(width.changes_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
     Dimensions(adapter, chosen.fields)  # names a field that is wrong, where transformers would name its own check
@@ -366,7 +366,7 @@ def resolve(
     bytes_per_parameter: int,
 ) -> Resolved:
     """Return the widths that meet a wish, and the class of the slice."""
-    if width.chooses_shape and options.method == "refit" and (width.shape == "mlp" or not dimensions.mlp_obstacle):
+    if is_met_by_pairs(width, dimensions, options.method):
         pairs = tuple(pairs_within(width, dimensions, classes, bytes_per_parameter))
         first = resolve(pairs[0].width, dimensions, classes, options, bytes_per_parameter)
         return first._replace(pairs=pairs if len(pairs) > 1 else ())
