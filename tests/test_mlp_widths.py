@@ -453,3 +453,28 @@ def test_an_estimate_predicts_those_pairs_that_keep_all_channels(run, checkpoint
     rows = json.loads(done.stdout)["estimates"]
     assert {row["mlp_dim"] for row in rows if "perplexity" in row} == {None}
     assert run("estimate", checkpoints(), *target).exit_code == 0
+
+
+def test_a_spectrum_predicts_slices_with_fewer_channels(run, checkpoints, text_file, tmp_path):
+    model, spectrum = checkpoints(), tmp_path / "spectrum.json"
+    words = ("--calibration", text_file, "--samples", "8", "--seq-len", "32")
+    assert run("spectrum", model, *words, "-o", spectrum).exit_code == 0
+    assert json.loads(spectrum.read_text())["channels"][-1] == {"mlp_dim": SIZE, "lost": 0.0}
+    words = ("estimate", model, "--dense-perplexity", "9", "--spectrum", spectrum)
+    predicted = [
+        json.loads(run(*words, "--dim", "36", "--mlp-dim", str(mlp_dim), "--format", "json").stdout)["estimates"][0]
+        for mlp_dim in (20, 60, SIZE)
+    ]
+    worst, middle, best = (one["perplexity"]["value"] for one in predicted)
+    assert worst > middle > best > 9
+    done = run(*words, "--target-params", int(0.8 * dimensions().parameters()))
+    assert "is predicted to lose least" in done.output
+
+
+def test_as_much_is_lost_at_the_equal_dim():
+    losses = ShapeLosses([1 - dim / 12 for dim in range(13)], [1 - m / 20 for m in range(21)])
+    equal = losses.equal_dim(9, 15)
+    assert equal is not None
+    assert losses.predict(int(equal) + 1, None) < losses.predict(9, 15) < losses.predict(int(equal), None)
+    assert losses.equal_dim(9, None) == 9
+    assert ShapeLosses([0.0] * 13, losses.cut).equal_dim(9, 15) is None

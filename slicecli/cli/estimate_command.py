@@ -202,6 +202,7 @@ def command(
         smallest_dim_within,
     )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
+    from slicecli.estimation.spectra import read_shape_losses
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -243,7 +244,11 @@ def command(
         curve=curve,
         spectrum=spectrum,
     )
-    forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, knowledge)
+    sizes, losses = subject.dimensions, None
+    if spectrum is not None and method == "refit" and not sizes.mlp_obstacle:
+        losses = read_shape_losses(spectrum, sizes.hidden_size, sizes.mlp_size)
+    is_unknown = cuts_mlp and losses is None
+    forecasts = [] if is_unknown else find_forecasts(subject.source, sizes, method, knowledge)
     pairs: Sequence[WidthPair] | None = None
     if dims is None:
         if target_params is not None or memory is not None:
@@ -263,7 +268,7 @@ def command(
         show.note(f"Of dim {expected} the predicted perplexity stays within {max_perplexity:g}{only}.")
     if pairs is None:
         pairs = [WidthPair(dim, subject.narrower.mlp_dim) for dim in dims or ()]
-    result = estimate(subject, pairs, subject.workload(batch, length), accelerator, forecasts)
+    result = estimate(subject, pairs, subject.workload(batch, length), accelerator, forecasts, losses)
     if plot is not None:
         _draw(result, plot)
     document = result.to_json()
@@ -274,7 +279,10 @@ def command(
     if not context["quiet"] or output_format == "human":
         for note in document["notes"]:
             show.note(f"Note: {note}")
-    if not forecasts and not cuts_mlp and not context["quiet"]:
+    if losses is not None and len(pairs) > 1 and dims is None:
+        best = min(pairs, key=lambda pair: losses.predict(*pair))
+        show.note(f"Of these widths, {_pair(best)} is predicted to lose least.")
+    if not forecasts and not is_unknown and not context["quiet"]:
         show.note(
             "Quality cannot be predicted: no figure of the dense model was passed, is on its card, in its "
             "slicecli.json or published. Pass --dense-perplexity, or measure it with slicecli eval."
@@ -335,7 +343,7 @@ def _print(document: dict[str, Any]) -> None:
     show.print_table(columns, rows)
     if device is not None:
         show.result(f"Speed-ups are upper bounds for {device['name']} ({device['source']}).")
-    predicted = [one for one in estimates if one["mlp_dim"] is None]
+    predicted = [one for one in estimates if "perplexity" in one or "accuracy" in one]
     if "perplexity" in dense and predicted:
         about = dense["perplexity"]
         show.result(
@@ -352,8 +360,12 @@ def _print(document: dict[str, Any]) -> None:
         _print_forecast([(one, one["accuracy"][task]) for one in predicted], lambda value: f"{value:.3f}")
 
 
+def _pair(pair: WidthPair) -> str:
+    return f"{pair.dim}" + ("" if pair.mlp_dim is None else f", MLP {pair.mlp_dim}")
+
+
 def _dim(one: dict[str, Any]) -> str:
-    name = f"{one['dim']}" + ("" if one["mlp_dim"] is None else f", MLP {one['mlp_dim']}")
+    name = _pair(WidthPair(one["dim"], one["mlp_dim"]))
     return name if one["legal"] else f"{name} (not legal)"
 
 

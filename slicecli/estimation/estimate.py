@@ -25,6 +25,7 @@ from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.origin import Origin, origin_of
+from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.friendly_dims import formats_of, preferred_dims
@@ -170,6 +171,8 @@ class Slice:
     """What one slice would be.
 
     Attributes:
+        equal_sparsity: That of the slice with all MLP channels that is predicted to lose as much; `None` where it is
+            not known.
         mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
@@ -180,6 +183,7 @@ class Slice:
 
     dim: int
     sparsity: float
+    equal_sparsity: float | None
     mlp_dim: int | None
     is_legal: bool
     nearest_legal: tuple[int, ...]
@@ -256,12 +260,11 @@ class Estimate:
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
             "speed_up": None if one.speed_up is None else one.speed_up.to_json(),
         }
-        if one.mlp_dim is not None:
-            return fields
-        if perplexity:
-            fields["perplexity"] = perplexity[0].to_json(one.sparsity)
-        if tasks:
-            fields["accuracy"] = {forecast.evaluation: forecast.to_json(one.sparsity) for forecast in tasks}
+        sparsity = one.equal_sparsity
+        if perplexity and sparsity is not None:
+            fields["perplexity"] = perplexity[0].to_json(sparsity)
+        if tasks and sparsity is not None:
+            fields["accuracy"] = {forecast.evaluation: forecast.to_json(sparsity) for forecast in tasks}
         return fields
 
 
@@ -286,16 +289,18 @@ def estimate(
     workload: Workload,
     device: Device | None = None,
     forecasts: Sequence[Forecast] = (),
+    losses: ShapeLosses | None = None,
 ) -> Estimate:
     """Put an estimate together.
 
     Args:
-        pairs: The widths of each slice; quality is predicted only for those that keep all MLP channels.
+        pairs: The widths of each slice.
+        losses: What each width loses; without it, quality is predicted only for slices that keep all MLP channels.
     """
     dimensions, dtype = subject.dimensions, subject.dtype
     dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
     at = functools.cache(subject.with_mlp_dim)
-    slices = [_slice(at(mlp_dim), dim, dense, workload, device) for dim, mlp_dim in pairs]
+    slices = [_slice(at(mlp_dim), dim, dense, workload, device, losses) for dim, mlp_dim in pairs]
     return Estimate(
         model=subject.source.name,
         model_type=subject.model_type,
@@ -320,7 +325,14 @@ def estimate(
     )
 
 
-def _slice(subject: Subject, dim: int, dense: Cost, workload: Workload, device: Device | None) -> Slice:
+def _slice(
+    subject: Subject,
+    dim: int,
+    dense: Cost,
+    workload: Workload,
+    device: Device | None,
+    losses: ShapeLosses | None,
+) -> Slice:
     """Return what one slice would be.
 
     Args:
@@ -335,9 +347,15 @@ def _slice(subject: Subject, dim: int, dense: Cost, workload: Workload, device: 
     is_legal = dim in legal.legal_dims()
     is_tied = subject.method == "refit" and dimensions.keeps_tie
     untied = subject.untied() if is_tied else None
+    sparsity = 1 - dim / dimensions.hidden_size
+    equal_sparsity: float | None = sparsity
+    if subject.narrower.mlp_dim is not None:
+        equal_dim = None if losses is None else losses.equal_dim(dim, subject.narrower.mlp_dim)
+        equal_sparsity = None if equal_dim is None else 1 - equal_dim / dimensions.hidden_size
     return Slice(
         dim=dim,
-        sparsity=1 - dim / dimensions.hidden_size,
+        sparsity=sparsity,
+        equal_sparsity=equal_sparsity,
         mlp_dim=subject.narrower.mlp_dim,
         is_legal=is_legal,
         nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
@@ -365,9 +383,12 @@ def _class_notes(subjects: Sequence[Subject], dims: Sequence[int]) -> list[str]:
 
 
 def _channels_note(slices: Sequence[Slice]) -> tuple[str, ...]:
-    if all(one.mlp_dim is None for one in slices):
+    narrower = [one for one in slices if one.mlp_dim is not None]
+    if not narrower:
         return ()
-    return ("Quality is predicted only for slices that keep all MLP channels.",)
+    if any(one.equal_sparsity is not None for one in narrower):
+        return ("Slices with fewer MLP channels are predicted as those with all that lose as much by the spectrum.",)
+    return ("Quality is predicted only for slices that keep all MLP channels; a --spectrum tells of the others.",)
 
 
 def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:

@@ -43,3 +43,21 @@ class ShapeLosses:
         discarded = self.discarded[dim]
         cut = 0.0 if mlp_dim is None else self.cut[mlp_dim]
         return cut + DISCARDED_LINEAR * discarded + DISCARDED_SQUARED * discarded**2
+
+    def equal_dim(self, dim: int, mlp_dim: int | None) -> float | None:
+        """Return the dim, not a whole number, of the slice that loses as much by its hidden size alone.
+
+        `None` where none loses that much.
+
+        Example:
+            >>> ShapeLosses([1.0, 0.5, 0.0], [3.7, 0.0]).equal_dim(1, None)
+            1.0
+            >>> round(ShapeLosses([1.0, 0.5, 0.0], [3.7, 0.0]).equal_dim(2, 0), 2)
+            0.74
+        """
+        goal = self.predict(dim, mlp_dim)
+        losses = [self.predict(width, None) for width in range(dim + 1)]
+        below = next((width for width in reversed(range(dim + 1)) if losses[width] >= goal), None)
+        if below is None or below == dim:
+            return None if below is None else float(dim)
+        return below + (losses[below] - goal) / (losses[below] - losses[below + 1])

@@ -1,8 +1,8 @@
 """The spectrum of a model: what slices of any width would lose, measured on the dense model without slicing it.
 
 One document holds for many widths how much of the stream's energy they keep and their Fisher weight with each method
-(`slicecli.slicing.fisher`), so that whoever has it can predict slices without the weights. It holds no token and no
-local path, and the same model, text and seed give the same document.
+(`slicecli.slicing.fisher`), and what MLPs of fewer channels would lose, so that whoever has it can predict slices
+without the weights. It holds no token and no local path, and the same model, text and seed give the same document.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
+    import torch
+
     from slicecli.progress import Progress
 
 __all__ = ["SPECTRUM_POINTS", "run_spectrum"]
@@ -51,7 +53,9 @@ def run_spectrum(
         job = with_weights(job)
         dense, batches, _ = share_work(job, rows, options.dtype)
         with running(job.source.name):
-            basis = collect_statistics(dense, batches, progress).basis
+            has_channels = not job.dimensions.mlp_obstacle
+            statistics = collect_statistics(dense, batches, progress, with_channels=has_channels)
+            basis = statistics.basis
             fisher = collect_fisher(dense, basis, batches, options.seed, progress)
     size = job.dimensions.hidden_size
     step = max(1, size // SPECTRUM_POINTS)
@@ -74,5 +78,15 @@ def run_spectrum(
             }
             for dim in sorted({*range(step, size + 1, step), size})
         ],
+        "channels": _channels(statistics.channel_losses),
         "versions": package_versions(),
     }
+
+
+def _channels(losses: torch.Tensor | None) -> list[dict[str, Any]]:
+    """Return what the MLPs lose at some widths."""
+    if losses is None:
+        return []
+    size = len(losses) - 1
+    widths = sorted({*range(0, size + 1, max(1, size // SPECTRUM_POINTS)), size})
+    return [{"mlp_dim": width, "lost": float(losses[width])} for width in widths]
