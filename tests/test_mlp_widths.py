@@ -461,10 +461,11 @@ def test_a_spectrum_predicts_slices_with_fewer_channels(run, checkpoints, text_f
     assert run("spectrum", model, *words, "-o", spectrum).exit_code == 0
     assert json.loads(spectrum.read_text())["channels"][-1] == {"mlp_dim": SIZE, "lost": 0.0}
     words = ("estimate", model, "--dense-perplexity", "9", "--spectrum", spectrum)
-    predicted = [
-        json.loads(run(*words, "--dim", "36", "--mlp-dim", str(mlp_dim), "--format", "json").stdout)["estimates"][0]
-        for mlp_dim in (20, 60, SIZE)
-    ]
+    predicted = []
+    for mlp_dim in (20, 60, SIZE):
+        done = run(*words, "--dim", "36", "--mlp-dim", str(mlp_dim), "--format", "json")
+        assert done.exit_code == 0, done.output
+        predicted += json.loads(done.stdout)["estimates"]
     worst, middle, best = (one["perplexity"]["value"] for one in predicted)
     assert worst > middle > best > 9
     done = run(*words, "--target-params", int(0.8 * dimensions().parameters()))

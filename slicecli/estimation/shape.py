@@ -2,12 +2,12 @@
 
 The rise of ln perplexity goes with what both cuts take from the stream, added up:
 
-    L(k, m) = Σ_l e_l(m) + a δ(k) + b δ(k)²
+    L(k, m) = e(m) + e(m)² + 2.8 δ(k) + 6 δ(k)²
 
-with e_l(m) the least squared error of the MLP of block l on m of its channels, as a share of the squared stream behind
-it, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks add up in
-the stream, so e is a sum over blocks, while δ is a mean over all norm inputs. The constants are fitted to measured
-slices (docs/shape.md); the factor from L to nats differs from model to model and does not matter for the choice.
+with e(m) the sum over blocks of the least squared error of their MLPs on m channels, as a share of the squared stream
+behind each, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks add
+up in the stream, so e is a sum, while δ is a mean over all norm inputs. The constants are fitted to measured slices
+(docs/shape.md); the factor from L to nats differs from model to model and does not matter for the choice.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DISCARDED_LINEAR", "DISCARDED_SQUARED", "ShapeLosses"]
+__all__ = ["ShapeLosses"]
 
-DISCARDED_LINEAR = 1.6
-DISCARDED_SQUARED = 6.0
+DISCARDED_LINEAR, DISCARDED_SQUARED = 2.8, 6.0
+CUT_LINEAR, CUT_SQUARED = 1.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ShapeLosses:
 
     Attributes:
         discarded: δ at index k, up to the dense model's hidden size.
-        cut: Σ_l e_l at index m, up to all channels.
+        cut: e at index m, up to all channels.
     """
 
     discarded: Sequence[float]
@@ -37,12 +37,12 @@ class ShapeLosses:
         """Return L of a pair.
 
         Example:
-            >>> ShapeLosses([1.0, 0.5, 0.0], [0.75, 0.25, 0.0]).predict(2, 1)
-            0.25
+            >>> ShapeLosses([1.0, 0.5, 0.0], [0.75, 0.5, 0.0]).predict(2, 1)
+            0.75
         """
         discarded = self.discarded[dim]
         cut = 0.0 if mlp_dim is None else self.cut[mlp_dim]
-        return cut + DISCARDED_LINEAR * discarded + DISCARDED_SQUARED * discarded**2
+        return CUT_LINEAR * cut + CUT_SQUARED * cut**2 + DISCARDED_LINEAR * discarded + DISCARDED_SQUARED * discarded**2
 
     def equal_dim(self, dim: int, mlp_dim: int | None) -> float | None:
         """Return the dim, not a whole number, of the slice that loses as much by its hidden size alone.
@@ -50,10 +50,10 @@ class ShapeLosses:
         `None` where none loses that much.
 
         Example:
-            >>> ShapeLosses([1.0, 0.5, 0.0], [3.7, 0.0]).equal_dim(1, None)
+            >>> ShapeLosses([1.0, 0.5, 0.0], [1.0, 0.0]).equal_dim(1, None)
             1.0
-            >>> round(ShapeLosses([1.0, 0.5, 0.0], [3.7, 0.0]).equal_dim(2, 0), 2)
-            0.74
+            >>> round(ShapeLosses([1.0, 0.5, 0.0], [1.0, 0.0]).equal_dim(2, 0), 2)
+            1.31
         """
         goal = self.predict(dim, mlp_dim)
         losses = [self.predict(width, None) for width in range(dim + 1)]

@@ -49,7 +49,7 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Callable[[float]
 def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosses | None:
     """Read what each width would lose; `None` where the spectrum does not say it of the MLPs' widths."""
     read = _read(path, hidden_size)
-    discarded = {one.dim: 1 - one.kept for one in read.spectrum if one.kept is not None}
+    discarded = {one.dim: max(0.0, 1 - one.kept) for one in read.spectrum if one.kept is not None}
     cut = {one.mlp_dim: one.lost for one in read.channels}
     if not discarded or mlp_size not in cut:
         return None
@@ -59,7 +59,8 @@ def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosse
 def _at_all(known: Mapping[int, float], size: int) -> list[float]:
     """Return the values at all widths up to a size, by straight lines between those that are known."""
     widths = sorted(known)
-    return list(np.interp(range(size + 1), widths, [known[width] for width in widths]))
+    values: list[float] = np.interp(range(size + 1), widths, [known[width] for width in widths]).tolist()
+    return values
 
 
 def _read(path: Path, hidden_size: int) -> SpectrumDocument:

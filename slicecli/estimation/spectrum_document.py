@@ -20,7 +20,7 @@ class WeightsAtDim(JsonObject):
     model_config = ConfigDict(extra="ignore")
 
     dim: Width = Field(description="The dim.")
-    kept: Annotated[float, Field(ge=0, le=1)] | None = Field(
+    kept: float | None = Field(
         default=None, description="Share of the energy of the normalised stream inside the basis."
     )
     fisher: dict[Name, float] = Field(description="The Fisher weight of what is removed, by method.")
