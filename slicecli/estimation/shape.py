@@ -5,8 +5,8 @@ The rise of ln perplexity goes with what both cuts take from the stream, added u
     L(k, m) = e(m) + e(m)² + 2.8 δ(k) + 6 δ(k)²
 
 with e(m) the sum over blocks of the least squared error of their MLPs on m channels, as a share of the squared stream
-behind each, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks add
-up in the stream, so e is a sum, while δ is a mean over all norm inputs. The constants are fitted to measured slices
+behind each, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks
+add up in the stream, so e is a sum, while δ is a mean over all norm inputs. The constants are fitted to measured slices
 (docs/shape.md); the factor from L to nats differs from model to model and does not matter for the choice.
 """
 

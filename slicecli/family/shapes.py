@@ -44,7 +44,7 @@ def pairs_within(
     """
     dimensions.check_mlp_dim(1)  # refuses where no width is legal
     whole = dimensions.mlp_size
-    sizes = classes.at() if classes else slice_sizes(dimensions, "refit")
+    sizes = classes.to_choose_in(width) if classes else slice_sizes(dimensions, "refit")
     limit = width.most_parameters(sizes, bytes_per_parameter)
     dims = {*preferred_dims(sizes, width.multiple_of, PAIR_STEP), dimensions.hidden_size}
     mlp_dims = {*preferred_widths(dimensions.legal_mlp_dims(), whole, multiple_of=width.multiple_of), whole}
