@@ -430,8 +430,6 @@ class Adapter:
 
     def why_untied(self, config: Fields) -> str:
         """Say why a slice of a tied model with a config has a head of its own; empty where it stays tied."""
-        if self.layout(config) != "stock":
-            return "a slice brings code of its own, which has no shared table"
         if not self.norm.has_weight:
             return "its final norm has no weight, so that one table cannot serve as embedding and as head"
         return _reason(self.name, self.tie_obstacle, config)

@@ -263,9 +263,7 @@ def slice_embeddings(
     return tables
 
 
-def tied_head(
-    dimensions: Dimensions, weights: WeightReader, gain: torch.Tensor, bias: torch.Tensor | None
-) -> Tensors:
+def tied_head(dimensions: Dimensions, weights: WeightReader, gain: torch.Tensor, bias: torch.Tensor | None) -> Tensors:
     """Return the final norm of a tied slice, and the head's bias where it has one; its weight is the embedding table.
 
     Args:
@@ -312,7 +310,9 @@ def project(
         tensors |= {one.path: dense[one.path] for one in block.passed_through}
         for name, tensor in tensors.items():
             sink(f"{path}.{name}", tensor.to(dtype))
-    head = tied_head(dimensions, weights, tied.gain, tied.bias) if tied else fold_head(dimensions, weights, matrix, dtype)
+    head = (
+        tied_head(dimensions, weights, tied.gain, tied.bias) if tied else fold_head(dimensions, weights, matrix, dtype)
+    )
     for name, tensor in head.items():
         sink(name, tensor.to(dtype))
 
