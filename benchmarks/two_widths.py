@@ -170,7 +170,7 @@ def plot(given: argparse.Namespace) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     models = read(given.table)
     figure, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 4.0), squeeze=False)
@@ -194,7 +194,7 @@ def plot(given: argparse.Namespace) -> None:
         axis.scatter(*point(dense), color="black", zorder=3, label="dense")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.minorticks_off()
         highest = max(row.perplexity for row in rows)
         ticks = [dense.perplexity * (highest / dense.perplexity) ** (step / 4) for step in range(5)]
         axis.set_yticks([float(f"{tick:.2g}") for tick in ticks])
