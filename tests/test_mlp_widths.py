@@ -479,3 +479,49 @@ def test_as_much_is_lost_at_the_equal_dim():
     assert losses.predict(int(equal) + 1, None) < losses.predict(9, 15) < losses.predict(int(equal), None)
     assert losses.equal_dim(9, None) == 9
     assert ShapeLosses([0.0] * 13, losses.cut).equal_dim(9, 15) is None
+
+
+# what the statistics say of channels
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "falcon", "opt", "phi"])
+def test_without_channels_the_mlps_lose_what_they_add_to_the_stream(family):
+    """Against a run of the whole model: e(0) is all that the MLPs write, but for what a bias writes for all tokens."""
+    from slicecli.linalg.channels import RIDGE
+    from slicecli.linalg.normal_equations import inverse_scale
+    from slicecli.progress import Silent
+    from slicecli.proof.declaration import ModelWeights, _empty_like
+    from slicecli.proof.tiny import random_model
+    from slicecli.proof.tiny import tiny_config as small
+    from slicecli.slicing.context import Batches, DenseModel
+    from slicecli.slicing.modules import first_tensor
+    from slicecli.slicing.refit import collect_statistics
+    from slicecli.slicing.sliced_tensors import matrix_of
+
+    model = random_model(small(family, has_head_dim=False), dtype="float64")
+    fields = model.config.to_dict()
+    sizes = Dimensions(select_adapter(fields, plugins().adapters), fields)
+    token_ids = torch.randint(2, sizes.vocabulary, (12, 16), generator=torch.Generator().manual_seed(0))
+    dense = DenseModel(_empty_like(model, sizes, on_meta=True), ModelWeights(model), sizes, model.device, model.dtype)
+    found = collect_statistics(dense, Batches(token_ids, 5), Silent(), with_channels=True).channel_losses
+
+    expected, blocks = 0.0, list(model.get_submodule(sizes.adapter.blocks))
+    entering, behind = {}, {}
+    writers = [one for declared in sizes.declared_blocks for one in declared.branches if sizes.has_channels(one)]
+    for index, (block, branch) in enumerate(zip(blocks, writers, strict=True)):
+        writer = block.get_submodule(branch.writer.path)
+        writer.register_forward_pre_hook(lambda _module, args, at=index: entering.update({at: args[0]}))
+        block.register_forward_hook(lambda _module, _args, output, at=index: behind.update({at: first_tensor(output)}))
+    with torch.no_grad():
+        model(input_ids=token_ids)
+    for index, (block, branch) in enumerate(zip(blocks, writers, strict=True)):
+        weight = inverse_scale(behind[index].flatten(0, -2), sizes.epsilon, dense.is_centred)
+        z = entering[index].flatten(0, -2) * weight
+        if sizes.has_bias(branch.writer):  # which repairs what is the same for all tokens
+            z = z - weight @ torch.linalg.lstsq(weight, z).solution
+        gram = z.T @ z + RIDGE * z.square().sum(0).mean() * torch.eye(z.shape[1], dtype=z.dtype)
+        matrix = matrix_of(branch.writer, block.state_dict()) * sizes.multiplier(branch.multiplier)
+        expected += float((matrix @ gram @ matrix.T).trace()) / (token_ids.numel() * sizes.hidden_size)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-6)
+    assert (found.diff() <= 0).all()
+    assert float(found[-1]) == 0
