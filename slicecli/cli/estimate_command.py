@@ -344,20 +344,26 @@ def _dim(one: dict[str, Any]) -> str:
 
 
 def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:
+    relations = {forecast["relation"] for _, forecast in rows}
+    is_one = len(relations) == 1
+    columns = ["dim", "predicted", "90 % interval", *([] if is_one else ["relation"]), "paper's relation"]
+    is_any_outside = any(forecast["is_outside"] for _, forecast in rows)
     show.print_table(
-        ["dim", "predicted", "90 % interval", "by", "paper", ""],
+        columns + ["note"] * is_any_outside,
         [
             [
                 _dim(one),
                 cell(forecast["value"]),
                 f"{cell(forecast['low'])} to {cell(forecast['high'])}",
-                forecast["relation"],
+                *([] if is_one else [forecast["relation"]]),
                 "-" if forecast["paper"] is None else cell(forecast["paper"]),
-                "outside measured range" if forecast["is_outside"] else "",
+                *["no data at this s" if forecast["is_outside"] else ""] * is_any_outside,
             ]
             for one, forecast in rows
         ],
     )
+    if is_one:
+        show.result(f"Predicted by the relation {relations.pop()!r}; see `slicecli relations`.")
 
 
 def _perplexity(value: float) -> str:
