@@ -11,10 +11,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from slicecli.errors import OutputError
-from slicecli.hub import serving
+from slicecli.family import serving
+from slicecli.family.serving import SliceKind, Verdict
 from slicecli.hub.card import Card, read_card, render_card
 from slicecli.hub.metadata import base_model_of, inherited_metadata
-from slicecli.hub.serving import Verdict
 from slicecli.hub.writing import enter_results, own_files, write_card
 from slicecli.runtime.markdown import code, code_block, heading, prose
 
@@ -127,8 +127,8 @@ def test_the_card_of_a_slice_is_harmless_and_whole(one_slice, record):
     ],
 )
 def test_a_program_is_named_as_it_was_found(record, monkeypatch, verdict, sentence, is_shown):
-    kind = (record["source"]["model_type"], record["layout"], record["method"], record["is_tied"])
-    found = [] if verdict is None else [Verdict("a slice", *kind, "vLLM", "package 1", verdict, None, "")]
+    kind = SliceKind.of_record(record)
+    found = [] if verdict is None else [Verdict("a slice", kind, "vLLM", "package 1", verdict, None, "")]
     monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(found))
     text = render_card(record)
     assert sentence in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from slicecli.adapters import PortableClass, select_adapter
 from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import PluginError, RequestError
+from slicecli.family import serving
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
-from slicecli.family.serving import CLIENTS, runs_in
+from slicecli.family.serving import NOT_MEASURED, SERVERS, SliceKind, Verdict, verdicts_on
 from slicecli.family.slice_plan import Width
 from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.proof.declaration import logits, relative_error
@@ -89,14 +91,27 @@ def test_a_class_that_no_adapter_serves_is_said_to_be():
 
 
 def test_other_activations_than_silu_run_in_no_program_as_llama():
-    assert {client: runs_in("llama", client, activation="gelu") for client in CLIENTS} == {
-        "vLLM": "refused",
-        "llama.cpp": "wrong",
-    }
+    assert classes_of("llama", hidden_act="gelu").own.servers == {"vLLM": "refused", "llama.cpp": "wrong"}
 
 
 def test_a_program_that_always_ties_is_wrong_for_a_head_apart():
-    assert [runs_in("gemma", "llama.cpp", is_tied=tied) for tied in (True, False)] == ["correct", "wrong"]
+    kinds = [SliceKind("gemma", "stock", "refit", tied, "gelu_pytorch_tanh") for tied in (True, False)]
+    assert [verdicts_on(kind)["llama.cpp"].verdict for kind in kinds] == ["correct", "wrong"]
+
+
+def test_auto_follows_the_table_that_cards_are_written_from(monkeypatch):
+    kind = SliceKind("llama", "stock", "refit", False, "silu")
+    rows = [Verdict("one", kind, client, "package 1", "wrong", 0.5, "because") for client in SERVERS]
+    rows += [dataclasses.replace(one, kind=dataclasses.replace(kind, model_type="mistral")) for one in rows]
+    rows = [one if one.kind == kind else dataclasses.replace(one, verdict="correct", reason="") for one in rows]
+    monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(rows))
+    assert classes_of("llama").at(36).model_type == "mistral"
+    assert classes_of("llama").own.misfits == "wrong in vLLM and wrong in llama.cpp"
+
+
+def test_nothing_measured_is_of_a_class_of_the_models_own():
+    own = SliceClasses.of(classes_of("llama").own.own, "llama", has_own_code=True).own
+    assert set(own.servers.values()) == {NOT_MEASURED}
 
 
 # slices

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from slicecli.hub import serving
-from slicecli.hub.serving import Verdict, all_verdicts, verdicts_on
+from slicecli.family import serving
+from slicecli.family.serving import (
+    NOT_MEASURED,
+    SliceKind,
+    Verdict,
+    all_verdicts,
+    describe_verdicts,
+    verdicts_on,
+)
 
-LLAMA = ("llama", "stock", "refit", False)
+LLAMA = SliceKind("llama", "stock", "refit", False, "silu")
 
 
 @pytest.fixture
@@ -15,7 +24,7 @@ def found(monkeypatch):
     """A function that replaces the table by verdicts on Llama, each in one client."""
 
     def put(*verdicts):
-        rows = [Verdict("llama", *LLAMA, client, "package 1", verdict, None, "because") for client, verdict in verdicts]
+        rows = [Verdict("llama", LLAMA, client, "package 1", verdict, None, "because") for client, verdict in verdicts]
         monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(rows))
 
     return put
@@ -23,13 +32,15 @@ def found(monkeypatch):
 
 def test_of_several_arrangements_the_worst_counts(found):
     found(("a", "correct"), ("a", "wrong"), ("a", "refused"), ("b", "correct"), ("b", "refused"))
-    assert {client: one.verdict for client, one in verdicts_on(*LLAMA).items()} == {"a": "wrong", "b": "refused"}
+    assert {client: one.verdict for client, one in verdicts_on(LLAMA).items()} == {"a": "wrong", "b": "refused"}
 
 
-@pytest.mark.parametrize("other", [("qwen2", "stock", "refit", False), ("llama", "stock", "refit", True)])
-def test_a_class_that_was_not_tried_has_no_verdict(found, other):
+@pytest.mark.parametrize("other", [{"model_type": "qwen2"}, {"is_tied": True}, {"activation": "relu"}])
+def test_a_kind_that_was_not_tried_has_no_verdict(found, other):
     found(("a", "correct"))
-    assert verdicts_on(*other) == {}
+    kind = dataclasses.replace(LLAMA, **other)
+    assert verdicts_on(kind) == {}
+    assert {one["verdict"] for one in describe_verdicts(verdicts_on(kind)).values()} == {NOT_MEASURED}
 
 
 def test_every_verdict_of_the_table_is_sound():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slicecli.hub.serving import all_verdicts
+from slicecli.family.serving import all_verdicts, clients
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 BEGINNING = """# Where slices run
@@ -23,13 +23,15 @@ the comparison, and `tools/write_serving_page.py` writes this page.
 def page() -> str:
     """Return the page."""
     verdicts = all_verdicts()
-    versions = {one.client: one.version for one in verdicts}
+    versions = clients()
     cells = {(one.slice, one.client): one for one in verdicts}
     rows = [
         ["slice", "layout", *(f"{client} ({version})" for client, version in versions.items())],
         ["---"] * (2 + len(versions)),
     ]
-    for name, layout in dict.fromkeys((one.slice, one.layout) for one in sorted(verdicts, key=lambda one: one.slice)):
+    for name, layout in dict.fromkeys(
+        (one.slice, one.kind.layout) for one in sorted(verdicts, key=lambda one: one.slice)
+    ):
         found = [cells.get((name, client)) for client in versions]
         rows.append([name, layout, *("" if one is None else _cell(one.verdict, one.agreement) for one in found)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

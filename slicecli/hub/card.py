@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.serving import SliceKind, verdicts_on
 from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
-from slicecli.hub.serving import verdicts_on
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
@@ -250,9 +250,7 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
         "vLLM": code_block(f"vllm serve {place}{flag}"),
         "llama.cpp": _llama_cpp_snippet(record["repository"]),
     }
-    written = record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"]
-    verdicts = verdicts_on(written, record["layout"], record["method"], record["is_tied"])
-    for client, found in verdicts.items():
+    for client, found in verdicts_on(SliceKind.of_record(record)).items():
         yield {
             "sentence": f"{_VERDICTS[found.verdict].format(client)} ({found.version}).",
             "snippet": snippets.get(client, "") if found.verdict == "correct" else "",
