@@ -136,6 +136,17 @@ def test_a_program_is_named_as_it_was_found(record, monkeypatch, verdict, senten
     assert "llama-cli" not in text
 
 
+@pytest.mark.parametrize(("dim", "kind"), [(512, "Q4_K_M"), (448, "Q8_0"), (432, None)])
+def test_the_lines_for_llama_cpp_go_on_to_a_type_that_fits_the_dim(record, monkeypatch, dim, kind):
+    found = [Verdict("a slice", SliceKind.of_record(record), "llama.cpp", "package 1", "correct", 1.0, "")]
+    monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(found))
+    text = render_card(record | {"dim": dim, "layout": "stock", "written_type": "llama"})
+    if kind is None:
+        assert "llama-quantize" not in text
+    else:
+        assert f"llama-quantize slice.gguf slice-{kind}.gguf {kind}\nllama-cli -m slice-{kind}.gguf" in text
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_of_others_are_shown_and_do_nothing(record, text):
     record["source"] |= {"model": text, "model_type": text}

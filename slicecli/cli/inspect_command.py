@@ -9,7 +9,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.family.friendly_dims import MULTIPLES, formats_of, friendly_multiple, why_not_quantised
+from slicecli.family.friendly_dims import formats_of, friendly_multiple, legend, why_not_quantised
 from slicecli.family.serving import SliceKind, clients, describe_verdicts, verdicts_on
 
 if TYPE_CHECKING:
@@ -173,12 +173,13 @@ def _slice_at(dim: int, dimensions: Dimensions, classes: SliceClasses | None, mo
         written.check_dim(dim)
         written_type, note, verdicts = written.model_type, classes.note(written, dim), written.verdicts
     legal = (classes or dimensions).legal_dims()
+    cost = why_not_quantised(dim, legal) if dimensions.hidden_size % 32 == 0 else ""
     return {
         "dim": dim,
         "written_type": written_type,
         "formats": formats_of(dim),
         "clients": describe_verdicts(verdicts),
-        "notes": [text for text in (note, why_not_quantised(dim, legal)) if text],
+        "notes": [text for text in (note, cost) if text],
     }
 
 
@@ -206,11 +207,9 @@ def _print_where_slices_run(document: Mapping[str, Any], dimensions: Dimensions,
     show.print_table([*first, *clients()], table, is_numeric=False)
     show.result(f"Measured with small slices of each class, in {', '.join(clients().values())}.")
     if slices:
-        divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
-        show.result(f"÷: the largest of {divisors} that divides the dim.")
-    for one in slices:
-        for text in one["notes"]:
-            show.note(text)
+        show.result(legend())
+    for text in dict.fromkeys(text for one in slices for text in one["notes"]):
+        show.note(text)
 
 
 def _print_declaration(declaration: dict[str, Any]) -> None:

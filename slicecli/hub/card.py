@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.friendly_dims import gguf_type
 from slicecli.family.serving import SliceKind, verdicts_on
 from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
@@ -248,7 +249,7 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
     flag = " --trust-remote-code" if record["needs_remote_code"] else ""
     snippets = {
         "vLLM": code_block(f"vllm serve {place}{flag}"),
-        "llama.cpp": _llama_cpp_snippet(record["repository"]),
+        "llama.cpp": _llama_cpp_snippet(record["repository"], record["dim"]),
     }
     for client, found in verdicts_on(SliceKind.of_record(record)).items():
         yield {
@@ -257,19 +258,18 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
         }
 
 
-def _llama_cpp_snippet(repository: str | None) -> str:
+def _llama_cpp_snippet(repository: str | None, dim: int) -> str:
     folder = "PATH" if repository is None else repository.rpartition("/")[2]
     name = "slice" if repository is None else folder
     download = [] if repository is None else [f"hf download {repository} --local-dir {folder}"]
-    return code_block(
-        "\n".join(
-            [
-                *download,
-                f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
-                f"llama-cli -m {name}.gguf",
-            ]
-        )
-    )
+    lines = [
+        *download,
+        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
+        f"llama-cli -m {name}.gguf",
+    ]
+    if kind := gguf_type(dim):
+        lines += [f"llama-quantize {name}.gguf {name}-{kind}.gguf {kind}", f"llama-cli -m {name}-{kind}.gguf"]
+    return code_block("\n".join(lines))
 
 
 def _change_of_widths(record: Mapping[str, Any]) -> str:
