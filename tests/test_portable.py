@@ -53,8 +53,8 @@ def test_auto_takes_the_class_that_can_have_a_dim():
 
 
 def test_auto_keeps_the_own_class_where_no_other_runs_and_names_the_dims_that_do():
-    classes = classes_of("qwen2")
-    assert classes.at(37).model_type == "qwen2"
+    classes = classes_of("llama", model_type="granite", attention_bias=True)
+    assert classes.at(37).model_type == "granite"
     assert "at dim 36 or 40 it can be written as llama" in classes.note(classes.at(37), 37)
 
 
@@ -224,6 +224,28 @@ def test_inspect_lists_the_classes_with_their_dims(run, checkpoints):
     found = json.loads(run("inspect", checkpoints("llama"), "--format", "json").stdout)["classes"]
     assert [(one["model_type"], one["legal_dims"]["multiple_of"]) for one in found] == [("llama", 4), ("mistral", 1)]
     assert "multiples of 4" in run("inspect", checkpoints("llama")).stdout
+
+
+def test_inspect_says_of_each_dim_where_its_slice_would_run(run, checkpoints):
+    done = run("inspect", checkpoints("qwen2"), "--dim", "36,37", "--format", "json")
+    found = {one["dim"]: one for one in json.loads(done.stdout)["slices"]}
+    assert [one["written_type"] for one in found.values()] == ["llama", "seed_oss"]
+    assert {one["clients"][client]["verdict"] for one in found.values() for client in SERVERS} == {"correct"}
+    assert all(one["version"] for one in found[36]["clients"].values())
+    shown = run("inspect", checkpoints("qwen2"), "--dim", "36,37")
+    assert "qwen2 is refused in vLLM" in shown.stderr or "qwen2 is wrong in vLLM" in shown.stderr
+    assert found[36]["clients"]["vLLM"]["version"] in shown.stdout
+
+
+def test_inspect_knows_where_slices_with_code_run(run, tiny_checkpoint):
+    (found,) = json.loads(run("inspect", tiny_checkpoint("opt"), "--dim", "36", "--format", "json").stdout)["slices"]
+    assert found["written_type"] == "slicecli"
+    assert (found["clients"]["vLLM"]["verdict"], found["clients"]["llama.cpp"]["verdict"]) == ("correct", "refused")
+
+
+def test_inspect_refuses_a_dim_that_no_class_can_have(run, checkpoints):
+    done = run("inspect", checkpoints("qwen3"), "--dim", "4800")
+    assert done.exit_code != 0 and "47" in done.stderr
 
 
 def test_a_class_needs_a_slice_without_custom_code(run, checkpoints, slice_words):

