@@ -62,9 +62,10 @@ def legend() -> str:
     return f"÷: the largest of {divisors} that divides the dim."
 
 
-def gguf_type(dim: int) -> str:
-    """Return a type for `llama-quantize` whose groups divide a hidden size; empty where none does."""
-    return "Q4_K_M" if dim % max(MULTIPLES) == 0 else "Q8_0" if dim % LEAST == 0 else ""
+def gguf_type(*widths: int) -> str:
+    """Return a type for `llama-quantize` whose groups divide all widths; empty where none does."""
+    shared = math.gcd(*widths)
+    return "Q4_K_M" if shared % max(MULTIPLES) == 0 else "Q8_0" if shared % LEAST == 0 else ""
 
 
 def friendly_multiple(dim: int) -> int | None:
@@ -121,7 +122,7 @@ def why_writers_are_not_quantised(mlp_dim: int, legal: Sequence[int]) -> str:
 def _nearest(width: int, legal: Sequence[int]) -> str:
     friendly = [other for other in legal if other % LEAST == 0]
     nearest = sorted(sorted(friendly, key=lambda other: abs(other - width))[:2])
-    return f" Nearest that {LEAST} divides: {' and '.join(map(str, nearest))}." if nearest else ""
+    return f" The nearest that it divides: {' and '.join(map(str, nearest))}." if nearest else ""
 
 
 def _divided(legal: range, multiple: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
     flag = " --trust-remote-code" if record["needs_remote_code"] else ""
     snippets = {
         "vLLM": code_block(f"vllm serve {place}{flag}"),
-        "llama.cpp": _llama_cpp_snippet(record["repository"], record["dim"]),
+        "llama.cpp": _llama_cpp_snippet(record["repository"], [record["dim"], record["mlp_dim"] or record["dim"]]),
     }
     for client, found in verdicts_on(SliceKind.of_record(record)).items():
         yield {
@@ -258,7 +258,7 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
         }
 
 
-def _llama_cpp_snippet(repository: str | None, dim: int) -> str:
+def _llama_cpp_snippet(repository: str | None, widths: Sequence[int]) -> str:
     folder = "PATH" if repository is None else repository.rpartition("/")[2]
     name = "slice" if repository is None else folder
     download = [] if repository is None else [f"hf download {repository} --local-dir {folder}"]
@@ -267,7 +267,7 @@ def _llama_cpp_snippet(repository: str | None, dim: int) -> str:
         f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
         f"llama-cli -m {name}.gguf",
     ]
-    if kind := gguf_type(dim):
+    if kind := gguf_type(*widths):
         lines += [f"llama-quantize {name}.gguf {name}-{kind}.gguf {kind}", f"llama-cli -m {name}-{kind}.gguf"]
     return code_block("\n".join(lines))
 
