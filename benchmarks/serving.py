@@ -2,18 +2,21 @@
 
     python benchmarks/serving.py --environments ~/serving --write slicecli/family/serving.json
     python benchmarks/serving.py --environments ~/serving --clients llama.cpp,mlx-lm --families llama,qwen2
+    python benchmarks/serving.py --environments ~/serving --families none --model MODEL --model-widths 448,512,504/1166
 
 Slices tiny random models of every family, in their own and in portable classes, from 256 to 192, with heads of 32 and
 positions that do not rotate by the default base, and asks each client for the most probable next token after each of
-200 tokens. Each client has a virtual environment below `--environments`, made where it is missing; it falls back on the
-packages of this one, so that torch is not installed again. A client is
+200 tokens. A real model can be sliced and compared too (to DIM, or DIM/MLP_DIM). Each client has a virtual environment
+below `--environments`, made where it is missing; it falls back on the packages of this one, so that torch is not
+installed again. A client is
 
     correct   its next tokens are those of transformers 5, and their log probabilities differ by less than 0.01
     wrong     it runs, and they are not
     refused   it does not load the slice, or stops with an error
 
 Standard output gets a table. `--write` puts the verdicts into the file that cards, `slicecli inspect` and
-docs/serving.md are made from; what was not run this time stays there.
+docs/serving.md are made from; what was not run this time stays there. `--slices` keeps the slices, so that a second run
+need not make them.
 """
 
 from __future__ import annotations
