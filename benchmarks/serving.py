@@ -339,8 +339,12 @@ def judge(answer: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
         return {"verdict": "refused", "agreement": None, "reason": " ".join(answer["error"].split())[:160]}
     agreement, difference = compare(answer["predicted"], expected["predicted"])
     is_correct = agreement == 1 and difference < MOST_DIFFERENCE
-    reason = "" if is_correct else f"{agreement:.0%} of next tokens are the same"
-    return {"verdict": "correct" if is_correct else "wrong", "agreement": agreement, "reason": reason}
+    reason = f"{agreement:.0%} of next tokens are the same, and log probabilities differ by up to {difference:.2f}"
+    return {
+        "verdict": "correct" if is_correct else "wrong",
+        "agreement": agreement,
+        "reason": "" if is_correct else reason,
+    }
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
