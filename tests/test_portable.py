@@ -307,7 +307,7 @@ def test_a_converted_slice_verifies_and_names_its_class(run, own_slice):
 
 
 def test_a_dim_that_a_class_cannot_have_is_not_converted(run, checkpoints, slice_words, tmp_path):
-    run("slice", checkpoints("qwen2"), "--dim", "37", "-o", tmp_path / "odd", *slice_words)
+    run("slice", checkpoints("qwen2"), "--dim", "37", "--write-as", "own", "-o", tmp_path / "odd", *slice_words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "odd").iterdir()}
     done = run("convert", tmp_path / "odd", "--write-as", "llama")
     assert done.exit_code != 0 and "multiples of 4" in done.output
