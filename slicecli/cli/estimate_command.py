@@ -10,7 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
+from slicecli.family.friendly_dims import friendly_multiple, legend
 from slicecli.family.slice_plan import Width
 from slicecli.jobs.options import SliceOptions
 
@@ -306,8 +306,7 @@ def _print(document: dict[str, Any]) -> None:
             for name, one in [*named, *untied]
         ],
     )
-    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
-    show.result(f"÷: the largest of {divisors} that divides the dim.")
+    show.result(legend())
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]
