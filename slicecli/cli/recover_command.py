@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @shared.add_options(
     RecoverOptions,
-    *("learning_rate", "sequence_length", "batch_size", "seed", "eval_every"),
-    *("device_map", "max_memory", "max_shard_size"),
+    *("epochs", "learning_rate", "sequence_length", "batch_size", "seed", "eval_every"),
+    *("device_map", "max_memory", "activations", "max_shard_size"),
 )
 @click.option(
     "--push",

@@ -186,11 +186,16 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
 def _trainings(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence on each training after slicing."""
     for one in record.get("recovery", ()):
-        what = "all weights" if one["mode"] == "full" else f"low-rank adapters of rank {one['lora_rank']}, then merged"
+        tokens, teacher = f"{one['tokens']:,} tokens of {code(one['text'])}", code(one["teacher"]["model"])
+        if one["mode"] == "blocks":
+            how = f"one block after the other on {tokens} to follow the activations of {teacher}"
+        else:
+            rank = one["lora_rank"]
+            what = "all weights" if rank is None else f"low-rank adapters of rank {rank}, then merged"
+            how = f"({what}) on {tokens} to predict as {teacher} does"
         yield (
-            f"Then it was trained ({what}) on {one['tokens']:,} tokens of {code(one['text'])} to predict as "
-            f"{code(one['teacher']['model'])} does: the mean KL divergence per token on held-out rows of that text "
-            f"fell from {one['kl_before']:.4f} to {one['kl_after']:.4f}."
+            f"Then it was trained {how}: the mean KL divergence per token on held-out rows of that text fell from "
+            f"{one['kl_before']:.4f} to {one['kl_after']:.4f}."
         )
 
 
