@@ -336,7 +336,7 @@ def test_a_short_text_is_read_again(recover):
 
 
 def test_adapters_need_peft(recover, monkeypatch):
-    monkeypatch.setattr("slicecli.jobs.recover.find_spec", lambda _name: None)
+    monkeypatch.setattr("slicecli.jobs.recovery_plan.find_spec", lambda _name: None)
     with pytest.raises(RequestError, match=r"requires peft.*slicecli\[lora\]"):
         recover(mode="lora")
 
@@ -348,7 +348,7 @@ def test_adapters_need_peft(recover, monkeypatch):
         ({"tokens": 100}, "less than one step"),
         ({"sequence_length": 4096}, "exceeds the limit"),
         ({"learning_rate": 0.0}, "out of range"),
-        ({"mode": "blocks"}, "not a mode"),
+        ({"mode": "half"}, "not a mode"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(recover, options, reason):

@@ -50,7 +50,7 @@ class BlockPlan:
 
     Attributes:
         placement: Where the teacher's weights rest, and what computes.
-        scale: c, the scale of the slice's stream.
+        scale, has_one_basis: As of `slicecli.recovery.blocks.Slicing`.
     """
 
     teacher: RunBlockwise
@@ -58,6 +58,7 @@ class BlockPlan:
     placement: Placement
     activations: ActivationPlan
     scale: float
+    has_one_basis: bool
 
     @property
     def block_parameters(self) -> int:
@@ -117,11 +118,12 @@ def plan_blocks(
     resting_bytes: Counter[str] = Counter()
     for name, value in dense.meta_model.named_parameters():
         resting_bytes[placement.rest_of(name)] += value.numel() * stored.itemsize
-    width = dense.dimensions.hidden_size + 3 * record["dim"]
+    width = dense.dimensions.hidden_size + 2 * record["dim"]
     needed_bytes = tokens * width * compute_dtype(stored, placement.device).itemsize
     activations = place_activations(options.activations, placement, needed_bytes, resting_bytes)
-    scale = math.sqrt(record["dim"] / dense.dimensions.hidden_size) if record["method"] == "refit" else 1.0
-    return BlockPlan(dense, sliced, placement, activations, scale)
+    is_refitted = record["method"] == "refit"
+    scale = math.sqrt(record["dim"] / dense.dimensions.hidden_size) if is_refitted else 1.0
+    return BlockPlan(dense, sliced, placement, activations, scale, is_refitted)
 
 
 def _open(source: Source, dimensions: Dimensions | None = None) -> RunBlockwise:

@@ -52,7 +52,7 @@ class BlockwiseTraining:
 
         from slicecli.checkpoint.dense_weights import DenseWeights
         from slicecli.recovery.block_training import BlockSchedule
-        from slicecli.recovery.blocks import distil_blocks
+        from slicecli.recovery.blocks import Slicing, distil_blocks
 
         job, plan = self._job, self._job.blocks
         assert plan is not None
@@ -71,9 +71,8 @@ class BlockwiseTraining:
             for name in weights.names:
                 if not name.startswith(f"{student.adapter.blocks}."):
                     output.take(name, weights.tensor(name).to(dtype))  # it stays as it is
-            result = distil_blocks(
-                teacher, student, rows, schedule, plan.scale, dtype, output.take, progress, output.journal
-            )
+            slicing = Slicing(plan.scale, plan.has_one_basis, dtype)
+            result = distil_blocks(teacher, student, rows, schedule, slicing, output.take, progress, output.journal)
             if not result.kl_after < result.kl_before:
                 raise job.no_gain(result.kl_before, result.kl_after)
             digests = output.finish()

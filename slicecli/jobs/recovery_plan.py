@@ -109,10 +109,10 @@ class RecoveryJob:
         what += f"({self.teacher_parameters:,}): "
         steps = f"{self.steps:,} steps of {self.tokens_per_step:,}, mode {options.mode}"
         if self.blocks is not None:
-            memory = f"{BYTES_IN_MEMORY * self.blocks.block_parameters / 1e9:.2f} GB"
+            memory = f"{BYTES_IN_MEMORY * self.blocks.block_parameters / 1e9:.2f} GB of memory"
             return (
-                f"{what}{self.tokens // self.epochs:,} tokens {self.epochs} times for each block, {steps}; {memory} of "
-                f"memory for one block with its gradients and optimiser; {self.blocks.describe()}"
+                f"{what}{self.tokens // self.epochs:,} tokens, each block in {self.epochs} epochs of them, {steps}; "
+                f"{memory} for one block with its gradients and optimiser; {self.blocks.describe()}"
             )
         return (
             f"{what}{self.tokens:,} tokens in {steps}; up to {BYTES_IN_MEMORY * parameters / 1e9:.2f} GB of memory for "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from slicecli.slicing.modules import Calls
 if TYPE_CHECKING:
     from slicecli.progress import Progress
 
-__all__ = ["BlockFit", "BlockSchedule", "BlockTraining", "Goals", "Part"]
+__all__ = ["BlockFit", "BlockSchedule", "BlockTraining", "Goals", "Part", "move_streams"]
 
 WARM_UP_SHARE = 0.05
 LARGEST_GRADIENT = 1.0
@@ -69,12 +69,10 @@ class Part:
 
     Attributes:
         dense: x, of the teacher.
-        before: y, of the slice as it was.
-        own: y, of the slice as it is now.
+        own: y, of the slice.
     """
 
     dense: Stream
-    before: Stream
     own: Stream
 
 
@@ -111,14 +109,7 @@ class BlockTraining:
 
     def move(self, *streams: Stream) -> int:
         """Run the block over streams; return the length of the tuple it gives, 0 where it gives a tensor."""
-        output: Any = None
-        for stream in streams:
-            for number, batch in enumerate(stream):
-                output = self._call(batch)
-                moved = modules.first_tensor(output).to(self.student.dtype)
-                require_finite(moved, f"the slice's activations after block {self.index}")
-                stream[number] = moved
-        return len(output) if isinstance(output, tuple) else 0
+        return move_streams(self.student, self._call, f"the slice's activations after block {self.index}", streams)
 
     def train(
         self,
@@ -203,3 +194,19 @@ class BlockTraining:
 def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(order) - size + 1, size):
         yield order[start : start + size]
+
+
+def move_streams(model: DenseModel, run: Callable[[torch.Tensor], Any], what: str, streams: Sequence[Stream]) -> int:
+    """Run something over streams in place; return the length of the tuple it gives, 0 where it gives a tensor.
+
+    Args:
+        what: What the streams are then, for an error.
+    """
+    output: Any = None
+    for stream in streams:
+        for number, batch in enumerate(stream):
+            output = run(batch)
+            moved = modules.first_tensor(output).to(model.dtype)
+            require_finite(moved, what)
+            stream[number] = moved
+    return len(output) if isinstance(output, tuple) else 0

@@ -10,31 +10,48 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from slicecli.linalg.normal_equations import inverse_scale, widen
 from slicecli.linalg.stream_map import StreamMap
-from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, Goals, Part
+from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, Goals, Part, move_streams
 from slicecli.recovery.loss import CHUNK_NUMBERS, forward_divergence
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, activations_in
-from slicecli.slicing.layerwise import blocks_left, embedding_tables, enter, filled, read_blocks, require_finite
+from slicecli.slicing.layerwise import blocks_left, embedding_tables, enter, filled, read_blocks
 from slicecli.slicing.modules import Calls
 
 if TYPE_CHECKING:
     from slicecli.progress import Progress
     from slicecli.recovery.data import TrainingRows
 
-__all__ = ["BlocksResult", "distil_blocks"]
+__all__ = ["BlocksResult", "Slicing", "distil_blocks"]
 
 PHASE = "blocks"
-STREAMS = ("dense", "before", "own")
+STREAMS = ("dense", "own")
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """What of a slice's making its training needs.
+
+    Attributes:
+        scale: c, the scale of the slice's stream.
+        has_one_basis: All blocks have the same coordinates, without shortcuts between them.
+        dtype: Dtype in which its tensors are written.
+    """
+
+    scale: float
+    has_one_basis: bool
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,7 @@ def distil_blocks(
     student: DenseModel,
     rows: TrainingRows,
     schedule: BlockSchedule,
-    scale: float,
-    dtype: torch.dtype,
+    slicing: Slicing,
     sink: Callable[[str, torch.Tensor], None],
     progress: Progress,
     journal: Journal | None = None,
@@ -67,115 +83,155 @@ def distil_blocks(
 
     Args:
         student: The slice, as its own class runs it.
-        scale: c, the scale of the slice's stream.
-        dtype: Dtype in which its tensors are written.
     """
     journal = journal or NoJournal()
-    progress.start(PHASE, len(student.blocks) * schedule.epochs + 1)
-    batches = Batches(rows.training.ids, schedule.rows_per_pass, _own_rows(student, len(rows.training.ids)))
-    training, dense_calls, calls = _enter(teacher, student, batches)
-    held_out, *_ = _enter(teacher, student, Batches(rows.held_out.ids, schedule.rows_per_pass))
-    fits: list[BlockFit] = []
-    snapshot = journal.resume(PHASE)
-    if snapshot is not None:
-        training, held_out = (_part_in(snapshot, name, student) for name in ("training", "held_out"))
+    run = _Run(teacher, student, rows, schedule)
+    snapshot, fits = journal.resume(PHASE), list[BlockFit]()
+    if snapshot is None:
+        turns, before = run.survey(slicing, progress)
+    else:
+        turns, before = list(activations_in("turns", snapshot, student.activations)), snapshot.about["kl_before"]
+        run.training, run.held_out = (_part_in(snapshot, name, student) for name in ("training", "held_out"))
         fits = [BlockFit(**one) for one in snapshot.about["fits"]]
-    left = blocks_left(student, snapshot, progress, schedule.epochs)
-    tuple_lengths = [0, 0]
-    both = zip(read_blocks(teacher, left), read_blocks(student, left), strict=True)
-    for (index, dense_weights), (_, weights) in both:
-        tuple_lengths[0] = _move_dense(teacher, index, dense_weights, dense_calls, (training.dense, held_out.dense))
-        dense_weights.clear()
+    progress.start(PHASE, len(student.blocks) * schedule.epochs + 1)
+    for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
         name, block = student.block_name(index), student.blocks[index]
         modules.fill(block, weights, student.device, torch.float32)
-        at = BlockTraining(student, index, block, calls)
-        tuple_lengths[1] = at.move(training.before, held_out.before)
-        goals = Goals(_map(student, training, scale), teacher)
-        fits.append(at.train(training, held_out, goals, schedule, dtype, progress))
+        at = BlockTraining(student, index, block, run.calls)
+        goals = Goals(turns[index % len(turns)], teacher)
+        fits.append(at.train(run.training, run.held_out, goals, schedule, slicing.dtype, progress))
         for parameter_name, parameter in block.named_parameters():
-            sink(f"{name}.{parameter_name}", parameter.to("cpu", dtype))
+            sink(f"{name}.{parameter_name}", parameter.to("cpu", slicing.dtype))
         for buffer_name in modules.persistent_buffers(block):
-            sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", dtype))
-        at.move(training.own, held_out.own)
+            sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", slicing.dtype))
+        run.tuple_lengths[1] = at.move(run.training.own, run.held_out.own)
         modules.clear(block)
-        streams = _streams("training", training) | _streams("held_out", held_out)
-        journal.offer(PHASE, index + 1, Content(streams, about={"fits": [asdict(one) for one in fits]}))
-    before, after = _divergences(teacher, student, held_out, tuple_lengths)
+        about = {"kl_before": before, "fits": [asdict(one) for one in fits]}
+        journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
+    after = run.divergence()
     progress.advance(f"held-out KL {before:.4f} → {after:.4f}")
     return BlocksResult(before, after, tuple(fits))
 
 
-def _streams(name: str, part: Part) -> dict[str, Stream]:
-    return {f"{name}_{kind}": getattr(part, kind) for kind in STREAMS}
+@dataclass
+class _Run:
+    """Teacher and slice side by side, with their activations as far as the pass has come.
+
+    Attributes:
+        tuple_lengths: The length of the tuple that the blocks of each give; 0 where they give a tensor.
+    """
+
+    teacher: DenseModel
+    student: DenseModel
+    rows: TrainingRows
+    schedule: BlockSchedule
+    tuple_lengths: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __post_init__(self) -> None:
+        self.enter()
+
+    def enter(self) -> None:
+        """Begin with what the embeddings give."""
+        share = len(self.rows.training.ids) // self.student.processes.count
+        first = self.student.processes.rank * share
+        own = Batches(self.rows.training.ids, self.schedule.rows_per_pass, slice(first, first + share))
+        all_of_them = Batches(self.rows.held_out.ids, self.schedule.rows_per_pass)
+        self.training, self._dense_calls, self.calls = self._entering(own)
+        self.held_out, *_ = self._entering(all_of_them)
+
+    def _entering(self, batches: Batches) -> tuple[Part, Calls, Calls]:
+        teacher, student = self.teacher, self.student
+        dense, dense_calls = enter(teacher, teacher.meta_model, embedding_tables(teacher), batches)
+        own, calls = enter(student, student.meta_model, embedding_tables(student), batches)
+        return Part(dense, own), dense_calls, calls
+
+    def blocks(self, indices: range) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Move the dense streams behind block after block, and give the slice's weights of each."""
+        both = zip(read_blocks(self.teacher, indices), read_blocks(self.student, indices), strict=True)
+        for (index, dense_weights), (_, weights) in both:
+            block = self.teacher.blocks[index]
+            with filled(self.teacher, block, dense_weights):
+                dense_weights.clear()
+                run = functools.partial(_call, self._dense_calls, index, block)
+                streams = self.training.dense, self.held_out.dense
+                self.tuple_lengths[0] = move_streams(self.teacher, run, f"the activations after block {index}", streams)
+            yield index, weights
+
+    def survey(self, slicing: Slicing, progress: Progress) -> tuple[list[torch.Tensor], float]:
+        """Run both over all rows as they are.
+
+        Returns:
+            What turns the dense stream, as a row, into that of the slice: one map, or one for each block. And the
+            divergence on the held-out rows.
+        """
+        progress.start("survey", len(self.student.blocks))
+        turns: list[torch.Tensor] = []
+        sums = None
+        for index, weights in self.blocks(range(len(self.student.blocks))):
+            block = self.student.blocks[index]
+            with filled(self.student, block, weights):
+                self.tuple_lengths[1] = BlockTraining(self.student, index, block, self.calls).move(
+                    self.training.own, self.held_out.own
+                )
+            sums = self._add_tokens(sums)
+            if not slicing.has_one_basis:
+                turns.append(self._solve(sums, slicing))
+                sums = None
+            progress.advance()
+        if sums is not None:
+            turns.append(self._solve(sums, slicing))
+        before = self.divergence()
+        self.enter()
+        return turns, before
+
+    def _add_tokens(self, sums: StreamMap | None) -> StreamMap:
+        for dense, own in zip(self.training.dense, self.training.own, strict=True):
+            wide, narrow = widen(dense).flatten(0, -2), widen(own).flatten(0, -2)
+            sums = sums or StreamMap(wide.shape[1], narrow.shape[1], self.student.device)
+            sums.add(wide, narrow, inverse_scale(wide, self.teacher.dimensions.epsilon, self.teacher.is_centred))
+        assert sums is not None
+        return sums
+
+    def _solve(self, sums: StreamMap, slicing: Slicing) -> torch.Tensor:
+        """Return the map, the same bits for all processes."""
+        processes, shape = self.student.processes, tuple(sums.cross.shape)
+        processes.sum_to_main(sums.gram, sums.cross)
+        (turn,) = processes.tensors_from_main(lambda: [sums.solve(slicing.scale)], [shape], self.student.device)
+        return turn
+
+    def streams(self) -> dict[str, Stream]:
+        """Return the activations by name."""
+        parts = {"training": self.training, "held_out": self.held_out}
+        return {f"{name}_{kind}": getattr(part, kind) for name, part in parts.items() for kind in STREAMS}
+
+    def divergence(self) -> float:
+        """Return the mean divergence on the held-out rows, from what both models leave behind their last block."""
+        teacher, student = self.teacher, self.student
+        length = self.held_out.dense[0].shape[1]
+        # not more tokens at once than a row has, which is what a model may take
+        size = min(length, max(1, CHUNK_NUMBERS // teacher.dimensions.vocabulary))
+        total, count = 0.0, 0
+        with _with_head(teacher), _with_head(student):
+            for streams in zip(self.held_out.dense, self.held_out.own, strict=True):
+                flat = [stream[:, :-1].flatten(0, -2) for stream in streams]
+                count += len(flat[0])
+                for dense, own in zip(*(one.split(size) for one in flat), strict=True):
+                    expected, found = (
+                        modules.run_head(model.meta_model, model.adapter, some[None], tuple_length)[1]
+                        for model, some, tuple_length in zip(
+                            (teacher, student), (dense, own), self.tuple_lengths, strict=True
+                        )
+                    )
+                    total += float(forward_divergence(found, expected))
+        return total / count
+
+
+def _call(calls: Calls, index: int, block: nn.Module, batch: torch.Tensor) -> Any:
+    return calls.of(index, batch)(block, batch)
 
 
 def _part_in(snapshot: Snapshot, name: str, student: DenseModel) -> Part:
     return Part(*(activations_in(f"{name}_{kind}", snapshot, student.activations) for kind in STREAMS))
-
-
-def _own_rows(student: DenseModel, rows: int) -> slice:
-    """Return this process's share of the training rows."""
-    share = rows // student.processes.count
-    return slice(student.processes.rank * share, (student.processes.rank + 1) * share)
-
-
-def _enter(teacher: DenseModel, student: DenseModel, batches: Batches) -> tuple[Part, Calls, Calls]:
-    """Run the embeddings of both models."""
-    dense, dense_calls = enter(teacher, teacher.meta_model, embedding_tables(teacher), batches)
-    before, calls = enter(student, student.meta_model, embedding_tables(student), batches)
-    return Part(dense, before, student.activations.filled(iter(before))), dense_calls, calls
-
-
-def _move_dense(
-    teacher: DenseModel, index: int, weights: dict[str, torch.Tensor], calls: Calls, streams: Sequence[Stream]
-) -> int:
-    """Move the dense streams behind a block; return the length of the tuple it gives, 0 where it gives a tensor."""
-    block, output = teacher.blocks[index], None
-    with filled(teacher, block, weights):
-        for stream in streams:
-            for number, batch in enumerate(stream):
-                output = calls.of(index, batch)(block, batch)
-                moved = modules.first_tensor(output)
-                require_finite(moved, f"the activations after block {index}")
-                stream[number] = moved
-    return len(output) if isinstance(output, tuple) else 0
-
-
-def _map(student: DenseModel, part: Part, scale: float) -> torch.Tensor:
-    """Return what turns the dense stream, as a row, into that of the slice as it was, behind the same block."""
-    found: StreamMap | None = None
-    for dense, sliced in zip(part.dense, part.before, strict=True):
-        wide, narrow = widen(dense).flatten(0, -2), widen(sliced).flatten(0, -2)
-        if found is None:
-            found = StreamMap(wide.shape[1], narrow.shape[1], student.device)
-        found.add(wide, narrow, inverse_scale(wide, student.dimensions.epsilon))
-    assert found is not None
-    sums, processes = found, student.processes
-    processes.sum_to_main(sums.gram, sums.cross)
-    (turn,) = processes.tensors_from_main(lambda: [sums.solve(scale)], [tuple(sums.cross.shape)], student.device)
-    return turn
-
-
-def _divergences(
-    teacher: DenseModel, student: DenseModel, part: Part, tuple_lengths: Sequence[int]
-) -> tuple[float, float]:
-    """Return the mean divergence of the slice as it was, and as it is, from what both leave behind their last block."""
-    totals, count = [0.0, 0.0], 0
-    with _with_head(teacher), _with_head(student):
-        for streams in zip(part.dense, part.before, part.own, strict=True):
-            flat = [stream[:, :-1].flatten(0, -2) for stream in streams]
-            count += len(flat[0])
-            for dense, *sliced in zip(*(one.split(_head_tokens(teacher, part)) for one in flat), strict=True):
-                _, expected = modules.run_head(teacher.meta_model, teacher.adapter, dense[None], tuple_lengths[0])
-                for number, some in enumerate(sliced):
-                    _, logits = modules.run_head(student.meta_model, student.adapter, some[None], tuple_lengths[1])
-                    totals[number] += float(forward_divergence(logits, expected))
-    return totals[0] / count, totals[1] / count
-
-
-def _head_tokens(teacher: DenseModel, part: Part) -> int:
-    """Return how many tokens' logits are computed at once: not more than a row has, which is what a model may take."""
-    return int(min(part.dense[0].shape[1], max(1, CHUNK_NUMBERS // teacher.dimensions.vocabulary)))
 
 
 @contextmanager
