@@ -204,17 +204,17 @@ def test_a_result_no_better_than_the_slice_is_not_written(recover, tmp_path):
 
 def nan_from(monkeypatch, call):
     """Let the loss be NaN from one call on."""
-    from slicecli.recovery import trainer
+    from slicecli.recovery import teacher
 
     calls = []
 
-    def loss(student, teacher):
+    def loss(student, expected):
         calls.append(None)
-        found = divergence(student, teacher)
+        found = divergence(student, expected)
         return found * float("nan") if student.requires_grad and len(calls) >= call else found
 
-    divergence = trainer.next_token_divergence
-    monkeypatch.setattr(trainer, "next_token_divergence", loss)
+    divergence = teacher.next_token_divergence
+    monkeypatch.setattr(teacher, "next_token_divergence", loss)
 
 
 def test_a_loss_that_is_no_number_stops_training_and_the_best_state_is_kept(recover, monkeypatch):
@@ -333,6 +333,34 @@ def test_a_short_text_is_read_again(recover):
     assert report.tokens == 39_936
     (warning,) = report.warnings
     assert "each is read" in warning
+
+
+def test_all_logits_stored_train_as_the_teacher_itself_does(recover, tmp_path):
+    live = recover(output=tmp_path / "live")
+    stored = recover(output=tmp_path / "stored", store_logits=300, cache_folder=tmp_path / "cache")
+    assert dict(stored.history) == pytest.approx(dict(live.history), rel=1e-4)
+    assert json.loads((stored.output / "slicecli.json").read_text())["recovery"][0]["stored_logits"] == 300
+
+
+def test_stored_logits_are_a_lower_bound_and_are_used_again(recover, tmp_path, monkeypatch):
+    live = recover(output=tmp_path / "live")
+    options = {"store_logits": 8, "cache_folder": tmp_path / "cache"}
+    first = recover(output=tmp_path / "first", **options)
+    assert first.kl_before < live.kl_before
+    (path,) = (tmp_path / "cache").iterdir()
+    # 96 rows to train on and 5 held out, of each 31 predictions of 8 tokens and one sum
+    assert 0 < path.stat().st_size - (96 + 5) * 31 * (8 * 8 + 4) < 1000
+    monkeypatch.setattr("slicecli.recovery.teacher.store_logits", None)
+    assert recover(output=tmp_path / "second", **options).kl_after == first.kl_after
+
+
+def test_what_stored_logits_take_is_said_before(run, slices, text_file, tmp_path):
+    dense, folder = slices()
+    words = ["recover", folder, "--teacher", dense, "--data", text_file, "--tokens", "3k", "--seq-len", "32"]
+    found = run(*words, "--batch-size", "256", "--store-logits", "100", "--cache-dir", tmp_path, "--dry-run")
+    assert "GB on disk for 100 of the teacher's logits" in found.stderr
+    too_many = run(*words, "--store-logits", "301", "--cache-dir", tmp_path, "--dry-run")
+    assert too_many.exit_code == 2 and "301 logits are more than the 300 tokens" in too_many.stderr
 
 
 def test_adapters_need_peft(recover, monkeypatch):

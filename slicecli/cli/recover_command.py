@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @shared.add_options(
     RecoverOptions,
     *("epochs", "learning_rate", "sequence_length", "batch_size", "seed", "eval_every"),
-    *("device_map", "max_memory", "activations", "max_shard_size"),
+    *("store_logits", "cache_folder", "device_map", "max_memory", "activations", "max_shard_size"),
 )
 @click.option(
     "--push",

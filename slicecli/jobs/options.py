@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["RecoverOptions", "SliceOptions"]
 
+CACHE_FOLDER = Option(
+    "--cache-dir",
+    "Folder of the statistics cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
+    reads=local_path,
+    metavar="DIR",
+    is_folder=True,
+    affects_result=False,
+)
 RECOVERY_MODES = ("full", "lora", "blocks")
 MAX_SHARD_SIZE = Option(
     "--max-shard-size",
@@ -101,14 +109,7 @@ class SliceOptions:
         reads=bool,
         affects_result=False,
     ).field()
-    cache_folder: Path | None = Option(
-        "--cache-dir",
-        "Folder of the statistics cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
-        reads=local_path,
-        metavar="DIR",
-        is_folder=True,
-        affects_result=False,
-    ).field()
+    cache_folder: Path | None = CACHE_FOLDER.field()
     sequence_length: int | None = options.SEQUENCE_LENGTH.field()
     batch_size: int | None = options.BATCH_SIZE.field()
     dtype: str | None = options.DTYPE.field()
@@ -202,6 +203,17 @@ class RecoverOptions:
         reads=int,
         metavar="N",
     ).field()
+    store_logits: int | None = Option(
+        "--store-logits",
+        "full, lora: keep what the teacher predicts on disk, of each position the K likeliest tokens and the sum of "
+        "the others, and reuse it in later runs on the same text.",
+        reads=int,
+        metavar="K",
+    ).field()
+    cache_folder: Path | None = dataclasses.replace(
+        CACHE_FOLDER,
+        help="Where --store-logits keeps it.  [default: SLICECLI_CACHE, or the user's cache folder]",
+    ).field()
     device_map: DeviceMap = dataclasses.replace(
         options.DEVICE_MAP,
         help="Where to place the teacher: auto, balanced, sequential, a device (cpu, cuda:N), or a .json file that "
@@ -234,14 +246,17 @@ class RecoverOptions:
         check_count(
             self.eval_every, "A measurement every {} steps is", "Use --eval-every", words=("too often", "too rare")
         )
+        check_count(self.store_logits, "{} stored logits are", "Use --store-logits", words=("too few", "too many"))
         check_count(self.epochs, "{} epochs are", "Use --epochs", words=("too few", "too many"))
         check_seed(self.seed)
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise RequestError(f"A learning rate of {self.learning_rate} is out of range.", "Use --lr between 0 and 1.")
         if self.mode not in RECOVERY_MODES:
             raise RequestError(f"{shown(self.mode)} is not a mode of training.", f"Use {', '.join(RECOVERY_MODES)}.")
-        if self.mode == "blocks" and self.eval_every is not None:
-            raise RequestError("--eval-every is of modes full and lora.", "Leave it out: each block is measured.")
+        if self.mode == "blocks" and (self.eval_every is not None or self.store_logits is not None):
+            raise RequestError(
+                "--eval-every and --store-logits are of modes full and lora.", "Leave them out, or use another --mode."
+            )
         if self.mode != "blocks" and (self.epochs is not None or self.activations != "auto"):
             raise RequestError(
                 "--epochs and --activations are of mode blocks.", "Leave them out, or use --mode blocks."

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint.folder import clear_folder, unfinished_folder
+from slicecli.checkpoint.folder import clear_folder, require_disk_space, unfinished_folder
 from slicecli.checkpoint.source import Source
 from slicecli.errors import TrainingError, WeightsError
 from slicecli.jobs.recovery_plan import LORA_RANK, RecoveryJob
@@ -19,6 +19,7 @@ from slicecli.runtime.json import read_json
 if TYPE_CHECKING:
     from slicecli.progress import Progress
     from slicecli.recovery.data import TrainingRows
+    from slicecli.recovery.teacher import Teacher
     from slicecli.recovery.trainer import DistillationTrainer
 
 __all__ = ["ModelTraining"]
@@ -92,8 +93,8 @@ def _open_trainer(job: RecoveryJob, rows: TrainingRows, folder: Path, progress: 
 
     options = job.options
     device = job.processes.device()
+    teacher = _open_teacher(job, rows, progress)
     model = without_dropout(load_model(job.source, "float32", str(device)))
-    teacher = load_model(job.teacher, None, options.device_map, options.max_memory).requires_grad_(False)
     if options.mode == "lora":
         model = _with_adapters(model)
     schedule = Schedule(
@@ -105,6 +106,27 @@ def _open_trainer(job: RecoveryJob, rows: TrainingRows, folder: Path, progress: 
         seed=options.seed,
     )
     return DistillationTrainer(model, teacher, rows, schedule, folder, progress)
+
+
+def _open_teacher(job: RecoveryJob, rows: TrainingRows, progress: Progress) -> Teacher:
+    """Load the teacher, or store what it predicts unless that is stored already."""
+    from slicecli.checkpoint.loading import load_model
+    from slicecli.recovery.teacher import ModelTeacher, StoredTeacher, logits_path, store_logits
+
+    options, count = job.options, job.options.store_logits
+
+    def load() -> Any:
+        return load_model(job.teacher, None, options.device_map, options.max_memory).requires_grad_(False)
+
+    if count is None:
+        return ModelTeacher(load())
+    identity = {"teacher": job.teacher.content, "rows": [rows.training.digest, rows.held_out.digest], "tokens": count}
+    path = logits_path(job.logits_folder, identity)
+    with job.processes.main_of_machine_first():
+        if not path.exists():
+            require_disk_space(path, job.logits_bytes)
+            store_logits(load(), rows, count, job.rows_per_pass(job.processes.device()), path, progress)
+    return StoredTeacher(path)
 
 
 def _with_adapters(model: Any) -> Any:

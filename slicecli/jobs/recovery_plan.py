@@ -15,8 +15,10 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.slice_plan import DTYPE_BYTES
 from slicecli.jobs.options import RecoverOptions
 from slicecli.record.record import read_sound_record
+from slicecli.recovery.data import held_out_rows
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.placement import batch_rows
+from slicecli.slicing.statistics_cache import default_folder
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +85,20 @@ class RecoveryJob:
         return self.rows_per_step // self.processes.count
 
     @property
+    def logits_folder(self) -> Path:
+        """The folder of the cache, where stored predictions of teachers lie too."""
+        return self.options.cache_folder or default_folder()
+
+    @property
+    def logits_bytes(self) -> int:
+        """What stored predictions of the teacher take on disk at most."""
+        from slicecli.recovery.teacher import bytes_per_token
+
+        rows = self.steps * self.rows_per_step
+        tokens = (rows + held_out_rows(rows)) * self.sequence_length
+        return tokens * bytes_per_token(self.options.store_logits or 0)
+
+    @property
     def remedy(self) -> str:
         """What helps where a training did not."""
         return f"Nothing was written. Use a smaller --lr than {self.learning_rate:g}, or more --tokens."
@@ -114,9 +130,15 @@ class RecoveryJob:
                 f"{what}{self.tokens // self.epochs:,} tokens, each block in {self.epochs} epochs of them, {steps}; "
                 f"{memory} for one block with its gradients and optimiser; {self.blocks.describe()}"
             )
+        stored = ""
+        if options.store_logits is not None:
+            stored = (
+                f"; up to {self.logits_bytes / 1e9:.2f} GB on disk for {options.store_logits} of the teacher's logits "
+                f"at each position, in {self.logits_folder}"
+            )
         return (
             f"{what}{self.tokens:,} tokens in {steps}; up to {BYTES_IN_MEMORY * parameters / 1e9:.2f} GB of memory for "
-            f"weights, gradients and optimiser, {teacher_bytes / 1e9:.2f} GB for the teacher, and activations"
+            f"weights, gradients and optimiser, {teacher_bytes / 1e9:.2f} GB for the teacher, and activations{stored}"
         )
 
 
@@ -135,7 +157,7 @@ def plan_recovery(model: str, output: Path | None, options: RecoverOptions) -> R
             "Pass a slice; `slicecli verify` says what is wrong with its record.",
         )
     teacher = _find_teacher(record, options)
-    teacher_parameters = _check_teacher(source, teacher)
+    teacher_parameters = _check_teacher(source, teacher, options.store_logits)
     longest = pick_sequence_length(source.name, source.config(), options.sequence_length)
     length = options.sequence_length or min(USUAL_LENGTH, longest)
     pick_sequence_length(teacher.name, teacher.config(), length)
@@ -193,7 +215,7 @@ def _find_teacher(record: Mapping[str, Any], options: RecoverOptions) -> Source:
     return teacher
 
 
-def _check_teacher(source: Source, teacher: Source) -> int:
+def _check_teacher(source: Source, teacher: Source, stored_logits: int | None) -> int:
     """Refuse a teacher whose predictions are of other tokens; return its number of parameters."""
     from slicecli.checkpoint.meta_model import build_meta_model
 
@@ -208,6 +230,10 @@ def _check_teacher(source: Source, teacher: Source) -> int:
         raise RequestError(
             f"The tokenizers of {source.name} and of the teacher {teacher.name} give different tokens.",
             "Use the model that the slice was made from as --teacher.",
+        )
+    if stored_logits is not None and stored_logits > own:
+        raise RequestError(
+            f"{stored_logits:,} logits are more than the {own:,} tokens of the vocabulary.", "Use fewer --store-logits."
         )
     return sum(parameter.numel() for parameter in models[1].parameters())
 

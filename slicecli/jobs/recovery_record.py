@@ -73,6 +73,7 @@ def draft_recovery(job: RecoveryJob, rows: TrainingRows, outcome: Outcome | None
         "mode": options.mode,
         "lora_rank": LORA_RANK if options.mode == "lora" else None,
         "epochs": job.epochs if options.mode == "blocks" else None,
+        "stored_logits": options.store_logits,
         "text": training.name,
         "dataset": training.dataset,
         "text_sha256": training.text_digest,
@@ -130,6 +131,8 @@ def _command(job: RecoveryJob) -> str:
         "seed": options.seed,
     }
     values |= {"epochs": job.epochs} if options.mode == "blocks" else {"eval_every": job.eval_every}
+    if options.store_logits is not None:
+        values["store_logits"] = options.store_logits
     if options.trust_remote_code:
         values["trust_remote_code"] = True
     return shlex.join(["slicecli", "recover", job.source.name, *words_of(RecoverOptions, values)])

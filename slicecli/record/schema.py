@@ -295,6 +295,10 @@ class Recovery(JsonObject):
     )
     lora_rank: Size | None = Field(description="Rank of the adapters; null but for mode lora.")
     epochs: Size | None = Field(description="How often each block has seen the rows; null but for mode blocks.")
+    stored_logits: Size | None = Field(
+        description="Of how many tokens at each position the teacher's probabilities were stored, the others summed "
+        "up; the divergences are over these. Null for all tokens."
+    )
     text: Name = Field(description="Name of the text.")
     dataset: DatasetId | None = Field(
         description="Hub id of the dataset it comes from; null where it comes from elsewhere."
