@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_recover import Stop, dense_model, held_out_divergence, tensors
 from test_resume import after_lines, in_child
 
 import slicecli
+from slicecli.checkpoint.source import Source
 from slicecli.errors import OutputError, RequestError, TrainingError
 from slicecli.hub.verify import verify_folder
 from slicecli.testing.checkpoints import save_checkpoint
@@ -194,6 +196,56 @@ def test_a_direction_that_nothing_goes_to_stays_empty():
     sums = StreamMap(12, 8, torch.device("cpu"))
     sums.add(dense, dense @ basis @ turn.T, torch.ones(1000, 1, dtype=torch.float64))
     torch.testing.assert_close(sums.solve(1.0), basis @ turn.T, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def slice_words(slices, text_file):
+    dense, _ = slices()
+    return ["slice", dense, "--dim", "32", "--calibration", text_file, "--samples", "32", "--seq-len", "32"]
+
+
+def test_a_slice_is_trained_in_the_run_that_makes_it(run, slice_words, text_file, tmp_path, monkeypatch):
+    from slicecli.recovery.blocks import _Run
+
+    found = iter([0.2, 0.1])  # of random models the refit leaves nothing to be won
+    monkeypatch.setattr(_Run, "divergence", lambda _run: next(found))
+    done = run(*slice_words, "--batch-size", "8", "-o", tmp_path / "out", "--recover", "blocks", "--format", "json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["recovery"]["output"] == str(tmp_path / "out-recovered")
+    records = [json.loads((tmp_path / name / "slicecli.json").read_text()) for name in ("out", "out-recovered")]
+    assert "recovery" not in records[0]
+    (entry,) = records[1]["recovery"]
+    assert entry["slice"]["content"] == Source.find(str(tmp_path / "out")).content
+    assert entry["text"] == text_file.name and entry["epochs"] == 4
+
+
+def test_where_the_trained_slice_would_lie_is_checked_before_it_is_sliced(run, slice_words, tmp_path):
+    (tmp_path / "out-recovered").mkdir()
+    (tmp_path / "out-recovered" / "mine.txt").write_text("mine")
+    done = run(*slice_words, "-o", tmp_path / "out", "--recover", "blocks")
+    assert done.exit_code == 1 and "out-recovered" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out-recovered"]
+
+
+def test_how_to_go_on_with_the_training_of_a_finished_slice_is_said(run, slice_words, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLICECLI_JOURNAL_SECONDS", "0")
+    from slicecli.recovery.block_training import BlockTraining
+
+    def interrupted(self, *arguments):
+        if self.index == 2:
+            raise KeyboardInterrupt
+        return own(self, *arguments)
+
+    own = BlockTraining.train
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockTraining, "train", interrupted)
+        done = run(*slice_words, "-o", tmp_path / "out", "--recover", "blocks")
+    assert done.exit_code != 0
+    (line,) = [one for one in done.stderr.splitlines() if "to continue, run slicecli recover" in one]
+    words = shlex.split(line.partition("run slicecli ")[2].rstrip("."))
+    again = run(*words)
+    assert "done before" in again.stderr
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import torch
 
     from slicecli.jobs.block_plan import BlockPlan
+    from slicecli.record.schema import RecoveryMode
 
-__all__ = ["LORA_RANK", "RecoveryJob", "plan_recovery"]
+__all__ = ["LORA_RANK", "RecoveryJob", "check_mode", "plan_recovery"]
 
 USUAL_LENGTH = 512
 USUAL_MEASUREMENTS = 10
@@ -145,8 +146,7 @@ class RecoveryJob:
 def plan_recovery(model: str, output: Path | None, options: RecoverOptions) -> RecoveryJob:
     """Decide on a training, and refuse what can be refused without weights."""
     processes = Processes.find()
-    if options.mode == "lora" and find_spec("peft") is None:
-        raise RequestError("Mode lora requires peft, which is not installed.", "Run pip install 'slicecli[lora]'.")
+    check_mode(options.mode)
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     source.check_companions()
@@ -199,6 +199,12 @@ def plan_recovery(model: str, output: Path | None, options: RecoverOptions) -> R
         processes=processes,
         blocks=blocks,
     )
+
+
+def check_mode(mode: RecoveryMode) -> None:
+    """Refuse a mode whose packages are not installed."""
+    if mode == "lora" and find_spec("peft") is None:
+        raise RequestError("Mode lora requires peft, which is not installed.", "Run pip install 'slicecli[lora]'.")
 
 
 def _find_teacher(record: Mapping[str, Any], options: RecoverOptions) -> Source:
