@@ -154,6 +154,24 @@ def test_a_recovered_slice_can_be_recovered_again(slices, recover, text_file, tm
     assert not [one.text for one in verify_folder(again.output) if one.is_error]
 
 
+def test_a_recovered_slice_can_be_sliced_again_and_recovered_again(slices, recover, text_file, tmp_path):
+    first = recover()
+    options = {"calibration": str(text_file), "samples": 24, "sequence_length": 32}
+    slicecli.slice_model(str(first.output), dim=24, output=tmp_path / "narrower", **options)
+    disturb(tmp_path / "narrower")
+    again = slicecli.recover(
+        str(tmp_path / "narrower"), str(slices()[0]), output=tmp_path / "again", data=str(text_file), **QUICK
+    )
+    records = [json.loads((one / "slicecli.json").read_text()) for one in (tmp_path / "narrower", again.output)]
+    assert "recovery" not in records[0] and len(records[1]["recovery"]) == 1
+    assert all([one["trained_tokens"] for one in record["ancestry"]] == [3072] for record in records)
+    for record, folder in zip(records, (tmp_path / "narrower", again.output), strict=True):
+        card = (folder / "README.md").read_text()
+        assert "then trained on 3,072 tokens" in card and "nothing was trained" not in card
+        assert record["source"]["content"] == Source.find(str(first.output)).content
+    assert not [one.text for one in verify_folder(again.output) if one.is_error]
+
+
 def test_figures_of_the_slice_before_stay_apart(run, slices, text_file, tmp_path):
     dense, folder = slices()
     measured = Source.find(str(shutil.copytree(folder, tmp_path / "measured"))).folder

@@ -121,6 +121,8 @@ def run_recovery(
 
 def result_of(report: RecoveryReport) -> dict[str, Any]:
     """Return what came out of a training as plain data."""
+    from slicecli.runtime.memory import peak_memory_bytes
+
     return {
         "tokens": report.tokens,
         "kl_before": report.kl_before,
@@ -128,6 +130,7 @@ def result_of(report: RecoveryReport) -> dict[str, Any]:
         "best_step": report.best_step,
         "history": [{"tokens": tokens, "kl": kl} for tokens, kl in report.history],
         "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

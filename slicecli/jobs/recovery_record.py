@@ -54,7 +54,7 @@ class Outcome:
 
 def draft_recovery(job: RecoveryJob, rows: TrainingRows, outcome: Outcome | None = None) -> Description:
     """Return what is said of the trained slice; before it is trained, with figures that only fill their places."""
-    from slicecli.estimation.plot import divergence_picture
+    from slicecli.estimation.plot import block_errors_picture, divergence_picture
     from slicecli.hub.card import RECOVERY_PLOT_FILE
     from slicecli.hub.writing import Description
     from slicecli.runtime.versions import __version__, package_versions
@@ -95,7 +95,9 @@ def draft_recovery(job: RecoveryJob, rows: TrainingRows, outcome: Outcome | None
         "results": results,
         "versions": {"slicecli": __version__, **package_versions()},
     }
-    plot = divergence_picture(history)
+    plot = b""
+    if outcome.weights:
+        plot = block_errors_picture(outcome.block_errors) if outcome.block_errors else divergence_picture(history)
     new = {
         **record,
         "recovery": [*record.get("recovery", ()), entry],

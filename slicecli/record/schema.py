@@ -113,6 +113,7 @@ class Ancestor(Source):
     mlp_size: Size | None = Field(description="Its MLP channels; null where the slice has all of them.")
     mlp_dim: Size | None = Field(description="MLP channels of the slice of it; likewise.")
     slicecli_version: Version = Field(description="Version of slicecli that sliced it.")
+    trained_tokens: Count = Field(description="Tokens that the slice of it was then trained on; 0 where it was not.")
 
 
 class Inherited(JsonObject):

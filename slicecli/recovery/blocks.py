@@ -22,7 +22,7 @@ from torch import nn
 from slicecli.linalg.normal_equations import inverse_scale, widen
 from slicecli.linalg.stream_map import StreamMap
 from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, Goals, Part, move_streams
-from slicecli.recovery.loss import CHUNK_NUMBERS, forward_divergence
+from slicecli.recovery.loss import forward_divergence
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, activations_in
@@ -37,6 +37,7 @@ __all__ = ["BlocksResult", "Slicing", "distil_blocks"]
 
 PHASE = "blocks"
 STREAMS = ("dense", "own")
+HEAD_NUMBERS = 1 << 22  # most logits at once, so that the head needs little beside its own weights
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,15 @@ def distil_blocks(
     for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
         name, block = student.block_name(index), student.blocks[index]
         modules.fill(block, weights, student.device, torch.float32)
+        buffers = {one: weights[one].to("cpu", slicing.dtype) for one in modules.persistent_buffers(block)}
+        weights.clear()
         at = BlockTraining(student, index, block, run.calls)
         goals = Goals(turns[index % len(turns)], teacher)
         fits.append(at.train(run.training, run.held_out, goals, schedule, slicing.dtype, progress))
         for parameter_name, parameter in block.named_parameters():
             sink(f"{name}.{parameter_name}", parameter.to("cpu", slicing.dtype))
-        for buffer_name in modules.persistent_buffers(block):
-            sink(f"{name}.{buffer_name}", weights[buffer_name].to("cpu", slicing.dtype))
+        for buffer_name, buffer in buffers.items():
+            sink(f"{name}.{buffer_name}", buffer)
         run.tuple_lengths[1] = at.move(run.training.own, run.held_out.own)
         modules.clear(block)
         about = {"kl_before": before, "fits": [asdict(one) for one in fits]}
@@ -209,7 +212,7 @@ class _Run:
         teacher, student = self.teacher, self.student
         length = self.held_out.dense[0].shape[1]
         # not more tokens at once than a row has, which is what a model may take
-        size = min(length, max(1, CHUNK_NUMBERS // teacher.dimensions.vocabulary))
+        size = min(length, max(1, HEAD_NUMBERS // teacher.dimensions.vocabulary))
         total, count = 0.0, 0
         with _with_head(teacher), _with_head(student):
             for streams in zip(self.held_out.dense, self.held_out.own, strict=True):
