@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from slicecli.checkpoint.config_files import CONFIG_FILE
 from slicecli.checkpoint.folder import whole_folder
+from slicecli.errors import TextError
 from slicecli.jobs.recover_blocks import BlockwiseTraining
 from slicecli.jobs.recover_model import ModelTraining
 from slicecli.jobs.recovery_plan import RecoveryJob, plan_recovery
@@ -118,7 +119,10 @@ def _read_rows(job: RecoveryJob) -> tuple[TrainingRows, tuple[str, ...]]:
     from slicecli.recovery.data import draw_rows
 
     options = job.options
-    text = read_text(options.data, "calibration", options.token)
+    try:
+        text = read_text(options.data, "calibration", options.token)
+    except TextError as error:
+        raise TextError(error.cause, f"{error.remedy} Pass it with --data.") from error
     steps = job.steps // job.epochs
     rows = draw_rows(text, job.source.tokenizer(), job.sequence_length, steps, job.rows_per_step, options.seed)
     model = job.source.config().get_text_config(decoder=True)

@@ -241,6 +241,7 @@ def _check_teacher(source: Source, teacher: Source, stored_logits: int | None) -
         raise RequestError(
             f"{stored_logits:,} logits are more than the {own:,} tokens of the vocabulary.", "Use fewer --store-logits."
         )
+    models[1].tie_weights()
     return sum(parameter.numel() for parameter in models[1].parameters())
 
 
