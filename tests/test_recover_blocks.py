@@ -73,6 +73,13 @@ def test_a_slice_with_shortcuts_keeps_them_and_trains_them(slices, text_file, tm
     assert not torch.equal(before["model.layers.1.shortcuts.0.weight"], after["model.layers.1.shortcuts.0.weight"])
 
 
+def test_a_slice_with_fewer_mlp_channels_keeps_their_number(slices, text_file, tmp_path):
+    dense, folder = slices("stock", mlp_dim=48)
+    report = slicecli.recover(str(folder), str(dense), output=tmp_path / "out", data=str(text_file), **BLOCKS)
+    assert report.kl_after < report.kl_before
+    assert tensors(report.output) == tensors(folder)
+
+
 def loaded(folder):
     from safetensors.torch import load_file
 

@@ -147,6 +147,10 @@ def plan_recovery(model: str, output: Path | None, options: RecoverOptions) -> R
     """Decide on a training, and refuse what can be refused without weights."""
     processes = Processes.find()
     check_mode(options.mode)
+    if options.mode == "blocks" and options.resume and processes.count > 1:
+        raise RequestError(
+            "--resume of mode blocks requires a single process.", "Leave out --resume, or start one process."
+        )
     source = Source.find(model, options.revision, options.token, options.trust_remote_code)
     source.check_is_decoder()
     source.check_companions()

@@ -94,6 +94,7 @@ def distil_blocks(
         turns, before = list(activations_in("turns", snapshot, student.activations)), snapshot.about["kl_before"]
         run.training, run.held_out = (_part_in(snapshot, name, student) for name in ("training", "held_out"))
         fits = [BlockFit(**one) for one in snapshot.about["fits"]]
+        run.tuple_lengths = list(snapshot.about["tuple_lengths"])
     progress.start(PHASE, len(student.blocks) * schedule.epochs + 1)
     for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
         name, block = student.block_name(index), student.blocks[index]
@@ -109,7 +110,7 @@ def distil_blocks(
             sink(f"{name}.{buffer_name}", buffer)
         run.tuple_lengths[1] = at.move(run.training.own, run.held_out.own)
         modules.clear(block)
-        about = {"kl_before": before, "fits": [asdict(one) for one in fits]}
+        about = {"kl_before": before, "fits": [asdict(one) for one in fits], "tuple_lengths": run.tuple_lengths}
         journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
     after = run.divergence()
     progress.advance(f"held-out KL {before:.4f} → {after:.4f}")
