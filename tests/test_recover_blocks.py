@@ -86,18 +86,17 @@ def loaded(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_what_is_not_in_a_block_stays_as_it_is(slices, recover):
+def test_embeddings_and_head_stay_as_they_are(slices, recover):
     before, after = loaded(slices()[1]), loaded(recover().output)
     differing = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert differing and all(name.startswith("model.layers.") for name in differing)
-    assert {name for name in before if name.startswith("model.layers.")} == differing
+    assert {name for name in before if name.startswith(("model.layers.", "model.norm."))} == differing
 
 
 def test_the_record_says_how_each_block_fared(recover):
     report = recover()
     (entry,) = json.loads((report.output / "slicecli.json").read_text())["recovery"]
     assert entry["mode"] == "blocks" and entry["epochs"] == 4
-    assert len(entry["block_errors"]) == 3
+    assert len(entry["block_errors"]) == 2
     assert all(one["after"] <= one["before"] for one in entry["block_errors"])
     assert entry["tokens"] == 4 * 3072 and "--epochs 4" in entry["command"] and "--tokens 3072" in entry["command"]
     assert "one block after the other" in (report.output / "README.md").read_text()
@@ -125,12 +124,8 @@ def test_a_result_no_better_than_the_slice_is_not_written(slices, text_file, tmp
 def test_a_gradient_that_is_no_number_ends_a_block_and_its_best_state_is_kept(recover, monkeypatch):
     from slicecli.recovery.block_training import BlockTraining
 
-    def loss(self, batch, goal):
-        found = own(self, batch, goal)
-        return found * float("nan") if found.requires_grad and self.index == 1 else found
-
-    own = BlockTraining._loss
-    monkeypatch.setattr(BlockTraining, "_loss", loss)
+    own = BlockTraining._has_finite_gradient
+    monkeypatch.setattr(BlockTraining, "_has_finite_gradient", lambda self: self.index != 1 and own(self))
     report = recover()
     (warning,) = report.warnings
     assert "not a number at step 1 of block 2" in warning

@@ -69,7 +69,7 @@ class BlockwiseTraining:
         started = time.perf_counter()
         with _Output(job, rows, student, dtype, folder) as output:
             for name in weights.names:
-                if not name.startswith(f"{student.adapter.blocks}."):
+                if not name.startswith((f"{student.adapter.blocks}.", f"{student.adapter.final_norm}.")):
                     output.take(name, weights.tensor(name).to(dtype))  # it stays as it is
             slicing = Slicing(plan.scale, plan.has_one_basis, dtype)
             result = distil_blocks(teacher, student, rows, schedule, slicing, output.take, progress, output.journal)
@@ -86,7 +86,7 @@ class BlockwiseTraining:
             seconds=time.perf_counter() - started,
             warnings=_warnings(result),
             weights=digests,
-            block_errors=tuple((one.error_before, one.error_after) for one in result.blocks),
+            block_errors=tuple((one.error_before, one.error_after) for one in result.blocks[:-1]),
         )
 
 

@@ -38,7 +38,8 @@ class Outcome:
         seconds: Wall-clock time of the training alone.
         warnings: What the user should know of it.
         weights: The SHA-256 of each file that was written; in the main process alone.
-        block_errors: Of mode blocks: the error of each block on the held-out rows before and after its training.
+        block_errors: Of mode blocks: the error of each block but the last on the held-out rows, before and after its
+            training.
     """
 
     kl_before: float

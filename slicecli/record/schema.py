@@ -324,7 +324,8 @@ class Recovery(JsonObject):
         description="The same on the way, in float32."
     )
     block_errors: Annotated[list[BlockError], Field(min_length=1)] | None = Field(
-        description="What the training of each block did to its error; null but for mode blocks."
+        description="What the training of each block but the last, which has the divergence for its error, did to its "
+        "error; null but for mode blocks."
     )
     seconds: NotNegative = Field(description="Wall-clock time of the training, without what an interrupted run took.")
     command: Command = Field(description="The command that trained it; text files and folders appear by their names.")

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import nn
 
 from slicecli.linalg.normal_equations import inverse_scale, widen
 from slicecli.linalg.stream_map import StreamMap
-from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, Goals, Part, move_streams
-from slicecli.recovery.loss import forward_divergence
+from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, move_streams
+from slicecli.recovery.objectives import Activations, Objective, Part, Predictions, with_head
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, Content, DenseModel, Journal, NoJournal, Snapshot, activations_in
@@ -37,7 +37,6 @@ __all__ = ["BlocksResult", "Slicing", "distil_blocks"]
 
 PHASE = "blocks"
 STREAMS = ("dense", "own")
-HEAD_NUMBERS = 1 << 22  # most logits at once, so that the head needs little beside its own weights
 
 
 @dataclass(frozen=True)
@@ -94,25 +93,36 @@ def distil_blocks(
         turns, before = list(activations_in("turns", snapshot, student.activations)), snapshot.about["kl_before"]
         run.training, run.held_out = (_part_in(snapshot, name, student) for name in ("training", "held_out"))
         fits = [BlockFit(**one) for one in snapshot.about["fits"]]
-        run.tuple_lengths = list(snapshot.about["tuple_lengths"])
+        run.tuple_lengths = tuple(snapshot.about["tuple_lengths"])
     progress.start(PHASE, len(student.blocks) * schedule.epochs + 1)
-    for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
-        name, block = student.block_name(index), student.blocks[index]
-        modules.fill(block, weights, student.device, torch.float32)
-        buffers = {one: weights[one].to("cpu", slicing.dtype) for one in modules.persistent_buffers(block)}
-        weights.clear()
-        at = BlockTraining(student, index, block, run.calls)
-        goals = Goals(turns[index % len(turns)], teacher)
-        fits.append(at.train(run.training, run.held_out, goals, schedule, slicing.dtype, progress))
-        for parameter_name, parameter in block.named_parameters():
-            sink(f"{name}.{parameter_name}", parameter.to("cpu", slicing.dtype))
-        for buffer_name, buffer in buffers.items():
-            sink(f"{name}.{buffer_name}", buffer)
-        run.tuple_lengths[1] = at.move(run.training.own, run.held_out.own)
-        modules.clear(block)
-        about = {"kl_before": before, "fits": [asdict(one) for one in fits], "tuple_lengths": run.tuple_lengths}
-        journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
-    after = run.divergence()
+    with ExitStack() as stack:
+        for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
+            name, block = student.block_name(index), student.blocks[index]
+            modules.fill(block, weights, student.device, torch.float32)
+            buffers = {one: weights[one].to("cpu", slicing.dtype) for one in modules.persistent_buffers(block)}
+            weights.clear()
+            trained = {f"{name}.{one}": value for one, value in block.named_parameters()}
+            is_last = index + 1 == len(student.blocks)
+            objective: Objective = Activations(turns[index % len(turns)], teacher, student)
+            if is_last:
+                stack.enter_context(run.heads(torch.float32))
+                objective = Predictions(teacher, student, run.tuple_lengths)
+                norm = student.adapter.final_norm
+                module = student.meta_model.get_submodule(norm)
+                trained |= {f"{norm}.{one}": value for one, value in module.named_parameters()}
+            at = BlockTraining(student, index, block, run.calls, list(trained.values()))
+            fits.append(at.train(run.training, run.held_out, objective, schedule, slicing.dtype, progress))
+            for one, value in trained.items():
+                sink(one, value.to("cpu", slicing.dtype))
+            for one, buffer in buffers.items():
+                sink(f"{name}.{one}", buffer)
+            at.move(run.training.own, run.held_out.own)
+            modules.clear(block)
+            if not is_last:  # final norm and head are at hand no longer when a run goes on
+                about = {"kl_before": before, "fits": [asdict(one) for one in fits]}
+                about["tuple_lengths"] = run.tuple_lengths
+                journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
+        after = run.divergence()
     progress.advance(f"held-out KL {before:.4f} → {after:.4f}")
     return BlocksResult(before, after, tuple(fits))
 
@@ -129,9 +139,11 @@ class _Run:
     student: DenseModel
     rows: TrainingRows
     schedule: BlockSchedule
-    tuple_lengths: list[int] = field(default_factory=lambda: [0, 0])
+    tuple_lengths: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        for model in (self.teacher, self.student):
+            model.meta_model.requires_grad_(False)  # until something is trained
         self.enter()
 
     def enter(self) -> None:
@@ -158,7 +170,8 @@ class _Run:
                 dense_weights.clear()
                 run = functools.partial(_call, self._dense_calls, index, block)
                 streams = self.training.dense, self.held_out.dense
-                self.tuple_lengths[0] = move_streams(self.teacher, run, f"the activations after block {index}", streams)
+                length = move_streams(self.teacher, run, f"the activations after block {index}", streams)
+            self.tuple_lengths = length, self.tuple_lengths[1]
             yield index, weights
 
     def survey(self, slicing: Slicing, progress: Progress) -> tuple[list[torch.Tensor], float]:
@@ -174,9 +187,9 @@ class _Run:
         for index, weights in self.blocks(range(len(self.student.blocks))):
             block = self.student.blocks[index]
             with filled(self.student, block, weights):
-                self.tuple_lengths[1] = BlockTraining(self.student, index, block, self.calls).move(
-                    self.training.own, self.held_out.own
-                )
+                at = BlockTraining(self.student, index, block, self.calls)
+                length = at.move(self.training.own, self.held_out.own)
+            self.tuple_lengths = self.tuple_lengths[0], length
             sums = self._add_tokens(sums)
             if not slicing.has_one_basis:
                 turns.append(self._solve(sums, slicing))
@@ -184,7 +197,8 @@ class _Run:
             progress.advance()
         if sums is not None:
             turns.append(self._solve(sums, slicing))
-        before = self.divergence()
+        with self.heads():
+            before = self.divergence()
         self.enter()
         return turns, before
 
@@ -208,25 +222,24 @@ class _Run:
         parts = {"training": self.training, "held_out": self.held_out}
         return {f"{name}_{kind}": getattr(part, kind) for name, part in parts.items() for kind in STREAMS}
 
+    def heads(self, norm_dtype: torch.dtype | None = None) -> ExitStack:
+        """Fill final norm and head of both models for as long as they run.
+
+        Args:
+            norm_dtype: Of the slice's final norm, as of `with_head`.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(with_head(self.teacher))
+            stack.enter_context(with_head(self.student, norm_dtype))
+            return stack.pop_all()
+
     def divergence(self) -> float:
         """Return the mean divergence on the held-out rows, from what both models leave behind their last block."""
-        teacher, student = self.teacher, self.student
-        length = self.held_out.dense[0].shape[1]
-        # not more tokens at once than a row has, which is what a model may take
-        size = min(length, max(1, HEAD_NUMBERS // teacher.dimensions.vocabulary))
+        predictions = Predictions(self.teacher, self.student, self.tuple_lengths)
         total, count = 0.0, 0
-        with _with_head(teacher), _with_head(student):
-            for streams in zip(self.held_out.dense, self.held_out.own, strict=True):
-                flat = [stream[:, :-1].flatten(0, -2) for stream in streams]
-                count += len(flat[0])
-                for dense, own in zip(*(one.split(size) for one in flat), strict=True):
-                    expected, found = (
-                        modules.run_head(model.meta_model, model.adapter, some[None], tuple_length)[1]
-                        for model, some, tuple_length in zip(
-                            (teacher, student), (dense, own), self.tuple_lengths, strict=True
-                        )
-                    )
-                    total += float(forward_divergence(found, expected))
+        for dense, own in zip(self.held_out.dense, self.held_out.own, strict=True):
+            total += float(predictions.loss(own, dense)) * len(own)
+            count += len(own)
         return total / count
 
 
@@ -236,16 +249,3 @@ def _call(calls: Calls, index: int, block: nn.Module, batch: torch.Tensor) -> An
 
 def _part_in(snapshot: Snapshot, name: str, student: DenseModel) -> Part:
     return Part(*(activations_in(f"{name}_{kind}", snapshot, student.activations) for kind in STREAMS))
-
-
-@contextmanager
-def _with_head(model: DenseModel) -> Iterator[None]:
-    """Fill the final norm and the head of a model for as long as they run."""
-    adapter = model.adapter
-    with ExitStack() as stack:
-        for path in (adapter.final_norm, adapter.head.path):
-            module = model.meta_model.get_submodule(path)
-            # by name, because a tied head is not listed among the checkpoint's tensors
-            weights = {name: model.weights.tensor(f"{path}.{name}") for name, _ in module.named_parameters()}
-            stack.enter_context(filled(model, module, weights))
-        yield
