@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -370,6 +371,17 @@ def test_stored_logits_are_a_lower_bound_and_are_used_again(recover, tmp_path, m
     assert 0 < path.stat().st_size - (96 + 5) * 31 * (8 * 8 + 4) < 1000
     monkeypatch.setattr("slicecli.recovery.teacher.store_logits", None)
     assert recover(output=tmp_path / "second", **options).kl_after == first.kl_after
+
+
+def test_logits_that_do_not_fit_the_disk_leave_nothing_behind(recover, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutputError, match="predictions cannot be stored .*: No space left on device"):
+        recover(store_logits=8, cache_folder=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_what_stored_logits_take_is_said_before(run, slices, text_file, tmp_path):

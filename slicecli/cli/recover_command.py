@@ -55,9 +55,10 @@ def command(
 ) -> None:
     """Train SLICE to predict the next token as its dense model, the teacher, does.
 
-    The loss is the KL divergence of the slice's predictions from the teacher's; of mode blocks it is each block's
-    distance from the teacher's activations. A twentieth of the text is held out; the best state there is written to a
-    new folder, if its divergence is lower than before. Layout, dtype, tied embeddings and files stay as they are.
+    The loss is the KL divergence of the slice's predictions from the teacher's; in mode blocks, for all blocks but the
+    last, it is the distance of the block's activations from the teacher's. A twentieth of the text is held out; the
+    best state there is written to a new folder, if its divergence is lower than before. Layout, dtype, tied embeddings
+    and files stay as they are.
 
     \b
     Examples:

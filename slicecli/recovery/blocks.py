@@ -2,8 +2,9 @@
 
 The dense model and the slice run side by side over cached activations, as in the refit. A block of the slice is trained
 on the stream that the trained blocks before it give, so it also repairs what they have lost. Its target is the dense
-stream after it in the slice's coordinates, c Qᵀ x, and errors are weighted as the next norm sees them. No gradient goes
-through more than one block, and only one block is in memory with its optimiser.
+stream after it in the slice's coordinates, c Qᵀ x, and errors are weighted as the next norm sees them. The last block
+is trained with the final norm to predict as the teacher does. No gradient goes through more than one block, and only
+one block is in memory with its optimiser.
 
 Symbols: docs/notation.md.
 """
@@ -95,34 +96,16 @@ def distil_blocks(
         fits = [BlockFit(**one) for one in snapshot.about["fits"]]
         run.tuple_lengths = tuple(snapshot.about["tuple_lengths"])
     progress.start(PHASE, len(student.blocks) * schedule.epochs + 1)
-    with ExitStack() as stack:
-        for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
-            name, block = student.block_name(index), student.blocks[index]
-            modules.fill(block, weights, student.device, torch.float32)
-            buffers = {one: weights[one].to("cpu", slicing.dtype) for one in modules.persistent_buffers(block)}
-            weights.clear()
-            trained = {f"{name}.{one}": value for one, value in block.named_parameters()}
-            is_last = index + 1 == len(student.blocks)
-            objective: Objective = Activations(turns[index % len(turns)], teacher, student)
-            if is_last:
-                stack.enter_context(run.heads(torch.float32))
-                objective = Predictions(teacher, student, run.tuple_lengths)
-                norm = student.adapter.final_norm
-                module = student.meta_model.get_submodule(norm)
-                trained |= {f"{norm}.{one}": value for one, value in module.named_parameters()}
-            at = BlockTraining(student, index, block, run.calls, list(trained.values()))
-            fits.append(at.train(run.training, run.held_out, objective, schedule, slicing.dtype, progress))
-            for one, value in trained.items():
-                sink(one, value.to("cpu", slicing.dtype))
-            for one, buffer in buffers.items():
-                sink(f"{name}.{one}", buffer)
-            at.move(run.training.own, run.held_out.own)
-            modules.clear(block)
-            if not is_last:  # final norm and head are at hand no longer when a run goes on
-                about = {"kl_before": before, "fits": [asdict(one) for one in fits]}
-                about["tuple_lengths"] = run.tuple_lengths
-                journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
-        after = run.divergence()
+    for index, weights in run.blocks(blocks_left(student, snapshot, progress, schedule.epochs)):
+        if index + 1 == len(student.blocks):
+            with run.heads(torch.float32):
+                fits.append(run.train_block(index, weights, None, slicing, sink, progress))
+                after = run.divergence()
+        else:
+            turn = turns[index % len(turns)]
+            fits.append(run.train_block(index, weights, turn, slicing, sink, progress))
+            about = {"kl_before": before, "fits": [asdict(one) for one in fits], "tuple_lengths": run.tuple_lengths}
+            journal.offer(PHASE, index + 1, Content({"turns": turns, **run.streams()}, about=about))
     progress.advance(f"held-out KL {before:.4f} → {after:.4f}")
     return BlocksResult(before, after, tuple(fits))
 
@@ -201,6 +184,42 @@ class _Run:
             before = self.divergence()
         self.enter()
         return turns, before
+
+    def train_block(
+        self,
+        index: int,
+        weights: dict[str, torch.Tensor],
+        turn: torch.Tensor | None,
+        slicing: Slicing,
+        sink: Callable[[str, torch.Tensor], None],
+        progress: Progress,
+    ) -> BlockFit:
+        """Train a block, give its tensors to the sink, and move the slice's streams behind it.
+
+        Args:
+            weights: Of the block as it is; of no use afterwards.
+            turn: What its target is found with; `None` trains it, with the final norm, to predict.
+        """
+        student, name = self.student, self.student.block_name(index)
+        block = student.blocks[index]
+        modules.fill(block, weights, student.device, torch.float32)
+        buffers = {f"{name}.{one}": weights[one] for one in modules.persistent_buffers(block)}
+        weights.clear()
+        trained = {f"{name}.{one}": value for one, value in block.named_parameters()}
+        objective: Objective
+        if turn is None:
+            objective, norm = Predictions(self.teacher, student, self.tuple_lengths), student.adapter.final_norm
+            own = student.meta_model.get_submodule(norm).named_parameters()
+            trained |= {f"{norm}.{one}": value for one, value in own}
+        else:
+            objective = Activations(turn, self.teacher, student)
+        at = BlockTraining(student, index, block, self.calls, list(trained.values()))
+        fit = at.train(self.training, self.held_out, objective, self.schedule, slicing.dtype, progress)
+        for one, value in (trained | buffers).items():
+            sink(one, value.to("cpu", slicing.dtype))
+        at.move(self.training.own, self.held_out.own)
+        modules.clear(block)
+        return fit
 
     def _add_tokens(self, sums: StreamMap | None) -> StreamMap:
         for dense, own in zip(self.training.dense, self.training.own, strict=True):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy
 import torch
 
+from slicecli.errors import OutputError
 from slicecli.recovery.loss import Likeliest, likeliest_divergence, likeliest_tokens, next_token_divergence
 from slicecli.slicing.statistics_cache import LOGITS_SUFFIX
 
@@ -117,6 +118,7 @@ def store_logits(
     try:
         shape = len(ids), ids.shape[1] - 1
         stored = numpy.lib.format.open_memmap(partial, mode="w+", dtype=_layout(count), shape=shape)
+        _reserve(partial)
         for start in starts:
             some = ids[start : start + rows_per_pass]
             for number, logits in enumerate(teacher.expect(some, torch.arange(len(some))), start):
@@ -127,8 +129,20 @@ def store_logits(
             progress.advance()
         stored.flush()
         partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"The teacher's predictions cannot be stored in {path.parent}: {error.strerror}.",
+            "Free some space, choose another --cache-dir, or use fewer --store-logits.",
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _reserve(path: Path) -> None:
+    """Take the space of a file whose content is written through memory, where a full disk would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _layout(count: int) -> numpy.dtype[Any]:
