@@ -102,6 +102,15 @@ def test_the_record_says_how_each_block_fared(recover):
     assert "one block after the other" in (report.output / "README.md").read_text()
 
 
+def test_contradictions_in_its_record_are_found(recover):
+    path = recover().output / "slicecli.json"
+    record = json.loads(path.read_text())
+    (entry,) = record["recovery"]
+    path.write_text(json.dumps({**record, "recovery": [{**entry, "epochs": 3}]}))
+    (found,) = [one.text for one in verify_folder(path.parent) if one.check == "counts"]
+    assert "3 epochs of 3,072 tokens are not 12,288" in found
+
+
 def test_activations_on_disk_change_nothing(recover, tmp_path):
     held, stored = recover(), recover(activations="disk", output=tmp_path / "stored")
     assert loaded(held.output).keys() == loaded(stored.output).keys()
