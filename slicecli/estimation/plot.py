@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Picture",
+    "block_errors_picture",
     "check_plot_file",
     "divergence_picture",
     "draw_quality",
@@ -293,6 +294,24 @@ def divergence_picture(history: Sequence[tuple[int, float]]) -> bytes:
     axes.xaxis.set_major_formatter(_counts())
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel("held-out KL, nats per token")
+    axes.grid(alpha=0.25)
+    return _drawn(figure, ".png")
+
+
+def block_errors_picture(errors: Sequence[tuple[float, float]]) -> bytes:
+    """Return the picture of a training block by block as the content of a file.
+
+    Args:
+        errors: The error of each block on the held-out rows before and after its training.
+    """
+    figure, grid = _panels(1, 1, width=8.0, height=4.0)
+    axes = grid[0, 0]
+    for values, label, color in zip(zip(*errors, strict=True), ("before", "after"), (GREY, BLUE), strict=True):
+        axes.plot(range(1, len(values) + 1), values, color=color, linewidth=2, marker="o", markersize=4, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("block")
+    axes.set_ylabel("held-out error")
+    axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     return _drawn(figure, ".png")
 
