@@ -607,6 +607,11 @@ PREDICTORS = (
     Predictor("Fisher, shared, ending at gap", "gradient", lambda m: saturating(m.fisher_shared, m.gap)),
     Predictor("Fisher, layer, ending at gap", "gradient", lambda m: saturating(m.fisher_layer, m.gap)),
     Predictor("projected on the fly at every k", "measurement", lambda m: m.projected),
+    Predictor(
+        "sqrt(projected · Fisher, layer)",
+        "measurement",
+        lambda m: math.sqrt(max(m.projected, SMALLEST_VALUE) * m.fisher_layer),
+    ),
 )
 BASELINE = "s^1.5"
 PLOTTED = ("s^1.5", "(gap · energy, shared)^b", "Fisher, layer")

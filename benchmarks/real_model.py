@@ -228,7 +228,7 @@ def measure(arguments: argparse.Namespace, point: Point) -> None:
     if arguments.tasks is not None:
         files = tuple(str(path) for path in sorted(arguments.tasks.glob("*.jsonl")))
         questions = EvaluationOptions(tasks=files, limit=arguments.questions, dtype="float32")
-        tasks = {name: task.value for name, task in evaluate(str(folder), (), questions).tasks.items()} if files else {}
+        tasks = {name: task.value for name, task in evaluate(str(folder), questions).tasks.items()} if files else {}
     line = {
         "key": point.key,
         "model": Path(arguments.model).name,
@@ -274,8 +274,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for model in models:
         own = [line for line in lines if line["model"] == model]
         dense = next(line for line in own if line["method"] is None)
-        for line in own:
-            rows.append(table_row(line, dense))
+        rows += [table_row(line, dense) for line in own]
     return "\n".join(rows)
 
 

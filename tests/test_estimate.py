@@ -519,12 +519,16 @@ def test_knowledge_is_checked():
 # spectra
 
 
-def write_spectrum(path, scale=1.0, size=4096):
+def write_spectrum(path, scale=1.0, size=4096, **probe):
     entries = [
-        {"dim": dim, "fisher": {"refit": scale * (1 - dim / size) ** 1.7, "slicegpt": scale * (1 - dim / size) ** 1.5}}
+        {
+            "dim": dim,
+            "fisher": {"refit": scale * (1 - dim / size) ** 1.7, "slicegpt": scale * (1 - dim / size) ** 1.5},
+            "fisher_of_sites": scale * (1 - dim / size) ** 1.6,
+        }
         for dim in range(64, size + 1, 64)
     ]
-    path.write_text(json.dumps({"hidden_size": size, "spectrum": entries}))
+    path.write_text(json.dumps({"hidden_size": size, "spectrum": entries, **probe}))
     return path
 
 
@@ -557,6 +561,19 @@ def test_a_spectrum_predicts_by_its_weight_at_the_dim(estimate, tmp_path, method
             for each in (one, loose)
         ]
         assert widths[0] < widths[1]
+
+
+def test_a_probe_predicts_the_refit_by_its_mean_with_the_weight(estimate, tmp_path):
+    losses = [{"dim": dim, "nll": 2 + 4 * (1 - dim / 4096) ** 1.6} for dim in (3840, 3072, 2048)]
+    path = write_spectrum(tmp_path / "probed.json", probe={"dense_nll": 2.0, "projected": losses})
+    words = ["--dense-perplexity", "8", "--dim", "3584,3072,2560", "--spectrum", str(path)]
+    for one in estimate(*words)["estimates"]:
+        predicted = one["perplexity"]
+        assert predicted["relation"] == "probe"
+        mean = 2 * one["sparsity"] ** 1.6  # of F and of a loss that is four times as large
+        assert math.log(predicted["value"] / 8) / mean == pytest.approx(0.775, abs=0.01)
+    published = estimate(*words, "--method", "slicegpt")
+    assert published["estimates"][0]["perplexity"]["relation"] == "fisher"
 
 
 def test_what_is_no_spectrum_of_this_model_is_refused(run, llama, tmp_path):

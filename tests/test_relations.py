@@ -22,7 +22,9 @@ from slicecli.family import hookspecs
 from slicecli.record import schema
 
 SPARSITIES = (0.06, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
-PERPLEXITY = Dense(math.log(6.24), spectrum=lambda sparsity: 0.8 * sparsity**1.6)
+PERPLEXITY = Dense(
+    math.log(6.24), spectrum=lambda sparsity: 0.8 * sparsity**1.6, probe=lambda sparsity: 0.7 * sparsity**1.5
+)
 ACCURACY = Dense(0.79, 0.5, lambda sparsity: 2.0 * sparsity**1.5)
 TRUE = {"c": 2.1, "b": 1.12, "p": 1.7, "r": 0.9}
 

@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     "--spectrum",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Predict with the relation fisher, from a file written by `slicecli spectrum`.",
+    help="Predict with the relation probe, or fisher, from a file written by `slicecli spectrum`.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at once.")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence.  [default: 2048, or the model's longest]")

@@ -229,6 +229,7 @@ def restore_curve(written: schema.Curve, known: Dense | None = None) -> Curve:
         written.chance,
         None if known is None else known.log_ratio,
         None if known is None else known.spectrum,
+        None if known is None else known.probe,
     )
     points = [
         Point(one.sparsity, _unquoted(one.value, written.quantity), _unquoted_error(one, written.quantity), one.dim)

@@ -32,7 +32,7 @@ from slicecli.estimation.intervals import (
 from slicecli.estimation.measurements import Figure, Point, Series, family_of, published_series, published_slices_of
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
-from slicecli.estimation.spectra import read_spectrum, study_models
+from slicecli.estimation.spectra import Weights, read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Method
@@ -42,7 +42,6 @@ from slicecli.runtime.json import read_json
 
 __all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
-SPECTRUM_RELATION = "fisher"
 REFIT_NOTE = (
     "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to 0.75 "
     "times as much in ln PPL, so the intervals extend to smaller losses."
@@ -207,7 +206,8 @@ def _forecast_perplexity(
         own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
         if own is not None and own.evaluation == text:
             return _forecast_by_published(own, figure, method, dimensions.vocabulary)
-        name = name or (None if spectrum is None else SPECTRUM_RELATION)
+        if spectrum is not None:
+            name = name or ("fisher" if spectrum.probe is None else "probe")
         return forecast_new(
             "perplexity",
             text,
@@ -226,7 +226,7 @@ def _forecast_perplexity(
         Point(1 - dim / hidden_size, math.log(value), None, dim)
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
     )
-    dense = Dense(math.log(figure.value), spectrum=spectrum, ceiling=math.log(dimensions.vocabulary))
+    dense = Dense(math.log(figure.value), **_measured_on_dense(spectrum), ceiling=math.log(dimensions.vocabulary))
     series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value < dense.value]
@@ -266,7 +266,7 @@ def forecast_new(
     chance: float | None = None,
     perplexity: Forecast | None = None,
     is_other_text: bool = False,
-    spectrum: Callable[[float], float] | None = None,
+    spectrum: Weights | None = None,
     parameters: int | None = None,
     vocabulary: int | None = None,
 ) -> Forecast:
@@ -277,8 +277,8 @@ def forecast_new(
         math.log(figure.value) if quantity == "perplexity" else figure.value,
         level,
         None if perplexity is None else _log_ratio(perplexity),
-        spectrum,
-        None if vocabulary is None or quantity == "accuracy" else math.log(vocabulary),
+        **_measured_on_dense(spectrum),
+        ceiling=None if vocabulary is None or quantity == "accuracy" else math.log(vocabulary),
     )
     obstacle = chosen.why_not(dense)
     if obstacle:
@@ -302,13 +302,17 @@ def forecast_new(
             )
         ),
         range=known_range(chosen, method),
-        basis=_basis(quantity, family, chosen.needs_spectrum),
+        basis=_basis(quantity, family, chosen.is_by_weight),
         predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
         paper=_paper(quantity, dense),
         notes=tuple(
-            _new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.needs_spectrum, parameters)
+            _new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.is_by_weight, parameters)
         ),
     )
+
+
+def _measured_on_dense(spectrum: Weights | None) -> dict[str, Any]:
+    return {} if spectrum is None else {"spectrum": spectrum.fisher, "probe": spectrum.probe}
 
 
 def _basis(quantity: Quantity, family: str, is_by_spectrum: bool) -> str:
@@ -332,7 +336,7 @@ def _new_notes(
 ) -> list[str]:
     notes = []
     if is_by_spectrum:
-        notes.append("The constant of the relation fisher was measured on models of up to 1.3 million parameters only.")
+        notes.append("The constant of this relation was measured on models of up to 1.3 million parameters only.")
     elif not any(one.family == family for one in published_series(quantity)):
         notes.append(f"No measurement of type {family} is published; the intervals are those of an unknown family.")
     sizes = [one.parameters for one in published_series(quantity) if one.parameters is not None]

@@ -73,7 +73,9 @@ def spread_of(name: str, quantity: Quantity, method: str) -> Spread:
 
 
 def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
-    return study_series(method) if relation.needs_spectrum else published_series(relation.quantity)
+    if relation.is_by_weight:
+        return study_series("refit" if relation.needs_probe else method)
+    return published_series(relation.quantity)
 
 
 @functools.cache
@@ -105,7 +107,7 @@ def predict_new(
     value = _possible(relation.quantity, dense, typical)
     expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shift)
     low, high = interval(relation, dense, spread.parameters, sparsity, expected)
-    if method == "refit" and not relation.needs_spectrum:
+    if method == "refit" and not relation.is_by_weight:
         low, high = widened_for_refit(relation.quantity, dense, low, high)
     least, largest = known_range(relation, method)
     is_outside = not least - ROUNDING <= sparsity <= largest + ROUNDING

@@ -30,6 +30,7 @@ import numpy as np
 
 from slicecli.estimation.measurements import Point, Series, model_type_of
 from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Prior, Quantity, Relation
+from slicecli.estimation.spectra import STUDY_FAMILY
 
 __all__ = [
     "CONFIDENCE",
@@ -226,17 +227,22 @@ class Spread:
     noise_variance: float
     parameter_levels: tuple[VarianceComponent, ...]
 
+    def _type(self, family: str) -> str:
+        """Return the group that slopes and exponents are shared in."""
+        return STUDY_FAMILY if self.relation.is_by_weight else model_type_of(family)
+
     def prior(self, family: str) -> Prior:
         """Return what the published series say of the parameters for a new model of a family."""
-        found = [level.of_new_model(model_type_of(family)) for level in self.parameter_levels]
+        found = [level.of_new_model(self._type(family)) for level in self.parameter_levels]
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
     def of_new_model(
         self, family: str, size: float | None, coordinate: float, shift: DomainShift | None = None
     ) -> Deviation:
         """Return what to expect of a model without any measurement."""
-        mean, variance, degrees = self.intercept.of_new_model(family, size)
-        slope, slope_variance, _ = self.slope.of_new_model(model_type_of(family))
+        group = STUDY_FAMILY if self.relation.is_by_weight else family
+        mean, variance, degrees = self.intercept.of_new_model(group, size)
+        slope, slope_variance, _ = self.slope.of_new_model(self._type(family))
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
         if shift is not None:
             mean, total, degrees = mean + shift.mean, total + shift.variance, min(degrees, shift.degrees)
@@ -246,7 +252,7 @@ class Spread:
         self, dense: Dense, family: str, size: float | None, shift: DomainShift | None = None
     ) -> tuple[float, ...]:
         """Return the parameters of the relation for a model without any measurement: those of the expected loss."""
-        if not self.relation.parameters or self.relation.needs_spectrum:
+        if not self.relation.parameters or self.relation.is_by_weight:
             return self.parameters
         place = coordinate(self.relation, dense, self.parameters, REFERENCE)
         expected = self.of_new_model(family, size, place, shift)
@@ -255,7 +261,7 @@ class Spread:
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
         """Return what to expect of a model with measured points, of which the relation may have been fitted to some."""
-        mean, variance, _ = self.slope.of_new_model(model_type_of(family))
+        mean, variance, _ = self.slope.of_new_model(self._type(family))
         # a fit with a prior has the family's mean slope already
         slope_precision = 1 / (variance + (0.0 if self.relation.has_prior else mean**2) + 1e-6)
         noise, degrees = self.noise_variance, float(PRIOR_DEGREES)
@@ -410,8 +416,8 @@ def shared_fit(relation: Relation, series: Sequence[Series]) -> tuple[float, ...
     """Fit one set of parameters to several models: the mean of their own fits, all families weighing the same."""
     if not relation.parameters:
         return ()
-    if relation.needs_spectrum:
-        return (_steady_constant(series),)
+    if relation.is_by_weight:
+        return (_steady_constant(relation, series),)
     by_family: dict[str, list[np.ndarray]] = defaultdict(list)
     for (own_family, _), values in own_fits(relation, series).items():
         by_family[own_family].append(values)
@@ -420,20 +426,16 @@ def shared_fit(relation: Relation, series: Sequence[Series]) -> tuple[float, ...
     return tuple(float(value) for value in chosen)
 
 
-def _steady_constant(series: Sequence[Series]) -> float:
-    """Return the c of D = c F(k) with the least mean absolute error over series, each family weighing the same.
+def _steady_constant(relation: Relation, series: Sequence[Series]) -> float:
+    """Return the c of D = c x(k) with the least mean absolute error over series, each model weighing the same.
 
-    That is the median of D/F, weighted by F: least squares would let the most fragile model decide.
+    That is the median of D/x, weighted by x: least squares would let the most fragile model decide.
     """
-    members: dict[str, int] = defaultdict(int)
-    for one in series:
-        members[one.family] += len(one.points)
     pairs = []
     for one in series:
-        assert one.dense.spectrum is not None
         for point in one.points:
-            weight = one.dense.spectrum(point.sparsity)
-            pairs.append(((point.value - one.dense.value) / weight, weight / members[one.family]))
+            weight = relation.weight(one.dense, point.sparsity)
+            pairs.append(((point.value - one.dense.value) / weight, weight / len(one.points)))
     pairs.sort()
     half, seen = sum(weight for _, weight in pairs) / 2, 0.0
     for ratio, weight in pairs:

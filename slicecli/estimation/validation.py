@@ -73,7 +73,7 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
         raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Use 0 < S <= 1.")
     checks = []
     for relation in relations_of(quantity):
-        if relation.needs_spectrum:  # no spectrum is published: see docs/energy.md
+        if relation.is_by_weight:  # no spectrum is published: see docs/energy.md
             continue
         usable = [one for one in published_series(quantity) if not relation.why_not(one.dense)]
         for knows in KNOWLEDGE:
