@@ -26,8 +26,9 @@ from slicecli.estimation.intervals import (
     domain_shift_of,
     known_range,
     predict_new,
+    refit_shift_of,
+    shifted,
     spread_of,
-    widened_for_refit,
 )
 from slicecli.estimation.measurements import Figure, Point, Series, family_of, published_series, published_slices_of
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
@@ -41,11 +42,6 @@ from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import read_json
 
 __all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
-
-REFIT_NOTE = (
-    "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to 0.75 "
-    "times as much in ln PPL, so the intervals extend to smaller losses."
-)
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,7 @@ def _forecast_perplexity(
         is_other_text = text != knowledge.calibration
         own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
         if own is not None and own.evaluation == text:
-            return _forecast_by_published(own, figure, method, dimensions.vocabulary)
+            return _forecast_by_published(own, figure, method, dimensions)
         if spectrum is not None:
             name = name or ("fisher" if spectrum.probe is None else "probe")
         return forecast_new(
@@ -219,6 +215,7 @@ def _forecast_perplexity(
             spectrum=spectrum,
             parameters=dimensions.parameters(),
             vocabulary=dimensions.vocabulary,
+            is_centred=dimensions.adapter.norm.is_centred,
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
@@ -227,7 +224,7 @@ def _forecast_perplexity(
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
     )
     dense = Dense(math.log(figure.value), **_measured_on_dense(spectrum), ceiling=math.log(dimensions.vocabulary))
-    series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
+    series = Series(source.name, family, method, knowledge.calibration, "perplexity", text, dense, points)
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value < dense.value]
     if not better:
@@ -239,21 +236,22 @@ def _forecast_perplexity(
     return replace(found, notes=(*found.notes, note))
 
 
-def _forecast_by_published(own: Series, figure: Figure, method: Method, vocabulary: int) -> Forecast:
+def _forecast_by_published(own: Series, figure: Figure, method: Method, dimensions: Dimensions) -> Forecast:
     """Return the forecast of a model whose slices are published, about the dense figure that is known."""
     level = math.log(figure.value)
     points = tuple(replace(one, value=level + one.value - own.dense.value) for one in own.points)
-    series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(vocabulary)), points=points)
+    series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(dimensions.vocabulary)), points=points)
     found = forecast_by_curve(fit_curve(series), "published for this model", figure.source)
     if method != "refit":
         return found
 
-    def predict(sparsity: float) -> Prediction:
-        one = found.predict(sparsity)
-        low, high = widened_for_refit("perplexity", series.dense, one.low, one.high)
-        return replace(one, low=low, high=high)
-
-    return replace(found, predict=predict, notes=(REFIT_NOTE,))
+    is_centred = dimensions.adapter.norm.is_centred
+    shift = refit_shift_of(is_centred)
+    return replace(
+        found,
+        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, shift),
+        notes=(_refit_note(is_centred),),
+    )
 
 
 def forecast_new(
@@ -269,6 +267,7 @@ def forecast_new(
     spectrum: Weights | None = None,
     parameters: int | None = None,
     vocabulary: int | None = None,
+    is_centred: bool = False,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -286,9 +285,14 @@ def forecast_new(
             f"The relation {chosen.name!r} cannot predict {evaluation}: {obstacle}.",
             "Pass --chance TASK=H, --dense-perplexity or --spectrum, or use another relation.",
         )
-    spread = spread_of(chosen.name, quantity, method)
+    spread = spread_of(chosen.name, quantity, method, is_other_text)
     size = None if parameters is None else math.log(parameters)
-    shift = domain_shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
+    shifts = []
+    if is_other_text and chosen.is_by_weight:
+        shifts.append(domain_shift_of(DEFAULT_RELATION["perplexity"]))
+    is_refit_of_published = method == "refit" and not chosen.is_by_weight and quantity == "perplexity"
+    if is_refit_of_published and chosen.parameters:
+        shifts.append(refit_shift_of(is_centred))
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,
@@ -298,16 +302,15 @@ def forecast_new(
         parameters=tuple(
             (parameter, value, None)
             for parameter, value in zip(
-                chosen.parameters, spread.typical_parameters(dense, family, size, shift), strict=True
+                chosen.parameters, spread.typical_parameters(dense, family, size, shifts), strict=True
             )
         ),
         range=known_range(chosen, method),
         basis=_basis(quantity, family, chosen.is_by_weight),
-        predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
+        predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shifts),
         paper=_paper(quantity, dense),
-        notes=tuple(
-            _new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.is_by_weight, parameters)
-        ),
+        notes=tuple(_new_notes(quantity, evaluation, family, level, is_other_text, chosen.is_by_weight, parameters))
+        + ((_refit_note(is_centred),) if is_refit_of_published else ()),
     )
 
 
@@ -328,7 +331,6 @@ def _new_notes(
     quantity: Quantity,
     evaluation: str,
     family: str,
-    method: Method,
     chance: float | None,
     is_other_text: bool,
     is_by_spectrum: bool,
@@ -345,8 +347,6 @@ def _new_notes(
             f"The published models have {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; they say "
             f"little about one with {parameters / 1e9:.3g} billion."
         )
-    if method == "refit" and not is_by_spectrum:
-        notes.append(REFIT_NOTE)
     if is_other_text:
         notes.append(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
@@ -355,6 +355,15 @@ def _new_notes(
     if quantity == "accuracy" and chance is None:
         notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")
     return notes
+
+
+def _refit_note(is_centred: bool) -> str:
+    factor = math.exp(refit_shift_of(is_centred).mean)
+    norms = "LayerNorms" if is_centred else "RMSNorms"
+    return (
+        f"The published measurements are of SliceGPT. On the small models with {norms} in docs/energy.md the refit "
+        f"lost {factor:.2g} times as much in ln PPL at the same dim; the predictions assume the same here."
+    )
 
 
 def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None) -> Forecast:

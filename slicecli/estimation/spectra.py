@@ -26,7 +26,7 @@ from slicecli.estimation.relations import Dense
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import load_json
 
-__all__ = ["STUDY_FAMILY", "Weights", "read_spectrum", "study_models", "study_series"]
+__all__ = ["STUDY_FAMILY", "Weights", "read_spectrum", "study_models", "study_ratios", "study_series"]
 
 STUDY_FAMILY = "small models"
 EARLY = "_early"  # in the names of models that were trained for a sixth of their time
@@ -111,15 +111,34 @@ def _between(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
 
 
 @functools.cache
+def _study_rows() -> tuple[Mapping[str, str], ...]:
+    """Return the measurements of the fully trained models."""
+    text = resources.files("slicecli.estimation").joinpath("study.csv").read_text(encoding="utf-8")
+    return tuple(row for row in csv.DictReader(text.splitlines()) if not row["model"].endswith(EARLY))
+
+
+def study_ratios(is_centred: bool) -> list[float]:
+    """Return of each model with one kind of norms the mean of ln(D of the refit / D of the published method)."""
+    losses: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in _study_rows():
+        if row["norm"] == ("layer" if is_centred else "rms"):
+            losses[row["model"], row["dim"]][row["method"]] = float(row["nll"]) - float(row["dense_nll"])
+    by_model: dict[str, list[float]] = defaultdict(list)
+    for (model, _), loss in losses.items():
+        if min(loss.values()) > LEAST_LOSS:
+            by_model[model].append(math.log(loss["refit"] / loss["slicegpt"]))
+    return [sum(some) / len(some) for some in by_model.values()]
+
+
+@functools.cache
 def study_series(method: str) -> tuple[Series, ...]:
     """Return the measurements of the study by one method, a series for each fully trained model.
 
     They are one family: what was measured on the dense model says how they differ.
     """
-    text = resources.files("slicecli.estimation").joinpath("study.csv").read_text(encoding="utf-8")
     by_model: dict[str, list[Mapping[str, str]]] = defaultdict(list)
-    for row in csv.DictReader(text.splitlines()):
-        if row["method"] == method and not row["model"].endswith(EARLY):
+    for row in _study_rows():
+        if row["method"] == method:
             by_model[row["model"]].append(row)
     found = []
     for model, rows in by_model.items():

@@ -35,8 +35,9 @@ from slicecli.estimation.spectra import STUDY_FAMILY
 __all__ = [
     "CONFIDENCE",
     "FLOOR",
+    "TRACE",
     "Deviation",
-    "DomainShift",
+    "Shift",
     "Spread",
     "VarianceComponent",
     "coordinate",
@@ -56,6 +57,9 @@ FLOOR: dict[Quantity, float] = {"perplexity": LEAST_DAMAGE, "accuracy": 0.01}
 # which left-out models are predicted best (tried: 0.015 to 0.25, with two and four)
 USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.12}
 USUAL_DEGREES = 4
+# what is assumed for the variances of so few models and families errs on the wide side: with this share of the
+# deviation the intervals hold nine tenths of the points of models left out (tried: 0.5 to 1)
+SHARE_OF_DEVIATION = 0.65
 DECADE = math.log(10)
 SMALLEST_DAMAGE = 1e-6
 LARGEST_DEVIATION = 50.0  # whose exp times any loss is still a number
@@ -200,12 +204,23 @@ def _trend_variance(trends: Sequence[float], sizes: Sequence[float], usual_varia
 
 
 @dataclass(frozen=True)
-class DomainShift:
-    """How much more a slice loses on a text of another kind than it was calibrated on, as an addition to z."""
+class Shift:
+    """What slices lose differently that differ from the published ones in text or method, as an addition to z.
+
+    Attributes:
+        slope: How the addition changes with x.
+    """
 
     mean: float
     variance: float
     degrees: float
+    slope: float = 0.0
+
+    @classmethod
+    def learn(cls, values: Sequence[float], slope: float = 0.0) -> Shift:
+        """Learn it from the additions of several models."""
+        variance = float(np.var(values, ddof=1)) * (1 + 1 / len(values))
+        return cls(float(np.mean(values)), variance, max(float(len(values) - 1), FEWEST_DEGREES), slope)
 
 
 @dataclass(frozen=True)
@@ -237,27 +252,34 @@ class Spread:
         return Prior(tuple(mean for mean, _, _ in found), tuple(math.sqrt(variance) for _, variance, _ in found))
 
     def of_new_model(
-        self, family: str, size: float | None, coordinate: float, shift: DomainShift | None = None
+        self, family: str, size: float | None, coordinate: float, shifts: Sequence[Shift] = ()
     ) -> Deviation:
         """Return what to expect of a model without any measurement."""
         group = STUDY_FAMILY if self.relation.is_by_weight else family
         mean, variance, degrees = self.intercept.of_new_model(group, size)
         slope, slope_variance, _ = self.slope.of_new_model(self._type(family))
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
-        if shift is not None:
-            mean, total, degrees = mean + shift.mean, total + shift.variance, min(degrees, shift.degrees)
+        if self.relation.quantity == "perplexity":
+            total *= SHARE_OF_DEVIATION**2
+        for shift in shifts:
+            mean += shift.mean + shift.slope * coordinate
+            total += shift.variance
+            degrees = min(degrees, shift.degrees)
         return Deviation(mean + slope * coordinate, math.sqrt(total), degrees)
 
     def typical_parameters(
-        self, dense: Dense, family: str, size: float | None, shift: DomainShift | None = None
+        self, dense: Dense, family: str, size: float | None, shifts: Sequence[Shift] = ()
     ) -> tuple[float, ...]:
         """Return the parameters of the relation for a model without any measurement: those of the expected loss."""
         if not self.relation.parameters or self.relation.is_by_weight:
             return self.parameters
-        place = coordinate(self.relation, dense, self.parameters, REFERENCE)
-        expected = self.of_new_model(family, size, place, shift)
-        usual = displaced(self.relation, dense, self.parameters, REFERENCE, expected.mean)
-        return self.relation.fit([(REFERENCE, usual)], dense, self.prior(family))
+        places = (REFERENCE, REFERENCE / 2) if self.relation.has_prior else (REFERENCE,)
+        points = []
+        for sparsity in places:
+            place = coordinate(self.relation, dense, self.parameters, sparsity)
+            expected = self.of_new_model(family, size, place, shifts)
+            points.append((sparsity, displaced(self.relation, dense, self.parameters, sparsity, expected.mean)))
+        return self.relation.fit(points, dense, None)
 
     def near_anchors(self, family: str, anchors: Sequence[tuple[float, float, float]], coordinate: float) -> Deviation:
         """Return what to expect of a model with measured points, of which the relation may have been fitted to some."""
@@ -374,23 +396,28 @@ def learn_spread(relation: Relation, series: Sequence[Series]) -> Spread:
     )
 
 
-def learn_domain_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> DomainShift:
+def learn_domain_shift(spread: Spread, own_text: Sequence[Series], other_text: Sequence[Series]) -> Shift:
     """Learn how much more is lost on other texts, from models that were measured on both."""
-    means = [_mean_deviation(spread, series) for series in (own_text, other_text)]
-    shifts = [value - means[0][model] for model, value in means[1].items() if model in means[0]]
-    variance = float(np.var(shifts, ddof=1)) * (1 + 1 / len(shifts))
-    return DomainShift(float(np.mean(shifts)), variance, max(float(len(shifts) - 1), FEWEST_DEGREES))
+    own, other = (_lines(spread, series) for series in (own_text, other_text))
+    both = [model for model in other if model in own]
+    slope = float(np.mean([other[model][1] - own[model][1] for model in both]))
+    return Shift.learn([other[model][0] - own[model][0] for model in both], slope)
 
 
-def _mean_deviation(spread: Spread, series: Sequence[Series]) -> dict[str, float]:
-    """Return the mean z of each model."""
-    found: dict[str, list[float]] = defaultdict(list)
+def _lines(spread: Spread, series: Sequence[Series]) -> dict[str, tuple[float, float]]:
+    """Return of each model the z at the reference and its slope over x."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for one in series:
         for point in one.points:
-            line = deviation(spread.relation, one.dense, spread.parameters, point)
-            if line is not None:
-                found[one.model].append(line[1])
-    return {model: float(np.mean(some)) for model, some in found.items()}
+            pair = deviation(spread.relation, one.dense, spread.parameters, point)
+            if pair is not None:
+                found[one.model].append(pair[:2])
+    lines = {}
+    for model, pairs in found.items():
+        places, values = np.array(pairs).T
+        slope, intercept = np.polyfit(places, values, 1)
+        lines[model] = float(intercept), float(slope)
+    return lines
 
 
 def own_fits(relation: Relation, series: Sequence[Series]) -> dict[tuple[str, str], np.ndarray]:
