@@ -23,6 +23,7 @@ from slicecli.estimation.intervals import (
     DEFAULT_RELATION,
     FARTHEST,
     Prediction,
+    calibration_shift,
     domain_shift_of,
     known_range,
     predict_new,
@@ -35,11 +36,14 @@ from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_err
 from slicecli.estimation.results import check_relation, read_curves
 from slicecli.estimation.spectra import Weights, read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
+from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Method
 from slicecli.record.record import read_record
-from slicecli.runtime.inputs import local_path
+from slicecli.runtime.inputs import check_count, local_path
 from slicecli.runtime.json import read_json
+
+USUAL_SAMPLES = 128
 
 __all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
@@ -109,6 +113,7 @@ class ForecastInputs:
     Attributes:
         text: Name of the text whose perplexity is wanted.
         calibration: Name of the text it will be calibrated on.
+        calibration_tokens: How many tokens of it; `None` takes what `slicecli slice` takes.
         dense_perplexity: Of the dense model on the text; `None` looks for it.
         dense_accuracies: Of the dense model by task, between 0 and 1; others are looked for.
         chances: Chance levels by task; others are looked up.
@@ -119,6 +124,7 @@ class ForecastInputs:
 
     text: str = "wikitext2"
     calibration: str = "wikitext2"
+    calibration_tokens: int | None = None
     dense_perplexity: float | None = None
     dense_accuracies: Mapping[str, float] = field(default_factory=dict)
     chances: Mapping[str, float] = field(default_factory=dict)
@@ -129,6 +135,9 @@ class ForecastInputs:
 
     def check(self, hidden_size: int) -> None:
         """Refuse figures that cannot be."""
+        check_count(
+            self.calibration_tokens, "{} calibration tokens are", "Use --samples", words=("too few", "too many")
+        )
         if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
             raise RequestError(
                 f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check the figure."
@@ -216,6 +225,7 @@ def _forecast_perplexity(
             parameters=dimensions.parameters(),
             vocabulary=dimensions.vocabulary,
             is_centred=dimensions.adapter.norm.is_centred,
+            tokens_per_unknown=_calibration_tokens(dimensions, knowledge) / dimensions.largest_regression(),
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
@@ -234,6 +244,12 @@ def _forecast_perplexity(
         "the same text."
     )
     return replace(found, notes=(*found.notes, note))
+
+
+def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> int:
+    if knowledge.calibration_tokens is not None:
+        return knowledge.calibration_tokens
+    return USUAL_SAMPLES * default_length(dimensions.context_length)
 
 
 def _forecast_by_published(own: Series, figure: Figure, method: Method, dimensions: Dimensions) -> Forecast:
@@ -268,6 +284,7 @@ def forecast_new(
     parameters: int | None = None,
     vocabulary: int | None = None,
     is_centred: bool = False,
+    tokens_per_unknown: float = math.inf,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -290,6 +307,8 @@ def forecast_new(
     shifts = []
     if is_other_text and chosen.is_by_weight:
         shifts.append(domain_shift_of(DEFAULT_RELATION["perplexity"]))
+    if method == "refit" and chosen.is_by_weight:
+        shifts.append(calibration_shift(tokens_per_unknown))
     is_refit_of_published = method == "refit" and not chosen.is_by_weight and quantity == "perplexity"
     if is_refit_of_published and chosen.parameters:
         shifts.append(refit_shift_of(is_centred))

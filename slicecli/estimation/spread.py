@@ -58,9 +58,11 @@ FLOOR: dict[Quantity, float] = {"perplexity": LEAST_DAMAGE, "accuracy": 0.01}
 USUAL_VARIANCE: dict[Quantity, float] = {"perplexity": 0.12}
 USUAL_DEGREES = 4
 # what is assumed for the variances of so few models and families errs on the wide side: with this share of the
-# deviation the intervals hold nine tenths of the points of models left out (tried: 0.5 to 1)
-SHARE_OF_DEVIATION = 0.65
+# deviation the intervals hold nine tenths of the points of models and families left out (tried: 0.5 to 1). It is not
+# for sizes beyond the published ones
+SHARE_OF_DEVIATION = {"power": 0.65, "odds": 0.65, "free-power": 0.65, "probe": 0.65}
 DECADE = math.log(10)
+NEAR = math.log(3)  # of sizes: what lies within this factor is near
 SMALLEST_DAMAGE = 1e-6
 LARGEST_DEVIATION = 50.0  # whose exp times any loss is still a number
 LEAST_MARGIN = 0.02  # of a dense accuracy above chance
@@ -184,6 +186,12 @@ class VarianceComponent:
         variance = float(here @ covariance @ here) + self.model_variance
         return self.mean + float(here @ fitted), variance, float(max(self.degrees, FEWEST_DEGREES))
 
+    def covers(self, family: str, size: float | None) -> bool:
+        """Say whether a size is near the known ones, of the family if some are of it."""
+        known = [one.size for one in self.members if one.family == family and one.size is not None]
+        known = known or [one.size for one in self.members if one.size is not None]
+        return size is None or not known or min(known) - NEAR <= size <= max(known) + NEAR
+
     def _place(self, size: float | None) -> float:
         """Return where a size lies about the middle; a trend is not followed further than a decade beyond the known."""
         known = [one.size for one in self.members if one.size is not None]
@@ -259,8 +267,8 @@ class Spread:
         mean, variance, degrees = self.intercept.of_new_model(group, size)
         slope, slope_variance, _ = self.slope.of_new_model(self._type(family))
         total = variance + slope_variance * coordinate**2 + self.calibration_variance + self.noise_variance
-        if self.relation.quantity == "perplexity":
-            total *= SHARE_OF_DEVIATION**2
+        if self.relation.is_by_weight or self.intercept.covers(group, size):
+            total *= SHARE_OF_DEVIATION.get(self.relation.name, 1.0) ** 2
         for shift in shifts:
             mean += shift.mean + shift.slope * coordinate
             total += shift.variance
@@ -271,8 +279,11 @@ class Spread:
         self, dense: Dense, family: str, size: float | None, shifts: Sequence[Shift] = ()
     ) -> tuple[float, ...]:
         """Return the parameters of the relation for a model without any measurement: those of the expected loss."""
-        if not self.relation.parameters or self.relation.is_by_weight:
-            return self.parameters
+        if self.relation.is_by_weight:
+            factor = math.exp(sum(shift.mean for shift in shifts))
+            return tuple(factor * value for value in self.parameters)
+        if not self.relation.parameters:
+            return ()
         places = (REFERENCE, REFERENCE / 2) if self.relation.has_prior else (REFERENCE,)
         points = []
         for sparsity in places:
