@@ -543,9 +543,9 @@ def test_a_spectrum_predicts_by_its_weight_at_the_dim(estimate, tmp_path, method
         assert predicted["low"] < predicted["value"] < predicted["high"]
         weight = one["sparsity"] ** (1.7 if method == "refit" else 1.5)
         constants.add(round(math.log(predicted["value"] / 8) / weight, 2))
-    # the study's constants, see docs/energy.md
+    # the study's constants, see docs/energy.md; a refit gets fewer tokens per unknown here
     (constant,) = constants
-    assert constant == pytest.approx({"refit": 0.72, "slicegpt": 2.08}[method], abs=0.05)
+    assert constant == pytest.approx({"refit": 0.69 * 1.19, "slicegpt": 2.11}[method], abs=0.05)
     assert "small models" in document["estimates"][0]["perplexity"]["source"]
     assert any("1.3 million" in note for note in document["notes"])
     # twice the weight, twice the loss; and one measured slice replaces the constant
@@ -572,7 +572,7 @@ def test_a_probe_predicts_the_refit_by_its_mean_with_the_weight(estimate, tmp_pa
         assert predicted["relation"] == "probe"
         mean = 2 * one["sparsity"] ** 1.6  # of F and of a loss that is four times as large
         # with 128 x 2048 tokens for 14336 unknowns it loses more than those of the study did
-        assert math.log(predicted["value"] / 8) / mean == pytest.approx(0.775 * (1 + 5 / 18.3) / 1.05, abs=0.01)
+        assert math.log(predicted["value"] / 8) / mean == pytest.approx(0.775 * (1 + 6 / 23.3) / 1.057, abs=0.01)
     more, fewer = (
         [one["perplexity"] for one in estimate(*words, "--samples", samples)["estimates"]] for samples in ("4096", "16")
     )

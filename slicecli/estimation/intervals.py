@@ -51,10 +51,7 @@ ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
 # most published series end here; of three that go on to a half, ln D there is off by 0.2 from the line before
 WELL_KNOWN = 0.31
 DEVIATION_BEYOND = 0.4  # of ln D, for each unit of ln s
-# a refit loses 1 + 5/u times as much as with endless text, u being calibration tokens per unknown of its largest
-# regression: measured on three models, see docs/evidence.md; the models of the study had about a hundred
-TOKENS_THAT_DOUBLE = 5.0
-STUDY_TOKENS = 100.0
+STUDY_TOKENS = 100.0  # calibration tokens per unknown of the models of the study, about
 ERROR_OF_FACTOR = 0.3  # of its logarithm
 # accuracies of slices by the refit are not published: their intervals reach up to half of the loss
 REFIT_SHARE = 0.5
@@ -116,10 +113,12 @@ def refit_shift_of(is_centred: bool) -> Shift:
 def calibration_shift(tokens_per_unknown: float) -> Shift:
     """Return how much more a refit loses with little calibration text than those of the study did.
 
+    It loses 1 + 6/(u + 5) times as much as with endless text: fitted to small models, see docs/evidence.md.
+
     Args:
-        tokens_per_unknown: Calibration tokens for each unknown of the largest regression.
+        tokens_per_unknown: u, calibration tokens for each unknown of the largest regression.
     """
-    mean = math.log1p(TOKENS_THAT_DOUBLE / tokens_per_unknown) - math.log1p(TOKENS_THAT_DOUBLE / STUDY_TOKENS)
+    mean = math.log1p(6 / (tokens_per_unknown + 5)) - math.log1p(6 / (STUDY_TOKENS + 5))
     return Shift(mean, (ERROR_OF_FACTOR * mean) ** 2, math.inf)
 
 
