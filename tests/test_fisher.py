@@ -222,6 +222,14 @@ def test_the_command_writes_what_it_prints(run, words, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["again.json", "first.json"]
 
 
+def test_the_probe_reads_the_first_rows_and_can_be_left_out(run, words):
+    probe = json.loads(run(*words, "--format", "json").stdout)["probe"]
+    assert probe["tokens"] == 8 * 32
+    assert [one["dim"] for one in probe["projected"]] == [45, 42, 39, 36, 30, 24]
+    assert all(one["nll"] != probe["dense_nll"] for one in probe["projected"])
+    assert json.loads(run(*words, "--format", "json", "--no-probe").stdout)["probe"] is None
+
+
 def test_the_spectrum_is_of_the_basis_that_a_refit_takes(run, words, tmp_path):
     run(*words, "-o", tmp_path / "spectrum.json")
     run("slice", *words[1:], "--dim", "36", "-o", tmp_path / "slice")

@@ -151,6 +151,11 @@ def test_the_default_does_best_on_models_that_are_left_out(quantity):
     assert min(errors, key=errors.get) == DEFAULT_RELATION[quantity]
 
 
+def test_one_slice_predicts_the_others_on_other_text():
+    usual = lines_for("perplexity", "other text, one slice")[ONE_POINT_RELATION["perplexity"]]
+    assert usual["mean_error"] <= 0.12
+
+
 def test_intervals_are_not_wider_than_they_need_to_be():
     usual = lines_for("perplexity", "other models", 0.31)[DEFAULT_RELATION["perplexity"]]
     assert usual["median_width"] <= 1.35
