@@ -430,13 +430,8 @@ class Adapter:
 
     def why_untied(self, config: Fields) -> str:
         """Say why a slice of a tied model with a config has a head of its own; empty where it stays tied."""
-        if self.layout(config) != "stock":
-            return "a slice brings code of its own, which has no shared table"
-        if self.norm.is_centred:
-            return "its norms subtract the mean, so that one table cannot serve as embedding and as head"
-        if not self.norm.has_weight or self.norm.has_bias:
-            what = "has a bias" if self.norm.has_bias else "has no weight"
-            return f"its final norm {what}, so that one table cannot serve as embedding and as head"
+        if not self.norm.has_weight:
+            return "its final norm has no weight, so that one table cannot serve as embedding and as head"
         return _reason(self.name, self.tie_obstacle, config)
 
     def layout(self, config: Fields) -> Literal["stock", "custom-code"]:

@@ -101,11 +101,13 @@ def custom_code_config(
     """Return the config of a slice with code of its own.
 
     Args:
+        has_shortcuts: The slice is one by the published method, which unties.
         dtype: Dtype of the weights.
     """
     from slicecli.modeling.configuration_slicecli import SlicedConfig
 
-    dense = _own_fields(config) | {"tie_word_embeddings": False, "dtype": dtype, "model_type": config.model_type}
+    is_tied = dimensions.keeps_tie and not has_shortcuts
+    dense = _own_fields(config) | {"tie_word_embeddings": is_tied, "dtype": dtype, "model_type": config.model_type}
     dense |= dimensions.mlp_fields()
     dense.pop("architectures", None)
     with quiet_libraries():
@@ -123,6 +125,7 @@ def custom_code_config(
                 "block_output_length": block_output_length,
             },
             dtype=dtype,
+            tie_word_embeddings=is_tied,
             architectures=["SlicedForCausalLM"],
             auto_map=dict(AUTO_MAP),
             **{name: dense[name] for name in _GENERATION if name in dense},

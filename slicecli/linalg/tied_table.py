@@ -18,7 +18,11 @@ same normal equations, so the table itself drops out:
 
     T = (e P + β diag(g) C sqrt(k/d) P L) (I + β L C' L)⁻¹,     C = Σₜ n nᵀ,   C' = (k/d) Pᵀ C P.
 
-After the last block L is fitted once more, to what the sliced stream really is there (`fit_gain`).
+After the last block L is fitted once more, to what the sliced stream really is there (`fit_final_norm`).
+
+A LayerNorm reads only the k − 1 coordinates without mean, along R, so its gain ℓ acts as Rᵀ diag(ℓ) R, which must have
+the eigenvalues of Vᵀ diag(g) V (`gain_of_centred_norm`); that is possible only nearly, but for k = d. A row of the table
+has one more coordinate, its mean, which the stream does not see and the head does.
 
 Symbols: docs/notation.md. The construction is ours.
 """
@@ -31,11 +35,11 @@ from dataclasses import dataclass
 
 import torch
 
-from slicecli.linalg.basis import with_fixed_signs
+from slicecli.linalg.basis import centred_frame, with_fixed_signs
 from slicecli.linalg.ridge import RIDGES, best_ridge
 from slicecli.linalg.sliced_maps import stream_scale
 
-__all__ = ["GainSums", "Tie", "fit_gain", "tie", "token_metric"]
+__all__ = ["FinalNormSums", "Tie", "fit_final_norm", "gain_of_centred_norm", "tie", "token_metric"]
 
 # ρ, the weight of the head beside the embedding, β = ρ / mean(diag(L C' L)); from 3 to 100 it makes little difference
 HEAD_WEIGHT = 30.0
@@ -51,18 +55,22 @@ class Tie:
     Attributes:
         axes: P, float64 of shape (d, k).
         gain: L, what the final norm multiplies by, float64 of shape (k,).
+        bias: What the final norm adds, float64 of shape (k,); `None` where the family's norms add nothing.
         table_map: T, which makes of the rows of the dense table those of the slice, float64 of shape (d, k).
     """
 
     axes: torch.Tensor
     gain: torch.Tensor
+    bias: torch.Tensor | None
     table_map: torch.Tensor
 
 
 def tie(
     basis: torch.Tensor,
     gain: torch.Tensor,
+    bias: torch.Tensor | None = None,
     second_moment: torch.Tensor | None = None,
+    is_centred: bool = False,
     is_scaled_by_width: bool = False,
     head_weight: float = HEAD_WEIGHT,
 ) -> Tie:
@@ -71,8 +79,10 @@ def tie(
     Args:
         basis: Q, float64 of shape (d, k).
         gain: g of the final norm, float64 of shape (d,).
+        bias: β of the final norm, float64 of shape (d,), where it has one.
         second_moment: C, of what the dense final norm passes on before its gain, up to a factor; float64 of shape
             (d, d). Without it the table is E e P, which the head has no say in.
+        is_centred: The norms subtract the mean; Q is V Rᵀ.
         is_scaled_by_width: The class multiplies embeddings by the root of its hidden size.
         head_weight: ρ.
 
@@ -81,24 +91,74 @@ def tie(
         >>> found.gain.tolist()
         [2.0, 3.0]
     """
-    gains, turn = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
-    axes = with_fixed_signs(basis @ turn)
+    axes, gains = (_centred_axes if is_centred else _axes)(basis, gain)
     shrink = stream_scale(axes)
     scale = 1.0 if is_scaled_by_width else shrink
     sliced_gain = gains / (scale * shrink)
-    start = scale * axes
-    if second_moment is None:
-        return Tie(axes, sliced_gain, start)
-    entering = shrink * axes * sliced_gain
-    seen = second_moment @ entering
-    gram = entering.T @ seen
-    mean = gram.diagonal().mean()
-    if not bool(mean > 0):
-        return Tie(axes, sliced_gain, start)
-    weight = head_weight / mean
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    table_map = torch.linalg.solve(identity + weight * gram, start + weight * gain[:, None] * seen, left=False)
-    return Tie(axes, sliced_gain, table_map)
+    table_map = scale * axes
+    if is_centred:  # the stream does not see the mean of a row, but the head does
+        table_map = table_map + scale / math.sqrt(axes.numel())
+    if second_moment is not None:
+        entering = shrink * axes * sliced_gain
+        seen = second_moment @ entering
+        gram = entering.T @ seen
+        mean = gram.diagonal().mean()
+        if bool(mean > 0):
+            weight = head_weight / mean
+            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+            table_map = torch.linalg.solve(
+                identity + weight * gram, table_map + weight * gain[:, None] * seen, left=False
+            )
+    sliced_bias = None if bias is None else torch.linalg.lstsq(table_map, bias[:, None]).solution[:, 0]
+    return Tie(axes, sliced_gain, sliced_bias, table_map)
+
+
+def _axes(basis: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return P and Λ."""
+    gains, turn = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
+    return with_fixed_signs(basis @ turn), gains
+
+
+def _centred_axes(basis: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return P = V U Xᵀ Rᵀ and ℓ, with Vᵀ diag(g) V = U M Uᵀ and Rᵀ diag(ℓ) R = X M' Xᵀ, M' as near to M as may be."""
+    width, dim = basis.shape
+    if width == dim:  # Q Qᵀ subtracts the mean, and diag(g) is diagonal as it is
+        return basis @ basis.T, gain
+    frame = centred_frame(dim, basis.device)
+    directions = basis @ frame
+    wanted, turn = torch.linalg.eigh(directions.T @ (gain[:, None] * directions))
+    gains, own = gain_of_centred_norm(wanted)
+    return with_fixed_signs(directions @ turn) @ (frame @ own).T, gains
+
+
+def gain_of_centred_norm(wanted: torch.Tensor, steps: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find ℓ such that diag(ℓ), seen from the coordinates without mean, has given eigenvalues.
+
+    Those of Rᵀ diag(ℓ) R are the critical points of Π (x − ℓᵢ), so ℓ starts between them. Gauss-Newton steps follow;
+    no ℓ fits all eigenvalues, and the best found is returned.
+
+    Args:
+        wanted: Eigenvalues, float64 of shape (k − 1,), ascending.
+
+    Returns:
+        ℓ, float64 of shape (k,), and the eigenvectors of Rᵀ diag(ℓ) R by ascending eigenvalues as columns.
+    """
+    frame = centred_frame(len(wanted) + 1, wanted.device)
+    between = (wanted[1:] + wanted[:-1]) / 2
+    gains = torch.cat([2 * wanted[:1] - between[:1], between, 2 * wanted[-1:] - between[-1:]])
+    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
+    for _ in range(steps):
+        found, vectors = torch.linalg.eigh(frame.T @ (gains[:, None] * frame))
+        missing = wanted - found
+        error = float(missing.square().sum())
+        if best is None or error < best[0]:
+            best = error, gains, vectors
+        slopes = (frame @ vectors).square().T
+        square = slopes @ slopes.T
+        square.diagonal().add_(1e-6 * square.diagonal().mean())
+        gains = gains + slopes.T @ torch.linalg.solve(square, missing)
+    assert best is not None
+    return best[1:]
 
 
 def token_metric(table: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -126,42 +186,59 @@ def token_metric(table: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class GainSums:
-    """What the fit of a gain needs of some tokens.
+class FinalNormSums:
+    """What the fit of the final norm needs of some tokens, with n⁺ = (n, 1) and n'⁺ = (n', 1).
 
     Attributes:
-        sliced: Σ n' n'ᵀ, float64 of shape (k, k).
-        crossed: Σ n n'ᵀ, float64 of shape (d, k).
+        sliced: Σ n'⁺ n'⁺ᵀ, float64 of shape (k + 1, k + 1).
+        crossed: Σ n⁺ n'⁺ᵀ, float64 of shape (d + 1, k + 1).
     """
 
     sliced: torch.Tensor
     crossed: torch.Tensor
 
 
-def fit_gain(
-    found: Tie, gain: torch.Tensor, metric: torch.Tensor, sums: Sequence[GainSums], ridges: Sequence[float] = RIDGES
-) -> torch.Tensor:
-    """Return the gain ℓ that minimises Σ (T diag(ℓ) n' − diag(g) n)ᵀ G (T diag(ℓ) n' − diag(g) n), pulled towards L.
+def fit_final_norm(
+    found: Tie,
+    gain: torch.Tensor,
+    bias: torch.Tensor | None,
+    metric: torch.Tensor,
+    sums: Sequence[FinalNormSums],
+    ridges: Sequence[float] = RIDGES,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fit the final norm's gain ℓ and bias b to the sliced stream as it is after the last block.
 
-    With H = (Tᵀ G T) ∘ Σ n' n'ᵀ and bᵢ = (Tᵀ G diag(g) Σ n n'ᵀ)ᵢᵢ it solves (H + λ I) (ℓ − L) = b − H L. Held-out
-    tokens choose λ = ridge · mean(diag H), an infinite one among the choices.
+    They minimise Σ rᵀ G r with r = T (ℓ ∘ n' + b) − (g ∘ n + β), pulled towards those of the tie. It is one linear
+    system (H + λ I) (x − x₀) = h − H x₀ for x = (ℓ, b), with H = (Tᵀ G T) ∘ Σ n' n'ᵀ and hᵢ = (Tᵀ G Σ (g ∘ n + β) n'ᵀ)ᵢᵢ
+    where b plays no part. Held-out tokens choose λ = ridge · mean(diag H), an infinite one among the choices.
 
     Args:
-        found: T and L.
+        found: T, and the gain and bias to start from.
         gain: g of the dense final norm, float64 of shape (d,).
+        bias: β of the dense final norm, float64 of shape (d,), where it has one.
         metric: G, see `token_metric`.
         sums: Of fitted, then of held-out tokens.
         ridges: The ridges to try.
 
     Returns:
-        Float64 of shape (k,).
+        ℓ and, where the norm has a bias, b; float64 of shape (k,) each.
     """
-    table_map, start = found.table_map, found.gain
+    table_map, dim = found.table_map, len(found.gain)
     product = table_map.T @ metric
     inner = product @ table_map
-    reading = product * gain
-    hessians = [inner * one.sliced for one in sums]
-    slopes = [(reading * one.crossed.T).sum(1) - hessian @ start for one, hessian in zip(sums, hessians, strict=True)]
+    start = found.gain if found.bias is None else torch.cat([found.gain, found.bias])
+    reading = torch.cat([product * gain, (product @ (torch.zeros_like(gain) if bias is None else bias))[:, None]], 1)
+
+    def equations(one: FinalNormSums) -> tuple[torch.Tensor, torch.Tensor]:
+        by_input = reading @ one.crossed  # (k, k + 1)
+        hessian, goal = inner * one.sliced[:dim, :dim], by_input[:, :dim].diagonal()
+        if bias is not None:
+            mixed = inner * one.sliced[:dim, dim:]
+            hessian = torch.cat([torch.cat([hessian, mixed], 1), torch.cat([mixed.T, inner * one.sliced[dim, dim]], 1)])
+            goal = torch.cat([goal, by_input[:, dim]])
+        return hessian, goal - hessian @ start
+
+    hessians, slopes = zip(*map(equations, sums), strict=True)
 
     def change(hessian: torch.Tensor, slope: torch.Tensor, ridge: float) -> torch.Tensor:
         pull = ridge * hessian.diagonal().mean() * torch.eye(len(start), dtype=torch.float64, device=start.device)
@@ -174,8 +251,9 @@ def fit_gain(
         return error if math.isfinite(error) else math.inf
 
     if not bool(hessians[0].diagonal().mean() > 0):
-        return start
+        return found.gain, found.bias
     ridge, _ = best_ridge(ridges, held_out_error, len(ridges) // 2)
     if not math.isfinite(ridge):
-        return start
-    return start + change(hessians[0] + hessians[1], slopes[0] + slopes[1], ridge)
+        return found.gain, found.bias
+    fitted = start + change(hessians[0] + hessians[1], slopes[0] + slopes[1], ridge)
+    return fitted[:dim], None if found.bias is None else fitted[dim:]

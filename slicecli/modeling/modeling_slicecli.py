@@ -71,6 +71,8 @@ class _Sliced(_Derived, PreTrainedModel):
             if hasattr(config.dense_config, kind):
                 setattr(config, kind, getattr(config.dense_config, kind))
         self.config = config
+        if config.tie_word_embeddings:
+            self.tie_weights()  # the table and the head were cut apart
         # transformers reads and writes some families' weights under other names than those of their modules, but for
         # custom code; so must it be for the family's model inside ours, or it would depend on what stands around it
         self.base_model.is_custom_code = _is_custom_code

@@ -231,9 +231,10 @@ def tie_of(
         basis: Q, float64 of shape (d, k), on the device that computes.
         second_moment: As of `slicecli.linalg.tied_table.tie`.
     """
-    gain, _ = final_norm_weight_and_bias(dimensions, weights, basis.device)
+    gain, bias = final_norm_weight_and_bias(dimensions, weights, basis.device)
     assert gain is not None  # the norms of tied slices have a weight
-    return tie(basis, gain, second_moment, dimensions.adapter.scales_embeddings_by_width)
+    adapter = dimensions.adapter
+    return tie(basis, gain, bias, second_moment, adapter.norm.is_centred, adapter.scales_embeddings_by_width)
 
 
 def slice_embeddings(
@@ -262,14 +263,17 @@ def slice_embeddings(
     return tables
 
 
-def tied_head(dimensions: Dimensions, weights: WeightReader, gain: torch.Tensor) -> Tensors:
+def tied_head(dimensions: Dimensions, weights: WeightReader, gain: torch.Tensor, bias: torch.Tensor | None) -> Tensors:
     """Return the final norm of a tied slice, and the head's bias where it has one; its weight is the embedding table.
 
     Args:
         gain: What the norm multiplies by, float64 of shape (k,).
+        bias: What it adds, of the same form, where the family's norms have a bias.
     """
     adapter, head = dimensions.adapter, dimensions.adapter.head
     tensors = {f"{adapter.final_norm}.weight": gain - adapter.norm.weight_offset}
+    if bias is not None:
+        tensors[f"{adapter.final_norm}.bias"] = bias
     if dimensions.has_bias(head):
         tensors[f"{head.path}.bias"] = weights.tensor(f"{head.path}.bias")
     return tensors
@@ -306,7 +310,9 @@ def project(
         tensors |= {one.path: dense[one.path] for one in block.passed_through}
         for name, tensor in tensors.items():
             sink(f"{path}.{name}", tensor.to(dtype))
-    head = tied_head(dimensions, weights, tied.gain) if tied else fold_head(dimensions, weights, matrix, dtype)
+    head = (
+        tied_head(dimensions, weights, tied.gain, tied.bias) if tied else fold_head(dimensions, weights, matrix, dtype)
+    )
     for name, tensor in head.items():
         sink(name, tensor.to(dtype))
 

@@ -85,7 +85,10 @@ class Goals:
             after: x⁺, the dense stream after the sublayer, shape (rows, sequence length, d).
             batch: y, the sliced stream before it, shape (rows, sequence length, k).
         """
-        return widen(after).flatten(0, -2) @ self._turn - widen(batch).flatten(0, -2)
+        sliced = widen(batch).flatten(0, -2)
+        if self.dense.is_centred and self.dense.dimensions.keeps_tie:  # tables of tied heads have a mean, unread here
+            sliced = sliced - sliced.mean(1, keepdim=True)
+        return widen(after).flatten(0, -2) @ self._turn - sliced
 
     def root(self, after: torch.Tensor) -> torch.Tensor:
         """Return the root of each token's weight, shape (tokens, 1): errors count as the next norm will see them."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from slicecli.linalg.normal_equations import add_outer, add_square, widen
-from slicecli.linalg.tied_table import GainSums, Tie, fit_gain, token_metric
+from slicecli.linalg.tied_table import FinalNormSums, Tie, fit_final_norm, token_metric
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Target
@@ -26,12 +26,16 @@ def solve_tie(dense: DenseModel, statistics: DenseStatistics, basis: torch.Tenso
         basis: Q, float64 of shape (d, k).
     """
 
+    has_bias = dense.adapter.norm.has_bias
+
     def solution() -> list[torch.Tensor]:
         found = tie_of(dense.dimensions, dense.weights, basis, statistics.final_moment)
-        return [found.axes, found.gain, found.table_map]
+        return [found.axes, found.table_map, found.gain] + ([] if found.bias is None else [found.bias])
 
     shape = tuple(basis.shape)
-    return Tie(*dense.processes.tensors_from_main(solution, [shape, shape[1:], shape], dense.device))
+    shapes = [shape, shape, shape[1:]] + [shape[1:]] * has_bias
+    axes, table_map, gain, *bias = dense.processes.tensors_from_main(solution, shapes, dense.device)
+    return Tie(axes, gain, bias[0] if has_bias else None, table_map)
 
 
 def measure_logits(dense: DenseModel, batches: Batches) -> torch.Tensor | None:
@@ -54,7 +58,7 @@ def fit_tied_head(
     metric: torch.Tensor | None,
     held_out: Sequence[torch.Tensor],
 ) -> None:
-    """Fit the weight of the final norm to the sliced stream as it is there, and hand it to the sink.
+    """Fit the final norm to the sliced stream as it is there, and hand it to the sink.
 
     Args:
         metric: As `measure_logits` returns it.
@@ -64,8 +68,8 @@ def fit_tied_head(
     modules.fill(norm, modules.below(path, neutral_norm(dense.dimensions, path, target.dim)), dense.device, dense.dtype)
     sums = [_empty(found), _empty(found)]
     for wide, narrow, mask in zip(stream, target.stream, held_out, strict=True):
-        goal = dense.normalise(wide).flatten(0, -2)
-        given = widen(norm(narrow)).flatten(0, -2)
+        goal = _with_one(dense.normalise(wide).flatten(0, -2))
+        given = _with_one(widen(norm(narrow)).flatten(0, -2))
         for one, chosen in zip(sums, (~mask, mask), strict=True):
             add_square(one.sliced, given[chosen])
             add_outer(one.crossed, goal[chosen], given[chosen])
@@ -74,13 +78,17 @@ def fit_tied_head(
         dense.processes.sum_to_main(one.sliced, one.crossed)
     if metric is None:  # the head is only written
         return
-    gain, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
+    gain, bias = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
     assert gain is not None
-    fitted = fit_gain(found, gain, metric, sums)
-    for name, tensor in tied_head(dense.dimensions, dense.weights, fitted).items():
+    fitted = fit_final_norm(found, gain, bias, metric, sums)
+    for name, tensor in tied_head(dense.dimensions, dense.weights, *fitted).items():
         target.sink(name, tensor.to("cpu", target.dtype))
 
 
-def _empty(found: Tie) -> GainSums:
+def _empty(found: Tie) -> FinalNormSums:
     width, dim = found.axes.shape
-    return GainSums(found.axes.new_zeros(dim, dim), found.axes.new_zeros(width, dim))
+    return FinalNormSums(found.axes.new_zeros(dim + 1, dim + 1), found.axes.new_zeros(width + 1, dim + 1))
+
+
+def _with_one(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
