@@ -25,7 +25,6 @@ def solve_tie(dense: DenseModel, statistics: DenseStatistics, basis: torch.Tenso
     Args:
         basis: Q, float64 of shape (d, k).
     """
-
     has_bias = dense.adapter.norm.has_bias
 
     def solution() -> list[torch.Tensor]:
