@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Calibration text; slices lose more on other kinds of text.",
 )
+@shared.add_options(SliceOptions, "samples", "sequence_length")
 @click.option(
     "--dense-perplexity",
     type=float,
@@ -98,7 +99,7 @@ if TYPE_CHECKING:
     "--spectrum",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Predict with the relation fisher, from a file written by `slicecli spectrum`.",
+    help="Predict with the relation probe, or fisher, from a file written by `slicecli spectrum`.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at once.")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence.  [default: 2048, or the model's longest]")
@@ -150,6 +151,8 @@ def command(
     write_as: str,
     text: str,
     calibration: str,
+    samples: int,
+    sequence_length: int | None,
     dense_perplexity: float | None,
     dense_accuracy: tuple[tuple[str, float], ...],
     chance: tuple[tuple[str, float], ...],
@@ -192,6 +195,7 @@ def command(
         smallest_dim_within,
     )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
+    from slicecli.family.context_length import default_length
     from slicecli.family.slice_plan import DTYPE_BYTES
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
@@ -226,6 +230,7 @@ def command(
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
+        calibration_tokens=samples * (sequence_length or default_length(subject.dimensions.context_length)),
         dense_perplexity=dense_perplexity,
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),
