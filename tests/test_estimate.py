@@ -105,9 +105,9 @@ def test_targets_answer_with_a_legal_dim(estimate, method):
     dimensions = Dimensions(family, LLAMA_3_8B)
     sizes = dimensions if method == "refit" else PublishedSizes(dimensions)
     words = ["--method", method, "--dense-perplexity", "8"]
-    (fewer,) = estimate("--target-params", "7B", *words)["estimates"]
+    (fewer,) = estimate("--target-params", "7B", "--shape", "width", *words)["estimates"]
     assert fewer["parameters"] <= 7e9 < sizes.parameters(fewer["dim"] + 128)
-    (smaller,) = estimate("--memory", "12GiB", *words)["estimates"]
+    (smaller,) = estimate("--memory", "12GiB", "--shape", "width", *words)["estimates"]
     assert smaller["bytes"] <= 12 * 2**30 < 2 * sizes.parameters(smaller["dim"] + 128)
     (good,) = estimate("--max-perplexity", "10", *words)["estimates"]
     (next_one,) = estimate("--dim", str(good["dim"] - 128), *words)["estimates"]
