@@ -10,7 +10,7 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
+from slicecli.family.friendly_dims import friendly_multiple, legend
 from slicecli.family.slice_plan import Width, WidthPair
 from slicecli.jobs.options import SliceOptions
 
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Calibration text; slices lose more on other kinds of text.",
 )
+@shared.add_options(SliceOptions, "samples", "sequence_length")
 @click.option(
     "--dense-perplexity",
     type=float,
@@ -106,7 +107,7 @@ if TYPE_CHECKING:
     "--spectrum",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Predict with the relation fisher, from a file written by `slicecli spectrum`.",
+    help="Predict with the relation probe, or fisher, from a file written by `slicecli spectrum`.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at once.")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence.  [default: 2048, or the model's longest]")
@@ -159,6 +160,8 @@ def command(
     write_as: str,
     text: str,
     calibration: str,
+    samples: int,
+    sequence_length: int | None,
     dense_perplexity: float | None,
     dense_accuracy: tuple[tuple[str, float], ...],
     chance: tuple[tuple[str, float], ...],
@@ -203,6 +206,7 @@ def command(
     )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
     from slicecli.estimation.spectra import read_shape_losses
+    from slicecli.family.context_length import default_length
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -236,6 +240,7 @@ def command(
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
+        calibration_tokens=samples * (sequence_length or default_length(subject.dimensions.context_length)),
         dense_perplexity=dense_perplexity,
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),
@@ -327,8 +332,7 @@ def _print(document: dict[str, Any]) -> None:
             for name, one in [*named, *untied]
         ],
     )
-    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
-    show.result(f"÷: the largest of {divisors} that divides the dim.")
+    show.result(legend())
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]
@@ -370,20 +374,26 @@ def _dim(one: dict[str, Any]) -> str:
 
 
 def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:
+    relations = {forecast["relation"] for _, forecast in rows}
+    is_one = len(relations) == 1
+    columns = ["dim", "predicted", "90 % interval", *([] if is_one else ["relation"]), "paper's relation"]
+    is_any_outside = any(forecast["is_outside"] for _, forecast in rows)
     show.print_table(
-        ["dim", "predicted", "90 % interval", "by", "paper", ""],
+        columns + ["note"] * is_any_outside,
         [
             [
                 _dim(one),
                 cell(forecast["value"]),
                 f"{cell(forecast['low'])} to {cell(forecast['high'])}",
-                forecast["relation"],
+                *([] if is_one else [forecast["relation"]]),
                 "-" if forecast["paper"] is None else cell(forecast["paper"]),
-                "outside measured range" if forecast["is_outside"] else "",
+                *["no data at this s" if forecast["is_outside"] else ""] * is_any_outside,
             ]
             for one, forecast in rows
         ],
     )
+    if is_one:
+        show.result(f"Predicted by the relation {relations.pop()!r}; see `slicecli relations`.")
 
 
 def _perplexity(value: float) -> str:

@@ -12,13 +12,16 @@ import click
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
 from slicecli.cli.push_command import publication_of, push_and_report
+from slicecli.cli.recover_command import result_of, run_recovery
 from slicecli.family.slice_plan import Width
-from slicecli.jobs.options import SliceOptions
+from slicecli.jobs.options import RECOVERY_MODES, SliceOptions
 from slicecli.runtime.options import from_chosen
 
 if TYPE_CHECKING:
     from slicecli.family.slice_plan import WidthPair
-    from slicecli.jobs.plan import PlannedSlice
+    from slicecli.jobs.plan import Job, PlannedSlice
+    from slicecli.jobs.recover import RecoveryReport
+    from slicecli.record.schema import RecoveryMode
 
 
 @click.command("slice")
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
 @shared.add_options(SliceOptions, "overwrite", "resume")
+@click.option(
+    "--recover",
+    "recovery_mode",
+    type=click.Choice(RECOVERY_MODES),
+    help="Then train the slice on the calibration text, as `slicecli recover --mode` does, and write the result to "
+    "DIR-recovered.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @shared.method_options
 @shared.add_options(Width, "schedule")
@@ -55,6 +65,7 @@ def command(
     /,
     model: str,
     output: Path | None,
+    recovery_mode: RecoveryMode | None,
     dry_run: bool,
     repository: str | None,
     output_format: str,
@@ -93,6 +104,10 @@ def command(
     job = plan_slices(model, [width], [output], settings)
     planned = job.slices[0]
     plan, folder = planned.plan, planned.folder
+    if recovery_mode is not None and is_main:
+        from slicecli.jobs.slice_and_recover import check_recovery
+
+        check_recovery(job, recovery_mode)
     if not context["quiet"]:
         show.note(f"{plan.model} ({plan.model_type}): {_intention(planned)}, {plan.dtype}, by {plan.method}")
         if job.inference is not None:
@@ -121,11 +136,13 @@ def command(
         if unfinished_folder(folder).exists():
             show.note("Interrupted: run the same command with --resume to continue.")
         raise
+    if is_main:
+        for text in report.warnings:
+            show.warn(text)
+    recovery = None if recovery_mode is None else _recover(job, report.output, recovery_mode, context["quiet"])
+    plan, folder = report.plan, report.output
     if not is_main:
         return
-    for text in report.warnings:
-        show.warn(text)
-    plan, folder = report.plan, report.output
     fields = {
         **_fields(dataclasses.replace(planned, plan=plan, folder=folder, pairs=()), job.source),
         "energy_kept": report.energy_kept,
@@ -136,18 +153,39 @@ def command(
         "peak_device_memory_bytes": report.peak_device_memory_bytes,
         "placement": job.places_to_json(),
     }
-    report_fields = functools.partial(_report, output_format=output_format)
-    published = push_and_report(folder, repository, publication, context["quiet"], fields, report_fields)
     if not context["quiet"]:
         show.note(
             f"{folder}: {report.energy_kept:.1%} of the energy kept, {report.seconds:.0f} s, "
             f"peak memory {show.size(report.peak_memory_bytes)}"
         )
+    if recovery is not None:
+        folder = recovery.output
+        fields["recovery"] = {"output": str(folder), "mode": recovery_mode, **result_of(recovery)}
+        if not context["quiet"]:
+            show.note(
+                f"{folder}: held-out KL {recovery.kl_before:.4f} -> {recovery.kl_after:.4f}, {recovery.seconds:.0f} s"
+            )
+    report_fields = functools.partial(_report, output_format=output_format)
+    published = push_and_report(folder, repository, publication, context["quiet"], fields, report_fields)
+    if not context["quiet"]:
         if published is not None:
             show.note(f"Published: {published.url}")
         if plan.layout == "custom-code":
             show.note("It needs custom code: load it with trust_remote_code=True, or after `import slicecli`.")
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
+
+
+def _recover(job: Job, folder: Path, mode: RecoveryMode, is_quiet: bool) -> RecoveryReport:
+    """Train the slice that a job has made, into a folder beside it."""
+    from slicecli.jobs.recovery_plan import plan_recovery
+    from slicecli.jobs.slice_and_recover import command_to_resume, recovery_folder, recovery_options
+    from slicecli.runtime.libraries import quiet_libraries
+
+    with quiet_libraries():
+        recovery = plan_recovery(str(folder), recovery_folder(folder), recovery_options(job, mode))
+    if not is_quiet:
+        show.note(recovery.describe())
+    return run_recovery(recovery, is_quiet, f"the slice is finished; to continue, run {command_to_resume(recovery)}")
 
 
 def _intention(planned: PlannedSlice) -> str:

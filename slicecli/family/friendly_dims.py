@@ -14,6 +14,8 @@ __all__ = [
     "MULTIPLES",
     "formats_of",
     "friendly_multiple",
+    "gguf_type",
+    "legend",
     "preferred_dims",
     "preferred_widths",
     "why_not_quantised",
@@ -52,6 +54,18 @@ def formats_of(dim: int) -> str:
         'bitsandbytes, MLX, q8_0, q4_0'
     """
     return ", ".join(names for multiple, names in MULTIPLES.items() if dim % multiple == 0)
+
+
+def legend() -> str:
+    """Explain the column with what `friendly_multiple` returns."""
+    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
+    return f"÷: the largest of {divisors} that divides the dim."
+
+
+def gguf_type(*widths: int) -> str:
+    """Return a type for `llama-quantize` whose groups divide all widths; empty where none does."""
+    shared = math.gcd(*widths)
+    return "Q4_K_M" if shared % max(MULTIPLES) == 0 else "Q8_0" if shared % LEAST == 0 else ""
 
 
 def friendly_multiple(dim: int) -> int | None:
@@ -111,7 +125,7 @@ def why_writers_are_not_quantised(mlp_dim: int, legal: Sequence[int]) -> str:
 def _nearest(width: int, legal: Sequence[int]) -> str:
     friendly = [other for other in legal if other % LEAST == 0]
     nearest = sorted(sorted(friendly, key=lambda other: abs(other - width))[:2])
-    return f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
+    return f" The nearest that it divides: {' and '.join(map(str, nearest))}." if nearest else ""
 
 
 def _divided(legal: range, multiple: int) -> list[int]:

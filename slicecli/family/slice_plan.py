@@ -258,6 +258,7 @@ class SlicePlan:
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
         written_type: The model type of the class it is written in, in its config.
+        activation: The activation of its MLPs, as `hidden_act` names it.
         mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
         mlp_dim: m, how many of them stay; likewise.
     """
@@ -277,6 +278,7 @@ class SlicePlan:
     schedule: Schedule | None = None
     schedule_name: str = ""
     written_type: str = ""
+    activation: str = "silu"
     mlp_size: int | None = None
     mlp_dim: int | None = None
 

@@ -191,6 +191,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
             written_type=written.model_type if written else CONFIG_TYPE,
+            activation=dimensions.activation,
             mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
             mlp_dim=sizes.mlp_dim,
         )

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.checkpoint.dense_weights import checkpoint_tensors, stored_values
 from slicecli.checkpoint.folder import clear_folder, unfinished_folder, whole_folder
 from slicecli.checkpoint.meta_model import build_runnable_meta_model
 from slicecli.checkpoint.portable import converting_sink
-from slicecli.checkpoint.weight_writer import ShardWriter
+from slicecli.checkpoint.weight_writer import ModelWriter
 from slicecli.errors import OutputError
 from slicecli.family.friendly_dims import why_not_quantised, why_writers_are_not_quantised
 from slicecli.family.slice_plan import SlicePlan, slice_sizes
@@ -33,8 +32,6 @@ from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_b
 from slicecli.runtime.placement import MEMORY_SHARE
 
 if TYPE_CHECKING:
-    import torch
-
     from slicecli.checkpoint.companions import LeftOut
     from slicecli.data.packing import Rows
     from slicecli.progress import Progress
@@ -171,7 +168,7 @@ def _open_targets(
     meta_models: Sequence[Any],
     state: Mapping[str, Any] | None,
     stack: ExitStack,
-) -> tuple[list[Target], list[ShardWriter]]:
+) -> tuple[list[Target], list[ModelWriter]]:
     """Return the slices in the making, and in the main process the writers of their shards, which the stack closes."""
     targets, writers = [], []
     for number, one in enumerate(job.slices):
@@ -284,7 +281,7 @@ def _open_writer(
     folder: Path,
     options: SliceOptions,
     missing: Sequence[str] | None,
-) -> ShardWriter:
+) -> ModelWriter:
     """Lay out the weight files of a slice for the tensors of its target, or open those of an interrupted run.
 
     A slice is computed in its family's own class; its tensors are converted to the class that is written as they come.
@@ -292,20 +289,10 @@ def _open_writer(
     Args:
         meta_model: The empty model of the config that is written.
     """
-    shapes = {
-        stored: tuple(tensor.shape)
-        for name, value in stored_values(meta_model)
-        for stored, tensor in checkpoint_tensors(meta_model, name, value).items()
-    }
-    writer = ShardWriter(folder, shapes, target.dtype, options.max_shard_size, missing)
-
-    def write(name: str, tensor: torch.Tensor) -> None:
-        for stored, part in checkpoint_tensors(meta_model, name, tensor).items():
-            writer.write(stored, part)
-
-    target.sink = write
+    writer = ModelWriter(folder, meta_model, target.dtype, options.max_shard_size, missing)
+    target.sink = writer.take
     if planned.written is not None and planned.is_portable:
-        target.sink = converting_sink(planned.written, meta_model, target.dtype, write)
+        target.sink = converting_sink(planned.written, meta_model, target.dtype, writer.take)
     return writer
 
 

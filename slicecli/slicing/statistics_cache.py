@@ -23,10 +23,11 @@ from slicecli.runtime.inputs import local_path, parse_bytes
 if TYPE_CHECKING:
     from slicecli.slicing.context import DenseStatistics
 
-__all__ = ["Entry", "StatisticsCache", "most_bytes"]
+__all__ = ["LOGITS_SUFFIX", "Entry", "StatisticsCache", "most_bytes"]
 
 SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
 USUAL_BYTES = 10_000_000_000
+LOGITS_SUFFIX = ".npy"
 FORMAT = 2  # raised when what is cached, or how it is computed, changes
 TENSORS = ("vectors", "energies", "importances")
 CHANNELS = "channel_losses"
@@ -148,15 +149,19 @@ class StatisticsCache:
         return sorted(found, key=lambda entry: -entry.used)
 
     def clear(self) -> int:
-        """Remove all entries; return their bytes."""
+        """Remove all entries, and the stored logits of teachers; return their bytes."""
         freed = 0
-        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial")]:
+        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial"), *self.stored_logits()]:
             try:
                 freed += path.stat().st_size
                 path.unlink()
             except OSError as error:
                 raise OutputError(f"The cache cannot be cleared: {error.strerror}.", "Remove its folder.") from None
         return freed
+
+    def stored_logits(self) -> list[Path]:
+        """Return the files that `slicecli recover --store-logits` has put beside the statistics."""
+        return list(self._folder.glob(f"*{LOGITS_SUFFIX}"))
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         content = json.dumps({"format": FORMAT, **key}, sort_keys=True, default=str)
