@@ -105,9 +105,9 @@ def test_targets_answer_with_a_legal_dim(estimate, method):
     dimensions = Dimensions(family, LLAMA_3_8B)
     sizes = dimensions if method == "refit" else PublishedSizes(dimensions)
     words = ["--method", method, "--dense-perplexity", "8"]
-    (fewer,) = estimate("--target-params", "7B", *words)["estimates"]
+    (fewer,) = estimate("--target-params", "7B", "--shape", "width", *words)["estimates"]
     assert fewer["parameters"] <= 7e9 < sizes.parameters(fewer["dim"] + 128)
-    (smaller,) = estimate("--memory", "12GiB", *words)["estimates"]
+    (smaller,) = estimate("--memory", "12GiB", "--shape", "width", *words)["estimates"]
     assert smaller["bytes"] <= 12 * 2**30 < 2 * sizes.parameters(smaller["dim"] + 128)
     (good,) = estimate("--max-perplexity", "10", *words)["estimates"]
     (next_one,) = estimate("--dim", str(good["dim"] - 128), *words)["estimates"]
@@ -163,10 +163,10 @@ def test_what_cannot_be_is_refused(run, llama, words, message):
 def test_beyond_what_is_published_there_is_a_warning(run, llama):
     result = run("estimate", llama, "--dim", "1024", "--dense-perplexity", "8")
     assert "Nothing is published beyond s = 0.6" in result.stderr
-    assert "outside measured range" in result.stdout
+    assert "no data at this s" in result.stdout
     near = run("estimate", llama, "--dim", "3072", "--dense-perplexity", "8")
     assert "beyond" not in near.stderr
-    assert "outside measured range" not in near.stdout
+    assert "no data at this s" not in near.stdout
 
 
 def test_measured_slices_narrow_the_interval(estimate):

@@ -69,11 +69,13 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
             )
             return
         show.print_table(
-            ["relation", "of", "formula", "fitted", "source"],
-            [[one.name, one.quantity, one.formula, ", ".join(one.parameters) or "-", one.source] for one in rows],
+            ["relation", "of", "formula", "fitted"],
+            [[one.name, one.quantity, one.formula, ", ".join(one.parameters) or "-"] for one in rows],
             is_numeric=False,
         )
-        show.note("s = 1 - k/d is the fraction of the hidden size removed, h the chance level, D = ln(PPL/PPL0).")
+        for one in rows:
+            show.result(f"{one.name} of {one.quantity}: {one.source}")
+        show.note("s = 1 - k/d: fraction of the hidden size removed; h: chance level; D = ln(PPL/PPL0).")
         return
 
     from slicecli.estimation.plot import check_plot_file, draw_validation

@@ -16,17 +16,29 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from slicecli.errors import RequestError, reason_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.relations import Dense
+from slicecli.estimation.shape import ShapeLosses
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import load_json
 
-__all__ = ["STUDY_FAMILY", "Weights", "read_spectrum", "study_models", "study_ratios", "study_series"]
+if TYPE_CHECKING:
+    from slicecli.estimation.spectrum_document import SpectrumDocument
+
+__all__ = [
+    "STUDY_FAMILY",
+    "Weights",
+    "read_shape_losses",
+    "read_spectrum",
+    "study_models",
+    "study_ratios",
+    "study_series",
+]
 
 STUDY_FAMILY = "small models"
 EARLY = "_early"  # in the names of models that were trained for a sixth of their time
@@ -55,25 +67,9 @@ class Weights(NamedTuple):
 
 def read_spectrum(path: Path, method: str, hidden_size: int) -> Weights:
     """Read the spectrum of a model."""
-    from pydantic import ValidationError
-
-    from slicecli.estimation.spectrum_document import SpectrumDocument
-    from slicecli.runtime.json_object import faults_of
-
-    try:
-        read = SpectrumDocument.model_validate(load_json(local_path(path)))
-        if not all(method in one.fisher for one in read.spectrum):
-            raise ValueError(f"it has no weights of method {method}")
-    except (OSError, ValueError) as error:
-        reason = faults_of(error)[0] if isinstance(error, ValidationError) else reason_of(error)
-        raise RequestError(
-            f"{path.name!r} is not a spectrum: {reason}.", "Pass a file written by slicecli spectrum."
-        ) from None
-    if read.hidden_size != hidden_size:
-        raise RequestError(
-            f"The spectrum {path.name!r} is of another model, with hidden size {read.hidden_size}.",
-            "Pass the spectrum of this model.",
-        )
+    read = _read(path, hidden_size)
+    if not all(method in one.fisher for one in read.spectrum):
+        raise _not_a_spectrum(path, f"it has no weights of method {method}")
     fisher = _between([(1 - one.dim / hidden_size, one.fisher[method]) for one in read.spectrum])
     sites = [
         (1 - one.dim / hidden_size, one.fisher_of_sites) for one in read.spectrum if one.fisher_of_sites is not None
@@ -95,6 +91,46 @@ def _probe(projected: Sequence[tuple[float, float]], fisher: Callable[[float], f
         return fisher(sparsity) * math.exp(SHARE_OF_PROJECTED * float(np.interp(math.log(sparsity), places, ratios)))
 
     return weight
+
+
+def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosses | None:
+    """Read what each width would lose; `None` where the spectrum does not say it of the MLPs' widths."""
+    read = _read(path, hidden_size)
+    discarded = {one.dim: max(0.0, 1 - one.kept) for one in read.spectrum if one.kept is not None}
+    cut = {one.mlp_dim: one.lost for one in read.channels}
+    if not discarded or mlp_size not in cut:
+        return None
+    return ShapeLosses(_at_all({0: 1.0, **discarded}, hidden_size), _at_all(cut, mlp_size))
+
+
+def _at_all(known: Mapping[int, float], size: int) -> list[float]:
+    """Return the values at all widths up to a size, by straight lines between those that are known."""
+    widths = sorted(known)
+    values: list[float] = np.interp(range(size + 1), widths, [known[width] for width in widths]).tolist()
+    return values
+
+
+def _read(path: Path, hidden_size: int) -> SpectrumDocument:
+    from pydantic import ValidationError
+
+    from slicecli.estimation.spectrum_document import SpectrumDocument
+    from slicecli.runtime.json_object import faults_of
+
+    try:
+        read = SpectrumDocument.model_validate(load_json(local_path(path)))
+    except (OSError, ValueError) as error:
+        reason = faults_of(error)[0] if isinstance(error, ValidationError) else reason_of(error)
+        raise _not_a_spectrum(path, reason) from None
+    if read.hidden_size != hidden_size:
+        raise RequestError(
+            f"The spectrum {path.name!r} is of another model, with hidden size {read.hidden_size}.",
+            "Pass the spectrum of this model.",
+        )
+    return read
+
+
+def _not_a_spectrum(path: Path, reason: str) -> RequestError:
+    return RequestError(f"{path.name!r} is not a spectrum: {reason}.", "Pass a file written by slicecli spectrum.")
 
 
 def _between(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.friendly_dims import gguf_type
+from slicecli.family.serving import SliceKind, verdicts_on
 from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
-from slicecli.hub.serving import verdicts_on
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
@@ -137,6 +138,7 @@ def render_body(record: Mapping[str, Any]) -> str:
         energy_sentence=_energy_sentence(record),
         trainings=list(_trainings(record)),
         recovery_plot=RECOVERY_PLOT_FILE if RECOVERY_PLOT_FILE in record["files"] else "",
+        recovery_plot_caption=_recovery_plot_caption(record),
         plot=PLOT_FILE if PLOT_FILE in record["files"] else "",
         command_block=code_block("\n".join(" ".join(one.splitlines()) for one in _commands(record))),
         citation_block=code_block(CITATION, "bibtex"),
@@ -183,14 +185,26 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
     return [record["command"], *(one["command"] for one in record.get("recovery", ()))]
 
 
+def _recovery_plot_caption(record: Mapping[str, Any]) -> str:
+    """Say what the plot of the last training shows."""
+    if "recovery" in record and record["recovery"][-1]["block_errors"]:
+        return "Error of each block on held-out rows before and after it was trained"
+    return "Divergence from the teacher on held-out rows against the tokens trained on"
+
+
 def _trainings(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence on each training after slicing."""
     for one in record.get("recovery", ()):
-        what = "all weights" if one["mode"] == "full" else f"low-rank adapters of rank {one['lora_rank']}, then merged"
+        tokens, teacher = f"{one['tokens']:,} tokens of {code(one['text'])}", code(one["teacher"]["model"])
+        if one["mode"] == "blocks":
+            how = f"one block after the other on {tokens} to follow the activations of {teacher}"
+        else:
+            rank = one["lora_rank"]
+            what = "all weights" if rank is None else f"low-rank adapters of rank {rank}, then merged"
+            how = f"({what}) on {tokens} to predict as {teacher} does"
         yield (
-            f"Then it was trained ({what}) on {one['tokens']:,} tokens of {code(one['text'])} to predict as "
-            f"{code(one['teacher']['model'])} does: the mean KL divergence per token on held-out rows of that text "
-            f"fell from {one['kl_before']:.4f} to {one['kl_after']:.4f}."
+            f"Then it was trained {how}: the mean KL divergence per token on held-out rows of that text fell from "
+            f"{one['kl_before']:.4f} to {one['kl_after']:.4f}."
         )
 
 
@@ -248,30 +262,27 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
     flag = " --trust-remote-code" if record["needs_remote_code"] else ""
     snippets = {
         "vLLM": code_block(f"vllm serve {place}{flag}"),
-        "llama.cpp": _llama_cpp_snippet(record["repository"]),
+        "llama.cpp": _llama_cpp_snippet(record["repository"], [record["dim"], record["mlp_dim"] or record["dim"]]),
     }
-    written = record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"]
-    verdicts = verdicts_on(written, record["layout"], record["method"], record["is_tied"])
-    for client, found in verdicts.items():
+    for client, found in verdicts_on(SliceKind.of_record(record)).items():
         yield {
             "sentence": f"{_VERDICTS[found.verdict].format(client)} ({found.version}).",
             "snippet": snippets.get(client, "") if found.verdict == "correct" else "",
         }
 
 
-def _llama_cpp_snippet(repository: str | None) -> str:
+def _llama_cpp_snippet(repository: str | None, widths: Sequence[int]) -> str:
     folder = "PATH" if repository is None else repository.rpartition("/")[2]
     name = "slice" if repository is None else folder
     download = [] if repository is None else [f"hf download {repository} --local-dir {folder}"]
-    return code_block(
-        "\n".join(
-            [
-                *download,
-                f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
-                f"llama-cli -m {name}.gguf",
-            ]
-        )
-    )
+    lines = [
+        *download,
+        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
+        f"llama-cli -m {name}.gguf",
+    ]
+    if kind := gguf_type(*widths):
+        lines += [f"llama-quantize {name}.gguf {name}-{kind}.gguf {kind}", f"llama-cli -m {name}-{kind}.gguf"]
+    return code_block("\n".join(lines))
 
 
 def _change_of_widths(record: Mapping[str, Any]) -> str:
@@ -286,7 +297,7 @@ def _change_of_widths(record: Mapping[str, Any]) -> str:
 
 
 def _method_sentence(record: Mapping[str, Any]) -> str:
-    is_trained = "recovery" in record
+    is_trained = "recovery" in record or any(one["trained_tokens"] for one in record["ancestry"])
     if record["method"] == "refit":
         removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
         end = "." if is_trained else "; nothing was trained."

@@ -1,9 +1,9 @@
 """The spectrum of a model: what slices of any width would lose, measured on the dense model without slicing it.
 
 One document holds for many widths how much of the stream's energy they keep and their Fisher weight with each method
-(`slicecli.slicing.fisher`), and for a few what the dense model loses when its stream is projected on as many directions
-(`slicecli.slicing.projection`), so that whoever has it can predict slices without the weights. It holds no token and no
-local path, and the same model, text and seed give the same document.
+(`slicecli.slicing.fisher`), what MLPs of fewer channels would lose, and for a few what the dense model loses when
+its stream is projected on as many directions (`slicecli.slicing.projection`), so that whoever has it can predict slices
+without the weights. It holds no token and no local path, and the same model, text and seed give the same document.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from slicecli.runtime.libraries import quiet_libraries, running
 from slicecli.runtime.versions import __version__, package_versions
 
 if TYPE_CHECKING:
+    import torch
+
     from slicecli.data.packing import Rows
     from slicecli.linalg.basis import Basis
     from slicecli.progress import Progress
@@ -60,7 +62,9 @@ def run_spectrum(
         job = with_weights(job)
         dense, batches, _ = share_work(job, rows, options.dtype)
         with running(job.source.name):
-            basis = collect_statistics(dense, batches, progress).basis
+            has_channels = not job.dimensions.mlp_obstacle
+            statistics = collect_statistics(dense, batches, progress, with_channels=has_channels)
+            basis = statistics.basis
             fisher = collect_fisher(dense, basis, batches, options.seed, progress)
             probe = _probe(job, dense, basis, rows, batches.size, progress) if probes else None
     size = job.dimensions.hidden_size
@@ -86,6 +90,7 @@ def run_spectrum(
             for dim in sorted({*range(step, size + 1, step), size})
         ],
         "probe": None if probe is None else _probe_fields(probe),
+        "channels": _channels(statistics.channel_losses),
         "versions": package_versions(),
     }
 
@@ -108,3 +113,12 @@ def _probe_fields(probe: ProjectedLoss) -> dict[str, Any]:
         "dense_nll": probe.dense,
         "projected": [{"dim": dim, "nll": nll} for dim, nll in probe.projected.items()],
     }
+
+
+def _channels(losses: torch.Tensor | None) -> list[dict[str, Any]]:
+    """Return what the MLPs lose at some widths."""
+    if losses is None:
+        return []
+    size = len(losses) - 1
+    widths = sorted({*range(0, size + 1, max(1, size // SPECTRUM_POINTS)), size})
+    return [{"mlp_dim": width, "lost": float(losses[width])} for width in widths]

@@ -109,6 +109,7 @@ def build_record(
         "method": plan.method,
         "layout": plan.layout,
         "written_type": plan.written_type,
+        **({"activation": plan.activation} if plan.layout == "stock" else {}),
         "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
@@ -150,7 +151,8 @@ def _ancestry(source: Source) -> list[dict[str, Any]]:
     if record is None:
         return []
     own = {name: record[name] for name in ("method", "hidden_size", "dim", "mlp_size", "mlp_dim", "slicecli_version")}
-    return [{**record["source"], **own}, *record["ancestry"]]
+    trained = sum(one["tokens"] for one in record.get("recovery", ()))
+    return [{**record["source"], **own, "trained_tokens": trained}, *record["ancestry"]]
 
 
 def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:
