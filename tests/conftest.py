@@ -94,15 +94,19 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     return random_model(tiny_config(family, **changes), seed)
 
 
-def disturb(folder: Path) -> None:
-    """Change the matrices of a slice: of random models the refit leaves nothing to be won by training."""
+def disturb(folder: Path, only: str = "") -> None:
+    """Change the matrices of a slice: of random models the refit leaves nothing to be won by training.
+
+    Args:
+        only: What the names of those contain that are changed.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(folder / "model.safetensors")
-    for value in tensors.values():
-        if value.ndim == 2:
+    for name, value in tensors.items():
+        if value.ndim == 2 and only in name:
             value += (0.5 * value.float().std() * torch.randn(value.shape, generator=generator)).to(value.dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

@@ -312,6 +312,17 @@ def test_the_slice_is_that_of_one_process(start, slices, count):
     assert [path.name for path in folders[0].parent.iterdir()] == ["slice"]
 
 
+def test_widths_are_chosen_as_by_one_process(start, checkpoints, slice_options):
+    words = ["slice", checkpoints(), "--target-params", "66k", *slice_options, "--format", "json"]
+    plans = []
+    for count in (1, 2):
+        done = start(count, *words, "-o", f"target{count}/slice")
+        assert done["codes"] == [0] * count, done["err"]
+        plan = read_json(start.folder / f"target{count}" / "slice" / "slicecli.json")
+        plans.append((plan["dim"], plan["mlp_dim"]))
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_main_process_alone_speaks(slices, count):
     reports = [json.loads(slices[number]["out"][0]) for number in (count, 1)]
@@ -344,21 +355,21 @@ def test_figures_are_those_of_one_process(start, slices, text_file, checkpoints)
     assert_close(found[3], found[1], 1e-7)  # float32 weights may differ in their last bit
 
 
-def test_a_training_is_that_of_one_process(start, slices, text_file, checkpoints):
+@pytest.mark.parametrize(("mode", "tolerance"), [("full", 1e-5), ("blocks", 0.02)])
+def test_a_training_is_that_of_one_process(start, slices, text_file, checkpoints, mode, tolerance):
     words = ["--data", text_file, "--tokens", "2k", "--seq-len", "32", "--batch-size", "256", "--lr", "2e-3"]
-    disturb(Path(shutil.copytree(start.folder / "by1" / "slice", start.folder / "disturbed")))
-    found = {}
+    folder, found = f"disturbed-{mode}", {}
+    disturb(Path(shutil.copytree(start.folder / "by1" / "slice", start.folder / folder)), only="layers")
     for count in (1, 2):
-        output = f"recovered{count}"
-        done = start(
-            count, "recover", "disturbed", "--teacher", checkpoints(), *words, "-o", output, "--format", "json"
-        )
+        output = f"{mode}{count}"
+        words_of_mode = ["--mode", mode, "-o", output, "--format", "json"]
+        done = start(count, "recover", folder, "--teacher", checkpoints(), *words, *words_of_mode)
         assert done["codes"] == [0] * count, done["err"]
         assert done["out"][1:] == done["err"][1:] == [""] * (count - 1)
         found[count] = json.loads(done["out"][0])
-        assert not list(start.folder.glob(".recovered*"))
-    for name in ("kl_before", "kl_after"):
-        assert found[2][name] == pytest.approx(found[1][name], rel=1e-5)
+        assert not list(start.folder.glob(f".{output}*"))
+    assert found[2]["kl_before"] == pytest.approx(found[1]["kl_before"], rel=1e-5)
+    assert found[2]["kl_after"] == pytest.approx(found[1]["kl_after"], rel=tolerance)
 
 
 def test_a_sweep_is_that_of_one_process(start, checkpoints, text_file, slice_options):

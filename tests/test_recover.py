@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -154,6 +155,24 @@ def test_a_recovered_slice_can_be_recovered_again(slices, recover, text_file, tm
     assert not [one.text for one in verify_folder(again.output) if one.is_error]
 
 
+def test_a_recovered_slice_can_be_sliced_again_and_recovered_again(slices, recover, text_file, tmp_path):
+    first = recover()
+    options = {"calibration": str(text_file), "samples": 24, "sequence_length": 32}
+    slicecli.slice_model(str(first.output), dim=24, output=tmp_path / "narrower", **options)
+    disturb(tmp_path / "narrower")
+    again = slicecli.recover(
+        str(tmp_path / "narrower"), str(slices()[0]), output=tmp_path / "again", data=str(text_file), **QUICK
+    )
+    records = [json.loads((one / "slicecli.json").read_text()) for one in (tmp_path / "narrower", again.output)]
+    assert "recovery" not in records[0] and len(records[1]["recovery"]) == 1
+    assert all([one["trained_tokens"] for one in record["ancestry"]] == [3072] for record in records)
+    for record, folder in zip(records, (tmp_path / "narrower", again.output), strict=True):
+        card = (folder / "README.md").read_text()
+        assert "then trained on 3,072 tokens" in card and "nothing was trained" not in card
+        assert record["source"]["content"] == Source.find(str(first.output)).content
+    assert not [one.text for one in verify_folder(again.output) if one.is_error]
+
+
 def test_figures_of_the_slice_before_stay_apart(run, slices, text_file, tmp_path):
     dense, folder = slices()
     measured = Source.find(str(shutil.copytree(folder, tmp_path / "measured"))).folder
@@ -204,17 +223,17 @@ def test_a_result_no_better_than_the_slice_is_not_written(recover, tmp_path):
 
 def nan_from(monkeypatch, call):
     """Let the loss be NaN from one call on."""
-    from slicecli.recovery import trainer
+    from slicecli.recovery import teacher
 
     calls = []
 
-    def loss(student, teacher):
+    def loss(student, expected):
         calls.append(None)
-        found = divergence(student, teacher)
+        found = divergence(student, expected)
         return found * float("nan") if student.requires_grad and len(calls) >= call else found
 
-    divergence = trainer.next_token_divergence
-    monkeypatch.setattr(trainer, "next_token_divergence", loss)
+    divergence = teacher.next_token_divergence
+    monkeypatch.setattr(teacher, "next_token_divergence", loss)
 
 
 def test_a_loss_that_is_no_number_stops_training_and_the_best_state_is_kept(recover, monkeypatch):
@@ -335,8 +354,47 @@ def test_a_short_text_is_read_again(recover):
     assert "each is read" in warning
 
 
+def test_all_logits_stored_train_as_the_teacher_itself_does(recover, tmp_path):
+    live = recover(output=tmp_path / "live")
+    stored = recover(output=tmp_path / "stored", store_logits=300, cache_folder=tmp_path / "cache")
+    assert dict(stored.history) == pytest.approx(dict(live.history), rel=1e-4)
+    assert json.loads((stored.output / "slicecli.json").read_text())["recovery"][0]["stored_logits"] == 300
+
+
+def test_stored_logits_are_a_lower_bound_and_are_used_again(recover, tmp_path, monkeypatch):
+    live = recover(output=tmp_path / "live")
+    options = {"store_logits": 8, "cache_folder": tmp_path / "cache"}
+    first = recover(output=tmp_path / "first", **options)
+    assert first.kl_before < live.kl_before
+    (path,) = (tmp_path / "cache").iterdir()
+    # 96 rows to train on and 5 held out, of each 31 predictions of 8 tokens and one sum
+    assert 0 < path.stat().st_size - (96 + 5) * 31 * (8 * 8 + 4) < 1000
+    monkeypatch.setattr("slicecli.recovery.teacher.store_logits", None)
+    assert recover(output=tmp_path / "second", **options).kl_after == first.kl_after
+
+
+def test_logits_that_do_not_fit_the_disk_leave_nothing_behind(recover, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"predictions cannot be stored .*: No space left on device"):
+        recover(store_logits=8, cache_folder=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_stored_logits_take_is_said_before(run, slices, text_file, tmp_path):
+    dense, folder = slices()
+    words = ["recover", folder, "--teacher", dense, "--data", text_file, "--tokens", "3k", "--seq-len", "32"]
+    found = run(*words, "--batch-size", "256", "--store-logits", "100", "--cache-dir", tmp_path, "--dry-run")
+    assert "GB on disk for 100 of the teacher's logits" in found.stderr
+    too_many = run(*words, "--store-logits", "301", "--cache-dir", tmp_path, "--dry-run")
+    assert too_many.exit_code == 2 and "301 logits are more than the 300 tokens" in too_many.stderr
+
+
 def test_adapters_need_peft(recover, monkeypatch):
-    monkeypatch.setattr("slicecli.jobs.recover.find_spec", lambda _name: None)
+    monkeypatch.setattr("slicecli.jobs.recovery_plan.find_spec", lambda _name: None)
     with pytest.raises(RequestError, match=r"requires peft.*slicecli\[lora\]"):
         recover(mode="lora")
 
@@ -348,7 +406,7 @@ def test_adapters_need_peft(recover, monkeypatch):
         ({"tokens": 100}, "less than one step"),
         ({"sequence_length": 4096}, "exceeds the limit"),
         ({"learning_rate": 0.0}, "out of range"),
-        ({"mode": "blocks"}, "not a mode"),
+        ({"mode": "half"}, "not a mode"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(recover, options, reason):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slicecli.recovery.loss import forward_divergence, next_token_divergence
+from slicecli.recovery.loss import forward_divergence, likeliest_divergence, likeliest_tokens, next_token_divergence
 
 
 def reference(student, teacher):
@@ -63,3 +63,35 @@ def test_a_chunk_bounds_the_float32_copies(monkeypatch):
     monkeypatch.setattr(torch, "log_softmax", watched)
     forward_divergence(logits(10, 8, seed=0), logits(10, 8, seed=1), chunk=4)
     assert max(positions) == 4 and sum(positions) == 20
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("count", [1, 10, 40])
+def test_of_the_likeliest_tokens_value_and_gradient_are_those_of_the_reference(count, chunk):
+    student, teacher = logits(7, 50, seed=0).requires_grad_(), logits(7, 50, seed=1)
+    wide = student.detach().double().requires_grad_()
+    own, other = torch.softmax(wide, -1), torch.softmax(teacher.double(), -1)
+    tokens = other.topk(count).indices
+    kept = torch.zeros_like(own).scatter(-1, tokens, 1.0)
+    buckets = [
+        torch.cat([one.gather(-1, tokens), ((1 - kept) * one).sum(-1, keepdim=True)], -1) for one in (own, other)
+    ]
+    expected = (buckets[1] * (buckets[1].log() - buckets[0].log())).sum()
+    expected.backward()
+    found = likeliest_divergence(student, likeliest_tokens(teacher, count), chunk)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(student.grad.double(), wide.grad, atol=2e-6, rtol=1e-4)
+    assert float(found.detach()) < float(reference(student.detach(), teacher).sum())
+
+
+def test_more_of_the_likeliest_tokens_bring_the_divergence_closer_and_all_of_them_make_it_exact():
+    student, teacher = logits(7, 50, seed=0).requires_grad_(), logits(7, 50, seed=1)
+    found = [
+        float(likeliest_divergence(student, likeliest_tokens(teacher, count)).detach()) for count in (1, 5, 25, 50)
+    ]
+    assert found == sorted(found)
+    whole, exact = forward_divergence(student, teacher), likeliest_divergence(student, likeliest_tokens(teacher, 50))
+    gradients = [torch.autograd.grad(one, student)[0] for one in (whole, exact)]
+    assert float(exact.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+    torch.testing.assert_close(*gradients)

@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from slicecli.checkpoint.dense_weights import checkpoint_tensors, stored_values
 from slicecli.checkpoint.folder import file_digest
 from slicecli.checkpoint.weight_headers import INDEX_FILE
 from slicecli.errors import OutputError, WeightsError
@@ -22,7 +23,7 @@ from slicecli.family.slice_plan import DTYPE_CODES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ShardWriter", "content_of", "write_tensors"]
+__all__ = ["ModelWriter", "ShardWriter", "content_of", "write_tensors"]
 
 ENTRY_BYTES = 256  # most that a tensor takes in a header of ours
 WIDER_DTYPE = {
@@ -148,6 +149,30 @@ class ShardWriter:
                 f"The interrupted run cannot be resumed: what it left is damaged ({file}).",
                 "Leave out --resume to start over.",
             )
+
+
+class ModelWriter(ShardWriter):
+    """Writes the shards of a model, whose tensors arrive by the names of its parameters and buffers.
+
+    Args:
+        model: The model, of which only names and shapes are read.
+    """
+
+    def __init__(
+        self, folder: Path, model: Any, dtype: torch.dtype, max_shard_size: int, missing: Sequence[str] | None = None
+    ) -> None:
+        shapes = {
+            stored: tuple(part.shape)
+            for name, value in stored_values(model)
+            for stored, part in checkpoint_tensors(model, name, value).items()
+        }
+        super().__init__(folder, shapes, dtype, max_shard_size, missing)
+        self._model = model
+
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the model's tensors, as checkpoints of its family store it."""
+        for stored, part in checkpoint_tensors(self._model, name, tensor).items():
+            self.write(stored, part)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], count: int) -> None:

@@ -21,10 +21,11 @@ FOLDER = click.option(
 
 @click.group("cache")
 def command() -> None:
-    """List or clear the cached statistics, which other dims of the same model reuse.
+    """List or clear the cached statistics, which other dims of the same model reuse, and stored logits of teachers.
 
     Slicing needs the statistics of a model on its calibration text; they do not depend on the dim. When the cache
-    exceeds SLICECLI_CACHE_SIZE (10 GB), the least recently used are removed.
+    exceeds SLICECLI_CACHE_SIZE (10 GB), the least recently used are removed. The logits that `recover --store-logits`
+    keeps stay until the cache is cleared.
     """
 
 
@@ -35,7 +36,8 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
     """List the cache, most recently used first."""
     from slicecli.slicing.statistics_cache import StatisticsCache
 
-    entries = StatisticsCache(cache_dir).entries()
+    cache = StatisticsCache(cache_dir)
+    entries, logits = cache.entries(), [path.stat().st_size for path in cache.stored_logits()]
     if output_format == "json":
         show.print_json(
             [
@@ -58,8 +60,10 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
             ],
             is_numeric=False,
         )
-    else:
+    elif not logits:
         show.note("The cache is empty.")
+    if logits and output_format != "json":
+        show.note(f"Beside them: stored logits of teachers, {len(logits)} files, {show.size(sum(logits))}.")
 
 
 @command.command("clear")

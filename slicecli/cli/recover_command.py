@@ -15,7 +15,8 @@ from slicecli.jobs.options import RecoverOptions
 from slicecli.runtime.options import from_chosen
 
 if TYPE_CHECKING:
-    from slicecli.jobs.recover import RecoveryJob
+    from slicecli.jobs.recover import RecoveryReport
+    from slicecli.jobs.recovery_plan import RecoveryJob
 
 
 @click.command("recover")
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are downloaded.")
 @shared.add_options(
     RecoverOptions,
-    *("learning_rate", "sequence_length", "batch_size", "seed", "eval_every"),
-    *("device_map", "max_memory", "max_shard_size"),
+    *("epochs", "learning_rate", "sequence_length", "batch_size", "seed", "eval_every"),
+    *("store_logits", "cache_folder", "device_map", "max_memory", "activations", "max_shard_size"),
 )
 @click.option(
     "--push",
@@ -54,21 +55,24 @@ def command(
 ) -> None:
     """Train SLICE to predict the next token as its dense model, the teacher, does.
 
-    The loss is the KL divergence of the slice's predictions from the teacher's. A twentieth of the text is held out;
-    the state with the lowest divergence there is written to a new folder, if it is lower than before. Layout, dtype,
-    tied embeddings and files stay as they are.
+    The loss is the KL divergence of the slice's predictions from the teacher's; in mode blocks, for all blocks but the
+    last, it is the distance of the block's activations from the teacher's. A twentieth of the text is held out; the
+    best state there is written to a new folder, if its divergence is lower than before. Layout, dtype, tied embeddings
+    and files stay as they are.
 
     \b
     Examples:
       slicecli recover ./my-slice --teacher ./my-model -o ./my-slice-recovered
+      slicecli recover ./my-slice --teacher ./my-model --mode blocks --data texts.jsonl --tokens 256k
       slicecli recover me/my-slice --data c4 --tokens 10M --mode lora --lr 3e-4
     """
     publication = publication_of(chosen, repository)
 
-    from slicecli.checkpoint.folder import unfinished_folder
-    from slicecli.jobs.recover import plan_recovery, recover_slice
+    from slicecli.jobs.recovery_plan import plan_recovery
     from slicecli.runtime.libraries import quiet_libraries
+    from slicecli.runtime.memory import bound_memory_that_is_kept
 
+    bound_memory_that_is_kept()
     settings = from_chosen(RecoverOptions, chosen)
     if repository is not None and not dry_run:
         from slicecli.hub.push import check_can_push
@@ -77,32 +81,15 @@ def command(
         check_can_push(repository, publication)
     with quiet_libraries():
         job = plan_recovery(model, output, settings)
-    is_main = job.processes.is_main
     if not context["quiet"]:
         show.note(job.describe())
     if dry_run:
         _report({**_fields(job), "dry_run": True}, output_format)
         return
-    try:
-        with quiet_libraries(), show.progress(context["quiet"]) as watcher:
-            report = recover_slice(job, watcher)
-    except (KeyboardInterrupt, SystemExit):
-        if unfinished_folder(job.folder).exists():
-            show.note("Interrupted: run the same command with --resume to continue.")
-        raise
-    if not is_main:
+    report = run_recovery(job, context["quiet"])
+    if not job.processes.is_main:
         return
-    for text in report.warnings:
-        show.warn(text)
-    fields = {
-        **_fields(job),
-        "tokens": report.tokens,
-        "kl_before": report.kl_before,
-        "kl_after": report.kl_after,
-        "best_step": report.best_step,
-        "history": [{"tokens": tokens, "kl": kl} for tokens, kl in report.history],
-        "seconds": round(report.seconds, 3),
-    }
+    fields = {**_fields(job), **result_of(report)}
     report_fields = functools.partial(_report, output_format=output_format)
     published = push_and_report(job.folder, repository, publication, context["quiet"], fields, report_fields)
     if not context["quiet"]:
@@ -110,6 +97,42 @@ def command(
         if published is not None:
             show.note(f"Published: {published.url}")
         show.note(f"Next: slicecli eval {job.folder} --perplexity wikitext2")
+
+
+def run_recovery(
+    job: RecoveryJob, is_quiet: bool, how_to_resume: str = "run the same command with --resume to continue"
+) -> RecoveryReport:
+    """Train a slice with a progress bar, and print the warnings."""
+    from slicecli.checkpoint.folder import unfinished_folder
+    from slicecli.jobs.recover import recover_slice
+    from slicecli.runtime.libraries import quiet_libraries
+
+    try:
+        with quiet_libraries(), show.progress(is_quiet) as watcher:
+            report = recover_slice(job, watcher)
+    except (KeyboardInterrupt, SystemExit):
+        if unfinished_folder(job.folder).exists():
+            show.note(f"Interrupted: {how_to_resume}.")
+        raise
+    if job.processes.is_main:
+        for text in report.warnings:
+            show.warn(text)
+    return report
+
+
+def result_of(report: RecoveryReport) -> dict[str, Any]:
+    """Return what came out of a training as plain data."""
+    from slicecli.runtime.memory import peak_memory_bytes
+
+    return {
+        "tokens": report.tokens,
+        "kl_before": report.kl_before,
+        "kl_after": report.kl_after,
+        "best_step": report.best_step,
+        "history": [{"tokens": tokens, "kl": kl} for tokens, kl in report.history],
+        "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def _fields(job: RecoveryJob) -> dict[str, Any]:

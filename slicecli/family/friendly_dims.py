@@ -73,18 +73,21 @@ def friendly_multiple(dim: int) -> int | None:
     return next((multiple for multiple in MULTIPLES if dim % multiple == 0), None)
 
 
-def preferred_dims(sizes: LegalDims, multiple_of: int | None = None) -> list[int]:
+def preferred_dims(sizes: LegalDims, multiple_of: int | None = None, most_step: float = MOST_STEP) -> list[int]:
     """Return legal dims that a number divides: the largest of 256, 128, 64 and 32 that is a small step for the model.
 
     Where even 32 is a large step, all legal dims are returned.
 
     Args:
         multiple_of: The number to use instead.
+        most_step: What counts as a small step, as a share of the hidden size.
     """
-    return preferred_widths(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple, multiple_of)
+    return preferred_widths(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple, multiple_of, most_step)
 
 
-def preferred_widths(legal: range, size: int, least_step: int = 1, multiple_of: int | None = None) -> list[int]:
+def preferred_widths(
+    legal: range, size: int, least_step: int = 1, multiple_of: int | None = None, most_step: float = MOST_STEP
+) -> list[int]:
     """Do the same for legal widths of any kind, such as those of an MLP.
 
     Args:
@@ -94,7 +97,7 @@ def preferred_widths(legal: range, size: int, least_step: int = 1, multiple_of: 
     if multiple_of is not None:
         return _divided(legal, multiple_of)
     for multiple in MULTIPLES:
-        if math.lcm(least_step, multiple) <= MOST_STEP * size:
+        if math.lcm(least_step, multiple) <= most_step * size:
             return _divided(legal, multiple)
     return list(legal)
 

@@ -211,16 +211,20 @@ class SliceClasses:
         return next(iter([*everywhere, *legal]), self._widest())
 
     def resolve(self, width: Width, bytes_per_parameter: int) -> tuple[int, WrittenClass]:
-        """Return the dim that meets a wish, and the class of a slice at that dim.
+        """Return the dim that meets a wish, and the class of a slice at that dim."""
+        dim = width.resolve(self.to_choose_in(width), bytes_per_parameter)
+        return dim, self.at(dim)
+
+    def to_choose_in(self, width: Width) -> WrittenClass:
+        """Return the class whose dims a wish chooses among.
 
         Multiples of a number of the user's are looked for in whichever class that runs has most dims.
         """
-        sizes = self.at(width.dim)
-        if width.multiple_of is not None and self.wish == AUTO:
-            running = [one for one in self.available if one.runs_everywhere]
-            sizes = min(running or [sizes], key=lambda one: one.dim_multiple)
-        dim = width.resolve(sizes, bytes_per_parameter)
-        return dim, self.at(dim)
+        usual = self.at(width.dim)
+        if width.multiple_of is None or self.wish != AUTO:
+            return usual
+        running = [one for one in self.available if one.runs_everywhere]
+        return min(running or [usual], key=lambda one: one.dim_multiple)
 
     def legal_dims(self) -> list[int]:
         """Return the dims that a slice may have in any of the classes that may be taken, in ascending order."""

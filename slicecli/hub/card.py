@@ -138,6 +138,7 @@ def render_body(record: Mapping[str, Any]) -> str:
         energy_sentence=_energy_sentence(record),
         trainings=list(_trainings(record)),
         recovery_plot=RECOVERY_PLOT_FILE if RECOVERY_PLOT_FILE in record["files"] else "",
+        recovery_plot_caption=_recovery_plot_caption(record),
         plot=PLOT_FILE if PLOT_FILE in record["files"] else "",
         command_block=code_block("\n".join(" ".join(one.splitlines()) for one in _commands(record))),
         citation_block=code_block(CITATION, "bibtex"),
@@ -184,14 +185,26 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
     return [record["command"], *(one["command"] for one in record.get("recovery", ()))]
 
 
+def _recovery_plot_caption(record: Mapping[str, Any]) -> str:
+    """Say what the plot of the last training shows."""
+    if "recovery" in record and record["recovery"][-1]["block_errors"]:
+        return "Error of each block on held-out rows before and after it was trained"
+    return "Divergence from the teacher on held-out rows against the tokens trained on"
+
+
 def _trainings(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence on each training after slicing."""
     for one in record.get("recovery", ()):
-        what = "all weights" if one["mode"] == "full" else f"low-rank adapters of rank {one['lora_rank']}, then merged"
+        tokens, teacher = f"{one['tokens']:,} tokens of {code(one['text'])}", code(one["teacher"]["model"])
+        if one["mode"] == "blocks":
+            how = f"one block after the other on {tokens} to follow the activations of {teacher}"
+        else:
+            rank = one["lora_rank"]
+            what = "all weights" if rank is None else f"low-rank adapters of rank {rank}, then merged"
+            how = f"({what}) on {tokens} to predict as {teacher} does"
         yield (
-            f"Then it was trained ({what}) on {one['tokens']:,} tokens of {code(one['text'])} to predict as "
-            f"{code(one['teacher']['model'])} does: the mean KL divergence per token on held-out rows of that text "
-            f"fell from {one['kl_before']:.4f} to {one['kl_after']:.4f}."
+            f"Then it was trained {how}: the mean KL divergence per token on held-out rows of that text fell from "
+            f"{one['kl_before']:.4f} to {one['kl_after']:.4f}."
         )
 
 
@@ -284,7 +297,7 @@ def _change_of_widths(record: Mapping[str, Any]) -> str:
 
 
 def _method_sentence(record: Mapping[str, Any]) -> str:
-    is_trained = "recovery" in record
+    is_trained = "recovery" in record or any(one["trained_tokens"] for one in record["ancestry"])
     if record["method"] == "refit":
         removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
         end = "." if is_trained else "; nothing was trained."

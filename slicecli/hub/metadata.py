@@ -69,6 +69,7 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
 
     base_model = base_model_of(record)
     trainings = record.get("recovery", [])
+    is_trained = bool(trainings) or any(one["trained_tokens"] for one in record["ancestry"])
     datasets = [record["calibration"]["dataset"], *(one["dataset"] for one in trainings)]
     named = [one for one in dict.fromkeys(datasets) if one and is_repository_name(one, needs_owner=True)]
     data = ModelCardData(
@@ -78,7 +79,7 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=named or None,
-        tags=[*TAGS, *([DISTILLED_TAG] if trainings else [])],
+        tags=[*TAGS, *([DISTILLED_TAG] if is_trained else [])],
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )
     results = list(_eval_results(record))

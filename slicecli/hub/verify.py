@@ -192,6 +192,9 @@ def _check_recovery(recovery: Mapping[str, Any]) -> Iterator[Finding]:
     steps, tokens, per_step = recovery["steps"], recovery["tokens"], recovery["tokens_per_step"]
     if tokens != steps * per_step:
         yield _error("counts", f"{steps:,} steps of {per_step:,} tokens are not {tokens:,} tokens of training")
+    epochs, rows = recovery["epochs"], recovery["training"]["tokens"]
+    if epochs is not None and tokens != epochs * rows:
+        yield _error("counts", f"{epochs} epochs of {rows:,} tokens are not {tokens:,} tokens of training")
     if recovery["best_step"] > steps:
         yield _error("counts", f"the best step is {recovery['best_step']:,} of {steps:,} in the record")
     if recovery["kl_after"] >= recovery["kl_before"]:

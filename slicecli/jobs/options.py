@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RecoverOptions", "SliceOptions"]
 
+CACHE_FOLDER = Option(
+    "--cache-dir",
+    "Folder of the statistics cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
+    reads=local_path,
+    metavar="DIR",
+    is_folder=True,
+    affects_result=False,
+)
+RECOVERY_MODES = ("full", "lora", "blocks")
 MAX_SHARD_SIZE = Option(
     "--max-shard-size",
     "Maximum bytes per weight file.",
@@ -31,6 +40,14 @@ MAX_SHARD_SIZE = Option(
 OVERWRITE = Option("--overwrite", "Replace an existing slice.", default=False, reads=bool, affects_result=False)
 RESUME = Option(
     "--resume", "Continue an interrupted run of the same command.", default=False, reads=bool, affects_result=False
+)
+
+ACTIVATIONS = Option(
+    "--activations",
+    "Where to keep the cached activations of the calibration text; auto takes the first with room.",
+    default="auto",
+    choices=("auto", "device", "host", "disk"),
+    affects_result=False,
 )
 
 
@@ -92,26 +109,13 @@ class SliceOptions:
         reads=bool,
         affects_result=False,
     ).field()
-    cache_folder: Path | None = Option(
-        "--cache-dir",
-        "Folder of the statistics cache.  [default: SLICECLI_CACHE, or the user's cache folder]",
-        reads=local_path,
-        metavar="DIR",
-        is_folder=True,
-        affects_result=False,
-    ).field()
+    cache_folder: Path | None = CACHE_FOLDER.field()
     sequence_length: int | None = options.SEQUENCE_LENGTH.field()
     batch_size: int | None = options.BATCH_SIZE.field()
     dtype: str | None = options.DTYPE.field()
     device_map: DeviceMap = options.DEVICE_MAP.field()
     max_memory: MaxMemory | None = options.MAX_MEMORY.field()
-    activations: Literal["auto", "device", "host", "disk"] = Option(
-        "--activations",
-        "Where to keep the cached activations of the calibration text; auto takes the first with room.",
-        default="auto",
-        choices=("auto", "device", "host", "disk"),
-        affects_result=False,
-    ).field()
+    activations: Literal["auto", "device", "host", "disk"] = ACTIVATIONS.field()
     max_shard_size: int = MAX_SHARD_SIZE.field()
     adapter: str | None = Option(
         "--adapter",
@@ -158,21 +162,28 @@ class RecoverOptions:
         reads=parse_text,
         metavar="NAME|FILE|HUB_ID",
     ).field()
-    tokens: int = Option(
+    tokens: int | None = Option(
         "--tokens",
-        "Tokens to train on; a shorter text is read several times.",
-        default="2M",
+        "Tokens to train on; a shorter text is read several times.  [default: 2M; of mode blocks 131072]",
         reads=parse_tokens,
         metavar="N",
     ).field()
     mode: RecoveryMode = Option(
         "--mode",
-        "full: train all weights. lora: train low-rank adapters and merge them (needs slicecli[lora]).",
+        "full: train all weights at once. lora: train low-rank adapters and merge them (needs slicecli[lora]). blocks: "
+        "train one block after the other to follow the teacher's activations, in the memory of one block.",
         default="full",
-        choices=("full", "lora"),
+        choices=RECOVERY_MODES,
     ).field()
-    learning_rate: float = Option(
-        "--lr", "Largest learning rate; it rises for 5 % of the steps and falls by a cosine.", default=2e-4, reads=float
+    epochs: int | None = Option(
+        "--epochs", "blocks: how often each block sees the tokens.  [default: 4]", reads=int, metavar="N"
+    ).field()
+    learning_rate: float | None = Option(
+        "--lr",
+        "Largest learning rate; it rises for 5 % of the steps and falls by a cosine.  [default: 2e-4; of mode blocks "
+        "1e-3]",
+        reads=float,
+        metavar="RATE",
     ).field()
     sequence_length: int | None = Option(
         "--seq-len", "Tokens per row.  [default: 512, or the model's longest]", reads=int, metavar="N"
@@ -187,9 +198,21 @@ class RecoverOptions:
     seed: int = Option("--seed", "Seed for choosing and ordering the rows.", default=42, reads=int, metavar="N").field()
     eval_every: int | None = Option(
         "--eval-every",
-        "Steps between measurements on the held-out rows, each with a checkpoint.  [default: a tenth of the steps]",
+        "full, lora: steps between measurements on the held-out rows, each with a checkpoint.  [default: a tenth of "
+        "the steps]",
         reads=int,
         metavar="N",
+    ).field()
+    store_logits: int | None = Option(
+        "--store-logits",
+        "full, lora: keep what the teacher predicts on disk, of each position the K likeliest tokens and the sum of "
+        "the others, and reuse it in later runs on the same text.",
+        reads=int,
+        metavar="K",
+    ).field()
+    cache_folder: Path | None = dataclasses.replace(
+        CACHE_FOLDER,
+        help="Where --store-logits keeps it.  [default: SLICECLI_CACHE, or the user's cache folder]",
     ).field()
     device_map: DeviceMap = dataclasses.replace(
         options.DEVICE_MAP,
@@ -199,6 +222,9 @@ class RecoverOptions:
     max_memory: MaxMemory | None = dataclasses.replace(
         options.MAX_MEMORY,
         help="Maximum bytes of the teacher's weights on each device; those that fit nowhere are read from disk.",
+    ).field()
+    activations: Literal["auto", "device", "host", "disk"] = dataclasses.replace(
+        ACTIVATIONS, help="blocks: where to keep the cached activations; auto takes the first with room."
     ).field()
     max_shard_size: int = MAX_SHARD_SIZE.field()
     revision: str | None = options.REVISION.field()
@@ -213,15 +239,25 @@ class RecoverOptions:
                 object.__setattr__(self, name, parse_tokens(value))
         if isinstance(self.max_shard_size, str):
             object.__setattr__(self, "max_shard_size", parse_bytes(self.max_shard_size))
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise RequestError(f"{self.tokens} training tokens are too few.", "Use --tokens 1 or more.")
         check_count(self.sequence_length, "A sequence length of {} is", "Use --seq-len", least=2)
         check_count(self.batch_size, "A batch of {} tokens is", "Use --batch-size", least=2)
         check_count(
             self.eval_every, "A measurement every {} steps is", "Use --eval-every", words=("too often", "too rare")
         )
+        check_count(self.store_logits, "{} stored logits are", "Use --store-logits", words=("too few", "too many"))
+        check_count(self.epochs, "{} epochs are", "Use --epochs", words=("too few", "too many"))
         check_seed(self.seed)
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise RequestError(f"A learning rate of {self.learning_rate} is out of range.", "Use --lr between 0 and 1.")
-        if self.mode not in ("full", "lora"):
-            raise RequestError(f"{shown(self.mode)} is not a mode of training.", "Use full or lora.")
+        if self.mode not in RECOVERY_MODES:
+            raise RequestError(f"{shown(self.mode)} is not a mode of training.", f"Use {', '.join(RECOVERY_MODES)}.")
+        if self.mode == "blocks" and (self.eval_every is not None or self.store_logits is not None):
+            raise RequestError(
+                "--eval-every and --store-logits are of modes full and lora.", "Leave them out, or use another --mode."
+            )
+        if self.mode != "blocks" and (self.epochs is not None or self.activations != "auto"):
+            raise RequestError(
+                "--epochs and --activations are of mode blocks.", "Leave them out, or use --mode blocks."
+            )

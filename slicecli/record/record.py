@@ -151,7 +151,8 @@ def _ancestry(source: Source) -> list[dict[str, Any]]:
     if record is None:
         return []
     own = {name: record[name] for name in ("method", "hidden_size", "dim", "mlp_size", "mlp_dim", "slicecli_version")}
-    return [{**record["source"], **own}, *record["ancestry"]]
+    trained = sum(one["tokens"] for one in record.get("recovery", ()))
+    return [{**record["source"], **own, "trained_tokens": trained}, *record["ancestry"]]
 
 
 def calibration_fields(rows: Rows, seed: int) -> dict[str, Any]:

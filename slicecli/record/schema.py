@@ -77,7 +77,7 @@ MeasuredSparsity = Annotated[float, Field(ge=LEAST_SPARSITY, le=1 - LEAST_SPARSI
 # a sum of rounded numbers may be a little more than the whole
 EnergyShare = Annotated[float, Field(ge=0, le=1.000001)]
 Quantity = Literal["perplexity", "accuracy"]
-RecoveryMode = Literal["full", "lora"]
+RecoveryMode = Literal["full", "lora", "blocks"]
 Command = Annotated[str, Field(min_length=1, max_length=4000, pattern=LINE)]
 DatasetId = Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
@@ -113,6 +113,7 @@ class Ancestor(Source):
     mlp_size: Size | None = Field(description="Its MLP channels; null where the slice has all of them.")
     mlp_dim: Size | None = Field(description="MLP channels of the slice of it; likewise.")
     slicecli_version: Version = Field(description="Version of slicecli that sliced it.")
+    trained_tokens: Count = Field(description="Tokens that the slice of it was then trained on; 0 where it was not.")
 
 
 class Inherited(JsonObject):
@@ -277,13 +278,28 @@ class HeldOutDivergence(JsonObject):
     kl: NotNegative = Field(description="Mean KL(teacher ‖ slice) per predicted token, in nats.")
 
 
+class BlockError(JsonObject):
+    """Mean squared error of a block's output on the held-out rows, relative to the mean square of the dense stream."""
+
+    before: NotNegative = Field(description="Before the block was trained, behind the trained blocks before it.")
+    after: NotNegative = Field(description="After it was trained.")
+
+
 class Recovery(JsonObject):
     """A training of a slice to predict as a teacher does."""
 
     slice: ModelIdentity = Field(description="The slice before this training.")
     teacher: ModelIdentity = Field(description="The model whose predictions it was trained to give.")
-    mode: RecoveryMode = Field(description="full: all weights. lora: low-rank adapters, merged at the end.")
-    lora_rank: Size | None = Field(description="Rank of the adapters; null for mode full.")
+    mode: RecoveryMode = Field(
+        description="full: all weights at once. lora: low-rank adapters, merged at the end. blocks: all weights of the "
+        "blocks, one block after the other."
+    )
+    lora_rank: Size | None = Field(description="Rank of the adapters; null but for mode lora.")
+    epochs: Size | None = Field(description="How often each block has seen the rows; null but for mode blocks.")
+    stored_logits: Size | None = Field(
+        description="Of how many tokens at each position the teacher's probabilities were stored, the others summed "
+        "up; the divergences are over these. Null for all tokens."
+    )
     text: Name = Field(description="Name of the text.")
     dataset: DatasetId | None = Field(
         description="Hub id of the dataset it comes from; null where it comes from elsewhere."
@@ -297,7 +313,7 @@ class Recovery(JsonObject):
     held_out: RowSet = Field(description="The rows that the divergence was measured on; none is trained on.")
     tokens: Size = Field(description="Tokens trained on; rows that were read again count again.")
     tokens_per_step: Size = Field(description="Tokens of one step of the optimiser.")
-    steps: Size = Field(description="Steps of the optimiser.")
+    steps: Size = Field(description="Steps of the optimiser; of mode blocks, for each block.")
     best_step: Size = Field(description="The step whose weights were kept: those of the lowest held-out divergence.")
     learning_rate: Annotated[Figure, Field(gt=0)] = Field(description="Largest learning rate.")
     kl_before: NotNegative = Field(
@@ -306,6 +322,10 @@ class Recovery(JsonObject):
     kl_after: NotNegative = Field(description="The same of the weights as they are stored.")
     history: Annotated[list[HeldOutDivergence], Field(min_length=1)] = Field(
         description="The same on the way, in float32."
+    )
+    block_errors: Annotated[list[BlockError], Field(min_length=1)] | None = Field(
+        description="What the training of each block but the last, which has the divergence for its error, did to its "
+        "error; null but for mode blocks."
     )
     seconds: NotNegative = Field(description="Wall-clock time of the training, without what an interrupted run took.")
     command: Command = Field(description="The command that trained it; text files and folders appear by their names.")

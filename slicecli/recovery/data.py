@@ -11,7 +11,7 @@ from slicecli.errors import TextError
 if TYPE_CHECKING:
     from slicecli.data.text import Text
 
-__all__ = ["HELD_OUT_SHARE", "TrainingRows", "draw_rows"]
+__all__ = ["HELD_OUT_SHARE", "TrainingRows", "draw_rows", "held_out_rows"]
 
 HELD_OUT_SHARE = 0.05
 
@@ -37,8 +37,8 @@ def draw_rows(
     A text that is too short for the steps gives fewer rows, which are then trained on more than once.
     """
     wanted = steps * rows_per_step
-    drawn = calibration_rows(text, tokenizer, wanted + _held_out(wanted), sequence_length, seed)
-    held_out = _held_out(min(wanted, len(drawn.ids)))
+    drawn = calibration_rows(text, tokenizer, wanted + held_out_rows(wanted), sequence_length, seed)
+    held_out = held_out_rows(min(wanted, len(drawn.ids)))
     count = min(steps, (len(drawn.ids) - held_out) // rows_per_step) * rows_per_step
     if count == 0:
         needed = (rows_per_step + held_out) * sequence_length
@@ -50,5 +50,6 @@ def draw_rows(
     return TrainingRows(rows_part(drawn, held_out, held_out + count), rows_part(drawn, 0, held_out))
 
 
-def _held_out(rows: int) -> int:
+def held_out_rows(rows: int) -> int:
+    """Return how many rows are held out beside so many to train on."""
     return max(1, round(HELD_OUT_SHARE * rows))

@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slicecli.errors import OutputError, reason_of
-from slicecli.recovery.loss import next_token_divergence
 
 if TYPE_CHECKING:
     from slicecli.data.packing import Rows
     from slicecli.progress import Progress
     from slicecli.recovery.data import TrainingRows
+    from slicecli.recovery.teacher import Teacher
 
 __all__ = ["DistillationTrainer", "Schedule", "last_checkpoint", "recompute_activations", "without_dropout"]
 
@@ -57,7 +57,7 @@ class DistillationTrainer(transformers.Trainer):
 
     Args:
         model: The model, its parameters in float32.
-        teacher: The model to follow, wherever it lies.
+        teacher: What it is to predict.
         folder: Where checkpoints go.
         progress: Hears of every step.
 
@@ -66,7 +66,7 @@ class DistillationTrainer(transformers.Trainer):
     """
 
     def __init__(
-        self, model: Any, teacher: Any, rows: TrainingRows, schedule: Schedule, folder: Path, progress: Progress
+        self, model: Any, teacher: Teacher, rows: TrainingRows, schedule: Schedule, folder: Path, progress: Progress
     ) -> None:
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
@@ -107,8 +107,8 @@ class DistillationTrainer(transformers.Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=_as_dataset(rows.training),
-            eval_dataset=_as_dataset(rows.held_out),
+            train_dataset=_as_dataset(rows.training, 0),
+            eval_dataset=_as_dataset(rows.held_out, len(rows.training.ids)),
             compute_metrics=_mean_divergence,
             callbacks=[_Reporter(self, progress, rows.training.sequence_length * schedule.rows_per_step)],
         )
@@ -127,18 +127,17 @@ class DistillationTrainer(transformers.Trainer):
 
     def compute_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], *_options: Any, **_more: Any) -> Any:
         """Return the mean divergence of the predictions from the teacher's."""
-        return self._divergences(model, inputs["input_ids"]).mean()
+        return self._divergences(model, inputs).mean()
 
-    def _divergences(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    def _divergences(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the mean divergence of each row."""
+        ids = inputs["input_ids"]
         with torch.no_grad():
-            place = self.teacher.get_input_embeddings().weight.device
-            # of an offloaded model accelerate's hooks move the ids
-            expected = self.teacher(input_ids=ids if place.type == "meta" else ids.to(place), use_cache=False).logits
+            expected = self.teacher.expect(ids, inputs["number"])
         # not the trainer's own, which would copy all logits to float32
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
             logits = model(input_ids=ids, use_cache=False).logits
-        return next_token_divergence(logits, expected)
+        return self.teacher.divergences(logits, expected)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *count: Any, **more: Any) -> torch.Tensor:
         """Take the gradient of one pass; stop where the loss is not finite."""
@@ -152,7 +151,7 @@ class DistillationTrainer(transformers.Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_options: Any, **_more: Any) -> Any:
         """Return the divergences of some held-out rows, which the trainer gathers from all processes."""
         with torch.no_grad():
-            found = self._divergences(model, self._prepare_inputs(inputs)["input_ids"])
+            found = self._divergences(model, self._prepare_inputs(inputs))
         return found.mean(), found, found
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
@@ -251,5 +250,6 @@ def _mean_divergence(prediction: transformers.EvalPrediction) -> dict[str, float
     return {METRIC.removeprefix("eval_"): float(prediction.predictions.mean(dtype="float64"))}
 
 
-def _as_dataset(rows: Rows) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": row} for row in rows.ids]
+def _as_dataset(rows: Rows, first: int) -> list[dict[str, Any]]:
+    """Return rows as the trainer takes them, each with its number among all rows."""
+    return [{"input_ids": row, "number": number} for number, row in enumerate(rows.ids, first)]

@@ -54,10 +54,14 @@ def enter(
     return stream, calls
 
 
-def blocks_left(dense: DenseModel, snapshot: Snapshot | None, progress: Progress) -> range:
-    """Return the indices of the blocks that a pass still has to do, counting those that were done before."""
+def blocks_left(dense: DenseModel, snapshot: Snapshot | None, progress: Progress, advances: int = 1) -> range:
+    """Return the indices of the blocks that a pass still has to do, counting those that were done before.
+
+    Args:
+        advances: How often the progress advances for each block.
+    """
     first = 0 if snapshot is None else snapshot.position
-    for _ in range(first):
+    for _ in range(first * advances):
         progress.advance("done before")
     return range(first, len(dense.blocks))
 

@@ -23,12 +23,14 @@ from slicecli.runtime.inputs import local_path, parse_bytes
 if TYPE_CHECKING:
     from slicecli.slicing.context import DenseStatistics
 
-__all__ = ["Entry", "StatisticsCache", "most_bytes"]
+__all__ = ["LOGITS_SUFFIX", "Entry", "StatisticsCache", "most_bytes"]
 
 SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
 USUAL_BYTES = 10_000_000_000
+LOGITS_SUFFIX = ".npy"
 FORMAT = 2  # raised when what is cached, or how it is computed, changes
 TENSORS = ("vectors", "energies", "importances")
+CHANNELS = "channel_losses"
 
 
 def most_bytes() -> int:
@@ -63,8 +65,12 @@ class StatisticsCache:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (cache_folder() if folder is None else local_path(folder)) / "statistics"
 
-    def load(self, key: Mapping[str, Any], device: Any) -> DenseStatistics | None:
-        """Return the statistics of a key, and count it as used; `None` where there are none that can be read."""
+    def load(self, key: Mapping[str, Any], device: Any, with_channels: bool = False) -> DenseStatistics | None:
+        """Return the statistics of a key, and count it as used; `None` where there are none that can be read.
+
+        Args:
+            with_channels: Only such are of use that say what the MLPs lose with fewer channels.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -77,9 +83,12 @@ class StatisticsCache:
         try:
             tensors = load_file(path, device=str(device))
             os.utime(path)
+            if with_channels and CHANNELS not in tensors:
+                return None
             vectors, energies, importances = (tensors[name] for name in TENSORS)
             basis = Basis(vectors, energies, importances, bool(tensors["is_centred"].item()))
-            return DenseStatistics(basis, tensors["final_moment"])
+            losses = tensors[CHANNELS].cpu() if CHANNELS in tensors else None
+            return DenseStatistics(basis, tensors["final_moment"], losses)
         except (SafetensorError, OSError, KeyError):  # damaged: as if it were not there
             path.unlink(missing_ok=True)
             return None
@@ -95,6 +104,8 @@ class StatisticsCache:
         tensors["is_centred"] = torch.tensor(basis.is_centred)
         if statistics.final_moment is not None:
             tensors["final_moment"] = statistics.final_moment.contiguous().cpu()
+        if statistics.channel_losses is not None:
+            tensors[CHANNELS] = statistics.channel_losses
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > bound:
             return
@@ -138,15 +149,19 @@ class StatisticsCache:
         return sorted(found, key=lambda entry: -entry.used)
 
     def clear(self) -> int:
-        """Remove all entries; return their bytes."""
+        """Remove all entries, and the stored logits of teachers; return their bytes."""
         freed = 0
-        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial")]:
+        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial"), *self.stored_logits()]:
             try:
                 freed += path.stat().st_size
                 path.unlink()
             except OSError as error:
                 raise OutputError(f"The cache cannot be cleared: {error.strerror}.", "Remove its folder.") from None
         return freed
+
+    def stored_logits(self) -> list[Path]:
+        """Return the files that `slicecli recover --store-logits` has put beside the statistics."""
+        return list(self._folder.glob(f"*{LOGITS_SUFFIX}"))
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         content = json.dumps({"format": FORMAT, **key}, sort_keys=True, default=str)
