@@ -277,7 +277,7 @@ def test_new_tokens_can_be_added(model):
 def test_the_refit_beats_the_published_method_there_too(name):
     """Families whose own class cannot describe a slice, at the same dim and with fewer parameters."""
     adapter, config = CASES[name]
-    model, sizes = random_model(config), Dimensions(adapter, config.to_dict())
+    model, sizes = random_model(config), Dimensions(adapter, config.to_dict(), unties=True)
     rows = torch.randint(2, 300, (60, 24), generator=torch.Generator().manual_seed(0))
     fresh = torch.randint(2, 300, (20, 24), generator=torch.Generator().manual_seed(1))
     (refitted,), _ = slice_in_memory(model, sizes, rows, 48)

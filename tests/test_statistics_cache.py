@@ -11,8 +11,9 @@ import torch
 
 from slicecli.checkpoint.folder import file_digest
 from slicecli.linalg.basis import reader_basis
+from slicecli.runtime.cache_folder import CACHE_VARIABLE, cache_folder
 from slicecli.slicing.context import DenseStatistics
-from slicecli.slicing.statistics_cache import CACHE_VARIABLE, SIZE_VARIABLE, StatisticsCache, default_folder
+from slicecli.slicing.statistics_cache import SIZE_VARIABLE, StatisticsCache
 
 pytestmark = pytest.mark.slow
 
@@ -99,9 +100,9 @@ def test_a_damaged_entry_is_collected_again(slice_to, kept, tmp_path, damage):
 def test_the_cache_lies_where_its_variable_says_or_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(CACHE_VARIABLE, "")
-    assert default_folder() == tmp_path / "slicecli"
+    assert cache_folder() == tmp_path / "slicecli"
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "mine"))
-    assert default_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
 
 
 def test_the_cache_keeps_within_its_bound_and_drops_what_was_used_longest_ago(tmp_path, monkeypatch):

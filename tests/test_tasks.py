@@ -16,7 +16,9 @@ from slicecli.data.demo import MODEL_FOLDER
 from slicecli.data.demo.questions import questions as demo_questions
 from slicecli.data.questions import Question, read_questions
 from slicecli.errors import RequestError, SourceError, TextError, WeightsError
+from slicecli.evaluation.answers import NO_ANSWERS
 from slicecli.evaluation.chance import chance_level
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.evaluation.tasks import load_tasks, measure_tasks
 from slicecli.testing.checkpoints import WORDS, byte_tokenizer
 
@@ -69,6 +71,11 @@ def models(tmp_path_factory, checkpoints, text_file):
     return made
 
 
+def measured(model, tokenizer, tasks, answers=NO_ANSWERS, progress=None, **options):
+    found, _ = measure_tasks(model, tokenizer, tasks, EvaluationOptions(**options), progress, answers=answers)
+    return found
+
+
 def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -95,7 +102,7 @@ def scores_by_hand(model, tokenizer, path):
 @pytest.mark.parametrize("kind", ["dense", "stock", "custom-code"])
 def test_accuracy_is_that_of_summed_log_probabilities(models, question_file, kind):
     model, tokenizer = load(models[kind]), Source.find(str(models[kind])).tokenizer()
-    (found,) = measure_tasks(model, tokenizer, load_tasks([str(question_file)]))
+    (found,) = measured(model, tokenizer, load_tasks([str(question_file)]))
     plain, normed = scores_by_hand(model, tokenizer, question_file)
     assert plain != normed
     assert (found.task, found.metric, found.samples, found.num_fewshot) == ("mine.jsonl", "acc_norm", 24, 0)
@@ -112,16 +119,16 @@ def test_neither_the_batch_size_nor_the_company_of_other_tasks_matters(models, q
     model, tokenizer = load(models["dense"]), byte_tokenizer()
     other = write_questions(tmp_path / "other.jsonl", seed=1)
     both = load_tasks([str(question_file), str(other)])
-    results = [measure_tasks(model, tokenizer, both, batch_size=size) for size in (1, 7, None)]
+    results = [measured(model, tokenizer, both, batch_size=size) for size in (1, 7, None)]
     assert results[0] == results[1] == results[2]
     assert [result.scores for result in results[0]] == [result.scores for result in results[2]]
-    assert measure_tasks(model, tokenizer, both[1:]) == results[0][1:]
+    assert measured(model, tokenizer, both[1:]) == results[0][1:]
     assert tokenizer.pad_token is None
 
 
 def test_a_limit_takes_the_first_questions(models, question_file):
     model, tokenizer, tasks = load(models["dense"]), byte_tokenizer(), load_tasks([str(question_file)])
-    whole, part = (measure_tasks(model, tokenizer, tasks, limit=limit)[0] for limit in (None, 5))
+    whole, part = (measured(model, tokenizer, tasks, limit=limit)[0] for limit in (None, 5))
     assert (part.samples, part.scores) == (5, whole.scores[:5])
 
 
@@ -131,7 +138,7 @@ def test_examples_are_solved_questions_other_than_the_one_asked(models, question
     prompts = {}
     for seed in (1, 1, 2):
         (task,) = load_tasks([str(question_file)], num_fewshot=2)
-        (found,) = measure_tasks(model, tokenizer, [task], limit=6, seed=seed)
+        (found,) = measured(model, tokenizer, [task], limit=6, seed=seed)
         assert found.num_fewshot == 2
         asked = [instance.args[0] for instance in task.loaded["tasks"]["mine.jsonl"].instances if instance.idx == 0]
         assert prompts.setdefault(seed, asked) == asked
@@ -146,7 +153,7 @@ def test_examples_are_solved_questions_other_than_the_one_asked(models, question
 def test_more_examples_than_there_are_questions_are_refused(models, tmp_path):
     tasks = load_tasks([str(write_questions(tmp_path / "few.jsonl", count=3))], num_fewshot=3)
     with pytest.raises(TextError, match=r"'few.jsonl' cannot be measured"):
-        measure_tasks(load(models["dense"]), byte_tokenizer(), tasks)
+        measured(load(models["dense"]), byte_tokenizer(), tasks)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_whole_texts_are_compared_where_the_query_is_empty(models, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"query": "", "choices": ["the stream reads", "a wide norm and a basis"], "gold": 1}))
     model, tokenizer = load(models["dense"]), byte_tokenizer()
-    (found,) = measure_tasks(model, tokenizer, load_tasks([str(path)]))
+    (found,) = measured(model, tokenizer, load_tasks([str(path)]))
     sums = []
     for text in json.loads(path.read_text())["choices"]:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -236,12 +243,12 @@ def test_yaml_tasks_of_the_user_measure_the_same_without_network(
     for name in ("mine", "mine_too"):
         (folder / f"{name}.yaml").write_text(YAML.format(name=name, file=question_file))
     model, tokenizer = load(models["dense"]), byte_tokenizer()
-    (file,) = measure_tasks(model, tokenizer, load_tasks([str(question_file)]))
-    (found,) = measure_tasks(model, tokenizer, load_tasks(["mine"], folder))
+    (file,) = measured(model, tokenizer, load_tasks([str(question_file)]))
+    (found,) = measured(model, tokenizer, load_tasks(["mine"], folder))
     assert (found.task, found.metric) == ("mine", "acc")
     assert found.metrics["acc"] == file.metrics["acc"]
     assert found.chance == file.chance
-    assert [result.task for result in measure_tasks(model, tokenizer, load_tasks(["mine*"], folder), limit=2)] == [
+    assert [result.task for result in measured(model, tokenizer, load_tasks(["mine*"], folder), limit=2)] == [
         "mine",
         "mine_too",
     ]
@@ -258,7 +265,7 @@ def test_a_group_is_reported_with_its_members(models, question_file, tmp_path, o
     (folder / "pair.yaml").write_text(group)
     results = {
         result.task: result
-        for result in measure_tasks(load(models["dense"]), byte_tokenizer(), load_tasks(["pair"], folder))
+        for result in measured(load(models["dense"]), byte_tokenizer(), load_tasks(["pair"], folder))
     }
     assert results.keys() == {"pair", "one", "two"}
     assert results["pair"].samples == 30
@@ -288,11 +295,11 @@ def test_bad_numbers_are_refused_not_ranked(models, question_file):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(WeightsError, match="NaN"):
-        measure_tasks(model, byte_tokenizer(), tasks)
+        measured(model, byte_tokenizer(), tasks)
     model = load(models["dense"])
     model.resize_token_embeddings(60)
     with pytest.raises(SourceError, match="the model has only"):
-        measure_tasks(model, byte_tokenizer(), tasks)
+        measured(model, byte_tokenizer(), tasks)
 
 
 def test_the_embedded_model_knows_more_than_chance_of_the_demo_s_questions():
@@ -302,7 +309,7 @@ def test_the_embedded_model_knows_more_than_chance_of_the_demo_s_questions():
     assert questions == demo_questions()
     source = Source.find(str(MODEL_FOLDER))
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
-    (found,) = measure_tasks(model, source.tokenizer(), load_tasks(["demo"]), limit=120)
+    (found,) = measured(model, source.tokenizer(), load_tasks(["demo"]), limit=120)
     assert found.chance == 0.25
     assert found.value > 0.25 + 2.5 * found.stderr
 

@@ -70,10 +70,11 @@ def ls(cache_dir: Path | None, output_format: str) -> None:
 @FOLDER
 @click.pass_obj
 def clear(context: dict[str, Any], /, cache_dir: Path | None) -> None:
-    """Empty the cache."""
+    """Empty the cache, and remove the answers of interrupted measurements."""
+    from slicecli.evaluation.answers import clear_answers
     from slicecli.slicing.statistics_cache import StatisticsCache
 
-    freed = StatisticsCache(cache_dir).clear()
+    freed = StatisticsCache(cache_dir).clear() + clear_answers(cache_dir)
     if not context["quiet"]:
         show.note(f"Freed {show.size(freed)}.")
 

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     help="Also write the result to FILE, as JSON.",
 )
 @click.option(
+    "--lm-eval-output",
+    type=shared.LocalPath(file_okay=False),
+    metavar="DIR",
+    help="Also write the results of --tasks below DIR in lm-eval's own layout.",
+)
+@click.option(
     "--record",
     "is_recorded",
     is_flag=True,
@@ -45,6 +51,7 @@ def command(
     model: str,
     baseline: str | None,
     output: Path | None,
+    lm_eval_output: Path | None,
     is_recorded: bool,
     output_format: str,
     **chosen: Any,
@@ -63,6 +70,8 @@ def command(
     from slicecli.record.record import read_sound_record
     from slicecli.runtime.distributed import Processes
 
+    if lm_eval_output is not None and not chosen["tasks"]:
+        raise RequestError("--lm-eval-output is about tasks.", "Pass --tasks, or leave it out.")
     if is_recorded and (not Path(model).is_dir() or read_sound_record(Path(model)) is None):
         raise RequestError(f"{model!r} is not the folder of a slice.", "Leave out --record: only a slice has a record.")
     if is_recorded:
@@ -87,6 +96,10 @@ def command(
             show.write_json(output, document)
         if is_recorded:
             _enter(Path(model), document)
+        if lm_eval_output is not None:
+            for one in (found, other):
+                if one is not None:
+                    _write_lm_eval(lm_eval_output, one)
     finally:  # whichever of the places cannot be written, the others have the result
         if output_format == "json":
             show.print_json(document)
@@ -94,6 +107,15 @@ def command(
             _print_one(found)
         else:
             _print_both(found, other, document["comparison"])
+
+
+def _write_lm_eval(folder: Path, found: Evaluation) -> None:
+    from slicecli.evaluation.tasks import write_lm_eval_results
+
+    settings = found.evaluation
+    about = (settings.system_instruction, found.chat_template, settings.fewshot_as_multiturn)
+    path = write_lm_eval_results(folder, found.model, found.lm_eval_results, *about)
+    show.note(f"lm-eval's layout: {path}")
 
 
 def _enter(folder: Path, document: dict[str, Any]) -> None:

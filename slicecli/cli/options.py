@@ -239,7 +239,11 @@ activations_option = add_options(SliceOptions, "activations")
 adapter_option = add_options(SliceOptions, "adapter")
 
 
-measure_options = add_options(EvaluationOptions, "texts", "tasks", "include_path", "num_fewshot", "limit")
+measure_options = add_options(
+    EvaluationOptions,
+    *("texts", "tasks", "include_path", "num_fewshot", "limit"),
+    *("apply_chat_template", "system_instruction", "fewshot_as_multiturn"),
+)
 push_options = add_options(PushOptions, "private", "create_pr", "commit_message")
 
 

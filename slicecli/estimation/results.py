@@ -42,7 +42,7 @@ __all__ = [
     "series_of",
 ]
 
-SETTINGS = ("sequence_length", "limit", "num_fewshot")
+SETTINGS = ("sequence_length", "limit", "num_fewshot", "apply_chat_template", "system_instruction")
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _group(own: _Key, dense: _Figure, figures: Mapping[int, Sequence[_Figure]], 
         own.model, about.model_type, own.method, own.calibration, quantity, own.evaluation, context, ordered,
         digest=dense.digest,
     )  # fmt: skip
-    settings = {name: value for name in SETTINGS if (value := getattr(about.evaluation, name)) is not None}
+    settings = {name: value for name in SETTINGS if (value := getattr(about.evaluation, name)) not in (None, False)}
     return Group(series, settings)
 
 

@@ -49,6 +49,9 @@ class Settings(JsonObject):
     sequence_length: Size | None = Field(description="Tokens per row of text.")
     seed: Count = Field(description="Seed of whatever a task draws.")
     dtype: Name = Field(description="Dtype that was computed in.")
+    apply_chat_template: bool = Field(default=False, description="Tasks were asked through the chat template.")
+    system_instruction: str | None = Field(default=None, description="System message that tasks began with.")
+    fewshot_as_multiturn: bool = Field(default=False, description="Solved examples were turns of the conversation.")
     rows: Mapping[Name, Digest] = Field(description="SHA-256 of the token ids, by text.")
 
 

@@ -14,10 +14,13 @@ from importlib.metadata import version
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from slicecli.checkpoint.loading import load_model
 from slicecli.checkpoint.source import Source
 from slicecli.data.packing import check_vocabulary
 from slicecli.data.text import Text, read_texts
+from slicecli.evaluation.answers import NO_ANSWERS, Answers
 from slicecli.evaluation.document import EvaluationDocument, PerplexityResult, Settings, SourceIdentity, TaskResult
 from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.context_length import pick_sequence_length
@@ -93,11 +96,15 @@ class Evaluation(EvaluationDocument):
 
     Attributes:
         versions: What it was measured with.
+        lm_eval_results: What lm-eval returned, for each name of a task that was given.
+        chat_template: The template that tasks were asked through.
     """
 
     perplexity: Mapping[str, PerplexityResult]
     tasks: Mapping[str, TaskResult]
     versions: Mapping[str, str]
+    lm_eval_results: tuple[Mapping[str, Any], ...] = Field(default=(), exclude=True, repr=False)
+    chat_template: str | None = Field(default=None, exclude=True, repr=False)
 
     def to_json(self, baseline: Evaluation | None = None) -> dict[str, Any]:
         """Return the document that `eval` prints, with `--baseline` that of the other model and the comparison."""
@@ -126,7 +133,19 @@ def evaluate(
         places = getattr(loaded, "hf_device_map", {})
         if progress is not None and len(set(places.values())) > 1:
             progress.note(f"{source.name}: {describe_map(places)}")
-        return measure_loaded(loaded, tokenizer, source, prepared, options, progress)
+        identity = None
+        if Processes.find().count == 1:
+            kind = {"dtype": str(loaded.dtype), "device": loaded.device.type, "batch_size": options.batch_size}
+            identity = {**source.identity(), **kind, "seed": options.seed, "versions": _versions()}
+        answers = Answers(identity)
+        if progress is not None and len(answers):
+            progress.note(f"{source.name}: {len(answers):,} answers of an interrupted measurement are used.")
+        try:
+            found = measure_loaded(loaded, tokenizer, source, prepared, options, progress, answers)
+        finally:
+            answers.close()
+        answers.forget()
+        return found
 
 
 def evaluate_both(
@@ -153,6 +172,7 @@ def measure_loaded(
     prepared: EvaluationSet,
     options: EvaluationOptions,
     progress: Progress | None = None,
+    answers: Answers = NO_ANSWERS,
 ) -> Evaluation:
     """Measure a model that is loaded already."""
     from slicecli.evaluation.perplexity import measure_perplexity
@@ -160,23 +180,26 @@ def measure_loaded(
     for rows in prepared.rows:
         check_vocabulary(rows, source.name, model.get_input_embeddings().num_embeddings)
     tasks: tuple[TaskResult, ...] = ()
+    found_by_lm_eval: tuple[Mapping[str, Any], ...] = ()
     processes = Processes.find()
     processes.require_same(
         {
             "set of rows": [rows.digest for rows in prepared.rows],
-            "set of versions": {**package_versions(), "slicecli": __version__},
+            "set of versions": _versions(),
             "kind of device": [model.device.type, str(model.dtype)],
         }
     )
     progress = progress if processes.is_main else None
     with running(source.name):
         size = options.batch_size or batch_rows(model.device, prepared.sequence_length or 1)
-        perplexities = tuple(measure_perplexity(model, rows, size, progress, processes) for rows in prepared.rows)
+        perplexities = tuple(
+            measure_perplexity(model, rows, size, progress, processes, answers) for rows in prepared.rows
+        )
         if prepared.tasks:
             from slicecli.evaluation.tasks import measure_tasks
 
-            tasks = measure_tasks(
-                model, tokenizer, prepared.tasks, options.limit, options.batch_size, options.seed, progress, processes
+            tasks, found_by_lm_eval = measure_tasks(
+                model, tokenizer, prepared.tasks, options, progress, processes, answers
             )
     record = read_sound_record(source.folder) or {}
     origin = record.get("source") or {"model": source.name, "commit": source.commit, "content": source.content}
@@ -203,15 +226,20 @@ def measure_loaded(
             sequence_length=prepared.sequence_length,
             seed=options.seed,
             dtype=str(model.dtype).removeprefix("torch."),
+            apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            fewshot_as_multiturn=options.fewshot_as_multiturn,
             rows={result.text: result.rows_sha256 for result in perplexities},
         ),
         is_recovered="recovery" in record,
-        versions={
-            "slicecli": __version__,
-            **package_versions(),
-            **({"lm_eval": version("lm_eval")} if tasks else {}),
-        },
+        versions=_versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
+        lm_eval_results=found_by_lm_eval,
+        chat_template=getattr(tokenizer, "chat_template", None) if options.apply_chat_template else None,
     )
+
+
+def _versions() -> dict[str, str]:
+    return {"slicecli": __version__, **package_versions()}
 
 
 def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:

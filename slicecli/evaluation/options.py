@@ -52,6 +52,21 @@ class EvaluationOptions:
     limit: int | None = Option(
         "--limit", "Use only the first N rows of each text and N questions of each task.", reads=int, metavar="N"
     ).field()
+    apply_chat_template: bool = Option(
+        "--apply-chat-template", "Ask tasks through the tokenizer's chat template.", default=False, reads=bool
+    ).field()
+    system_instruction: str | None = Option(
+        "--system-instruction",
+        "System message of --tasks, or text before the prompt.",
+        reads=parse_text,
+        metavar="TEXT",
+    ).field()
+    fewshot_as_multiturn: bool = Option(
+        "--fewshot-as-multiturn",
+        "Give solved examples as turns of the conversation; needs --apply-chat-template.",
+        default=False,
+        reads=bool,
+    ).field()
     seed: int = Option("--seed", "Seed for drawing the examples.", default=1234, reads=int, metavar="N").field()
     sequence_length: int | None = options.SEQUENCE_LENGTH.field()
     batch_size: int | None = options.BATCH_SIZE.field()
@@ -71,6 +86,8 @@ class EvaluationOptions:
         ):
             check_count(value, f"A {name} of {{}} is", "Use", least)
         check_seed(self.seed, NUMPY_SEEDS)
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise RequestError("Only a chat has turns.", "Add --apply-chat-template, or drop --fewshot-as-multiturn.")
         if self.include_path is not None and not local_path(self.include_path).is_dir():
             raise RequestError(
                 f"There is no folder {str(self.include_path)!r}.", "Pass the folder of the task YAML files."

@@ -14,6 +14,7 @@ import torch
 
 from slicecli.data.packing import Rows
 from slicecli.errors import WeightsError
+from slicecli.evaluation.answers import NO_ANSWERS, Answers
 from slicecli.evaluation.document import PerplexityResult
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import MicroBatches
@@ -29,9 +30,18 @@ class _Progress(Protocol):
 
 @torch.no_grad()
 def measure_perplexity(
-    model: Any, rows: Rows, batch_size: int, progress: _Progress | None = None, processes: Processes = ALONE
+    model: Any,
+    rows: Rows,
+    batch_size: int,
+    progress: _Progress | None = None,
+    processes: Processes = ALONE,
+    answers: Answers = NO_ANSWERS,
 ) -> PerplexityResult:
-    """Measure a causal language model's perplexity on packed rows."""
+    """Measure a causal language model's perplexity on packed rows.
+
+    Args:
+        answers: What was measured before an interruption, and where to store what is.
+    """
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":
         device = torch.device("cpu")  # offloaded: accelerate's hooks move the ids to where they are needed
@@ -45,8 +55,13 @@ def measure_perplexity(
         return _row_sums(logits, ids.to(logits.device)).cpu()
 
     row_sums, micro_batches = [], MicroBatches()
-    for batch in batches:
-        row_sums += [sums for _, sums in micro_batches.run(measure, batch)]
+    for number, batch in enumerate(batches):
+        question = ("perplexity", rows.digest, batch_size, number)
+        known = answers.get(question)
+        if known is None:
+            known = torch.cat([sums for _, sums in micro_batches.run(measure, batch)]).tolist()
+            answers.add(question, known)
+        row_sums.append(torch.tensor(known, dtype=torch.float64))
         if progress is not None:
             progress.advance()
     predicted = rows.sequence_length - 1

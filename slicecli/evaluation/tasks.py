@@ -21,7 +21,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,15 +31,18 @@ import lm_eval
 import numpy
 import torch
 import tqdm.std
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slicecli.data.names import ANOTHER, Named, distinct_names, without_repeats
 from slicecli.data.packing import check_embedded
 from slicecli.data.questions import Question, read_questions
-from slicecli.errors import RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
+from slicecli.errors import OutputError, RequestError, SlicecliError, TextError, WeightsError, reason_of, shown
+from slicecli.evaluation.answers import NO_ANSWERS, Answers
 from slicecli.evaluation.chance import chance_level
 from slicecli.evaluation.document import TaskResult
+from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.context_length import context_length_of_config
 from slicecli.record.schema import Metric
 from slicecli.runtime.distributed import ALONE, Processes
@@ -51,7 +54,7 @@ from slicecli.runtime.placement import batch_rows
 if TYPE_CHECKING:
     from slicecli.progress import Progress
 
-__all__ = ["LoadedTask", "load_tasks", "measure_tasks"]
+__all__ = ["LoadedTask", "load_tasks", "measure_tasks", "write_lm_eval_results"]
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc_norm", "acc")
@@ -121,26 +124,53 @@ def measure_tasks(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[LoadedTask],
-    limit: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 1234,
+    options: EvaluationOptions,
     progress: Progress | None = None,
     processes: Processes = ALONE,
-) -> tuple[TaskResult, ...]:
-    """Measure a loaded model on loaded tasks."""
+    answers: Answers = NO_ANSWERS,
+) -> tuple[tuple[TaskResult, ...], tuple[Mapping[str, Any], ...]]:
+    """Measure a loaded model on loaded tasks.
+
+    Args:
+        options: How; its texts and tasks play no part.
+        answers: What was answered before an interruption, and where to store what is.
+
+    Returns:
+        The result of each task, and what lm-eval returned, for each name that was given.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if options.apply_chat_template and not has_template:
+        raise RequestError("The tokenizer has no chat template.", "Leave out --apply-chat-template.")
     results: dict[str, TaskResult] = {}
+    returned: list[Mapping[str, Any]] = []
     with _quiet():
         # a copy, because the harness gives it a padding token
-        harness = _Harness(model, copy.deepcopy(tokenizer), batch_size, processes)
+        harness = _Harness(model, copy.deepcopy(tokenizer), options.batch_size, processes, answers)
         for task in tasks:
             members = task.loaded["tasks"]
-            harness.set_cache_hook(_Counter(task.name, list(members.values()), progress, processes))
-            _seed_everything(seed)
+            if (
+                has_template
+                and not options.apply_chat_template
+                and progress is not None
+                and _generates(members.values())
+            ):
+                progress.note(
+                    f"{task.name}: the model generates text without its chat template; an instruction-tuned model is "
+                    "meant to be asked with --apply-chat-template."
+                )
+            harness.set_cache_hook(_Counter(task.name, list(members.values()), progress, processes, answers))
+            _seed_everything(options.seed)
             for member in members.values():
-                member.set_fewshot_seed(seed=seed)
+                member.set_fewshot_seed(seed=options.seed)
             try:
                 measured = lm_eval.evaluate(
-                    lm=harness, task_dict=task.loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES
+                    lm=harness,
+                    task_dict=task.loaded,
+                    limit=options.limit,
+                    bootstrap_iters=BOOTSTRAP_SAMPLES,
+                    apply_chat_template=options.apply_chat_template,
+                    system_instruction=options.system_instruction,
+                    fewshot_as_multiturn=options.fewshot_as_multiturn,
                 )
             except (SlicecliError, torch.OutOfMemoryError):
                 raise
@@ -159,7 +189,38 @@ def measure_tasks(
                 result = _result(name, members.get(name), measured, task.digest)
                 if result is not None:
                     results[name] = result
-    return tuple(results.values())
+            returned.append(measured)
+    return tuple(results.values()), tuple(returned)
+
+
+def write_lm_eval_results(
+    folder: Path,
+    model: str,
+    returned: Sequence[Mapping[str, Any]],
+    system_instruction: str | None,
+    chat_template: str | None,
+    fewshot_as_multiturn: bool,
+) -> Path:
+    """Write results as lm-eval itself does with `--output_path`, by its own writer; return the file.
+
+    Args:
+        returned: As `measure_tasks` returns it.
+    """
+    tracker = EvaluationTracker(output_path=str(folder))
+    about = (system_instruction, chat_template, fewshot_as_multiturn)
+    tracker.general_config_tracker.log_experiment_args("hf", {"pretrained": model}, *about)
+    merged: dict[str, Any] = {}
+    for one in returned:
+        for name, value in one.items():
+            merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
+    samples = merged.pop("samples", {})
+    with _quiet():
+        tracker.save_results_aggregated(merged, samples)
+    date = getattr(tracker, "date_id", "")
+    path = folder / str(tracker.general_config_tracker.model_name_sanitized) / f"results_{date}.json"
+    if not path.is_file():  # lm-eval only logs why
+        raise OutputError(f"lm-eval cannot write its results below {folder}.", "Pass a folder that can be written to.")
+    return path
 
 
 class _Harness(HFLM):  # type: ignore[misc]
@@ -168,7 +229,9 @@ class _Harness(HFLM):  # type: ignore[misc]
     To lm-eval there is one process, which has all the answers, so that its metrics are those of one process.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int | None, processes: Processes, stored: Answers
+    ) -> None:
         super().__init__(
             pretrained=model,
             backend="causal",
@@ -177,6 +240,7 @@ class _Harness(HFLM):  # type: ignore[misc]
             max_length=context_length_of_config(model.config),
         )
         self._processes = processes
+        self._stored = stored
         self._pieces = MicroBatches()
         self._chooses_batches = batch_size is None
         self.cut = 0  # requests that were too long, since somebody asked
@@ -209,7 +273,7 @@ class _Harness(HFLM):  # type: ignore[misc]
     def _answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         """Answer this process's share of requests, and return the answers to all."""
         if self._processes.count == 1:
-            return answer(requests)
+            return self._rest_of_answers(answer, requests)
         # the choices of one question stay together, because lm-eval reads their beginning once
         own = self._processes.deal([request.args[0] for request in requests])
         digest = hashlib.sha256(repr([request.args for request in requests]).encode()).hexdigest()
@@ -217,6 +281,18 @@ class _Harness(HFLM):  # type: ignore[misc]
         answers = answer([requests[index] for index in own]) if own else []
         found = [pair for part in self._processes.gather(list(zip(own, answers, strict=True))) for pair in part]
         return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+
+    def _rest_of_answers(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        """Answer the requests whose answers are not stored, and return the answers to all."""
+        found = [self._stored.get((request.request_type, request.args)) for request in requests]
+        left = [index for index, one in enumerate(found) if one is None]
+        for index in set(range(len(found))) - set(left):
+            self.cache_hook.count()
+            found[index] = tuple(found[index]) if isinstance(found[index], list) else found[index]
+        if left:
+            for index, one in zip(left, answer([requests[index] for index in left]), strict=True):
+                found[index] = one
+        return found
 
     def _loglikelihood_tokens(
         self,
@@ -248,13 +324,22 @@ class _Harness(HFLM):  # type: ignore[misc]
 
 
 class _Counter:
-    """Stands where lm-eval would hand each answer to a cache, and counts them."""
+    """Stands where lm-eval would hand each answer to a cache: stores and counts them."""
 
-    def __init__(self, name: str, tasks: Sequence[Any], progress: Progress | None, processes: Processes) -> None:
+    def __init__(
+        self, name: str, tasks: Sequence[Any], progress: Progress | None, processes: Processes, answers: Answers
+    ) -> None:
         self._name, self._tasks, self._progress, self._is_started = name, tasks, progress, False
-        self._processes = processes
+        self._processes, self._answers = processes, answers
 
-    def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Store and count an answer; one that was drawn at random is not stored."""
+        settings = request[1] if kind == "generate_until" else {}
+        if not settings.get("do_sample"):
+            self._answers.add((kind, tuple(request)), answer)
+        self.count()
+
+    def count(self) -> None:
         """Count an answer."""
         if self._progress is None:
             return
@@ -447,6 +532,10 @@ def _numbers_of_choices(task: Any) -> list[int]:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _generates(tasks: Iterable[Any]) -> bool:
+    return any(task.OUTPUT_TYPE == "generate_until" for task in tasks)
 
 
 def _finite(value: float) -> float | None:

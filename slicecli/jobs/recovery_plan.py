@@ -16,9 +16,9 @@ from slicecli.family.slice_plan import DTYPE_BYTES
 from slicecli.jobs.options import RecoverOptions
 from slicecli.record.record import read_sound_record
 from slicecli.recovery.data import held_out_rows
+from slicecli.runtime.cache_folder import cache_folder
 from slicecli.runtime.distributed import Processes
 from slicecli.runtime.placement import batch_rows
-from slicecli.slicing.statistics_cache import default_folder
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class RecoveryJob:
     @property
     def logits_folder(self) -> Path:
         """The folder of the cache, where stored predictions of teachers lie too."""
-        return self.options.cache_folder or default_folder()
+        return self.options.cache_folder or cache_folder()
 
     @property
     def logits_bytes(self) -> int:

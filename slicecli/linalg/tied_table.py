@@ -21,7 +21,7 @@ same normal equations, so the table itself drops out:
 After the last block L is fitted once more, to what the sliced stream really is there (`fit_final_norm`).
 
 A LayerNorm reads only the k − 1 coordinates without mean, along R, so its gain ℓ acts as Rᵀ diag(ℓ) R, which must have
-the eigenvalues of Vᵀ diag(g) V (`gain_of_centred_norm`); that is possible only nearly, but for k = d. A row of the table
+the eigenvalues of Vᵀ diag(g) V (`gain_of_centred_norm`). Below k = d that is possible only nearly. A row of the table
 has one more coordinate, its mean, which the stream does not see and the head does.
 
 Symbols: docs/notation.md. The construction is ours.
@@ -139,6 +139,7 @@ def gain_of_centred_norm(wanted: torch.Tensor, steps: int = 6) -> tuple[torch.Te
 
     Args:
         wanted: Eigenvalues, float64 of shape (k − 1,), ascending.
+        steps: Eigenproblems to solve.
 
     Returns:
         ℓ, float64 of shape (k,), and the eigenvectors of Rᵀ diag(ℓ) R by ascending eigenvalues as columns.
@@ -209,8 +210,8 @@ def fit_final_norm(
     """Fit the final norm's gain ℓ and bias b to the sliced stream as it is after the last block.
 
     They minimise Σ rᵀ G r with r = T (ℓ ∘ n' + b) − (g ∘ n + β), pulled towards those of the tie. It is one linear
-    system (H + λ I) (x − x₀) = h − H x₀ for x = (ℓ, b), with H = (Tᵀ G T) ∘ Σ n' n'ᵀ and hᵢ = (Tᵀ G Σ (g ∘ n + β) n'ᵀ)ᵢᵢ
-    where b plays no part. Held-out tokens choose λ = ridge · mean(diag H), an infinite one among the choices.
+    system (H + λ I) (x − x₀) = h − H x₀ for x = (ℓ, b); the part of ℓ is H = (Tᵀ G T) ∘ Σ n' n'ᵀ and
+    hᵢ = (Tᵀ G Σ (g ∘ n + β) n'ᵀ)ᵢᵢ. Held-out tokens choose λ = ridge · mean(diag H), an infinite one among the choices.
 
     Args:
         found: T, and the gain and bias to start from.

@@ -347,6 +347,8 @@ class CurveSettings(JsonObject):
     sequence_length: Size = Field(default=ABSENT, description="Tokens per row.")
     limit: Size = Field(default=ABSENT, description="Only the first so many rows or questions.")
     num_fewshot: Count = Field(default=ABSENT, description="Solved examples before each question.")
+    apply_chat_template: bool = Field(default=ABSENT, description="Tasks were asked through the chat template.")
+    system_instruction: str = Field(default=ABSENT, description="System message that tasks began with.")
 
 
 class Point(JsonObject):

@@ -17,27 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicecli.errors import OutputError, RequestError
+from slicecli.runtime.cache_folder import cache_folder
 from slicecli.runtime.inputs import local_path, parse_bytes
 
 if TYPE_CHECKING:
     from slicecli.slicing.context import DenseStatistics
 
-__all__ = ["CACHE_VARIABLE", "LOGITS_SUFFIX", "Entry", "StatisticsCache", "default_folder", "most_bytes"]
+__all__ = ["LOGITS_SUFFIX", "Entry", "StatisticsCache", "most_bytes"]
 
-CACHE_VARIABLE = "SLICECLI_CACHE"
 SIZE_VARIABLE = "SLICECLI_CACHE_SIZE"
 USUAL_BYTES = 10_000_000_000
 LOGITS_SUFFIX = ".npy"
 FORMAT = 2  # raised when what is cached, or how it is computed, changes
 TENSORS = ("vectors", "energies", "importances")
-
-
-def default_folder() -> Path:
-    """Return where the cache lies: `SLICECLI_CACHE`, or `slicecli` in the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    given = os.environ.get(CACHE_VARIABLE)
-    return local_path(given) if given else user_cache_path("slicecli", appauthor=False)
 
 
 def most_bytes() -> int:
@@ -70,7 +62,7 @@ class StatisticsCache:
     """A folder of statistics."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = (default_folder() if folder is None else local_path(folder)) / "statistics"
+        self._folder = (cache_folder() if folder is None else local_path(folder)) / "statistics"
 
     def load(self, key: Mapping[str, Any], device: Any) -> DenseStatistics | None:
         """Return the statistics of a key, and count it as used; `None` where there are none that can be read."""
