@@ -378,7 +378,7 @@ def test_logits_that_do_not_fit_the_disk_leave_nothing_behind(recover, tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OutputError, match="predictions cannot be stored .*: No space left on device"):
+    with pytest.raises(OutputError, match=r"predictions cannot be stored .*: No space left on device"):
         recover(store_logits=8, cache_folder=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
