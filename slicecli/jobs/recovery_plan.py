@@ -126,9 +126,10 @@ class RecoveryJob:
         what += f"({self.teacher_parameters:,}): "
         steps = f"{self.steps:,} steps of {self.tokens_per_step:,}, mode {options.mode}"
         if self.blocks is not None:
+            times = "once" if self.epochs == 1 else f"{self.epochs} times"
             memory = f"{BYTES_IN_MEMORY * self.blocks.block_parameters / 1e9:.2f} GB of memory"
             return (
-                f"{what}{self.tokens // self.epochs:,} tokens, each block in {self.epochs} epochs of them, {steps}; "
+                f"{what}{self.tokens // self.epochs:,} tokens {times} for each block, {steps}; "
                 f"{memory} for one block with its gradients and optimiser; {self.blocks.describe()}"
             )
         stored = ""
