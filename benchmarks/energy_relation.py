@@ -60,6 +60,7 @@ class Measurement:
         model: Name of the model.
         group: What it is left out with.
         method: `refit` or `slicegpt`.
+        norm: Kind of its norms, `rms` or `layer`.
         hidden_size: d.
         dim: k.
         dense_nll: ln PPL0 on the evaluation rows, nats per token.
@@ -86,6 +87,7 @@ class Measurement:
     model: str
     group: str
     method: str
+    norm: str
     hidden_size: int
     dim: int
     dense_nll: float
@@ -476,6 +478,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Measurement]:
                         model=arguments.name or Path(folder).name,
                         group=arguments.group or arguments.name or Path(folder).name,
                         method=method,
+                        norm="layer" if job.dimensions.adapter.norm.is_centred else "rms",
                         hidden_size=job.dimensions.hidden_size,
                         dim=dim,
                         dense_nll=dense_nll,
@@ -516,7 +519,7 @@ def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
 
 def read_measurements(path: Path) -> list[Measurement]:
     """Read what `append_measurements` wrote."""
-    kinds = {"model": str, "group": str, "method": str, "hidden_size": int, "dim": int}
+    kinds = {"model": str, "group": str, "method": str, "norm": str, "hidden_size": int, "dim": int}
     with path.open(encoding="utf-8", newline="") as file:
         return [
             Measurement(**{name: kinds.get(name, float)(value) for name, value in row.items()})
@@ -607,6 +610,11 @@ PREDICTORS = (
     Predictor("Fisher, shared, ending at gap", "gradient", lambda m: saturating(m.fisher_shared, m.gap)),
     Predictor("Fisher, layer, ending at gap", "gradient", lambda m: saturating(m.fisher_layer, m.gap)),
     Predictor("projected on the fly at every k", "measurement", lambda m: m.projected),
+    Predictor(
+        "sqrt(projected · Fisher, layer)",
+        "measurement",
+        lambda m: math.sqrt(max(m.projected, SMALLEST_VALUE) * m.fisher_layer),
+    ),
 )
 BASELINE = "s^1.5"
 PLOTTED = ("s^1.5", "(gap · energy, shared)^b", "Fisher, layer")

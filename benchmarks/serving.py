@@ -1,19 +1,22 @@
 """In which programs slices run, and whether they compute there what they compute in transformers 5.
 
-    python benchmarks/serving.py --environments ~/serving --write slicecli/hub/serving.json
+    python benchmarks/serving.py --environments ~/serving --write slicecli/family/serving.json
     python benchmarks/serving.py --environments ~/serving --clients llama.cpp,mlx-lm --families llama,qwen2
+    python benchmarks/serving.py --environments ~/serving --families none --model MODEL --model-widths 448,512,504/1166
 
 Slices tiny random models of every family, in their own and in portable classes, from 256 to 192, with heads of 32 and
 positions that do not rotate by the default base, and asks each client for the most probable next token after each of
-200 tokens. Each client has a virtual environment below `--environments`, made where it is missing; it falls back on the
-packages of this one, so that torch is not installed again. A client is
+200 tokens. A real model can be sliced and compared too (to DIM, or DIM/MLP_DIM). Each client has a virtual environment
+below `--environments`, made where it is missing; it falls back on the packages of this one, so that torch is not
+installed again. A client is
 
     correct   its next tokens are those of transformers 5, and their log probabilities differ by less than 0.01
     wrong     it runs, and they are not
     refused   it does not load the slice, or stops with an error
 
 Standard output gets a table. `--write` puts the verdicts into the file that cards, `slicecli inspect` and
-docs/serving.md are made from; what was not run this time stays there.
+docs/serving.md are made from; what was not run this time stays there. `--slices` keeps the slices, so that a second run
+need not make them.
 """
 
 from __future__ import annotations
@@ -22,19 +25,22 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slicecli.testing.serving_client import MOST_DIFFERENCE, ask, compare
+
 TOKENS = 200
 VOCABULARY = 512
-DIM = 192
-SECONDS_PER_SLICE = 240
+DIM, MLP_DIM = 192, 384
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -67,46 +73,104 @@ LLAMA_3 = {
     "original_max_position_embeddings": 64,
 }
 # so that hidden_size / heads is 32 in the slice, a width that attention kernels have too
-WIDE_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-# type, method, changes of its config
-SLICES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "refit", {}),
-    "llama (tied)": ("llama", "refit", {"tie_word_embeddings": True}),
-    "llama (llama3 rotation)": ("llama", "refit", {"rope_parameters": LLAMA_3}),
-    "llama as mistral": ("llama", "refit", {}),
-    "mistral": ("mistral", "refit", {"sliding_window": None}),
-    "qwen2": ("qwen2", "refit", {}),
-    "qwen2 (6 heads of 64)": ("qwen2", "refit", WIDE_HEADS),
-    "qwen2 as llama": ("qwen2", "refit", {}),
-    "qwen3": ("qwen3", "refit", {}),
-    "phi3": ("phi3", "refit", {}),
-    "phi3 as llama": ("phi3", "refit", {}),
-    "phi": ("phi", "refit", {"num_key_value_heads": 8}),
-    "gemma (tied)": ("gemma", "refit", {"tie_word_embeddings": True}),
-    "gemma": ("gemma", "refit", {"tie_word_embeddings": False}),
-    "granite": ("granite", "refit", {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}),
-    "smollm3": ("smollm3", "refit", {}),
-    "mixtral": ("mixtral", "refit", {"sliding_window": None}),
-    "qwen3_moe": ("qwen3_moe", "refit", {"norm_topk_prob": True}),
-    "qwen2_moe": ("qwen2_moe", "refit", {}),
-    "qwen2_moe (6 heads of 64)": ("qwen2_moe", "refit", WIDE_HEADS),
-    "cohere": ("cohere", "refit", {"tie_word_embeddings": False}),
-    "cohere (tied)": ("cohere", "refit", {"tie_word_embeddings": True}),
-    "glm": ("glm", "refit", {}),
-    "nemotron": ("nemotron", "refit", {}),
-    "olmo": ("olmo", "refit", {}),
-    "starcoder2": ("starcoder2", "refit", {"sliding_window": None}),
-    "arcee": ("arcee", "refit", {}),
-    "ernie4_5": ("ernie4_5", "refit", {}),
-    "seed_oss": ("seed_oss", "refit", {}),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", "refit", {}),
-    "gpt2": ("gpt2", "refit", {}),
-    "gpt_neox": ("gpt_neox", "refit", {}),
-    "opt": ("opt", "refit", {}),
-    "llama, published": ("llama", "slicegpt", {}),
-    "qwen2, published": ("qwen2", "slicegpt", {}),
-    "phi, published": ("phi", "slicegpt", {"num_key_value_heads": 8}),
-    "gpt2, published": ("gpt2", "slicegpt", {}),
+WIDE_HEADS: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+ALL_HEADS: dict[str, Any] = {"num_key_value_heads": 8}
+NO_WINDOW: dict[str, Any] = {"sliding_window": None}
+GRANITE: dict[str, Any] = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A slice to try.
+
+    Attributes:
+        changes: Of the config of the tiny model.
+        mlp_dim: Its MLP channels; `None` for all.
+    """
+
+    model_type: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    write_as: str = "own"
+    method: str = "refit"
+    mlp_dim: int | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """The options of its slice."""
+        words = ["--method", self.method]
+        if self.method == "refit":
+            words += ["--write-as", self.write_as]
+        return words + ([] if self.mlp_dim is None else ["--mlp-dim", str(self.mlp_dim)])
+
+
+CASES = {
+    "llama": Case("llama", UNTIED),
+    "llama (tied)": Case("llama", TIED),
+    "llama (llama3 rotation)": Case("llama", UNTIED | {"rope_parameters": LLAMA_3}),
+    "llama (llama3 rotation, tied)": Case("llama", TIED | {"rope_parameters": LLAMA_3}),
+    "llama (cut MLP)": Case("llama", UNTIED, mlp_dim=MLP_DIM),
+    "llama (cut MLP, tied)": Case("llama", TIED, mlp_dim=MLP_DIM),
+    "llama (gelu)": Case("llama", UNTIED | {"hidden_act": "gelu"}),
+    "llama (relu)": Case("llama", UNTIED | {"hidden_act": "relu"}),
+    "llama as mistral": Case("llama", UNTIED, "mistral"),
+    "llama as mistral (tied)": Case("llama", TIED, "mistral"),
+    "mistral": Case("mistral", UNTIED | NO_WINDOW),
+    "mistral (tied)": Case("mistral", TIED | NO_WINDOW),
+    "qwen2": Case("qwen2", UNTIED),
+    "qwen2 (tied)": Case("qwen2", TIED),
+    "qwen2 (6 heads of 64)": Case("qwen2", UNTIED | WIDE_HEADS),
+    "qwen2 (6 heads of 64, tied)": Case("qwen2", TIED | WIDE_HEADS),
+    "qwen2 as llama": Case("qwen2", UNTIED, "llama"),
+    "qwen2 as llama (tied)": Case("qwen2", TIED, "llama"),
+    "qwen2 as seed_oss": Case("qwen2", UNTIED, "seed_oss"),
+    "qwen2 as seed_oss (tied)": Case("qwen2", TIED, "seed_oss"),
+    "qwen3": Case("qwen3", UNTIED),
+    "qwen3 (tied)": Case("qwen3", TIED),
+    "phi3": Case("phi3", UNTIED),
+    "phi3 as llama": Case("phi3", UNTIED, "llama"),
+    "phi3 as mistral": Case("phi3", UNTIED, "mistral"),
+    "phi": Case("phi", ALL_HEADS),
+    "gemma": Case("gemma", UNTIED),
+    "gemma (tied)": Case("gemma", TIED),
+    "gemma (cut MLP, tied)": Case("gemma", TIED, mlp_dim=MLP_DIM),
+    "granite": Case("granite", UNTIED | GRANITE),
+    "granite (tied)": Case("granite", TIED | GRANITE),
+    "granite as llama": Case("granite", UNTIED | GRANITE, "llama"),
+    "granite as llama (tied)": Case("granite", TIED | GRANITE, "llama"),
+    "smollm3": Case("smollm3", UNTIED),
+    "smollm3 (tied)": Case("smollm3", TIED),
+    "mixtral": Case("mixtral", UNTIED | NO_WINDOW),
+    "qwen3_moe": Case("qwen3_moe", UNTIED | {"norm_topk_prob": True}),
+    "qwen2_moe": Case("qwen2_moe", UNTIED),
+    "qwen2_moe (6 heads of 64)": Case("qwen2_moe", UNTIED | WIDE_HEADS),
+    "cohere": Case("cohere", UNTIED),
+    "cohere (tied)": Case("cohere", TIED),
+    "cohere (cut MLP, tied)": Case("cohere", TIED, mlp_dim=MLP_DIM),
+    "glm": Case("glm", UNTIED),
+    "nemotron": Case("nemotron", UNTIED),
+    "olmo": Case("olmo", UNTIED),
+    "olmo as llama": Case("olmo", UNTIED, "llama"),
+    "starcoder2": Case("starcoder2", UNTIED | NO_WINDOW),
+    "stablelm": Case("stablelm", UNTIED),
+    "arcee": Case("arcee", UNTIED),
+    "ernie4_5": Case("ernie4_5", UNTIED),
+    "ernie4_5 (tied)": Case("ernie4_5", TIED),
+    "seed_oss": Case("seed_oss", UNTIED),
+    "hunyuan_v1_dense": Case("hunyuan_v1_dense", UNTIED),
+    "hunyuan_v1_dense (tied)": Case("hunyuan_v1_dense", TIED),
+    "gpt2": Case("gpt2"),
+    "gpt_neox": Case("gpt_neox"),
+    "opt": Case("opt"),
+    "falcon": Case("falcon"),
+    "gptj": Case("gptj"),
+    "llama, published": Case("llama", UNTIED, method="slicegpt"),
+    "qwen2, published": Case("qwen2", UNTIED, method="slicegpt"),
+    "phi, published": Case("phi", ALL_HEADS, method="slicegpt"),
+    "gpt2, published": Case("gpt2", method="slicegpt"),
+    "gpt_neox, published": Case("gpt_neox", method="slicegpt"),
+    "opt, published": Case("opt", method="slicegpt"),
 }
 
 
@@ -144,31 +208,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, required=True, help="folder with an environment per client")
     parser.add_argument("--clients", default=",".join(CLIENTS), help="which, separated by commas")
-    parser.add_argument("--families", default="", help="types of models, separated by commas; all if empty")
-    parser.add_argument("--model", type=Path, help="a real model, sliced by the refit and compared too")
-    parser.add_argument("--model-dim", type=int, help="its dim")
+    parser.add_argument("--families", default="", help="types of models, separated by commas; all if empty, or none")
+    parser.add_argument("--model", type=Path, help="a real model, sliced and compared too")
+    parser.add_argument("--model-widths", default="", help="its dims, or DIM/MLP_DIM, separated by commas")
+    parser.add_argument("--slices", type=Path, help="where slices are kept; those that are there are not made again")
     parser.add_argument("--write", type=Path, help="the file of verdicts to write")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        slices = dict(make_slices(Path(scratch), set(filter(None, options.families.split(",")))))
+        folder, slices = options.slices or Path(scratch), {}
+        if options.families != "none":
+            slices = dict(make_slices(folder, set(filter(None, options.families.split(",")))))
         if options.model:
-            slices[options.model.name] = make_slice(options.model, options.model_dim, "refit", Path(scratch) / "real")
-        tokens = Path(scratch) / "tokens.json"
+            slices |= make_real_slices(options.model, options.model_widths, folder)
+        print(f"{len(slices)} slices made after {time.monotonic() - begin:.0f} s", flush=True)
         chosen = random.Random(0)
-        tokens.write_text(json.dumps([chosen.randrange(2, VOCABULARY) for _ in range(TOKENS)]))
-        expected = ask("transformers 5", Path(sys.executable), tokens, slices)
-        for name in options.clients.split(","):
+        tokens = [chosen.randrange(2, VOCABULARY) for _ in range(TOKENS)]
+        folders = {name: str(path.resolve()) for name, path in slices.items()}
+        expected = ask("transformers 5", list(folders.values()), tokens)
+        for name in filter(None, options.clients.split(",")):
             python = environment(name, options.environments)
             version = version_of(python, CLIENTS[name].package)
-            answers = ask(name, python, tokens, slices)
+            answers = ask(name, list(folders.values()), tokens, str(python))
             rows = [
-                {"slice": one, **kind_of(slices[one]), "client": name, "version": version}
-                | judge(answers[one], expected[one])
+                {"slice": one, "kind": kind_of(slices[one]), "client": name, "version": version}
+                | judge(answers[folders[one]], expected[folders[one]])
                 for one in slices
             ]
             for row in rows:
                 print(f"{row['client']} ({version})  {row['slice']:26} {row['verdict']:8} {row['reason']}", flush=True)
+            print(f"{name} after {time.monotonic() - begin:.0f} s", flush=True)
             if options.write:
                 write(rows, options.write)
 
@@ -178,37 +248,52 @@ def make_slices(folder: Path, families: set[str]) -> Iterator[tuple[str, Path]]:
     from slicecli.proof.tiny import random_model, tiny_config
     from slicecli.testing import save_checkpoint
 
-    for index, (name, (model_type, method, changes)) in enumerate(SLICES.items()):
+    for name, case in CASES.items():
+        model_type, changes = case.model_type, case.changes
         if families and model_type not in families:
             continue
         known = tiny_config(model_type, has_head_dim=False).to_dict()
-        fields = {field: size for field, size in SIZES.items() if known.get(field) is not None} | changes
+        fields = {one: size for one, size in SIZES.items() if known.get(one) is not None} | changes
         if model_type not in ("gpt2", "gpt_neox", "opt"):
             fields.setdefault("head_dim", SIZES["head_dim"])
         rope = changes.get("rope_parameters") or known.get("rope_parameters")
         if rope:
             fields["rope_parameters"] = {**rope, "rope_theta": 777.0}
         config = tiny_config(model_type, has_head_dim=False, **fields)
-        dense = save_checkpoint(random_model(config), folder / f"d{index}")
-        _, _, portable = name.partition(" as ")
-        write_as = (portable or "own") if method == "refit" else None
-        yield name, make_slice(dense, DIM, method, folder / f"s{index}", write_as)
+        output = folder / slug(name)
+        if not output.exists():
+            dense = save_checkpoint(random_model(config), folder / "dense" / slug(name))
+            make_slice(dense, DIM, output, case.words)
+        yield name, output
 
 
-def make_slice(model: Path, dim: int, method: str, output: Path, write_as: str | None = None) -> Path:
+def make_real_slices(model: Path, widths: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield a name and a folder for each slice of a real model."""
+    for one in widths.split(","):
+        name = f"{model.name} to {one}"
+        dim, _, mlp_dim = one.partition("/")
+        output = folder / slug(name)
+        if not output.exists():
+            make_slice(model, int(dim), output, ["--mlp-dim", mlp_dim] if mlp_dim else [])
+        yield name, output
+
+
+def slug(name: str) -> str:
+    """Return a name as part of a path."""
+    return "-".join(re.findall(r"\w+", name))
+
+
+def make_slice(model: Path, dim: int, output: Path, more: Sequence[str] = ()) -> None:
     """Slice a model in float32."""
     from click.testing import CliRunner
 
     from slicecli.cli import group
 
-    words = ["slice", str(model), "--dim", str(dim), "--method", method, "-o", str(output), "--calibration", "demo"]
+    words = ["slice", str(model), "--dim", str(dim), "-o", str(output), "--calibration", "demo", *more]
     words += ["--samples", "32", "--seq-len", "64", "--dtype", "float32", "--no-cache"]
-    if write_as:
-        words += ["--write-as", write_as]
     done = CliRunner().invoke(group, words, prog_name="slicecli")
     if done.exit_code:
         sys.exit(done.output)
-    return output
 
 
 def environment(client: str, parent: Path) -> Path:
@@ -239,45 +324,11 @@ def version_of(python: Path, package: str) -> str:
     return f"{package} {done.stdout.strip()}"
 
 
-def ask(client: str, python: Path, tokens: Path, slices: dict[str, Path]) -> dict[str, Any]:
-    """Return what a client predicts for each slice, or its error; one that ends the process is asked no more of it."""
-    script = Path(__file__).with_name("serving_client.py")
-    found: dict[str, Any] = {}
-    while left := [name for name in slices if name not in found]:
-        command = [python, script, client, tokens, *(slices[name] for name in left)]
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_MODULES_CACHE": str(tokens.parent / client)}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        try:
-            output, errors = process.communicate(timeout=SECONDS_PER_SLICE * len(left))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-        by_folder = {one["folder"]: one for one in map(as_answer, output.splitlines()) if one}
-        found |= {name: by_folder[str(slices[name])] for name in left if str(slices[name]) in by_folder}
-        if missing := next((name for name in left if name not in found), None):
-            last = (errors.strip().splitlines() or ["no output"])[-1]
-            found[missing] = {"error": f"the process ended: {last}"}
-    return found
-
-
-def as_answer(line: str) -> dict[str, Any] | None:
-    """Return an answer of the client's script, `None` for a line of the client's own."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "folder" in found else None
-
-
 def kind_of(folder: Path) -> dict[str, Any]:
     """Return what a verdict is about."""
-    record = json.loads((folder / "slicecli.json").read_text())
-    return {
-        "model_type": record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"],
-        "layout": record["layout"],
-        "method": record["method"],
-        "is_tied": record["is_tied"],
-    }
+    from slicecli.family.serving import SliceKind
+
+    return asdict(SliceKind.of_record(json.loads((folder / "slicecli.json").read_text())))
 
 
 def judge(answer: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
@@ -286,12 +337,14 @@ def judge(answer: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
         sys.exit(f"transformers 5 does not run a slice: {expected['error']}")
     if "predicted" not in answer:
         return {"verdict": "refused", "agreement": None, "reason": " ".join(answer["error"].split())[:160]}
-    pairs = list(zip(answer["predicted"], expected["predicted"], strict=True))
-    agreement = sum(one[0] == other[0] for one, other in pairs) / len(pairs)
-    difference = max(abs(one[1] - other[1]) for one, other in pairs)
-    is_correct = agreement == 1 and difference < 0.01
-    reason = "" if is_correct else f"{agreement:.0%} of next tokens are the same"
-    return {"verdict": "correct" if is_correct else "wrong", "agreement": agreement, "reason": reason}
+    agreement, difference = compare(answer["predicted"], expected["predicted"])
+    is_correct = agreement == 1 and difference < MOST_DIFFERENCE
+    reason = f"{agreement:.0%} of next tokens are the same, and log probabilities differ by up to {difference:.2f}"
+    return {
+        "verdict": "correct" if is_correct else "wrong",
+        "agreement": agreement,
+        "reason": "" if is_correct else reason,
+    }
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slicecli.errors import RequestError, WeightsError
 from slicecli.family.context_length import context_length_of_config
-from slicecli.family.slice_plan import Method, Width
+from slicecli.family.slice_plan import Method, Width, WidthPair
 from slicecli.jobs.options import RecoverOptions, SliceOptions
 from slicecli.jobs.plan import plan_slices
 from slicecli.jobs.run import SliceReport, run_slices
@@ -42,6 +42,8 @@ def slice_model(
     sparsity: float | None = None,
     target_parameters: int | None = None,
     memory: int | None = None,
+    of: Literal["hidden", "parameters"] = "hidden",
+    shape: Literal["auto", "width", "mlp"] = "auto",
     multiple_of: int | None = None,
     schedule: str | None = None,
     mlp_dim: int | None = None,
@@ -58,6 +60,9 @@ def slice_model(
         sparsity: Instead: the fraction of the hidden size to remove.
         target_parameters: Instead: maximum number of parameters of the slice.
         memory: Instead: maximum bytes of its weights.
+        of: What the sparsity is a fraction of; of the parameters, it is a target.
+        shape: How a target is met: by the hidden size (`width`), by fewer MLP channels (`mlp`), or by the pair of both
+            that loses least (`auto`).
         multiple_of: With a sparsity or a target: choose among multiples of this number.
         schedule: Instead, with `method="slicegpt"`: see `slicecli.family.schedule.read_schedule`.
         mlp_dim: How many MLP channels to keep; alone, it leaves the hidden size as it is.
@@ -72,7 +77,18 @@ def slice_model(
     Raises:
         SlicecliError: The request cannot be met; the message gives the cause and the remedy.
     """
-    width = Width(dim, sparsity, target_parameters, memory, multiple_of, schedule, mlp_dim, mlp_sparsity)
+    width = Width(
+        dim=dim,
+        sparsity=sparsity,
+        target_parameters=target_parameters,
+        memory=memory,
+        of=of,
+        shape=shape,
+        multiple_of=multiple_of,
+        schedule=schedule,
+        mlp_dim=mlp_dim,
+        mlp_sparsity=mlp_sparsity,
+    )
     folder = None if output is None else local_path(output)
     with quiet_libraries():
         job = plan_slices(model, [width], [folder], SliceOptions(**options))
@@ -266,7 +282,8 @@ def estimate(
     cuts_mlp = subject.narrower.mlp_dim is not None
     forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, inputs)
     accelerator = None if device is None else device_named(device)
-    return estimating.estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
+    pairs = [WidthPair(dim, subject.narrower.mlp_dim) for dim in dims]
+    return estimating.estimate(subject, pairs, subject.workload(batch, length), accelerator, forecasts)
 
 
 def generate_text(

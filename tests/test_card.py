@@ -11,10 +11,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from slicecli.errors import OutputError
-from slicecli.hub import serving
+from slicecli.family import serving
+from slicecli.family.serving import SliceKind, Verdict
 from slicecli.hub.card import Card, read_card, render_card
 from slicecli.hub.metadata import base_model_of, inherited_metadata
-from slicecli.hub.serving import Verdict
 from slicecli.hub.writing import enter_results, own_files, write_card
 from slicecli.runtime.markdown import code, code_block, heading, prose
 
@@ -127,13 +127,24 @@ def test_the_card_of_a_slice_is_harmless_and_whole(one_slice, record):
     ],
 )
 def test_a_program_is_named_as_it_was_found(record, monkeypatch, verdict, sentence, is_shown):
-    kind = (record["source"]["model_type"], record["layout"], record["method"], record["is_tied"])
-    found = [] if verdict is None else [Verdict("a slice", *kind, "vLLM", "package 1", verdict, None, "")]
+    kind = SliceKind.of_record(record)
+    found = [] if verdict is None else [Verdict("a slice", kind, "vLLM", "package 1", verdict, None, "")]
     monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(found))
     text = render_card(record)
     assert sentence in text
     assert ("vllm serve" in text) == is_shown
     assert "llama-cli" not in text
+
+
+@pytest.mark.parametrize(("dim", "kind"), [(512, "Q4_K_M"), (448, "Q8_0"), (432, None)])
+def test_the_lines_for_llama_cpp_go_on_to_a_type_that_fits_the_dim(record, monkeypatch, dim, kind):
+    found = [Verdict("a slice", SliceKind.of_record(record), "llama.cpp", "package 1", "correct", 1.0, "")]
+    monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(found))
+    text = render_card(record | {"dim": dim, "layout": "stock", "written_type": "llama"})
+    if kind is None:
+        assert "llama-quantize" not in text
+    else:
+        assert f"llama-quantize slice.gguf slice-{kind}.gguf {kind}\nllama-cli -m slice-{kind}.gguf" in text
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

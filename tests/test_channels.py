@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slicecli.linalg import normal_equations
-from slicecli.linalg.channels import choose_channels, removal_prices
+from slicecli.linalg.channels import choose_channels, removal_losses, removal_prices
 from slicecli.linalg.normal_equations import NormalEquations
 from slicecli.linalg.ridge import solve_ridge
 
@@ -142,3 +142,22 @@ def test_several_rounds_lose_no_more_than_one():
             stays = choose_channels(equations_of(z, target, start), start, slice(0, INPUTS), 4, rounds)
             lost[rounds] += least_error(z, target, start, 0.0, stays)
     assert lost[6] < lost[1]
+
+
+# what every width would cost
+
+
+def test_losses_are_the_least_errors_of_the_outputs_on_fewer_inputs():
+    z, _, weight = correlated()
+    losses = removal_losses(z.T @ z, weight, ridge=0.0)
+    target, nothing = z @ weight.T, torch.zeros_like(weight)
+    whole = removal_prices(z.T @ z, (z.T @ target), nothing, ridge=0.0)
+    for count in range(INPUTS + 1):
+        stays = torch.zeros(INPUTS, dtype=torch.bool)
+        stays[whole.argsort(descending=True)[:count]] = True
+        expected = least_error(z, target, nothing, 0.0, stays) if count else float(target.square().sum())
+        torch.testing.assert_close(float(losses[count]), expected, atol=1e-8, rtol=1e-9)
+
+
+def test_tokens_that_are_all_zero_lose_nothing():
+    assert not removal_losses(torch.zeros(5, 5, dtype=torch.float64), torch.ones(2, 5)).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -98,7 +99,9 @@ def test_version_is_the_distribution_s():
     assert slicecli.__version__ == version("slicecli")
 
 
-def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypatch):
+@pytest.fixture
+def run_from_a_clone(tmp_path, monkeypatch):
+    """Run commands where the demo model lies as in a clone."""
     import shlex
 
     from click.testing import CliRunner
@@ -109,41 +112,64 @@ def test_the_commands_on_the_page_of_estimates_run_as_written(tmp_path, monkeypa
     (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
     (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
     monkeypatch.chdir(tmp_path)
+
+    def run(command):
+        result = CliRunner().invoke(group, shlex.split(command)[1:], prog_name="slicecli")
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+        return result
+
+    return run
+
+
+def test_the_commands_on_the_page_of_estimates_run_as_written(run_from_a_clone, tmp_path):
     page = (ROOT / "docs" / "estimate.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", page, flags=re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if line.startswith("slicecli ")]
     assert {command.split()[1] for command in commands} == {"estimate", "spectrum", "sweep", "fit"}
     for command in commands:
         # less text, which changes nothing but the time
-        quick = command.replace("--samples 64", "--samples 8 --limit 4").replace("--samples 32", "--samples 4")
-        result = CliRunner().invoke(group, shlex.split(quick)[1:], prog_name="slicecli")
-        assert result.exit_code == 0, f"{command}\n{result.output}"
+        run_from_a_clone(
+            command.replace("--samples 64", "--samples 8 --limit 4").replace("--samples 32", "--samples 4")
+        )
     for name in ("estimate.png", "spectrum.json", "demo-sweep/results.json", "demo-sweep/curve.png", "curve.png"):
         assert (tmp_path / name).is_file()
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(snippet, {})
 
 
-def test_the_commands_on_the_page_of_recovery_run_as_written(tmp_path, monkeypatch):
-    import shlex
-
-    from click.testing import CliRunner
-
-    from slicecli.cli import group
-    from slicecli.data.demo import MODEL_FOLDER
-
-    (tmp_path / "slicecli" / "data" / "demo").mkdir(parents=True)
-    (tmp_path / "slicecli" / "data" / "demo" / "model").symlink_to(MODEL_FOLDER)
-    monkeypatch.chdir(tmp_path)
+def test_the_commands_on_the_page_of_recovery_run_as_written(run_from_a_clone, tmp_path):
     page = (ROOT / "docs" / "recover.md").read_text()
     (commands,) = re.findall(r"```\n(slicecli slice .*?)```", page, flags=re.DOTALL)
     for command in commands.splitlines():
         # less text, which changes nothing but the time and the figures
         quick = command.replace("--samples 256", "--samples 8").replace("--tokens 270k", "--tokens 10k")
-        quick = quick.replace(" --record", " --record --limit 4")
-        result = CliRunner().invoke(group, shlex.split(quick)[1:], prog_name="slicecli")
-        assert result.exit_code == 0, f"{command}\n{result.output}"
+        run_from_a_clone(quick.replace(" --record", " --record --limit 4"))
     assert "| dense | sliced | recovered |" in (tmp_path / "demo-recovered" / "README.md").read_text()
+
+
+def test_the_commands_on_the_page_of_two_widths_run_as_written(run_from_a_clone, tmp_path):
+    page = (ROOT / "docs" / "shape.md").read_text()
+    (commands,) = re.findall(r"```\n(slicecli slice .*?)```", page, flags=re.DOTALL)
+    for command in commands.splitlines():
+        run_from_a_clone(
+            command.replace("--samples 64", "--samples 8").replace("--perplexity", "--limit 4 --perplexity")
+        )
+    both, width = (json.loads((tmp_path / name / "slicecli.json").read_text()) for name in ("demo-1m", "demo-1m-width"))
+    assert both["parameters"]["sliced"] <= 1_000_000
+    assert both["mlp_dim"] is not None
+    assert width["mlp_dim"] is None
+
+
+def test_the_table_of_two_widths_is_that_of_its_figures():
+    """Every figure of the page stands in the bundled table."""
+    import csv
+
+    with (ROOT / "benchmarks" / "two_widths.csv").open(encoding="utf-8") as file:
+        measured = {f"{row['dim']} × {row['mlp_dim']}: {float(row['perplexity']):.2f}" for row in csv.DictReader(file)}
+    page = (ROOT / "docs" / "shape.md").read_text()
+    shown = re.findall(r"\d+ × \d+: [\d.]+", page)
+    assert len(shown) > 15
+    assert set(shown) <= measured
 
 
 def test_the_relation_in_the_documentation_registers_and_fits():

@@ -62,7 +62,7 @@ def streamed(model, dimensions, basis, rows, batch=2, seed=SEED):
 
 
 def whole(model, dimensions, basis, rows, seed=SEED):
-    """Return both variants from one backward pass through the whole model."""
+    """Return the variants from one backward pass through the whole model."""
     adapter, size = dimensions.adapter, dimensions.hidden_size
     paths = [f"{adapter.blocks}.{i}.{path}" for i, one in enumerate(dimensions.declared_blocks) for path in one.norms]
     seen = {}
@@ -87,7 +87,7 @@ def whole(model, dimensions, basis, rows, seed=SEED):
     for handle in handles:
         handle.remove()
     model.zero_grad()
-    totals = {"shared": torch.zeros(size + 1).double(), "layer": torch.zeros(size + 1).double()}
+    totals = {name: torch.zeros(size + 1).double() for name in ("shared", "layer", "sites")}
     for path, (stream, output) in seen.items():
         x = stream.detach().reshape(-1, size)
         x = x - x.mean(-1, keepdim=True) if dimensions.adapter.norm.is_centred else x
@@ -97,7 +97,7 @@ def whole(model, dimensions, basis, rows, seed=SEED):
         g = output.grad.reshape(-1, size)
         g = g if weight is None else g * (weight.detach() + dimensions.adapter.norm.weight_offset)
         own = torch.linalg.eigh(n.T @ n)[1].flip(1)
-        bases = {"shared": basis.vectors}
+        bases = {"shared": basis.vectors, "sites": own}
         if path != adapter.final_norm or slices_head(dimensions, None):
             bases["layer"] = own
         for name, vectors in bases.items():
@@ -107,7 +107,7 @@ def whole(model, dimensions, basis, rows, seed=SEED):
                 dropped = n @ outside @ outside.T
                 totals[name][width] += 0.5 * (g * dropped).sum(-1).square().mean()
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    return totals["shared"], totals["layer"], float(nll.detach())
+    return totals, float(nll.detach())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,10 +116,10 @@ def test_it_is_what_a_whole_models_gradients_say(name):
     rows = rows_for(model)
     basis = random_basis(dimensions, seed=1)
     found = streamed(model, dimensions, basis, rows)
-    shared, layer, nll = whole(model, dimensions, basis, rows)
-    assert bool((shared[:-2] > 0).all())
-    torch.testing.assert_close(found.shared, shared, rtol=1e-8, atol=1e-12 * float(shared.max()))
-    torch.testing.assert_close(found.layer, layer, rtol=1e-8, atol=1e-12 * float(layer.max()))
+    totals, nll = whole(model, dimensions, basis, rows)
+    assert bool((totals["shared"][:-2] > 0).all())
+    for variant, expected in totals.items():
+        torch.testing.assert_close(getattr(found, variant), expected, rtol=1e-8, atol=1e-12 * float(expected.max()))
     assert found.nll == pytest.approx(nll, rel=1e-9)
     assert found.tokens == rows.numel()
 
@@ -220,6 +220,14 @@ def test_the_command_writes_what_it_prints(run, words, tmp_path):
     row = next(line.split() for line in shown.stdout.splitlines() if line.split()[:1] == ["36"])
     assert float(row[4]) == pytest.approx(document["spectrum"][35]["fisher"]["refit"], rel=1e-3)
     assert sorted(os.listdir(tmp_path)) == ["again.json", "first.json"]
+
+
+def test_the_probe_reads_the_first_rows_and_can_be_left_out(run, words):
+    probe = json.loads(run(*words, "--format", "json").stdout)["probe"]
+    assert probe["tokens"] == 8 * 32
+    assert [one["dim"] for one in probe["projected"]] == [45, 42, 39, 36, 30, 24]
+    assert all(one["nll"] != probe["dense_nll"] for one in probe["projected"])
+    assert json.loads(run(*words, "--format", "json", "--no-probe").stdout)["probe"] is None
 
 
 def test_the_spectrum_is_of_the_basis_that_a_refit_takes(run, words, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from slicecli.errors import RequestError
 from slicecli.family.friendly_dims import (
     friendly_multiple,
+    gguf_type,
     preferred_dims,
     why_not_quantised,
     why_writers_are_not_quantised,
@@ -58,14 +59,21 @@ def test_a_multiple_has_no_effect_on_a_dim():
         Width(dim=64, multiple_of=32)
 
 
+@pytest.mark.parametrize(
+    ("widths", "kind"), [((512,), "Q4_K_M"), ((448,), "Q8_0"), ((432,), ""), ((512, 1152), "Q8_0"), ((512, 1166), "")]
+)
+def test_the_type_of_a_quantised_file_has_groups_that_divide_the_widths(widths, kind):
+    assert gguf_type(*widths) == kind
+
+
 @pytest.mark.parametrize(("dim", "multiple"), [(3072, 256), (2944, 128), (448, 64), (416, 32), (432, None)])
 def test_the_multiple_of_a_dim_is_the_most_demanding_that_divides_it(dim, multiple):
     assert friendly_multiple(dim) == multiple
 
 
 def test_a_dim_that_no_format_quantises_names_its_neighbours():
-    assert "416 and 448" in why_not_quantised(432, range(1, 576))
-    assert "Nearest" not in why_not_quantised(432, range(9, 576, 9)[:20])
+    assert "The nearest that it divides: 416 and 448." in why_not_quantised(432, range(1, 576))
+    assert "nearest" not in why_not_quantised(432, range(9, 576, 9)[:20])
     assert why_not_quantised(448, range(1, 576)) == ""
 
 

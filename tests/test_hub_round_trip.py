@@ -7,7 +7,7 @@ import json
 import pytest
 from programs import run_command, run_program
 
-from slicecli.hub.serving import verdicts_on
+from slicecli.family.serving import SliceKind, verdicts_on
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 CARD = b"---\nlicense: llama3\nlanguage:\n- en\npipeline_tag: text-generation\n---\n\n# A model\n"
@@ -74,7 +74,7 @@ def test_a_slice_goes_to_the_hub_and_comes_back_without_this_program(
         assert f"\n{line}\n" in card
     assert 'from_pretrained("me/slice"' in card
     assert ("trust_remote_code=True" in card) == (method == "slicegpt")
-    verdicts = verdicts_on("llama", record["layout"], method, record["is_tied"])
+    verdicts = verdicts_on(SliceKind.of_record(record))
     assert ("llama-cli -m slice.gguf" in card) == (verdicts["llama.cpp"].verdict == "correct") == (method == "refit")
 
     # it generates where slicecli is not, and writes the same as the folder

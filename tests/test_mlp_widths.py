@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 from slicecli.adapters import PassedThrough, select_adapter
 from slicecli.errors import PluginError, RequestError
+from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
+from slicecli.family.shapes import pairs_within
 from slicecli.family.slice_plan import Width
+from slicecli.family.written_class import SliceClasses
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
 
 SIZE = 80
@@ -128,11 +131,79 @@ def test_nothing_to_remove_is_refused():
         ({"mlp_sparsity": 1.0}, "not a fraction of the MLP channels"),
         ({"mlp_sparsity": float("nan")}, "not a fraction"),
         ({}, "No width"),
+        ({"dim": 36, "shape": "mlp"}, "no effect without a target"),
+        ({"dim": 36, "of": "parameters"}, "no effect without --sparsity"),
+        ({"target_parameters": 9, "shape": "mlp", "mlp_dim": 40}, "chooses the MLP's width"),
+        ({"sparsity": 1.5, "of": "parameters"}, "not a fraction of the parameters"),
     ],
 )
 def test_requests_without_sense_are_refused(given, message):
     with pytest.raises(RequestError, match=message):
         Width(**given)
+
+
+# pairs of widths
+
+
+def pairs(family="llama", share=0.8, **wish):
+    sizes = dimensions(family)
+    classes = SliceClasses.of_method(sizes, "refit", "llama")
+    width = Width(target_parameters=int(share * sizes.parameters()), **wish)
+    found = pairs_within(width, sizes, classes, 4)
+    counts = [classes.with_mlp_dim(mlp_dim).at(dim).parameters(dim) for dim, mlp_dim in found]
+    return sizes, width.target_parameters, found, counts
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "llama-tied"])
+def test_pairs_fit_and_use_up_a_target(family):
+    sizes, limit, found, counts = pairs(family)
+    assert len(found) > 2
+    for (dim, mlp_dim), count in zip(found, counts, strict=True):
+        assert count <= limit
+        if mlp_dim is not None:  # one channel more would be too many
+            assert mlp_dim + 1 == SIZE or sizes.with_mlp_dim(mlp_dim + 1).parameters(dim) > limit
+
+
+def test_no_pair_is_narrower_than_another_in_both_widths():
+    found = [(dim, mlp_dim or SIZE) for dim, mlp_dim in pairs()[2]]
+    assert found == sorted(found, reverse=True)
+    assert [mlp_dim for _, mlp_dim in found] == sorted({mlp_dim for _, mlp_dim in found})
+
+
+def test_pairs_reach_from_channels_alone_to_the_hidden_size_alone():
+    sizes, limit, found, _ = pairs()
+    assert found[0].dim == sizes.hidden_size
+    assert found[-1].mlp_dim is None
+    assert pairs(shape="mlp")[2] == found[:1]
+    assert found[-1].dim == Width(target_parameters=limit, shape="width").resolve(sizes, 4)
+
+
+def test_both_widths_are_multiples_of_a_number_of_the_users():
+    for dim, mlp_dim in pairs(multiple_of=12)[2]:
+        assert dim % 12 == 0
+        assert (mlp_dim or 12) % 12 == 0
+
+
+def test_a_fraction_of_the_parameters_is_a_target():
+    sizes = dimensions()
+    dim = Width(sparsity=0.2, of="parameters", shape="width").resolve(sizes, 4)
+    assert dim == Width(target_parameters=int(0.8 * sizes.parameters())).resolve(sizes, 4)
+
+
+def test_a_target_that_nothing_or_everything_fits_is_refused():
+    with pytest.raises(RequestError, match="The smallest has"):
+        pairs(share=0.001)
+    with pytest.raises(RequestError, match="dense model fits"):
+        pairs(share=1.0)
+
+
+def test_the_pair_of_least_loss_depends_on_what_each_width_loses():
+    size, channels = 12, 20
+    even = ShapeLosses([1 - dim / size for dim in range(size + 1)], [1 - m / channels for m in range(channels + 1)])
+    free = ShapeLosses(even.discarded, [0.0] * (channels + 1))
+    some = [(12, 8), (9, 12), (6, None)]
+    assert min(some, key=lambda pair: free.predict(*pair)) == (12, 8)
+    assert min(some, key=lambda pair: ShapeLosses([0.0] * (size + 1), even.cut).predict(*pair)) == (6, None)
 
 
 # slices
@@ -217,6 +288,33 @@ def test_a_slice_in_a_portable_class_has_the_width(run, checkpoints, words, tmp_
     assert done.exit_code == 0, done.output
     assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape == (61, 48)
     assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_target_is_met_by_the_pair_that_loses_least(run, checkpoints, words, tmp_path):
+    """The choice is of the first pass; the slice is the one that its widths alone would give."""
+    dense = dimensions().parameters()
+    target = ("--target-params", str(int(0.8 * dense)), "--write-as", "own")
+    listed = json.loads(run("slice", checkpoints(), *target, "--dry-run", "--format", "json", *words).stdout)
+    assert listed["dim"] is None
+    done = run("slice", checkpoints(), *target, "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    record = record_of(tmp_path / "out")
+    assert {"dim": record["dim"], "mlp_dim": record["mlp_dim"]} in listed["pairs"]
+    assert record["parameters"]["sliced"] <= 0.8 * dense
+    assert run("verify", tmp_path / "out").exit_code == 0
+    widths = ("--dim", record["dim"], *(() if record["mlp_dim"] is None else ("--mlp-dim", record["mlp_dim"])))
+    done = run("slice", checkpoints(), *widths, "--write-as", "own", "-o", tmp_path / "same", *words)
+    assert done.exit_code == 0, done.output
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("shape", "mlp_dim", "dim"), [("width", None, 36), ("mlp", 31, 48)])
+def test_a_target_may_be_met_by_one_width_alone(run, checkpoints, shape, mlp_dim, dim):
+    limit = dimensions().parameters(36)
+    words = ("--target-params", limit, "--shape", shape, "--write-as", "own", "--dry-run", "--format", "json")
+    plan = json.loads(run("slice", checkpoints(), *words).stdout)
+    assert (plan["dim"], plan["mlp_dim"], plan["pairs"]) == (dim, mlp_dim, [])
 
 
 def test_a_slice_can_be_sliced_again(run, both, words, tmp_path):
@@ -339,3 +437,91 @@ def test_a_curve_of_the_hidden_size_takes_no_such_slice(run, checkpoints, both, 
     done = run("fit", tmp_path / "dense.json", tmp_path / "slice.json")
     assert done.exit_code == 2
     assert "keeps 61 of 80 MLP channels" in done.output
+
+
+def test_an_estimate_of_a_target_counts_the_pairs_that_slice_would_choose_among(run, checkpoints, words):
+    target = ("--target-params", int(0.8 * dimensions().parameters()))
+    rows = json.loads(run("estimate", checkpoints(), *target, "--format", "json").stdout)["estimates"]
+    plan = json.loads(run("slice", checkpoints(), *target, "--dry-run", "--format", "json", *words).stdout)
+    assert [{"dim": row["dim"], "mlp_dim": row["mlp_dim"]} for row in rows] == plan["pairs"]
+    assert all(row["parameters"] <= target[1] for row in rows)
+
+
+def test_an_estimate_predicts_those_pairs_that_keep_all_channels(run, checkpoints):
+    target = ("--target-params", int(0.8 * dimensions().parameters()), "--dense-perplexity", "9")
+    done = run("estimate", checkpoints(), *target, "--format", "json")
+    rows = json.loads(done.stdout)["estimates"]
+    assert {row["mlp_dim"] for row in rows if "perplexity" in row} == {None}
+    assert run("estimate", checkpoints(), *target).exit_code == 0
+
+
+def test_a_spectrum_predicts_slices_with_fewer_channels(run, checkpoints, text_file, tmp_path):
+    model, spectrum = checkpoints(), tmp_path / "spectrum.json"
+    words = ("--calibration", text_file, "--samples", "8", "--seq-len", "32")
+    assert run("spectrum", model, *words, "-o", spectrum).exit_code == 0
+    assert json.loads(spectrum.read_text())["channels"][-1] == {"mlp_dim": SIZE, "lost": 0.0}
+    words = ("estimate", model, "--dense-perplexity", "9", "--spectrum", spectrum)
+    predicted = []
+    for mlp_dim in (20, 60, SIZE):
+        done = run(*words, "--dim", "36", "--mlp-dim", str(mlp_dim), "--format", "json")
+        assert done.exit_code == 0, done.output
+        predicted += json.loads(done.stdout)["estimates"]
+    worst, middle, best = (one["perplexity"]["value"] for one in predicted)
+    assert worst > middle > best > 9
+    done = run(*words, "--target-params", int(0.8 * dimensions().parameters()))
+    assert "is predicted to lose least" in done.output
+
+
+def test_as_much_is_lost_at_the_equal_dim():
+    losses = ShapeLosses([1 - dim / 12 for dim in range(13)], [1 - m / 20 for m in range(21)])
+    equal = losses.equal_dim(9, 15)
+    assert equal is not None
+    assert losses.predict(int(equal) + 1, None) < losses.predict(9, 15) < losses.predict(int(equal), None)
+    assert losses.equal_dim(9, None) == 9
+    assert ShapeLosses([0.0] * 13, losses.cut).equal_dim(9, 15) is None
+
+
+# what the statistics say of channels
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "falcon", "opt", "phi"])
+def test_without_channels_the_mlps_lose_what_they_add_to_the_stream(family):
+    """Against a run of the whole model: e(0) is all that the MLPs write, but for what a bias writes for all tokens."""
+    from slicecli.linalg.channels import RIDGE
+    from slicecli.linalg.normal_equations import inverse_scale
+    from slicecli.progress import Silent
+    from slicecli.proof.declaration import ModelWeights, _empty_like
+    from slicecli.proof.tiny import random_model
+    from slicecli.proof.tiny import tiny_config as small
+    from slicecli.slicing.context import Batches, DenseModel
+    from slicecli.slicing.modules import first_tensor
+    from slicecli.slicing.refit import collect_statistics
+    from slicecli.slicing.sliced_tensors import matrix_of
+
+    model = random_model(small(family, has_head_dim=False), dtype="float64")
+    fields = model.config.to_dict()
+    sizes = Dimensions(select_adapter(fields, plugins().adapters), fields)
+    token_ids = torch.randint(2, sizes.vocabulary, (12, 16), generator=torch.Generator().manual_seed(0))
+    dense = DenseModel(_empty_like(model, sizes, on_meta=True), ModelWeights(model), sizes, model.device, model.dtype)
+    found = collect_statistics(dense, Batches(token_ids, 5), Silent(), with_channels=True).channel_losses
+
+    expected, blocks = 0.0, list(model.get_submodule(sizes.adapter.blocks))
+    entering, behind = {}, {}
+    writers = [one for declared in sizes.declared_blocks for one in declared.branches if sizes.has_channels(one)]
+    for index, (block, branch) in enumerate(zip(blocks, writers, strict=True)):
+        writer = block.get_submodule(branch.writer.path)
+        writer.register_forward_pre_hook(lambda _module, args, at=index: entering.update({at: args[0]}))
+        block.register_forward_hook(lambda _module, _args, output, at=index: behind.update({at: first_tensor(output)}))
+    with torch.no_grad():
+        model(input_ids=token_ids)
+    for index, (block, branch) in enumerate(zip(blocks, writers, strict=True)):
+        weight = inverse_scale(behind[index].flatten(0, -2), sizes.epsilon, dense.is_centred)
+        z = entering[index].flatten(0, -2) * weight
+        if sizes.has_bias(branch.writer):  # which repairs what is the same for all tokens
+            z = z - weight @ torch.linalg.lstsq(weight, z).solution
+        gram = z.T @ z + RIDGE * z.square().sum(0).mean() * torch.eye(z.shape[1], dtype=z.dtype)
+        matrix = matrix_of(branch.writer, block.state_dict()) * sizes.multiplier(branch.multiplier)
+        expected += float((matrix @ gram @ matrix.T).trace()) / (token_ids.numel() * sizes.hidden_size)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-6)
+    assert (found.diff() <= 0).all()
+    assert float(found[-1]) == 0

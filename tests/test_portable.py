@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from slicecli.adapters import PortableClass, select_adapter
 from slicecli.checkpoint.weight_writer import ShardWriter
 from slicecli.errors import PluginError, RequestError
+from slicecli.family import serving
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
-from slicecli.family.serving import CLIENTS, runs_in
+from slicecli.family.serving import NOT_MEASURED, SERVERS, SliceKind, Verdict, verdicts_on
 from slicecli.family.slice_plan import Width
 from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.proof.declaration import logits, relative_error
@@ -51,8 +53,8 @@ def test_auto_takes_the_class_that_can_have_a_dim():
 
 
 def test_auto_keeps_the_own_class_where_no_other_runs_and_names_the_dims_that_do():
-    classes = classes_of("qwen2")
-    assert classes.at(37).model_type == "qwen2"
+    classes = classes_of("llama", model_type="granite", attention_bias=True)
+    assert classes.at(37).model_type == "granite"
     assert "at dim 36 or 40 it can be written as llama" in classes.note(classes.at(37), 37)
 
 
@@ -89,14 +91,27 @@ def test_a_class_that_no_adapter_serves_is_said_to_be():
 
 
 def test_other_activations_than_silu_run_in_no_program_as_llama():
-    assert {client: runs_in("llama", client, activation="gelu") for client in CLIENTS} == {
-        "vLLM": "refused",
-        "llama.cpp": "wrong",
-    }
+    assert classes_of("llama", hidden_act="gelu").own.servers == {"vLLM": "refused", "llama.cpp": "wrong"}
 
 
 def test_a_program_that_always_ties_is_wrong_for_a_head_apart():
-    assert [runs_in("gemma", "llama.cpp", is_tied=tied) for tied in (True, False)] == ["correct", "wrong"]
+    kinds = [SliceKind("gemma", "stock", "refit", tied, "gelu_pytorch_tanh") for tied in (True, False)]
+    assert [verdicts_on(kind)["llama.cpp"].verdict for kind in kinds] == ["correct", "wrong"]
+
+
+def test_auto_follows_the_table_that_cards_are_written_from(monkeypatch):
+    kind = SliceKind("llama", "stock", "refit", False, "silu")
+    rows = [Verdict("one", kind, client, "package 1", "wrong", 0.5, "because") for client in SERVERS]
+    rows += [dataclasses.replace(one, kind=dataclasses.replace(kind, model_type="mistral")) for one in rows]
+    rows = [one if one.kind == kind else dataclasses.replace(one, verdict="correct", reason="") for one in rows]
+    monkeypatch.setattr(serving, "all_verdicts", lambda: tuple(rows))
+    assert classes_of("llama").at(36).model_type == "mistral"
+    assert classes_of("llama").own.misfits == "wrong in vLLM and wrong in llama.cpp"
+
+
+def test_nothing_measured_is_of_a_class_of_the_models_own():
+    own = SliceClasses.of(classes_of("llama").own.own, "llama", has_own_code=True).own
+    assert set(own.servers.values()) == {NOT_MEASURED}
 
 
 # slices
@@ -211,6 +226,28 @@ def test_inspect_lists_the_classes_with_their_dims(run, checkpoints):
     assert "multiples of 4" in run("inspect", checkpoints("llama")).stdout
 
 
+def test_inspect_says_of_each_dim_where_its_slice_would_run(run, checkpoints):
+    done = run("inspect", checkpoints("qwen2"), "--dim", "36,37", "--format", "json")
+    found = {one["dim"]: one for one in json.loads(done.stdout)["slices"]}
+    assert [one["written_type"] for one in found.values()] == ["llama", "seed_oss"]
+    assert {one["clients"][client]["verdict"] for one in found.values() for client in SERVERS} == {"correct"}
+    assert all(one["version"] for one in found[36]["clients"].values())
+    shown = run("inspect", checkpoints("qwen2"), "--dim", "36,37")
+    assert "qwen2 is refused in vLLM" in shown.stderr or "qwen2 is wrong in vLLM" in shown.stderr
+    assert found[36]["clients"]["vLLM"]["version"] in shown.stdout
+
+
+def test_inspect_knows_where_slices_with_code_run(run, tiny_checkpoint):
+    (found,) = json.loads(run("inspect", tiny_checkpoint("opt"), "--dim", "36", "--format", "json").stdout)["slices"]
+    assert found["written_type"] == "slicecli"
+    assert (found["clients"]["vLLM"]["verdict"], found["clients"]["llama.cpp"]["verdict"]) == ("correct", "refused")
+
+
+def test_inspect_refuses_a_dim_that_no_class_can_have(run, checkpoints):
+    done = run("inspect", checkpoints("qwen3"), "--dim", "4800")
+    assert done.exit_code != 0 and "47" in done.stderr
+
+
 def test_a_class_needs_a_slice_without_custom_code(run, checkpoints, slice_words):
     words = ("--dim", "36", "--write-as", "llama", "--method", "slicegpt", "--dry-run")
     done = run("slice", checkpoints("qwen2"), *words, *slice_words)
@@ -270,7 +307,7 @@ def test_a_converted_slice_verifies_and_names_its_class(run, own_slice):
 
 
 def test_a_dim_that_a_class_cannot_have_is_not_converted(run, checkpoints, slice_words, tmp_path):
-    run("slice", checkpoints("qwen2"), "--dim", "37", "-o", tmp_path / "odd", *slice_words)
+    run("slice", checkpoints("qwen2"), "--dim", "37", "--write-as", "own", "-o", tmp_path / "odd", *slice_words)
     before = {path.name: path.read_bytes() for path in (tmp_path / "odd").iterdir()}
     done = run("convert", tmp_path / "odd", "--write-as", "llama")
     assert done.exit_code != 0 and "multiples of 4" in done.output

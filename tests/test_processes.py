@@ -312,6 +312,17 @@ def test_the_slice_is_that_of_one_process(start, slices, count):
     assert [path.name for path in folders[0].parent.iterdir()] == ["slice"]
 
 
+def test_widths_are_chosen_as_by_one_process(start, checkpoints, slice_options):
+    words = ["slice", checkpoints(), "--target-params", "66k", *slice_options, "--format", "json"]
+    plans = []
+    for count in (1, 2):
+        done = start(count, *words, "-o", f"target{count}/slice")
+        assert done["codes"] == [0] * count, done["err"]
+        plan = read_json(start.folder / f"target{count}" / "slice" / "slicecli.json")
+        plans.append((plan["dim"], plan["mlp_dim"]))
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_main_process_alone_speaks(slices, count):
     reports = [json.loads(slices[number]["out"][0]) for number in (count, 1)]

@@ -67,12 +67,17 @@ def model(tmp_path_factory):
 @pytest.fixture
 def slice_command(model, slice_words):
     def words(output, *more):
-        return ["slice", model, "--dim", "36", "-o", output, *slice_words, *more]
+        width = () if "--target-params" in more else ("--dim", "36")
+        return ["slice", model, *width, "-o", output, *slice_words, *more]
 
     return words
 
 
-@pytest.mark.parametrize("how", [("--method", "refit"), ("--method", "slicegpt"), ("--mlp-dim", "61")], ids=" ".join)
+@pytest.mark.parametrize(
+    "how",
+    [("--method", "refit"), ("--method", "slicegpt"), ("--mlp-dim", "61"), ("--target-params", "110k")],
+    ids=" ".join,
+)
 def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_path, how):
     log = tmp_path / "log"
     words = [*how, "--no-cache", "--max-shard-size", "100KB"]

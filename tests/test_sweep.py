@@ -9,6 +9,7 @@ import pytest
 
 from slicecli.evaluation import measure
 from slicecli.evaluation.options import EvaluationOptions
+from slicecli.family.slice_plan import Width
 from slicecli.jobs import run as engine
 from slicecli.jobs import sweep
 from slicecli.jobs.options import SliceOptions
@@ -228,7 +229,7 @@ def test_without_memory_for_all_activations_slices_are_refitted_in_groups(
     def sweep_into(folder):
         options = SliceOptions(calibration=str(text_file), samples=24, sequence_length=32, cache=False)
         evaluation = EvaluationOptions(texts=(str(text_file),), limit=6, sequence_length=32)
-        return run_sweep(str(checkpoints()), (44, 36, 24), folder, options, evaluation)
+        return run_sweep(str(checkpoints()), [Width(dim) for dim in (44, 36, 24)], folder, options, evaluation)
 
     together = sweep_into(tmp_path / "concat")
     assert counted["refits"] == 1
@@ -280,3 +281,30 @@ def test_the_gate_takes_the_curve_where_nothing_is_recorded(run, words, text_fil
     curve = json.loads((output / RESULTS_FILE).read_text())["curve"]
     assert curve["points"][1]["value"] == pytest.approx(known)
     assert measured.value <= limit
+
+
+def test_a_sweep_over_targets_chooses_widths_after_one_pass(run, words, counted, tmp_path):
+    from test_mlp_widths import dimensions
+
+    targets = [int(share * dimensions().parameters()) for share in (0.85, 0.7)]
+    more = ("--target-params", ",".join(map(str, targets)), "--write-as", "own", "-o", tmp_path / "out")
+    done = run(*words, *more, "--format", "json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (counted["statistics"], counted["refits"]) == (1, 1)
+    assert all(point["parameters"] <= target for point, target in zip(document["points"], targets, strict=True))
+    assert any(point["mlp_dim"] for point in document["points"])
+    assert run(*words, *more).exit_code == 0  # all is there
+    assert (counted["statistics"], counted["refits"]) == (1, 1)
+
+
+def test_slices_with_fewer_channels_are_measured_beside_the_curve(run, words, counted, tmp_path):
+    more = ("--dims", "44,36,24", "-o", tmp_path / "out")
+    assert run(*words, *more).exit_code == 0
+    done = run(*words, *more, "--mlp-dim", "40")
+    assert done.exit_code == 0, done.output
+    points = results_of(tmp_path / "out")["points"]
+    assert [(point["dim"], point["mlp_dim"]) for point in points] == [
+        (44, None), (44, 40), (36, None), (36, 40), (24, None), (24, 40)
+    ]  # fmt: skip
+    assert (counted["statistics"], counted["refits"]) == (1, 2)

@@ -1,41 +1,36 @@
-"""Write docs/serving.md from the verdicts of `benchmarks/serving.py`."""
+"""Write the verdicts of `benchmarks/serving.py` into docs/serving.md, between the marks there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from slicecli.hub.serving import all_verdicts
+from slicecli.family.serving import all_verdicts, clients
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
-BEGINNING = """# Where slices run
-
-Slices of tiny random models of each type (hidden size 256 to 192, heads of 32) in the programs that people serve models
-with, compared with transformers 5 after each of 200 tokens. *Correct* means that every most probable next token is the
-same and its log probability differs by less than 0.01; *wrong*, that the program runs and they differ, with the share
-of next tokens that agree; *refused*, that it stops with an error. A cell is empty where it was not tried. "Published"
-slices are those of `--method slicegpt`, "tied" ones share their head with the embeddings. `benchmarks/serving.py` runs
-the comparison, and `tools/write_serving_page.py` writes this page.
-
-"""
+TABLE = re.compile(r"(?<=<!-- table: begin -->\n\n).*(?=\n\n<!-- table: end -->)", flags=re.DOTALL)
+REASONS = re.compile(r"(?<=<!-- reasons: begin -->\n\n).*(?=\n\n<!-- reasons: end -->)", flags=re.DOTALL)
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the page, with what was measured in place of what is in it."""
     verdicts = all_verdicts()
-    versions = {one.client: one.version for one in verdicts}
+    versions = clients()
     cells = {(one.slice, one.client): one for one in verdicts}
     rows = [
         ["slice", "layout", *(f"{client} ({version})" for client, version in versions.items())],
         ["---"] * (2 + len(versions)),
     ]
-    for name, layout in dict.fromkeys((one.slice, one.layout) for one in sorted(verdicts, key=lambda one: one.slice)):
+    for name, layout in dict.fromkeys(
+        (one.slice, one.kind.layout) for one in sorted(verdicts, key=lambda one: one.slice)
+    ):
         found = [cells.get((name, client)) for client in versions]
         rows.append([name, layout, *("" if one is None else _cell(one.verdict, one.agreement) for one in found)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     reasons = sorted({(one.client, one.slice, _plain(one.reason)) for one in verdicts if one.verdict == "refused"})
     listed = "\n".join(f"- {client}, {name}: `{reason}`" for client, name, reason in reasons)
-    return f"{BEGINNING}{table}\n\n## Why slices are refused\n\n{listed}\n"
+    text = TABLE.sub(lambda _: table, PAGE.read_text(encoding="utf-8"))
+    return REASONS.sub(lambda _: listed, text)
 
 
 def _cell(verdict: str, agreement: float | None) -> str:

@@ -14,7 +14,7 @@ ADAPTER = Adapter(
     block=Block((attention("attention_bias", "attention_bias"), mlp("mlp.up_proj", "mlp.down_proj", bias="mlp_bias"))),
     # ArceeConfig refuses a hidden size that the head count does not divide
     dim_divisors=("num_attention_heads",),
-    defaults=MappingProxyType({"rms_norm_eps": 1e-5}),
+    defaults=MappingProxyType({"hidden_act": "relu2", "rms_norm_eps": 1e-5}),
 )
 
 

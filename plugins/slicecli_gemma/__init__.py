@@ -15,7 +15,13 @@ ADAPTER = Adapter(
     norm=Norm(weight_offset=1.0),
     scales_embeddings_by_width=True,
     defaults=MappingProxyType(
-        {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+        {
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+        }
     ),
 )
 

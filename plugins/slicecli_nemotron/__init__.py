@@ -13,7 +13,7 @@ ADAPTER = Adapter(
     model_types=("nemotron",),
     block=Block((attention("attention_bias", "attention_bias"), mlp("mlp.up_proj", "mlp.down_proj", bias="mlp_bias"))),
     norm=Norm("layer", epsilon="norm_eps", has_bias=True, weight_offset=1.0),
-    defaults=MappingProxyType({"norm_eps": 1e-5}),
+    defaults=MappingProxyType({"hidden_act": "relu2", "norm_eps": 1e-5}),
 )
 
 

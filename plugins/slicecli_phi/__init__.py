@@ -40,7 +40,7 @@ ADAPTER = Adapter(
     head=Linear("lm_head", "vocab_size", bias=True),
     norm=Norm("layer", epsilon="layer_norm_eps", has_bias=True),
     stock_obstacle=stock_obstacle,
-    defaults=MappingProxyType({"layer_norm_eps": 1e-5}),
+    defaults=MappingProxyType({"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
 )
 
 

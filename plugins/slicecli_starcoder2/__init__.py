@@ -14,7 +14,13 @@ ADAPTER = Adapter(
     block=Block((attention("use_bias", "use_bias"), mlp("mlp.c_fc", "mlp.c_proj", bias="use_bias"))),
     norm=Norm("layer", epsilon="norm_epsilon", has_bias=True),
     defaults=MappingProxyType(
-        {"num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True, "norm_epsilon": 1e-5}
+        {
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 2,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+            "norm_epsilon": 1e-5,
+        }
     ),
 )
 

@@ -10,8 +10,8 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.family.friendly_dims import MULTIPLES, friendly_multiple
-from slicecli.family.slice_plan import Width
+from slicecli.family.friendly_dims import friendly_multiple, legend
+from slicecli.family.slice_plan import Width, WidthPair
 from slicecli.jobs.options import SliceOptions
 
 if TYPE_CHECKING:
@@ -26,13 +26,21 @@ if TYPE_CHECKING:
     "--target-params",
     type=shared.COUNT,
     metavar="6B",
-    help="Instead: the largest slice with at most this many parameters.",
+    help="Instead: the slices with at most this many parameters, see --shape.",
 )
 @click.option(
     "--memory",
     type=shared.BYTES,
     metavar="12GiB",
-    help="Instead: the largest slice whose weights take at most this many bytes.",
+    help="Instead: the slices whose weights take at most this many bytes, see --shape.",
+)
+@click.option(
+    "--shape",
+    type=click.Choice(["auto", "width", "mlp"]),
+    default="auto",
+    show_default=True,
+    help="How --target-params and --memory are met: by the hidden size (width), by fewer MLP channels (mlp), or by "
+    "pairs of both, among which `slice` chooses (auto).",
 )
 @click.option(
     "--max-perplexity",
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Calibration text; slices lose more on other kinds of text.",
 )
+@shared.add_options(SliceOptions, "samples", "sequence_length")
 @click.option(
     "--dense-perplexity",
     type=float,
@@ -98,7 +107,7 @@ if TYPE_CHECKING:
     "--spectrum",
     type=shared.LocalPath(dir_okay=False),
     metavar="FILE",
-    help="Predict with the relation fisher, from a file written by `slicecli spectrum`.",
+    help="Predict with the relation probe, or fisher, from a file written by `slicecli spectrum`.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences served at once.")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence.  [default: 2048, or the model's longest]")
@@ -141,6 +150,7 @@ def command(
     sweep: tuple[float, ...] | None,
     target_params: int | None,
     memory: int | None,
+    shape: Any,
     max_perplexity: float | None,
     mlp_dim: int | None,
     mlp_sparsity: float | None,
@@ -150,6 +160,8 @@ def command(
     write_as: str,
     text: str,
     calibration: str,
+    samples: int,
+    sequence_length: int | None,
     dense_perplexity: float | None,
     dense_accuracy: tuple[tuple[str, float], ...],
     chance: tuple[tuple[str, float], ...],
@@ -179,6 +191,7 @@ def command(
     Examples:
       slicecli estimate meta-llama/Meta-Llama-3-8B-Instruct --dim 3584,3072 --dense-perplexity 8.3
       slicecli estimate ./my-model --sweep 0.05:0.5:0.05 --relation paper --plot estimate.png
+      slicecli estimate ./my-model --target-params 6B
       slicecli estimate ./my-model --max-perplexity 12 --measured 3264=9.8 --device h100-sxm
     """
     from slicecli.errors import RequestError
@@ -192,7 +205,8 @@ def command(
         smallest_dim_within,
     )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
-    from slicecli.family.slice_plan import DTYPE_BYTES
+    from slicecli.estimation.spectra import read_shape_losses
+    from slicecli.family.context_length import default_length
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -226,6 +240,7 @@ def command(
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
+        calibration_tokens=samples * (sequence_length or default_length(subject.dimensions.context_length)),
         dense_perplexity=dense_perplexity,
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),
@@ -234,11 +249,17 @@ def command(
         curve=curve,
         spectrum=spectrum,
     )
-    forecasts = [] if cuts_mlp else find_forecasts(subject.source, subject.dimensions, method, knowledge)
+    sizes, losses = subject.dimensions, None
+    if spectrum is not None and method == "refit" and not sizes.mlp_obstacle:
+        losses = read_shape_losses(spectrum, sizes.hidden_size, sizes.mlp_size)
+    is_unknown = cuts_mlp and losses is None
+    forecasts = [] if is_unknown else find_forecasts(subject.source, sizes, method, knowledge)
+    pairs: Sequence[WidthPair] | None = None
     if dims is None:
         if target_params is not None or memory is not None:
-            wish = Width(target_parameters=target_params, memory=memory)
-            dims = (wish.resolve(subject.sizes, DTYPE_BYTES[subject.dtype]),)
+            pairs = subject.pairs_within(
+                Width(target_parameters=target_params, memory=memory, shape=shape, mlp_dim=subject.narrower.mlp_dim)
+            )
         elif max_perplexity is not None:
             expected = smallest_dim_within(subject.sizes, forecasts, max_perplexity)
             certain = smallest_dim_surely_within(subject.sizes, forecasts, max_perplexity)
@@ -250,7 +271,9 @@ def command(
     if max_perplexity is not None:
         only = "" if certain is None else f"; of dim {certain} the whole 90 % interval does"
         show.note(f"Of dim {expected} the predicted perplexity stays within {max_perplexity:g}{only}.")
-    result = estimate(subject, dims, subject.workload(batch, length), accelerator, forecasts)
+    if pairs is None:
+        pairs = [WidthPair(dim, subject.narrower.mlp_dim) for dim in dims or ()]
+    result = estimate(subject, pairs, subject.workload(batch, length), accelerator, forecasts, losses)
     if plot is not None:
         _draw(result, plot)
     document = result.to_json()
@@ -261,7 +284,10 @@ def command(
     if not context["quiet"] or output_format == "human":
         for note in document["notes"]:
             show.note(f"Note: {note}")
-    if not forecasts and not cuts_mlp and not context["quiet"]:
+    if losses is not None and len(pairs) > 1 and dims is None:
+        best = min(pairs, key=lambda pair: losses.predict(*pair))
+        show.note(f"Of these widths, {_pair(best)} is predicted to lose least.")
+    if not forecasts and not is_unknown and not context["quiet"]:
         show.note(
             "Quality cannot be predicted: no figure of the dense model was passed, is on its card, in its "
             "slicecli.json or published. Pass --dense-perplexity, or measure it with slicecli eval."
@@ -306,8 +332,7 @@ def _print(document: dict[str, Any]) -> None:
             for name, one in [*named, *untied]
         ],
     )
-    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
-    show.result(f"÷: the largest of {divisors} that divides the dim.")
+    show.result(legend())
     columns = ["dim", "prompt FLOPs", "decode FLOPs"]
     rows = [
         [name, show.count(one["flops_per_token"]["prefill"]), show.count(one["flops_per_token"]["decode"])]
@@ -322,42 +347,53 @@ def _print(document: dict[str, Any]) -> None:
     show.print_table(columns, rows)
     if device is not None:
         show.result(f"Speed-ups are upper bounds for {device['name']} ({device['source']}).")
-    if "perplexity" in dense:
+    predicted = [one for one in estimates if "perplexity" in one or "accuracy" in one]
+    if "perplexity" in dense and predicted:
         about = dense["perplexity"]
         show.result(
             f"Perplexity on {about['text']}: dense {about['value']:.4g} ({about['source']}); "
-            f"{estimates[0]['perplexity']['source']}"
+            f"{predicted[0]['perplexity']['source']}"
         )
-        _print_forecast([(one, one["perplexity"]) for one in estimates], _perplexity)
-    for task, about in (dense.get("accuracy") or {}).items():
+        _print_forecast([(one, one["perplexity"]) for one in predicted], _perplexity)
+    for task, about in (dense.get("accuracy") or {}).items() if predicted else ():
         level = "" if about["chance"] is None else f", chance {about['chance']:.3g}"
         show.result(
             f"Accuracy on {task}: dense {about['value']:.4g} ({about['source']}{level}); "
-            f"{estimates[0]['accuracy'][task]['source']}"
+            f"{predicted[0]['accuracy'][task]['source']}"
         )
-        _print_forecast([(one, one["accuracy"][task]) for one in estimates], lambda value: f"{value:.3f}")
+        _print_forecast([(one, one["accuracy"][task]) for one in predicted], lambda value: f"{value:.3f}")
+
+
+def _pair(pair: WidthPair) -> str:
+    return f"{pair.dim}" + ("" if pair.mlp_dim is None else f", MLP {pair.mlp_dim}")
 
 
 def _dim(one: dict[str, Any]) -> str:
-    name = f"{one['dim']}" + ("" if one["mlp_dim"] is None else f", MLP {one['mlp_dim']}")
+    name = _pair(WidthPair(one["dim"], one["mlp_dim"]))
     return name if one["legal"] else f"{name} (not legal)"
 
 
 def _print_forecast(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], cell: Any) -> None:
+    relations = {forecast["relation"] for _, forecast in rows}
+    is_one = len(relations) == 1
+    columns = ["dim", "predicted", "90 % interval", *([] if is_one else ["relation"]), "paper's relation"]
+    is_any_outside = any(forecast["is_outside"] for _, forecast in rows)
     show.print_table(
-        ["dim", "predicted", "90 % interval", "by", "paper", ""],
+        columns + ["note"] * is_any_outside,
         [
             [
                 _dim(one),
                 cell(forecast["value"]),
                 f"{cell(forecast['low'])} to {cell(forecast['high'])}",
-                forecast["relation"],
+                *([] if is_one else [forecast["relation"]]),
                 "-" if forecast["paper"] is None else cell(forecast["paper"]),
-                "outside measured range" if forecast["is_outside"] else "",
+                *["no data at this s" if forecast["is_outside"] else ""] * is_any_outside,
             ]
             for one, forecast in rows
         ],
     )
+    if is_one:
+        show.result(f"Predicted by the relation {relations.pop()!r}; see `slicecli relations`.")
 
 
 def _perplexity(value: float) -> str:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
-from slicecli.family.serving import CLIENTS
+from slicecli.family.friendly_dims import formats_of, friendly_multiple, legend, why_not_quantised
+from slicecli.family.serving import SliceKind, clients, describe_verdicts, verdicts_on
 
 if TYPE_CHECKING:
-    from slicecli.hub.serving import Verdict
+    from slicecli.family.dimensions import Dimensions
+    from slicecli.family.written_class import SliceClasses
 
 
 @click.command("inspect")
 @click.argument("model", type=shared.MODEL)
+@click.option(
+    "--dim",
+    "dims",
+    type=shared.DimList(),
+    metavar="N,N,...",
+    help="Say of slices to these hidden sizes in which class they are written, where they run, and which quantised "
+    "formats take them.",
+)
 @click.option(
     "--adapter",
     type=shared.TEXT,
@@ -27,13 +37,17 @@ if TYPE_CHECKING:
 @shared.format_option
 def command(
     model: str,
+    dims: tuple[int, ...] | None,
     adapter: str | None,
     revision: str | None,
     token: str | None,
     trust_remote_code: bool,
     output_format: str,
 ) -> None:
-    """Show the family, sizes and legal dims of MODEL, and the readers and writers of its residual stream.
+    """Show the family, sizes and legal dims of MODEL, where its slices run, and what reads and writes its stream.
+
+    Where slices run was measured with small models of each class, whose logits were compared with those of
+    transformers 5: "correct" if they are the same, "wrong" if the program runs and they differ, "refused" if it stops.
 
     If no plugin serves the model's type, the declaration is inferred and proved; if that fails, the findings and the
     failed check are shown.
@@ -41,7 +55,6 @@ def command(
     from slicecli.checkpoint.source import Source
     from slicecli.errors import NotInferredError
     from slicecli.family.written_class import SliceClasses
-    from slicecli.hub.serving import verdicts_on
     from slicecli.jobs.plan import find_adapter
     from slicecli.record.record import read_sound_record
 
@@ -62,9 +75,7 @@ def command(
     classes = SliceClasses.of_method(dimensions, "refit", model_type, has_own_code=source.has_own_model_code)
     record = read_sound_record(source.folder)
     layout = chosen.layout(fields)
-    verdicts = {}
-    if not source.has_own_model_code:
-        verdicts = verdicts_on(str(fields.get("model_type")), layout, "refit", dimensions.keeps_tie)
+    slices = [_slice_at(dim, dimensions, classes, model_type) for dim in dims or ()]
     document: dict[str, Any] = {
         "model": source.name,
         "revision": source.commit,
@@ -90,13 +101,10 @@ def command(
             "largest": legal[-1] if legal else None,
         },
         "classes": [one.to_json() for one in classes.available] if classes else [],
+        "slices": slices,
         "class_obstacles": dict(classes.obstacles) if classes else {},
         "mlp_size": None if dimensions.mlp_obstacle else dimensions.mlp_size,
         "mlp_obstacle": dimensions.mlp_obstacle,
-        "serving": {
-            client: {"version": one.version, "verdict": one.verdict, "reason": one.reason}
-            for client, one in verdicts.items()
-        },
         "unused_tensors": list(comparison.unused),
         "lacking_parameters": list(comparison.lacking),
         "slice_of": record["source"]["model"] if record else None,
@@ -122,18 +130,9 @@ def command(
             ],
             ["parameters", f"{dimensions.parameters():,}"],
             ["legal dims", _legal_dims(legal)],
-            *_where_slices_run(verdicts),
         ],
     )
-    if classes:
-        show.print_table(
-            ["slices written as", "dims", *CLIENTS],
-            [
-                [one.model_type, _legal_dims(one.legal_dims()), *(one.clients[client] for client in CLIENTS)]
-                for one in classes.available
-            ],
-            is_numeric=False,
-        )
+    _print_where_slices_run(document, dimensions, classes)
     _print_declaration(document["declaration"])
     if document["stock_obstacle"]:
         show.note(f"A slice needs custom code: {document['stock_obstacle']}")
@@ -161,12 +160,56 @@ def _legal_dims(legal: range) -> str:
     return f"{'any' if legal.step == 1 else f'multiples of {legal.step}'}, {legal[0]} to {legal[-1]}"
 
 
-def _where_slices_run(verdicts: Mapping[str, Verdict]) -> Iterator[list[str]]:
-    """Yield a row for each verdict, with the programs in which a slice of this class got it."""
-    for verdict, words in (("correct", "slices run in"), ("wrong", "give other logits in"), ("refused", "refused by")):
-        clients = [f"{client} ({one.version})" for client, one in verdicts.items() if one.verdict == verdict]
-        if clients:
-            yield [words, ", ".join(clients)]
+def _slice_at(dim: int, dimensions: Dimensions, classes: SliceClasses | None, model_type: str) -> dict[str, Any]:
+    """Return what is known of a slice before it is made."""
+    from slicecli.modeling import CONFIG_TYPE
+
+    if classes is None:
+        dimensions.check_dim(dim)
+        written_type, note = CONFIG_TYPE, ""
+        verdicts = verdicts_on(SliceKind(model_type, "custom-code", "refit", False, ""))
+    else:
+        written = classes.at(dim)
+        written.check_dim(dim)
+        written_type, note, verdicts = written.model_type, classes.note(written, dim), written.verdicts
+    legal = (classes or dimensions).legal_dims()
+    cost = why_not_quantised(dim, legal) if dimensions.hidden_size % 32 == 0 else ""
+    return {
+        "dim": dim,
+        "written_type": written_type,
+        "formats": formats_of(dim),
+        "clients": describe_verdicts(verdicts),
+        "notes": [text for text in (note, cost) if text],
+    }
+
+
+def _print_where_slices_run(document: Mapping[str, Any], dimensions: Dimensions, classes: SliceClasses | None) -> None:
+    """Print a line for each dim that was asked for, or else for each class that slices can be written in."""
+    slices = document["slices"]
+    rows: list[tuple[list[str], Mapping[str, Any]]]
+    if slices:
+        first = ["slice to", "written as", "÷"]
+        rows = [
+            ([str(one["dim"]), one["written_type"], str(friendly_multiple(one["dim"]) or "-")], one["clients"])
+            for one in slices
+        ]
+    elif classes:
+        first = ["slices written as", "dims"]
+        rows = [
+            ([one.model_type, _legal_dims(one.legal_dims())], describe_verdicts(one.verdicts))
+            for one in classes.available
+        ]
+    else:
+        first = ["slices written as", "dims"]
+        verdicts = verdicts_on(SliceKind(document["model_type"], "custom-code", "refit", False, ""))
+        rows = [(["custom code", _legal_dims(dimensions.legal_dims())], describe_verdicts(verdicts))]
+    table = [[*cells, *(one["verdict"] for one in found.values())] for cells, found in rows]
+    show.print_table([*first, *clients()], table, is_numeric=False)
+    show.result(f"Measured with small slices of each class, in {', '.join(clients().values())}.")
+    if slices:
+        show.result(legend())
+    for text in dict.fromkeys(text for one in slices for text in one["notes"]):
+        show.note(text)
 
 
 def _print_declaration(declaration: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from slicecli.runtime.options import Option, from_chosen, option_of
 __all__ = [
     "BYTES",
     "COUNT",
+    "COUNTS",
     "DTYPE",
     "MODEL",
     "PROMPT",
@@ -172,6 +173,7 @@ PROMPT = Parsed("prompt", parse_prompt)
 MODEL = Parsed("model", _parse_model)
 REPOSITORY = Parsed("repository", parse_repository)
 COUNT = Parsed("count", parse_count)
+COUNTS = Parsed("counts", lambda text: tuple(dict.fromkeys(map(parse_count, text.split(",")))))
 BYTES = Parsed("size", parse_bytes)
 
 

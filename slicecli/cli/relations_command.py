@@ -39,7 +39,8 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
 
     The bundled measurements are published SliceGPT results, each with its source. --validate predicts a model's slices
     from its dense figure alone (knowing other models of its family, or only models of other families), and from its
-    dense figure and one measured slice with a fifth of the hidden size removed.
+    dense figure and one measured slice with a fifth of the hidden size removed; the first and last also on a text of
+    another kind than the slices were calibrated on.
 
     \b
     Example:
@@ -68,11 +69,13 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
             )
             return
         show.print_table(
-            ["relation", "of", "formula", "fitted", "source"],
-            [[one.name, one.quantity, one.formula, ", ".join(one.parameters) or "-", one.source] for one in rows],
+            ["relation", "of", "formula", "fitted"],
+            [[one.name, one.quantity, one.formula, ", ".join(one.parameters) or "-"] for one in rows],
             is_numeric=False,
         )
-        show.note("s = 1 - k/d is the fraction of the hidden size removed, h the chance level, D = ln(PPL/PPL0).")
+        for one in rows:
+            show.result(f"{one.name} of {one.quantity}: {one.source}")
+        show.note("s = 1 - k/d: fraction of the hidden size removed; h: chance level; D = ln(PPL/PPL0).")
         return
 
     from slicecli.estimation.plot import check_plot_file, draw_validation
@@ -83,7 +86,8 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
     checks = [check for one in quantities for check in check_relations(one, max_sparsity)]
     lines = summary(checks)
     if plot is not None:
-        draw_validation([check for check in checks if check.knows != "other families" and check.rows], plot)
+        drawn = ("other models", "one slice")
+        draw_validation([check for check in checks if check.knows in drawn and check.rows], plot)
     if output_format == "json":
         show.print_json(lines)
         return

@@ -18,14 +18,16 @@ from slicecli.jobs.options import RECOVERY_MODES, SliceOptions
 from slicecli.runtime.options import from_chosen
 
 if TYPE_CHECKING:
-    from slicecli.jobs.plan import Job
+    from slicecli.family.slice_plan import WidthPair
+    from slicecli.jobs.plan import Job, PlannedSlice
     from slicecli.jobs.recover import RecoveryReport
     from slicecli.record.schema import RecoveryMode
 
 
 @click.command("slice")
 @click.argument("model", type=shared.MODEL)
-@shared.add_options(Width, "dim", "sparsity", "target_parameters", "memory", "multiple_of", "mlp_dim", "mlp_sparsity")
+@shared.add_options(Width, "dim", "mlp_dim", "target_parameters", "memory", "sparsity", "of", "shape", "multiple_of")
+@shared.add_options(Width, "mlp_sparsity")
 @click.option(
     "-o", "--output", type=shared.LocalPath(), metavar="DIR", help="Output folder.  [default: ./<name>-dim<N>]"
 )
@@ -75,6 +77,7 @@ def command(
     Examples:
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3584 --mlp-dim 11264
+      slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --target-params 6B
       slicecli slice ./my-model --sparsity 0.2 --calibration texts.jsonl -o ./my-slice
       slicecli slice ./my-model --dim 3072 --method slicegpt --final-orientation random
       slicecli slice meta-llama/Meta-Llama-3-8B-Instruct --dim 3072 --push me/Llama-3-8B-dim3072 --private
@@ -99,17 +102,14 @@ def command(
         check_can_push(repository, publication)
     bound_memory_that_is_kept()
     job = plan_slices(model, [width], [output], settings)
-    plan, folder = job.slices[0].plan, job.slices[0].folder
+    planned = job.slices[0]
+    plan, folder = planned.plan, planned.folder
     if recovery_mode is not None and is_main:
         from slicecli.jobs.slice_and_recover import check_recovery
 
         check_recovery(job, recovery_mode)
     if not context["quiet"]:
-        show.note(
-            f"{plan.model} ({plan.model_type}): hidden size {plan.hidden_size} -> {plan.dim}, "
-            + (f"MLP width {plan.mlp_size} -> {plan.mlp_dim}, " if plan.mlp_dim is not None else "")
-            + f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters, {plan.dtype}, by {plan.method}"
-        )
+        show.note(f"{plan.model} ({plan.model_type}): {_intention(planned)}, {plan.dtype}, by {plan.method}")
         if job.inference is not None:
             show.note(
                 f"No plugin serves type {plan.model_type}: the adapter was inferred and proved on a small model "
@@ -126,7 +126,7 @@ def command(
             rehearse(job)
         if not context["quiet"]:
             show.note(job.describe_places())
-        fields = {**_fields(plan, folder, job.source), "placement": job.places_to_json(), "dry_run": True}
+        fields = {**_fields(planned, job.source), "placement": job.places_to_json(), "dry_run": True}
         _report(fields, output_format)
         return
     try:
@@ -139,11 +139,12 @@ def command(
     if is_main:
         for text in report.warnings:
             show.warn(text)
-    recovery = None if recovery_mode is None else _recover(job, recovery_mode, context["quiet"])
+    recovery = None if recovery_mode is None else _recover(job, report.output, recovery_mode, context["quiet"])
+    plan, folder = report.plan, report.output
     if not is_main:
         return
     fields = {
-        **_fields(plan, folder, job.source),
+        **_fields(dataclasses.replace(planned, plan=plan, folder=folder, pairs=()), job.source),
         "energy_kept": report.energy_kept,
         "statistics": "cache" if report.is_from_cache else "collected",
         "seconds": round(report.seconds, 3),
@@ -174,13 +175,12 @@ def command(
         show.note(f"Next: slicecli eval {folder} --perplexity wikitext2")
 
 
-def _recover(job: Job, mode: RecoveryMode, is_quiet: bool) -> RecoveryReport:
+def _recover(job: Job, folder: Path, mode: RecoveryMode, is_quiet: bool) -> RecoveryReport:
     """Train the slice that a job has made, into a folder beside it."""
     from slicecli.jobs.recovery_plan import plan_recovery
     from slicecli.jobs.slice_and_recover import command_to_resume, recovery_folder, recovery_options
     from slicecli.runtime.libraries import quiet_libraries
 
-    folder = job.slices[0].folder
     with quiet_libraries():
         recovery = plan_recovery(str(folder), recovery_folder(folder), recovery_options(job, mode))
     if not is_quiet:
@@ -188,9 +188,31 @@ def _recover(job: Job, mode: RecoveryMode, is_quiet: bool) -> RecoveryReport:
     return run_recovery(recovery, is_quiet, f"the slice is finished; to continue, run {command_to_resume(recovery)}")
 
 
-def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
+def _intention(planned: PlannedSlice) -> str:
+    """Say what becomes of the widths, and of the parameters."""
+    plan = planned.plan
+    if planned.pairs:
+        first, last = planned.pairs[0], planned.pairs[-1]
+        return (
+            f"hidden size and MLP width from {_pair(first)} to {_pair(last)}, one of {len(planned.pairs)} pairs, "
+            f"{plan.dense_parameters:,} -> about {plan.sliced_parameters:,} parameters"
+        )
+    mlp = f"MLP width {plan.mlp_size} -> {plan.mlp_dim}, " if plan.mlp_dim is not None else ""
+    return (
+        f"hidden size {plan.hidden_size} -> {plan.dim}, {mlp}"
+        f"{plan.dense_parameters:,} -> {plan.sliced_parameters:,} parameters"
+    )
+
+
+def _pair(pair: WidthPair) -> str:
+    return f"{pair.dim} x {'all' if pair.mlp_dim is None else pair.mlp_dim}"
+
+
+def _fields(planned: PlannedSlice, source: Any) -> dict[str, Any]:
+    """Return what a plan comes to; where widths are still to be chosen, the pairs there are."""
+    plan, is_open = planned.plan, bool(planned.pairs)
     return {
-        "output": str(folder),
+        "output": None if is_open and planned.output is None else str(planned.folder),
         "model": plan.model,
         "revision": source.commit,
         "model_type": plan.model_type,
@@ -201,10 +223,11 @@ def _fields(plan: Any, folder: Path, source: Any) -> dict[str, Any]:
         "adapter": plan.adapter,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,
-        "dim": plan.dim,
-        "sparsity": plan.sparsity,
+        "dim": None if is_open else plan.dim,
+        "sparsity": None if is_open else plan.sparsity,
         "mlp_size": plan.mlp_size,
-        "mlp_dim": plan.mlp_dim,
+        "mlp_dim": None if is_open else plan.mlp_dim,
+        "pairs": [{"dim": pair.dim, "mlp_dim": pair.mlp_dim} for pair in planned.pairs],
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
         "left_out": [one.to_json() for one in source.companions.left_out],
@@ -223,7 +246,7 @@ def _report(fields: dict[str, Any], output_format: str) -> None:
     show.print_table(
         ["", "before", "after", "change"],
         [
-            _change("hidden size", fields["hidden_size"], fields["dim"]),
+            *([] if fields["dim"] is None else [_change("hidden size", fields["hidden_size"], fields["dim"])]),
             *([] if fields["mlp_dim"] is None else [_change("MLP width", fields["mlp_size"], fields["mlp_dim"])]),
             [
                 "parameters",

@@ -25,6 +25,12 @@ SHOWN_SPARSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     metavar="FILE",
     help="Write the JSON to FILE; required without --format json.",
 )
+@click.option(
+    "--probe/--no-probe",
+    "probes",
+    default=True,
+    help="Also run the model with its stream projected at six dims, which predicts refits better.  [default: probe]",
+)
 @shared.calibration_options
 @shared.run_options
 @shared.device_options
@@ -38,6 +44,7 @@ def command(
     /,
     model: str,
     output: Path | None,
+    probes: bool,
     output_format: str,
     **chosen: Any,
 ) -> None:
@@ -69,7 +76,7 @@ def command(
     settings = from_chosen(SliceOptions, chosen)
     bound_memory_that_is_kept()
     with show.progress(context["quiet"]) as watcher:
-        document = run_spectrum(model, settings, watcher, show.warn)
+        document = run_spectrum(model, settings, watcher, show.warn, probes)
     if not is_main:
         return
     try:

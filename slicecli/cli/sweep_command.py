@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import click
 
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
+from slicecli.errors import RequestError
+from slicecli.family.slice_plan import Width
 from slicecli.jobs.options import SliceOptions
 from slicecli.runtime.options import from_chosen
 
@@ -21,6 +25,14 @@ from slicecli.runtime.options import from_chosen
     metavar="N,N,...",
     help="Dims to slice to.  [default: those nearest to removing 0.1, 0.15, 0.2, 0.25, 0.3, 0.4 and 0.5]",
 )
+@click.option(
+    "--target-params",
+    "targets",
+    type=shared.COUNTS,
+    metavar="6B,5B,...",
+    help="Instead: maximum numbers of parameters, each met as --shape says.",
+)
+@shared.add_options(Width, "shape", "mlp_dim", "mlp_sparsity")
 @click.option(
     "-o",
     "--output",
@@ -49,6 +61,7 @@ def command(
     /,
     model: str,
     dims: tuple[int, ...] | None,
+    targets: tuple[int, ...] | None,
     output: Path | None,
     overwrite: bool,
     keep_slices: bool,
@@ -56,15 +69,16 @@ def command(
     output_format: str,
     **chosen: Any,
 ) -> None:
-    """Slice MODEL to many dims, measure the dense model and each slice, and fit a prediction curve.
+    """Slice MODEL to many widths, measure the dense model and each slice, and fit a prediction curve.
 
-    The refit collects its statistics once for all dims. Results are saved as they are measured: repeat the command to
-    continue an interrupted sweep or to add dims.
+    The refit collects its statistics once for all of them. Results are saved as they are measured: repeat the command
+    to continue an interrupted sweep or to add widths. The curve is of slices that keep all MLP channels.
 
     \b
-    Example:
+    Examples:
       slicecli sweep ./my-model --dims 3584,3328,3072,2816,2560 --perplexity wikitext2 --tasks piqa
       slicecli estimate ./my-model --curve my-model-sweep/results.json --dim 3200
+      slicecli sweep ./my-model --target-params 7B,6B,5B
     """
     from slicecli.checkpoint.source import name_of_folder
     from slicecli.cli.fit_command import print_curves
@@ -82,7 +96,7 @@ def command(
     with show.progress(context["quiet"]) as watcher:
         result = run_sweep(
             model,
-            dims or usual_dims(model, settings, USUAL_SPARSITIES),
+            _widths(chosen, dims, targets, lambda: usual_dims(model, settings, USUAL_SPARSITIES)),
             folder,
             settings,
             evaluation,
@@ -100,19 +114,37 @@ def command(
         _print(document)
         print_curves(result.curves)
     if not context["quiet"]:
-        show.note(f"{folder}: {RESULTS_FILE} and {PLOT_FILE}")
-        show.note(f"Next: slicecli estimate {model} --curve {folder / RESULTS_FILE}")
+        show.note(f"{folder}: {RESULTS_FILE}" + (f" and {PLOT_FILE}" if result.curves else ""))
+        if result.curves:
+            show.note(f"Next: slicecli estimate {model} --curve {folder / RESULTS_FILE}")
+
+
+def _widths(
+    chosen: Mapping[str, Any],
+    dims: Sequence[int] | None,
+    targets: Sequence[int] | None,
+    usual_dims: Callable[[], Sequence[int]],
+) -> list[Width]:
+    """Return the widths to slice to."""
+    if dims is not None and targets is not None:
+        raise RequestError("The widths were chosen twice.", "Use one of --dims and --target-params.")
+    like = from_chosen(Width, {**chosen, "target_parameters": 1} if targets is not None else {**chosen, "dim": 1})
+    if targets is not None:
+        return [dataclasses.replace(like, target_parameters=target) for target in targets]
+    return [dataclasses.replace(like, dim=dim) for dim in dims or usual_dims()]
 
 
 def _print(document: Any) -> None:
     """Print what was measured, a line for each model."""
     measured = [document["dense"], *document["points"]]
+    has_mlp = any(one["mlp_dim"] is not None for one in measured)
     texts, tasks = list(document["dense"]["perplexity"]), list(document["dense"]["tasks"])
     show.print_table(
-        ["dim", "s", "parameters", *(f"perplexity on {text}" for text in texts), *tasks],
+        ["dim", *["MLP"] * has_mlp, "s", "parameters", *(f"perplexity on {text}" for text in texts), *tasks],
         [
             [
                 f"{one['dim']}" if index else f"{one['dim']} dense",
+                *[f"{one['mlp_dim'] or 'all'}"] * has_mlp,
                 f"{one['sparsity']:.3f}",
                 f"{one['parameters']:,}",
                 *(

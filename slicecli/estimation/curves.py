@@ -100,7 +100,7 @@ class Curve:
     def predict(self, sparsity: float) -> Prediction:
         """Predict at a fraction removed, with the interval that the points allow."""
         series = self.series
-        spread = spread_of(self.relation, series.quantity, series.method)
+        spread = spread_of(self.relation, series.quantity, series.method, series.is_of_other_text)
         try:
             with np.errstate(all="ignore"):
                 found = predict_fitted(spread, self.parameters, series.dense, series.family, series.points, sparsity)
@@ -229,6 +229,7 @@ def restore_curve(written: schema.Curve, known: Dense | None = None) -> Curve:
         written.chance,
         None if known is None else known.log_ratio,
         None if known is None else known.spectrum,
+        None if known is None else known.probe,
     )
     points = [
         Point(one.sparsity, _unquoted(one.value, written.quantity), _unquoted_error(one, written.quantity), one.dim)
@@ -255,8 +256,10 @@ def _has_points_for(relation: Relation, points: int) -> bool:
 
 def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[float, ...]:
     """Return the parameters fitted to some points."""
-    spread = spread_of(relation.name, relation.quantity, series.method) if relation.has_prior else None
-    prior = None if spread is None else spread.prior(series.family)
+    prior = None
+    if relation.has_prior:
+        spread = spread_of(relation.name, relation.quantity, series.method, series.is_of_other_text)
+        prior = spread.prior(series.family)
     with np.errstate(all="ignore"):
         parameters = relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
     if not all(map(math.isfinite, parameters)):

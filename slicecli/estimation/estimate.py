@@ -25,11 +25,13 @@ from slicecli.estimation.devices import Device
 from slicecli.estimation.forecasts import Forecast
 from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.origin import Origin, origin_of
+from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
-from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, check_method, slice_sizes
+from slicecli.family.shapes import is_met_by_pairs, pairs_within
+from slicecli.family.slice_plan import DTYPE_BYTES, Method, SliceSizes, Width, WidthPair, check_method, slice_sizes
 from slicecli.family.written_class import AUTO, SliceClasses, WrittenClass
 from slicecli.modeling import CONFIG_TYPE
 
@@ -95,7 +97,7 @@ class Subject:
             dtype: Of weights and cache; `None` takes the checkpoint's.
             mlp: The width of the MLPs of slices; `None` leaves it as it is.
         """
-        check_method(method, slice_head, chooses_mlp=mlp is not None)
+        check_method(method, slice_head, changes_mlp=mlp is not None)
         source = Source.find(model, revision, token, trust_remote_code, with_companions=False)
         source.check_is_decoder()
         found = plugins()
@@ -111,10 +113,10 @@ class Subject:
         else:
             dimensions = Dimensions(family, source.fields, unties)  # the weights at hand are the slice's
         model_type, has_code = str(source.fields.get("model_type")), source.has_own_model_code
-        narrower = dimensions if mlp is None else dimensions.with_mlp_dim(mlp.resolve_mlp(dimensions))
-        classes = SliceClasses.of_method(narrower, method, model_type, write_as, has_code)
-        sizes = classes.at() if classes else slice_sizes(narrower, method, slice_head)
-        return cls(source, dimensions, narrower, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
+        classes = SliceClasses.of_method(dimensions, method, model_type, write_as, has_code)
+        sizes = classes.at() if classes else slice_sizes(dimensions, method, slice_head)
+        subject = cls(source, dimensions, dimensions, sizes, method, slice_head, dtype or stored_dtype, origin, classes)
+        return subject if mlp is None else subject.with_mlp_dim(mlp.resolve_mlp(dimensions))
 
     @property
     def model_type(self) -> str:
@@ -135,12 +137,29 @@ class Subject:
         dimensions = self.narrower if written is None else written.dimensions
         return CostModel(dimensions, self.method, self.slice_head)
 
+    def with_mlp_dim(self, mlp_dim: int | None) -> Subject:
+        """Return the same model for slices whose MLPs have a width."""
+        narrower = self.dimensions.with_mlp_dim(mlp_dim)
+        if narrower is self.narrower:
+            return self
+        wish = self.classes.wish if self.classes else AUTO
+        classes = SliceClasses.of_method(narrower, self.method, self.model_type, wish, self.source.has_own_model_code)
+        sizes = classes.at() if classes else slice_sizes(narrower, self.method, self.slice_head)
+        return dataclasses.replace(self, narrower=narrower, sizes=sizes, classes=classes)
+
     def untied(self) -> Subject:
         """Return the same model for slices with a head of their own."""
         narrower = self.narrower.untied()
         wish = self.classes.wish if self.classes else AUTO
         classes = SliceClasses.of_method(narrower, self.method, self.model_type, wish, self.source.has_own_model_code)
         return dataclasses.replace(self, narrower=narrower, classes=classes)
+
+    def pairs_within(self, width: Width) -> list[WidthPair]:
+        """Return the pairs of widths that meet a target: one, or those that `slice` would choose among."""
+        size = DTYPE_BYTES[self.dtype]
+        if is_met_by_pairs(width, self.dimensions, self.method):
+            return pairs_within(width, self.dimensions, self.classes, size)
+        return [WidthPair(width.resolve(self.sizes, size), self.narrower.mlp_dim)]
 
     def workload(self, batch: int = 1, length: int | None = None) -> Workload:
         """Return what is served: sequences of a length, by default 2048 or the model's longest."""
@@ -152,6 +171,8 @@ class Slice:
     """What one slice would be.
 
     Attributes:
+        equal_sparsity: That of the slice with all MLP channels that is predicted to lose as much; `None` where it is
+            not known.
         mlp_dim: How many MLP channels stay; `None` where they all do.
         nearest_legal: The legal dims next to it, where it is not legal.
         is_tied: It shares one table between embedding and head.
@@ -162,6 +183,7 @@ class Slice:
 
     dim: int
     sparsity: float
+    equal_sparsity: float | None
     mlp_dim: int | None
     is_legal: bool
     nearest_legal: tuple[int, ...]
@@ -238,10 +260,11 @@ class Estimate:
             "untied": None if one.untied_cost is None else _cost_json(one.untied_cost),
             "speed_up": None if one.speed_up is None else one.speed_up.to_json(),
         }
-        if perplexity:
-            fields["perplexity"] = perplexity[0].to_json(one.sparsity)
-        if tasks:
-            fields["accuracy"] = {forecast.evaluation: forecast.to_json(one.sparsity) for forecast in tasks}
+        sparsity = one.equal_sparsity
+        if perplexity and sparsity is not None:
+            fields["perplexity"] = perplexity[0].to_json(sparsity)
+        if tasks and sparsity is not None:
+            fields["accuracy"] = {forecast.evaluation: forecast.to_json(sparsity) for forecast in tasks}
         return fields
 
 
@@ -262,39 +285,22 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
 
 def estimate(
     subject: Subject,
-    dims: Sequence[int],
+    pairs: Sequence[WidthPair],
     workload: Workload,
     device: Device | None = None,
     forecasts: Sequence[Forecast] = (),
+    losses: ShapeLosses | None = None,
 ) -> Estimate:
-    """Put an estimate together."""
-    dimensions, sizes, dtype = subject.dimensions, subject.sizes, subject.dtype
-    is_tied = subject.method == "refit" and dimensions.keeps_tie
-    untied = subject.untied() if is_tied else None
-    costs, untied_costs = functools.cache(subject.costs), functools.cache((untied or subject).costs)
+    """Put an estimate together.
+
+    Args:
+        pairs: The widths of each slice.
+        losses: What each width loses; without it, quality is predicted only for slices that keep all MLP channels.
+    """
+    dimensions, dtype = subject.dimensions, subject.dtype
     dense = CostModel(dimensions, subject.method, subject.slice_head).dense(dtype, workload)
-    slices = []
-    for dim in dims:
-        written = subject.written(dim)
-        legal = written or sizes
-        if not 0 < dim < dimensions.hidden_size:
-            legal.check_dim(dim)
-        cost = costs(written).sliced(dim, dtype, workload)
-        is_legal = dim in legal.legal_dims()
-        slices.append(
-            Slice(
-                dim=dim,
-                sparsity=1 - dim / dimensions.hidden_size,
-                mlp_dim=subject.narrower.mlp_dim,
-                is_legal=is_legal,
-                nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
-                is_tied=is_tied,
-                written_type=written.model_type if written else CONFIG_TYPE,
-                cost=cost,
-                untied_cost=untied_costs(untied.written(dim)).sliced(dim, dtype, workload) if untied else None,
-                speed_up=None if device is None else speed_up(dense, cost, workload, device),
-            )
-        )
+    at = functools.cache(subject.with_mlp_dim)
+    slices = [_slice(at(mlp_dim), dim, dense, workload, device, losses) for dim, mlp_dim in pairs]
     return Estimate(
         model=subject.source.name,
         model_type=subject.model_type,
@@ -307,15 +313,57 @@ def estimate(
         dense=dense,
         slices=tuple(slices),
         forecasts=tuple(forecasts),
-        parameters=sizes.parameters,
+        parameters=at(None).sizes.parameters,
         notes=(
             *(() if subject.origin is None else (subject.origin.note,)),
             *_length_note(subject, workload),
-            *_class_notes(subject, dims),
-            *_channels_note(subject),
+            *_class_notes([at(mlp_dim) for _, mlp_dim in pairs], [dim for dim, _ in pairs]),
+            *_channels_note(slices),
             *_notes(slices, forecasts),
             *_growth_note(dense, slices),
         ),
+    )
+
+
+def _slice(
+    subject: Subject,
+    dim: int,
+    dense: Cost,
+    workload: Workload,
+    device: Device | None,
+    losses: ShapeLosses | None,
+) -> Slice:
+    """Return what one slice would be.
+
+    Args:
+        subject: The model, with the MLPs of the slice.
+    """
+    dimensions, dtype = subject.dimensions, subject.dtype
+    written = subject.written(dim)
+    legal = written or subject.sizes
+    if not 0 < dim < dimensions.hidden_size:
+        legal.check_dim(dim)
+    cost = subject.costs(written).sliced(dim, dtype, workload)
+    is_legal = dim in legal.legal_dims()
+    is_tied = subject.method == "refit" and dimensions.keeps_tie
+    untied = subject.untied() if is_tied else None
+    sparsity = 1 - dim / dimensions.hidden_size
+    equal_sparsity: float | None = sparsity
+    if subject.narrower.mlp_dim is not None:
+        equal_dim = None if losses is None else losses.equal_dim(dim, subject.narrower.mlp_dim)
+        equal_sparsity = None if equal_dim is None else 1 - equal_dim / dimensions.hidden_size
+    return Slice(
+        dim=dim,
+        sparsity=sparsity,
+        equal_sparsity=equal_sparsity,
+        mlp_dim=subject.narrower.mlp_dim,
+        is_legal=is_legal,
+        nearest_legal=() if is_legal else nearest_in(legal.legal_dims(), dim),
+        is_tied=is_tied,
+        written_type=written.model_type if written else CONFIG_TYPE,
+        cost=cost,
+        untied_cost=untied.costs(untied.written(dim)).sliced(dim, dtype, workload) if untied else None,
+        speed_up=None if device is None else speed_up(dense, cost, workload, device),
     )
 
 
@@ -326,19 +374,21 @@ def _length_note(subject: Subject, workload: Workload) -> tuple[str, ...]:
     return (f"Sequences of {workload.length:,} tokens exceed the limit of {subject.source.name} ({longest:,}).",)
 
 
-def _class_notes(subject: Subject, dims: Sequence[int]) -> list[str]:
+def _class_notes(subjects: Sequence[Subject], dims: Sequence[int]) -> list[str]:
     """Say in which class slices would be written, where that needs a word."""
-    if subject.classes is None:
-        return []
-    chosen = [(subject.classes.at(dim), dim) for dim in dims]
-    notes = [subject.classes.note(one, dim) for one, dim in chosen if dim in one.legal_dims()]
+    classes = [(one.classes, dim) for one, dim in zip(subjects, dims, strict=True) if one.classes is not None]
+    chosen = [(some, some.at(dim), dim) for some, dim in classes]
+    notes = [some.note(one, dim) for some, one, dim in chosen if dim in one.legal_dims()]
     return [note for note in dict.fromkeys(notes) if note]
 
 
-def _channels_note(subject: Subject) -> tuple[str, ...]:
-    if subject.narrower.mlp_dim is None:
+def _channels_note(slices: Sequence[Slice]) -> tuple[str, ...]:
+    narrower = [one for one in slices if one.mlp_dim is not None]
+    if not narrower:
         return ()
-    return ("Quality is predicted only for slices that keep all MLP channels.",)
+    if any(one.equal_sparsity is not None for one in narrower):
+        return ("Slices with fewer MLP channels are predicted as those with all that lose as much by the spectrum.",)
+    return ("Quality is predicted only for slices that keep all MLP channels; a --spectrum tells of the others.",)
 
 
 def _growth_note(dense: Cost, slices: Sequence[Slice]) -> tuple[str, ...]:

@@ -23,30 +23,29 @@ from slicecli.estimation.intervals import (
     DEFAULT_RELATION,
     FARTHEST,
     Prediction,
+    calibration_shift,
     domain_shift_of,
     known_range,
     predict_new,
+    refit_shift_of,
+    shifted,
     spread_of,
-    widened_for_refit,
 )
 from slicecli.estimation.measurements import Figure, Point, Series, family_of, published_series, published_slices_of
 from slicecli.estimation.relations import Dense, Quantity, quoted_by, quoted_error, relation_named, relations_of
 from slicecli.estimation.results import check_relation, read_curves
-from slicecli.estimation.spectra import read_spectrum, study_models
+from slicecli.estimation.spectra import Weights, read_spectrum, study_models
 from slicecli.evaluation.chance import chance_level
+from slicecli.family.context_length import default_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.slice_plan import Method
 from slicecli.record.record import read_record
-from slicecli.runtime.inputs import local_path
+from slicecli.runtime.inputs import check_count, local_path
 from slicecli.runtime.json import read_json
 
-__all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
+USUAL_SAMPLES = 128
 
-SPECTRUM_RELATION = "fisher"
-REFIT_NOTE = (
-    "The published measurements are of SliceGPT. On the models in docs/published.md the refit lost only 0.5 to 0.75 "
-    "times as much in ln PPL, so the intervals extend to smaller losses."
-)
+__all__ = ["Forecast", "ForecastInputs", "find_forecasts", "forecast_by_curve", "forecast_new"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ class ForecastInputs:
     Attributes:
         text: Name of the text whose perplexity is wanted.
         calibration: Name of the text it will be calibrated on.
+        calibration_tokens: How many tokens of it; `None` takes what `slicecli slice` takes.
         dense_perplexity: Of the dense model on the text; `None` looks for it.
         dense_accuracies: Of the dense model by task, between 0 and 1; others are looked for.
         chances: Chance levels by task; others are looked up.
@@ -124,6 +124,7 @@ class ForecastInputs:
 
     text: str = "wikitext2"
     calibration: str = "wikitext2"
+    calibration_tokens: int | None = None
     dense_perplexity: float | None = None
     dense_accuracies: Mapping[str, float] = field(default_factory=dict)
     chances: Mapping[str, float] = field(default_factory=dict)
@@ -134,6 +135,9 @@ class ForecastInputs:
 
     def check(self, hidden_size: int) -> None:
         """Refuse figures that cannot be."""
+        check_count(
+            self.calibration_tokens, "{} calibration tokens are", "Use --samples", words=("too few", "too many")
+        )
         if self.dense_perplexity is not None and not 1 < self.dense_perplexity < math.inf:
             raise RequestError(
                 f"A perplexity of {self.dense_perplexity:g} is not above 1 and finite.", "Check the figure."
@@ -206,8 +210,9 @@ def _forecast_perplexity(
         is_other_text = text != knowledge.calibration
         own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
         if own is not None and own.evaluation == text:
-            return _forecast_by_published(own, figure, method, dimensions.vocabulary)
-        name = name or (None if spectrum is None else SPECTRUM_RELATION)
+            return _forecast_by_published(own, figure, method, dimensions)
+        if spectrum is not None:
+            name = name or ("fisher" if spectrum.probe is None else "probe")
         return forecast_new(
             "perplexity",
             text,
@@ -219,6 +224,8 @@ def _forecast_perplexity(
             spectrum=spectrum,
             parameters=dimensions.parameters(),
             vocabulary=dimensions.vocabulary,
+            is_centred=dimensions.adapter.norm.is_centred,
+            tokens_per_unknown=_calibration_tokens(dimensions, knowledge) / dimensions.largest_regression(),
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
@@ -226,8 +233,8 @@ def _forecast_perplexity(
         Point(1 - dim / hidden_size, math.log(value), None, dim)
         for dim, value in sorted(knowledge.measured.items(), reverse=True)
     )
-    dense = Dense(math.log(figure.value), spectrum=spectrum, ceiling=math.log(dimensions.vocabulary))
-    series = Series(source.name, family, method, "not stated", "perplexity", text, dense, points)
+    dense = Dense(math.log(figure.value), **_measured_on_dense(spectrum), ceiling=math.log(dimensions.vocabulary))
+    series = Series(source.name, family, method, knowledge.calibration, "perplexity", text, dense, points)
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value < dense.value]
     if not better:
@@ -239,21 +246,28 @@ def _forecast_perplexity(
     return replace(found, notes=(*found.notes, note))
 
 
-def _forecast_by_published(own: Series, figure: Figure, method: Method, vocabulary: int) -> Forecast:
+def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> int:
+    if knowledge.calibration_tokens is not None:
+        return knowledge.calibration_tokens
+    return USUAL_SAMPLES * default_length(dimensions.context_length)
+
+
+def _forecast_by_published(own: Series, figure: Figure, method: Method, dimensions: Dimensions) -> Forecast:
     """Return the forecast of a model whose slices are published, about the dense figure that is known."""
     level = math.log(figure.value)
     points = tuple(replace(one, value=level + one.value - own.dense.value) for one in own.points)
-    series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(vocabulary)), points=points)
+    series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(dimensions.vocabulary)), points=points)
     found = forecast_by_curve(fit_curve(series), "published for this model", figure.source)
     if method != "refit":
         return found
 
-    def predict(sparsity: float) -> Prediction:
-        one = found.predict(sparsity)
-        low, high = widened_for_refit("perplexity", series.dense, one.low, one.high)
-        return replace(one, low=low, high=high)
-
-    return replace(found, predict=predict, notes=(REFIT_NOTE,))
+    is_centred = dimensions.adapter.norm.is_centred
+    shift = refit_shift_of(is_centred)
+    return replace(
+        found,
+        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, shift),
+        notes=(_refit_note(is_centred),),
+    )
 
 
 def forecast_new(
@@ -266,9 +280,11 @@ def forecast_new(
     chance: float | None = None,
     perplexity: Forecast | None = None,
     is_other_text: bool = False,
-    spectrum: Callable[[float], float] | None = None,
+    spectrum: Weights | None = None,
     parameters: int | None = None,
     vocabulary: int | None = None,
+    is_centred: bool = False,
+    tokens_per_unknown: float = math.inf,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -277,8 +293,8 @@ def forecast_new(
         math.log(figure.value) if quantity == "perplexity" else figure.value,
         level,
         None if perplexity is None else _log_ratio(perplexity),
-        spectrum,
-        None if vocabulary is None or quantity == "accuracy" else math.log(vocabulary),
+        **_measured_on_dense(spectrum),
+        ceiling=None if vocabulary is None or quantity == "accuracy" else math.log(vocabulary),
     )
     obstacle = chosen.why_not(dense)
     if obstacle:
@@ -286,9 +302,16 @@ def forecast_new(
             f"The relation {chosen.name!r} cannot predict {evaluation}: {obstacle}.",
             "Pass --chance TASK=H, --dense-perplexity or --spectrum, or use another relation.",
         )
-    spread = spread_of(chosen.name, quantity, method)
+    spread = spread_of(chosen.name, quantity, method, is_other_text)
     size = None if parameters is None else math.log(parameters)
-    shift = domain_shift_of(DEFAULT_RELATION["perplexity"] if spectrum else chosen.name) if is_other_text else None
+    shifts = []
+    if is_other_text and chosen.is_by_weight:
+        shifts.append(domain_shift_of(DEFAULT_RELATION["perplexity"]))
+    if method == "refit" and chosen.is_by_weight:
+        shifts.append(calibration_shift(tokens_per_unknown))
+    is_refit_of_published = method == "refit" and not chosen.is_by_weight and quantity == "perplexity"
+    if is_refit_of_published and chosen.parameters:
+        shifts.append(refit_shift_of(is_centred))
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,
@@ -298,17 +321,20 @@ def forecast_new(
         parameters=tuple(
             (parameter, value, None)
             for parameter, value in zip(
-                chosen.parameters, spread.typical_parameters(dense, family, size, shift), strict=True
+                chosen.parameters, spread.typical_parameters(dense, family, size, shifts), strict=True
             )
         ),
         range=known_range(chosen, method),
-        basis=_basis(quantity, family, chosen.needs_spectrum),
-        predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shift),
+        basis=_basis(quantity, family, chosen.is_by_weight),
+        predict=lambda sparsity: predict_new(spread, dense, family, size, method, sparsity, shifts),
         paper=_paper(quantity, dense),
-        notes=tuple(
-            _new_notes(quantity, evaluation, family, method, level, is_other_text, chosen.needs_spectrum, parameters)
-        ),
+        notes=tuple(_new_notes(quantity, evaluation, family, level, is_other_text, chosen.is_by_weight, parameters))
+        + ((_refit_note(is_centred),) if is_refit_of_published else ()),
     )
+
+
+def _measured_on_dense(spectrum: Weights | None) -> dict[str, Any]:
+    return {} if spectrum is None else {"spectrum": spectrum.fisher, "probe": spectrum.probe}
 
 
 def _basis(quantity: Quantity, family: str, is_by_spectrum: bool) -> str:
@@ -324,7 +350,6 @@ def _new_notes(
     quantity: Quantity,
     evaluation: str,
     family: str,
-    method: Method,
     chance: float | None,
     is_other_text: bool,
     is_by_spectrum: bool,
@@ -332,7 +357,7 @@ def _new_notes(
 ) -> list[str]:
     notes = []
     if is_by_spectrum:
-        notes.append("The constant of the relation fisher was measured on models of up to 1.3 million parameters only.")
+        notes.append("The constant of this relation was measured on models of up to 1.3 million parameters only.")
     elif not any(one.family == family for one in published_series(quantity)):
         notes.append(f"No measurement of type {family} is published; the intervals are those of an unknown family.")
     sizes = [one.parameters for one in published_series(quantity) if one.parameters is not None]
@@ -341,8 +366,6 @@ def _new_notes(
             f"The published models have {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; they say "
             f"little about one with {parameters / 1e9:.3g} billion."
         )
-    if method == "refit" and not is_by_spectrum:
-        notes.append(REFIT_NOTE)
     if is_other_text:
         notes.append(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
@@ -351,6 +374,15 @@ def _new_notes(
     if quantity == "accuracy" and chance is None:
         notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")
     return notes
+
+
+def _refit_note(is_centred: bool) -> str:
+    factor = math.exp(refit_shift_of(is_centred).mean)
+    norms = "LayerNorms" if is_centred else "RMSNorms"
+    return (
+        f"The published measurements are of SliceGPT. On the small models with {norms} in docs/energy.md the refit "
+        f"lost {factor:.2g} times as much in ln PPL at the same dim; the predictions assume the same here."
+    )
 
 
 def forecast_by_curve(curve: Curve, source: str, dense_source: str | None = None) -> Forecast:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, published_series
-from slicecli.estimation.relations import Dense, Quantity, Relation, relation_named
-from slicecli.estimation.spectra import study_series
+from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Quantity, Relation, relation_named
+from slicecli.estimation.spectra import study_ratios, study_series
 from slicecli.estimation.spread import (
-    DomainShift,
+    TRACE,
+    Deviation,
+    Shift,
     Spread,
     coordinate,
     deviation,
@@ -30,21 +33,27 @@ __all__ = [
     "DEFAULT_RELATION",
     "FARTHEST",
     "Prediction",
+    "calibration_shift",
     "domain_shift_of",
     "known_range",
     "predict_fitted",
     "predict_new",
+    "refit_shift_of",
+    "shifted",
     "spread_of",
-    "widened_for_refit",
 ]
 
 # what does best on published models that it was not fitted to, of the same and of other families taken together; and
 # with one slice of the model known: see docs/relations.md and the test that compares them
-DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "odds", "accuracy": "linear"}
+DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "linear"}
 FARTHEST = 0.6
 ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
-# what the refit lost against the published method at the same dim, at best, on the models of docs/published.md; its
-# intervals reach down by as much, because what is published is measured with the published method
+# most published series end here; of three that go on to a half, ln D there is off by 0.2 from the line before
+WELL_KNOWN = 0.31
+DEVIATION_BEYOND = 0.4  # of ln D, for each unit of ln s
+STUDY_TOKENS = 100.0  # calibration tokens per unknown of the models of the study, about
+ERROR_OF_FACTOR = 0.3  # of its logarithm
+# accuracies of slices by the refit are not published: their intervals reach up to half of the loss
 REFIT_SHARE = 0.5
 
 
@@ -66,21 +75,51 @@ class Prediction:
 
 
 @functools.cache
-def spread_of(name: str, quantity: Quantity, method: str) -> Spread:
-    """Return how a relation errs over all series there are: published ones, or of the study of spectra."""
+def spread_of(name: str, quantity: Quantity, method: str, is_of_other_text: bool = False) -> Spread:
+    """Return how a relation errs over all series there are: published ones, or of the study of spectra.
+
+    Args:
+        is_of_other_text: Take the published perplexities of other kinds of text than the slices were calibrated on.
+    """
     relation = relation_named(name, quantity)
+    if is_of_other_text and not relation.is_by_weight:
+        return learn_spread(relation, published_series(quantity, OTHER_TEXT))
     return learn_spread(relation, _known_series(relation, method))
 
 
 def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
-    return study_series(method) if relation.needs_spectrum else published_series(relation.quantity)
+    if relation.is_by_weight:
+        return study_series("refit" if relation.needs_probe else method)
+    return published_series(relation.quantity)
 
 
 @functools.cache
-def domain_shift_of(name: str) -> DomainShift:
+def domain_shift_of(name: str) -> Shift:
     """Return how much more slices lose on another text than they were calibrated on, over published series."""
     own, other = published_series("perplexity"), published_series("perplexity", OTHER_TEXT)
     return learn_domain_shift(spread_of(name, "perplexity", "slicegpt"), own, other)
+
+
+@functools.cache
+def refit_shift_of(is_centred: bool) -> Shift:
+    """Return how much less the refit loses than the published method at the same dim, over the models of the study.
+
+    Args:
+        is_centred: The model has LayerNorms: a refit in a stock class then gives up a direction and more.
+    """
+    return Shift.learn(study_ratios(is_centred))
+
+
+def calibration_shift(tokens_per_unknown: float) -> Shift:
+    """Return how much more a refit loses with little calibration text than those of the study did.
+
+    It loses 1 + 6/(u + 5) times as much as with endless text: fitted to small models, see docs/evidence.md.
+
+    Args:
+        tokens_per_unknown: u, calibration tokens for each unknown of the largest regression.
+    """
+    mean = math.log1p(6 / (tokens_per_unknown + 5)) - math.log1p(6 / (STUDY_TOKENS + 5))
+    return Shift(mean, (ERROR_OF_FACTOR * mean) ** 2, math.inf)
 
 
 @functools.cache
@@ -97,16 +136,20 @@ def predict_new(
     size: float | None,
     method: str,
     sparsity: float,
-    shift: DomainShift | None = None,
+    shifts: Sequence[Shift] = (),
 ) -> Prediction:
-    """Predict for a model of which no slice is measured."""
+    """Predict for a model of which no slice is measured.
+
+    Args:
+        shifts: How its slices differ from those that the spread was learnt from.
+    """
     relation = spread.relation
-    typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shift))
+    typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shifts))
     value = _possible(relation.quantity, dense, typical)
-    expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shift)
-    low, high = interval(relation, dense, spread.parameters, sparsity, expected)
-    if method == "refit" and not relation.needs_spectrum:
-        low, high = widened_for_refit(relation.quantity, dense, low, high)
+    expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shifts)
+    low, high = interval(relation, dense, spread.parameters, sparsity, _far_out(relation, expected, sparsity))
+    if method == "refit" and relation.quantity == "accuracy":
+        high = _nearer(dense, high)
     least, largest = known_range(relation, method)
     is_outside = not least - ROUNDING <= sparsity <= largest + ROUNDING
     # the interval says what published models did; the relation's own value belongs to it even where that disagrees
@@ -131,18 +174,40 @@ def predict_fitted(
         expected = spread.near_anchors(family, anchors, here)
     else:  # the measured slices lost nothing: as little is known as without them
         expected = dataclasses.replace(spread.of_new_model(family, None, here), mean=0.0)
-    low, high = interval(relation, dense, parameters, sparsity, expected)
+    low, high = interval(relation, dense, parameters, sparsity, _far_out(relation, expected, sparsity))
     least, largest = min(point.sparsity for point in points), max(point.sparsity for point in points)
     return Prediction(
         value, min(low, value), max(high, value), relation.name, not least - ROUNDING <= sparsity <= largest + ROUNDING
     )
 
 
-def widened_for_refit(quantity: Quantity, dense: Dense, low: float, high: float) -> tuple[float, float]:
-    """Move the better end of an interval towards the dense figure, by what the refit is better at best."""
-    if quantity == "perplexity":
-        return dense.value + (low - dense.value) * (REFIT_SHARE if low > dense.value else 1.0), high
-    return low, dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)
+def shifted(prediction: Prediction, dense: Dense, shift: Shift) -> Prediction:
+    """Return a prediction of a perplexity for slices that differ from those it was learnt from."""
+    width = Deviation(0.0, math.sqrt(shift.variance), shift.degrees).half_width
+    loss = max(prediction.value - dense.value, LEAST_DAMAGE)
+
+    def end(value: float, sign: int) -> float:
+        half = abs(math.log(max(value - dense.value, TRACE) / loss))
+        return dense.value + loss * math.exp(shift.mean + sign * math.hypot(half, width))
+
+    low = prediction.low if prediction.low <= dense.value else end(prediction.low, -1)
+    high = end(prediction.high, 1)
+    value = dense.value + (prediction.value - dense.value) * math.exp(shift.mean)
+    ceiling = math.inf if dense.ceiling is None else dense.ceiling
+    return dataclasses.replace(prediction, value=value, low=min(low, value), high=max(min(high, ceiling), value))
+
+
+def _far_out(relation: Relation, expected: Deviation, sparsity: float) -> Deviation:
+    """Return what to expect beyond the well-known range, where the losses of models go apart."""
+    if relation.quantity != "perplexity" or relation.is_by_weight or sparsity <= WELL_KNOWN:
+        return expected
+    beyond = DEVIATION_BEYOND * math.log(sparsity / WELL_KNOWN)
+    return dataclasses.replace(expected, deviation=math.hypot(expected.deviation, beyond))
+
+
+def _nearer(dense: Dense, high: float) -> float:
+    """Move the upper end of an accuracy towards the dense one, by what the refit is better at best."""
+    return dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)
 
 
 def _possible(quantity: Quantity, dense: Dense, value: float) -> float:

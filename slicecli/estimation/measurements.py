@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ OTHER_TEXT = "other text than calibrated on"
 LARGE_VOCABULARY = 100_000
 LEAST_SAMPLES = 128
 _KIND = " with a large vocabulary"
+# what published models were calibrated and measured on, of which it is known that they differ in kind
+TEXT_KINDS = frozenset({"wikitext2", "c4", "ptb", "alpaca"})
 
 __all__ = [
     "OTHER_TEXT",
@@ -87,6 +90,16 @@ class Series:
     points: tuple[Point, ...]
     parameters: float | None = None
     digest: str | None = None
+
+    @property
+    def is_of_other_text(self) -> bool:
+        """Whether its perplexity is of another kind of text than it was calibrated on, as far as names tell."""
+        calibration = re.split("[ ,]", self.calibration)[0]
+        return (
+            self.quantity == "perplexity"
+            and calibration != self.evaluation
+            and {calibration, self.evaluation} <= TEXT_KINDS
+        )
 
 
 @dataclass(frozen=True)

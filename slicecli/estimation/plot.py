@@ -161,7 +161,7 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     axes.plot(dims, values, color=BLUE, linewidth=1.2, linestyle=(0, (4, 2)))
     within = np.where(inside, values, np.nan)
     axes.plot(
-        dims, within, color=BLUE, linewidth=2, label=f"{predictions[0].relation} (dashed outside the measured range)"
+        dims, within, color=BLUE, linewidth=2, label=f"{predictions[0].relation} (dashed where there are no data)"
     )
     if picture.paper is not None and predictions[0].relation != "paper":
         axes.plot(
@@ -174,9 +174,13 @@ def _draw_one(axes: Any, picture: Picture) -> None:
             [size * (1 - one) for one in sparsities], figures, yerr=[error or 0.0 for error in errors],
             fmt="o", color="black", markersize=5, capsize=2, linewidth=1, label="measured", zorder=5,
         )  # fmt: skip
-    for sparsity in picture.marked:
-        value = quoted(picture.predict(sparsity).value)
-        axes.plot([size * (1 - sparsity)], [value], marker="D", color=BLUE, markersize=5, zorder=4)
+    if picture.marked:
+        axes.plot(
+            [size * (1 - one) for one in picture.marked],
+            [quoted(picture.predict(one).value) for one in picture.marked],
+            marker="D", color=BLUE, markerfacecolor="white", markersize=5, linestyle="none", label="predicted slices",
+            zorder=4,
+        )  # fmt: skip
     axes.plot(
         [size], [picture.dense], marker="*", color=GREEN, markersize=11, linestyle="none", label="dense", zorder=6
     )
@@ -189,18 +193,18 @@ def _draw_one(axes: Any, picture: Picture) -> None:
     lines = [picture.title, *picture.subtitle.splitlines()]
     axes.set_title("\n".join(textwrap.fill(line, 120) for line in lines), fontsize=8, loc="left", parse_math=False)
     axes.grid(alpha=0.25)
-    corner = "upper left" if picture.quantity == "perplexity" else "lower left"
-    axes.legend(fontsize=8, loc=corner, framealpha=0.9, edgecolor="none")
     if picture.parameters is not None:
         second = axes.twinx()
         axes.set_zorder(second.get_zorder() + 1)
         axes.patch.set_visible(False)
         whole = sorted({max(1, round(dim)) for dim in dims})
         second.plot(whole, [picture.parameters(dim) for dim in whole], color=GREY, linewidth=1)
+        axes.plot([], [], color=GREY, linewidth=1, label="parameters (right)")
         second.set_ylabel("parameters", color=GREY)
         second.tick_params(axis="y", colors=GREY)
         second.set_ylim(bottom=0)
         second.yaxis.set_major_formatter(_counts())
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=4, frameon=False)
 
 
 def _scale(axes: Any, picture: Picture, values: list[float], highs: list[float], lows: list[float]) -> None:

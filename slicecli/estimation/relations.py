@@ -59,12 +59,14 @@ class Dense:
         log_ratio: D at a fraction removed, measured or predicted, where a relation on accuracy asks for it.
         ceiling: ln PPL of a uniform guess over the vocabulary, where the vocabulary is known.
         spectrum: The Fisher weight of what a fraction removed discards, where a relation asks for it.
+        probe: The mean of that weight and of what the projected dense model loses, likewise.
     """
 
     value: float
     chance: float | None = None
     log_ratio: Callable[[float], float] | None = None
     spectrum: Callable[[float], float] | None = None
+    probe: Callable[[float], float] | None = None
     ceiling: float | None = None
 
 
@@ -105,7 +107,19 @@ class Relation:
     needs_chance: bool = False
     needs_log_ratio: bool = False
     needs_spectrum: bool = False
+    needs_probe: bool = False
     has_prior: bool = False
+
+    @property
+    def is_by_weight(self) -> bool:
+        """Whether it rests on something measured on the dense model at each width."""
+        return self.needs_spectrum or self.needs_probe
+
+    def weight(self, dense: Dense, sparsity: float) -> float:
+        """Return what was measured on the dense model at a width, of which the loss is a multiple."""
+        measured = dense.probe if self.needs_probe else dense.spectrum
+        assert measured is not None
+        return measured(sparsity)
 
     def why_not(self, dense: Dense) -> str:
         """Say why the relation has no meaning for a dense figure; empty where it has."""
@@ -115,6 +129,8 @@ class Relation:
             return "it needs the perplexity"
         if self.needs_spectrum and dense.spectrum is None:
             return "it needs a spectrum"
+        if self.needs_probe and dense.probe is None:
+            return "it needs a spectrum with a probe, and is for the refit"
         return ""
 
 
@@ -176,16 +192,18 @@ def _exponent() -> tuple[Predict, Fit]:
     return predict, fit
 
 
-def _from_spectrum() -> tuple[Predict, Fit]:
-    """Return predict and fit of ln PPL = ln PPL0 + c F(k)."""
+def _by_weight(weight: Callable[[Dense], Callable[[float], float] | None]) -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 + c x(k), where x was measured on the dense model."""
 
     def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
-        assert dense.spectrum is not None
-        return dense.value + parameters[0] * dense.spectrum(sparsity)
+        measured = weight(dense)
+        assert measured is not None
+        return dense.value + parameters[0] * measured(sparsity)
 
     def fit(points: Points, dense: Dense, _prior: Prior | None) -> tuple[float, ...]:
-        assert dense.spectrum is not None
-        weights = np.array([dense.spectrum(sparsity) for sparsity, _ in points])
+        measured = weight(dense)
+        assert measured is not None
+        weights = np.array([measured(sparsity) for sparsity, _ in points])
         damages = np.array([value - dense.value for _, value in points])
         return (float(weights @ damages / (weights @ weights)),)
 
@@ -265,7 +283,11 @@ BUILT_IN: tuple[Relation, ...] = (
     ),
     Relation(
         "fisher", "perplexity", "ln PPL = ln PPL0 + c F(k)", "measured on small models, docs/energy.md",
-        ("c",), *_from_spectrum(), needs_spectrum=True,
+        ("c",), *_by_weight(lambda dense: dense.spectrum), needs_spectrum=True,
+    ),
+    Relation(
+        "probe", "perplexity", "ln PPL = ln PPL0 + c sqrt(P(k) F(k))", "measured on small models, docs/energy.md",
+        ("c",), *_by_weight(lambda dense: dense.probe), needs_probe=True,
     ),
     Relation(
         "paper", "accuracy", "ln(acc/h) = (1 - s) ln(acc0/h)",

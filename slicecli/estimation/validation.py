@@ -2,7 +2,8 @@
 
 Two questions, each answered for models that were left out of everything that was learnt: how far off is the value,
 and how often does the 90 % interval hold the measurement. Three states of knowledge: other models, among them some of
-the family; only models of other families; or, besides other models, one slice of the model itself.
+the family; only models of other families; or, besides other models, one slice of the model itself. The first and the
+last are also checked on another kind of text than the slices were calibrated on.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import numpy as np
 
 from slicecli.errors import RequestError
 from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new
-from slicecli.estimation.measurements import Series, published_series
+from slicecli.estimation.measurements import OTHER_TEXT, Series, published_series
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
 
 __all__ = ["ANCHOR", "KNOWLEDGE", "Check", "ForecastInputs", "Row", "check_relations", "summary"]
 
-ForecastInputs = Literal["other models", "other families", "one slice"]
+ForecastInputs = Literal["other models", "other families", "one slice", "other text", "other text, one slice"]
 KNOWLEDGE: tuple[ForecastInputs, ...] = get_args(ForecastInputs)
 ANCHOR = 0.2  # s of the slice that is known
 ANCHOR_RANGE = 0.02
@@ -73,11 +74,12 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
         raise RequestError(f"A sparsity of {largest} is not a fraction of the hidden size.", "Use 0 < S <= 1.")
     checks = []
     for relation in relations_of(quantity):
-        if relation.needs_spectrum:  # no spectrum is published: see docs/energy.md
+        if relation.is_by_weight:  # no spectrum is published: see docs/energy.md
             continue
-        usable = [one for one in published_series(quantity) if not relation.why_not(one.dense)]
         for knows in KNOWLEDGE:
-            if knows != "one slice" or relation.parameters:
+            series = published_series(quantity, OTHER_TEXT if knows.startswith("other text") else "spread")
+            usable = [one for one in series if not relation.why_not(one.dense)]
+            if usable and (not knows.endswith("one slice") or relation.parameters):
                 rows = [row for row in _rows(relation, usable, knows) if row.sparsity <= largest]
                 checks.append(Check(relation, knows, tuple(rows)))
     return checks
@@ -92,7 +94,7 @@ def _rows(relation: Relation, usable: Sequence[Series], knows: ForecastInputs) -
         others = [one for one in usable if one.model != model and (knows != "other families" or one.family != family)]
         spread = learn_spread(relation, others)
         for one in own:
-            if knows != "one slice":
+            if not knows.endswith("one slice"):
                 for point in one.points:
                     expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity)
                     yield Row(one, point.sparsity, point.value, expected)

@@ -189,6 +189,11 @@ class Dimensions:
         return self._real_number(epsilon) if isinstance(epsilon, str) else epsilon
 
     @property
+    def activation(self) -> str:
+        """The activation of the MLPs, as the config names it."""
+        return str(self.value("hidden_act", "silu"))
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens that one row may have; `None` where the class sets no limit."""
         default = self.adapter.defaults.get("max_position_embeddings")

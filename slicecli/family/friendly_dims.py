@@ -14,6 +14,8 @@ __all__ = [
     "MULTIPLES",
     "formats_of",
     "friendly_multiple",
+    "gguf_type",
+    "legend",
     "preferred_dims",
     "preferred_widths",
     "why_not_quantised",
@@ -54,23 +56,38 @@ def formats_of(dim: int) -> str:
     return ", ".join(names for multiple, names in MULTIPLES.items() if dim % multiple == 0)
 
 
+def legend() -> str:
+    """Explain the column with what `friendly_multiple` returns."""
+    divisors = ", ".join(f"{multiple} ({names})" for multiple, names in MULTIPLES.items())
+    return f"÷: the largest of {divisors} that divides the dim."
+
+
+def gguf_type(*widths: int) -> str:
+    """Return a type for `llama-quantize` whose groups divide all widths; empty where none does."""
+    shared = math.gcd(*widths)
+    return "Q4_K_M" if shared % max(MULTIPLES) == 0 else "Q8_0" if shared % LEAST == 0 else ""
+
+
 def friendly_multiple(dim: int) -> int | None:
     """Return the largest of the multiples that divides a hidden size."""
     return next((multiple for multiple in MULTIPLES if dim % multiple == 0), None)
 
 
-def preferred_dims(sizes: LegalDims, multiple_of: int | None = None) -> list[int]:
+def preferred_dims(sizes: LegalDims, multiple_of: int | None = None, most_step: float = MOST_STEP) -> list[int]:
     """Return legal dims that a number divides: the largest of 256, 128, 64 and 32 that is a small step for the model.
 
     Where even 32 is a large step, all legal dims are returned.
 
     Args:
         multiple_of: The number to use instead.
+        most_step: What counts as a small step, as a share of the hidden size.
     """
-    return preferred_widths(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple, multiple_of)
+    return preferred_widths(sizes.legal_dims(), sizes.hidden_size, sizes.dim_multiple, multiple_of, most_step)
 
 
-def preferred_widths(legal: range, size: int, least_step: int = 1, multiple_of: int | None = None) -> list[int]:
+def preferred_widths(
+    legal: range, size: int, least_step: int = 1, multiple_of: int | None = None, most_step: float = MOST_STEP
+) -> list[int]:
     """Do the same for legal widths of any kind, such as those of an MLP.
 
     Args:
@@ -80,7 +97,7 @@ def preferred_widths(legal: range, size: int, least_step: int = 1, multiple_of: 
     if multiple_of is not None:
         return _divided(legal, multiple_of)
     for multiple in MULTIPLES:
-        if math.lcm(least_step, multiple) <= MOST_STEP * size:
+        if math.lcm(least_step, multiple) <= most_step * size:
             return _divided(legal, multiple)
     return list(legal)
 
@@ -108,7 +125,7 @@ def why_writers_are_not_quantised(mlp_dim: int, legal: Sequence[int]) -> str:
 def _nearest(width: int, legal: Sequence[int]) -> str:
     friendly = [other for other in legal if other % LEAST == 0]
     nearest = sorted(sorted(friendly, key=lambda other: abs(other - width))[:2])
-    return f" Nearest dims that it does: {' and '.join(map(str, nearest))}." if nearest else ""
+    return f" The nearest that it divides: {' and '.join(map(str, nearest))}." if nearest else ""
 
 
 def _divided(legal: range, multiple: int) -> list[int]:

@@ -8,9 +8,10 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
@@ -28,6 +29,7 @@ __all__ = [
     "SlicePlan",
     "SliceSizes",
     "Width",
+    "WidthPair",
     "check_method",
     "slice_sizes",
     "sliced_widths",
@@ -79,13 +81,27 @@ class Width:
 
     dim: int | None = Option("--dim", "Hidden size to keep.", reads=int, metavar="N").field()
     sparsity: float | None = Option(
-        "--sparsity", "Instead: fraction of the hidden size to remove.", reads=float, metavar="F"
+        "--sparsity", "Instead: fraction of the hidden size to remove; see --of.", reads=float, metavar="F"
     ).field()
     target_parameters: int | None = Option(
         "--target-params", "Instead: maximum number of parameters.", reads=parse_count, metavar="6B"
     ).field()
     memory: int | None = Option(
         "--memory", "Instead: maximum bytes of the weights.", reads=parse_bytes, metavar="12GiB"
+    ).field()
+    of: Literal["hidden", "parameters"] = Option(
+        "--of",
+        "What --sparsity is a fraction of: the hidden size, or the parameters, which makes it a target like "
+        "--target-params.",
+        default="hidden",
+        choices=("hidden", "parameters"),
+    ).field()
+    shape: Literal["auto", "width", "mlp"] = Option(
+        "--shape",
+        "How a target of parameters or memory is met: by the hidden size alone (width), by fewer MLP channels alone "
+        "(mlp), or by the pair of both that loses least, judged from the calibration text (auto).",
+        default="auto",
+        choices=("auto", "width", "mlp"),
     ).field()
     multiple_of: int | None = Option(
         "--multiple-of",
@@ -123,14 +139,34 @@ class Width:
             raise RequestError("--multiple-of has no effect on --dim.", "Leave out one of them.")
         if self.mlp_dim is not None and self.mlp_sparsity is not None:
             raise RequestError("The MLP's width was chosen twice.", "Use one of --mlp-dim and --mlp-sparsity.")
-        for share, what in ((self.sparsity, "hidden size"), (self.mlp_sparsity, "MLP channels")):
+        removed_of = "parameters" if self.of == "parameters" else "hidden size"
+        for share, what in ((self.sparsity, removed_of), (self.mlp_sparsity, "MLP channels")):
             if share is not None and not 0 < share < 1:
                 raise RequestError(f"A sparsity of {share} is not a fraction of the {what}.", "Use 0 < F < 1.")
+        if self.of != "hidden" and self.sparsity is None:
+            raise RequestError(f"--of {self.of} has no effect without --sparsity.", "Leave it out.")
+        if self.shape != "auto" and not self.is_target:
+            raise RequestError(
+                f"--shape {self.shape} has no effect without a target.",
+                "Use it with --target-params, --memory or --sparsity --of parameters.",
+            )
+        if self.shape == "mlp" and self.chooses_mlp:
+            raise RequestError("--shape mlp chooses the MLP's width.", "Leave out --mlp-dim and --mlp-sparsity.")
+
+    @property
+    def is_target(self) -> bool:
+        """Whether it bounds parameters or bytes, which several widths can meet."""
+        return self.target_parameters is not None or self.memory is not None or self.of == "parameters"
 
     @property
     def chooses_mlp(self) -> bool:
         """Whether a width of the MLP is given."""
         return self.mlp_dim is not None or self.mlp_sparsity is not None
+
+    @property
+    def changes_mlp(self) -> bool:
+        """Whether the MLPs are to be sliced."""
+        return self.chooses_mlp or self.shape == "mlp"
 
     def resolve_mlp(self, dimensions: Dimensions) -> int | None:
         """Return the MLP width that meets the wish; `None` where the MLPs stay whole.
@@ -171,21 +207,41 @@ class Width:
         if not legal:
             what = "" if self.multiple_of is None else f" that {self.multiple_of} divides"
             raise RequestError(f"This model has no legal dim{what} below its hidden size.")
-        if self.sparsity is not None:
+        if not self.is_target:
+            assert self.sparsity is not None
             wish = (1 - self.sparsity) * sizes.hidden_size
             return min(legal, key=lambda dim: (abs(dim - wish), dim))
-        limit, what = self.target_parameters, "parameters"
-        if limit is None:
-            assert self.memory is not None
-            limit, what = self.memory // bytes_per_parameter, "parameters' worth of memory"
+        limit = self.most_parameters(sizes, bytes_per_parameter)
         fitting = [dim for dim in legal if sizes.parameters(dim) <= limit]
         if not fitting:
             smallest = sizes.parameters(legal[0])
+            what = "parameters" if self.memory is None else "parameters' worth of memory"
             raise RequestError(
                 f"No slice of this model fits in {limit:,} {what}.",
                 f"The smallest slice, of dim {legal[0]}, has {smallest:,} parameters.",
             )
         return fitting[-1]
+
+    def most_parameters(self, sizes: SliceSizes, bytes_per_parameter: int) -> int:
+        """Return the most parameters that a target allows."""
+        if self.target_parameters is not None:
+            return self.target_parameters
+        if self.memory is not None:
+            return self.memory // bytes_per_parameter
+        assert self.sparsity is not None
+        return math.floor((1 - self.sparsity) * sizes.parameters())
+
+
+class WidthPair(NamedTuple):
+    """Two widths of a slice: k, and m, which is `None` where the MLPs stay whole."""
+
+    dim: int
+    mlp_dim: int | None
+
+    @property
+    def width(self) -> Width:
+        """The wish for just these widths."""
+        return Width(self.dim, mlp_dim=self.mlp_dim)
 
 
 @dataclass(frozen=True)
@@ -202,6 +258,7 @@ class SlicePlan:
         schedule: The widths of the published method; `None` for the refit, which has one.
         schedule_name: How they were asked for, without the folder of a file; empty where that was by one dim.
         written_type: The model type of the class it is written in, in its config.
+        activation: The activation of its MLPs, as `hidden_act` names it.
         mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
         mlp_dim: m, how many of them stay; likewise.
     """
@@ -221,6 +278,7 @@ class SlicePlan:
     schedule: Schedule | None = None
     schedule_name: str = ""
     written_type: str = ""
+    activation: str = "silu"
     mlp_size: int | None = None
     mlp_dim: int | None = None
 
@@ -262,13 +320,13 @@ def check_method(
     slice_head: bool | None = None,
     has_schedule: bool = False,
     has_orientation: bool = False,
-    chooses_mlp: bool = False,
+    changes_mlp: bool = False,
 ) -> None:
     """Refuse options of one method where the other is asked for."""
     if method == "slicegpt":
-        if chooses_mlp:
+        if changes_mlp:
             raise RequestError(
-                "--mlp-dim and --mlp-sparsity require the refit; the slicegpt method leaves MLP channels as they are.",
+                "--mlp-dim, --mlp-sparsity and --shape mlp require the refit; slicegpt keeps all MLP channels.",
                 "Leave out --method slicegpt.",
             )
         return

@@ -14,7 +14,7 @@ from slicecli.adapters import PortableClass, Sizes, ask, select_adapter
 from slicecli.errors import NoAdapterError, PluginError, RequestError
 from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.plugins import plugins
-from slicecli.family.serving import CLIENTS, Client, Verdict, runs_in
+from slicecli.family.serving import NOT_MEASURED, SERVERS, SliceKind, Verdict, describe_verdicts, verdicts_on
 from slicecli.family.slice_plan import Method, Width
 
 __all__ = ["AUTO", "OWN", "SliceClasses", "WrittenClass", "values_of_fields"]
@@ -37,12 +37,14 @@ class WrittenClass:
         own: The model in its family's own class.
         dimensions: The model as this class has it.
         portable: What tells this class from the own one; `None` where it is that.
+        has_own_code: Whether the model's class is not transformers' own, so that nothing measured is of it.
     """
 
     model_type: str
     own: Dimensions
     dimensions: Dimensions
     portable: PortableClass | None = None
+    has_own_code: bool = False
 
     @classmethod
     def of_portable(cls, own: Dimensions, portable: PortableClass) -> WrittenClass:
@@ -73,7 +75,7 @@ class WrittenClass:
     def with_mlp_dim(self, mlp_dim: int | None) -> WrittenClass:
         """Return the same class for slices whose MLPs have a width."""
         own, dimensions = self.own.with_mlp_dim(mlp_dim), self.dimensions.with_mlp_dim(mlp_dim)
-        return WrittenClass(self.model_type, own, dimensions, self.portable)
+        return replace(self, own=own, dimensions=dimensions)
 
     @property
     def hidden_size(self) -> int:
@@ -98,23 +100,29 @@ class WrittenClass:
         return self.own.parameters() if dim is None else self.dimensions.parameters(dim)
 
     @functools.cached_property
-    def clients(self) -> dict[Client, Verdict]:
-        """What each program that serves models makes of slices in this class."""
-        activation = str(self.own.value("hidden_act", "silu"))
-        return {client: runs_in(self.model_type, client, self.own.keeps_tie, activation) for client in CLIENTS}
+    def verdicts(self) -> dict[str, Verdict]:
+        """What programs that serve models make of slices in this class, where that was measured."""
+        if self.has_own_code:
+            return {}
+        kind = SliceKind(self.model_type, "stock", "refit", self.own.keeps_tie, self.own.activation)
+        return verdicts_on(kind)
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """The verdicts of the programs that `auto` looks for a class for."""
+        found = self.verdicts
+        return {client: found[client].verdict if client in found else NOT_MEASURED for client in SERVERS}
 
     @property
     def runs_everywhere(self) -> bool:
-        """Whether every program runs it correctly."""
-        return set(self.clients.values()) == {"correct"}
+        """Whether each of these programs runs it correctly."""
+        return set(self.servers.values()) == {"correct"}
 
     @property
     def misfits(self) -> str:
-        """Say where it is known not to run, in a clause; empty where it does."""
-        found = [
-            f"{verdict} in {client}" for client, verdict in self.clients.items() if verdict in ("wrong", "refused")
-        ]
-        return " and ".join(found)
+        """Say in which of them it is known not to run, in a clause; empty where it does."""
+        found = [f"{verdict} in {client}" for client, verdict in self.servers.items()]
+        return " and ".join(one for one in found if one.startswith(("wrong", "refused")))
 
     def to_json(self) -> dict[str, Any]:
         """Return what a user may know of it, as plain data."""
@@ -127,7 +135,7 @@ class WrittenClass:
                 "smallest": legal[0] if legal else None,
                 "largest": legal[-1] if legal else None,
             },
-            "clients": dict(self.clients),
+            "clients": describe_verdicts(self.verdicts),
         }
 
 
@@ -155,7 +163,7 @@ class SliceClasses:
             RequestError: The wished class is not declared, or does not compute the same.
             PluginError: No adapter serves a declared class.
         """
-        available, obstacles = [WrittenClass(model_type, own, own)], {}
+        available, obstacles = [WrittenClass(model_type, own, own, has_own_code=has_own_code)], {}
         for portable in own.adapter.portable:
             reason = _obstacle(own, portable, has_own_code)
             if reason:
@@ -191,8 +199,8 @@ class SliceClasses:
     def at(self, dim: int | None = None) -> WrittenClass:
         """Return the class of a slice at a dim, or where the dim is still to be chosen.
 
-        `auto` takes the family's own class if every program runs it at that dim, otherwise the first portable one that
-        does, otherwise the own one, or the first that can have the dim.
+        `auto` takes the family's own class if vLLM and llama.cpp run it at that dim, otherwise the first portable one
+        that they run, otherwise the own one, or the first that can have the dim.
         """
         if self.wish == OWN:
             return self.own
@@ -203,16 +211,20 @@ class SliceClasses:
         return next(iter([*everywhere, *legal]), self._widest())
 
     def resolve(self, width: Width, bytes_per_parameter: int) -> tuple[int, WrittenClass]:
-        """Return the dim that meets a wish, and the class of a slice at that dim.
+        """Return the dim that meets a wish, and the class of a slice at that dim."""
+        dim = width.resolve(self.to_choose_in(width), bytes_per_parameter)
+        return dim, self.at(dim)
+
+    def to_choose_in(self, width: Width) -> WrittenClass:
+        """Return the class whose dims a wish chooses among.
 
         Multiples of a number of the user's are looked for in whichever class that runs has most dims.
         """
-        sizes = self.at(width.dim)
-        if width.multiple_of is not None and self.wish == AUTO:
-            running = [one for one in self.available if one.runs_everywhere]
-            sizes = min(running or [sizes], key=lambda one: one.dim_multiple)
-        dim = width.resolve(sizes, bytes_per_parameter)
-        return dim, self.at(dim)
+        usual = self.at(width.dim)
+        if width.multiple_of is None or self.wish != AUTO:
+            return usual
+        running = [one for one in self.available if one.runs_everywhere]
+        return min(running or [usual], key=lambda one: one.dim_multiple)
 
     def legal_dims(self) -> list[int]:
         """Return the dims that a slice may have in any of the classes that may be taken, in ascending order."""
@@ -224,9 +236,11 @@ class SliceClasses:
         own = self.own
         if chosen.portable is None:
             return f"Written as {own.model_type}, which is {own.misfits}; {self._way_out(dim)}." if own.misfits else ""
-        where = [client for client, verdict in chosen.clients.items() if verdict == "correct"]
+        where = [client for client, verdict in chosen.servers.items() if verdict == "correct"]
         runs = f" and runs in {' and '.join(where)}" if where else ""
-        reason = f"{own.model_type} is {own.misfits}" if own.misfits else f"{own.model_type} cannot have this dim"
+        reason = f"{own.model_type} cannot have this dim"
+        if dim in own.legal_dims():
+            reason = f"{own.model_type} is {own.misfits or 'not measured there'}"
         hint = f"; {reason}" if self.wish == AUTO else ""
         return f"Written as {chosen.model_type}, which computes the same as {own.model_type}{runs}{hint}."
 

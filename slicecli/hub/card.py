@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slicecli.errors import OutputError
+from slicecli.family.friendly_dims import gguf_type
+from slicecli.family.serving import SliceKind, verdicts_on
 from slicecli.family.slice_plan import sliced_widths
 from slicecli.hub.metadata import base_model_of, card_metadata
-from slicecli.hub.serving import verdicts_on
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
@@ -261,30 +262,27 @@ def _programs(record: Mapping[str, Any], place: str) -> Iterator[dict[str, str]]
     flag = " --trust-remote-code" if record["needs_remote_code"] else ""
     snippets = {
         "vLLM": code_block(f"vllm serve {place}{flag}"),
-        "llama.cpp": _llama_cpp_snippet(record["repository"]),
+        "llama.cpp": _llama_cpp_snippet(record["repository"], [record["dim"], record["mlp_dim"] or record["dim"]]),
     }
-    written = record["written_type"] if record["layout"] == "stock" else record["source"]["model_type"]
-    verdicts = verdicts_on(written, record["layout"], record["method"], record["is_tied"])
-    for client, found in verdicts.items():
+    for client, found in verdicts_on(SliceKind.of_record(record)).items():
         yield {
             "sentence": f"{_VERDICTS[found.verdict].format(client)} ({found.version}).",
             "snippet": snippets.get(client, "") if found.verdict == "correct" else "",
         }
 
 
-def _llama_cpp_snippet(repository: str | None) -> str:
+def _llama_cpp_snippet(repository: str | None, widths: Sequence[int]) -> str:
     folder = "PATH" if repository is None else repository.rpartition("/")[2]
     name = "slice" if repository is None else folder
     download = [] if repository is None else [f"hf download {repository} --local-dir {folder}"]
-    return code_block(
-        "\n".join(
-            [
-                *download,
-                f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
-                f"llama-cli -m {name}.gguf",
-            ]
-        )
-    )
+    lines = [
+        *download,
+        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf",
+        f"llama-cli -m {name}.gguf",
+    ]
+    if kind := gguf_type(*widths):
+        lines += [f"llama-quantize {name}.gguf {name}-{kind}.gguf {kind}", f"llama-cli -m {name}-{kind}.gguf"]
+    return code_block("\n".join(lines))
 
 
 def _change_of_widths(record: Mapping[str, Any]) -> str:

@@ -130,6 +130,7 @@ def _write(source: Source, record: Mapping[str, Any], written: WrittenClass, fol
         dense_dtype=dtype,
         is_tied=written.own.keeps_tie,
         written_type=written.model_type,
+        activation=written.own.activation,
     )
     meta_model = check_loads(folder, plan, source, source.tokenizer())
     stored = getattr(torch, dtype)

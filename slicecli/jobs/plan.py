@@ -22,7 +22,17 @@ from slicecli.family.context_length import pick_sequence_length
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, count, read_schedule, slices_head
-from slicecli.family.slice_plan import DTYPE_BYTES, Layout, Method, SlicePlan, Width, check_method, width_name
+from slicecli.family.shapes import is_met_by_pairs, pairs_within
+from slicecli.family.slice_plan import (
+    DTYPE_BYTES,
+    Layout,
+    Method,
+    SlicePlan,
+    Width,
+    WidthPair,
+    check_method,
+    width_name,
+)
 from slicecli.family.written_class import SliceClasses, WrittenClass
 from slicecli.jobs.options import SliceOptions
 from slicecli.modeling import CONFIG_TYPE
@@ -64,6 +74,8 @@ class PlannedSlice:
         running_config: Its config in its family's own class, with the MLPs of the dense model: its blocks run so while
             they are fitted.
         note: Why it is written in that class, where that needs a word.
+        output: Where it was asked for; `None` names the folder after the widths.
+        pairs: The widths that meet its target, where statistics are to choose among them; the plan is for one of them.
     """
 
     plan: SlicePlan
@@ -72,6 +84,8 @@ class PlannedSlice:
     written: WrittenClass | None
     running_config: Any
     note: str = ""
+    output: Path | None = None
+    pairs: tuple[WidthPair, ...] = ()
 
     @property
     def is_portable(self) -> bool:
@@ -89,6 +103,7 @@ class Job:
     """Slices of one model, decided and found possible, before any weight is read; none where it is only measured.
 
     Attributes:
+        model: The model as it was asked for.
         inference: How the declaration was inferred, if it was.
         config: The dense model's config, an object of transformers.
         meta_model: The dense model with all parameters on `meta`, ready to be filled block by block.
@@ -97,6 +112,7 @@ class Job:
         classes: The classes that slices can be written in; `None` where they bring code of their own.
     """
 
+    model: str
     source: Source
     adapter: Adapter
     inference: Inference | None
@@ -134,7 +150,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
         options.slice_head,
         has_schedule=any(width.schedule is not None for width in widths),
         has_orientation=options.orientation != "pca",
-        chooses_mlp=any(width.chooses_mlp for width in widths),
+        changes_mlp=any(width.changes_mlp for width in widths),
     )
     layout = _layout(source, chosen, options.method)
     Dimensions(adapter, chosen.fields)  # names a field that is wrong, where transformers would name its own check
@@ -152,11 +168,11 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
     dimensions.require_declared(parameter_shapes(meta_model))
     stored = getattr(torch, stored_dtype)
     placement = decide_placement(options.device_map, options.max_memory, meta_model, adapter.blocks, stored)
-    cuts_mlp = any(sizes.mlp_dim is not None for sizes, _, _, _ in requests)
+    cuts_mlp = any(one.sizes.mlp_dim is not None for one in requests)
     output_length = _prove(source, chosen, config, dimensions, options, cuts_mlp)
     _prove_portable(source, config, requests)
     slices = []
-    for width, (sizes, dim, schedule, written), output in zip(widths, requests, outputs, strict=True):
+    for width, (sizes, dim, schedule, written, pairs), output in zip(widths, requests, outputs, strict=True):
         plan = SlicePlan(
             model=source.name,
             model_type=str(config.model_type),
@@ -175,6 +191,7 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             schedule=schedule,
             schedule_name=Path(width.schedule or "").name,
             written_type=written.model_type if written else CONFIG_TYPE,
+            activation=dimensions.activation,
             mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
             mlp_dim=sizes.mlp_dim,
         )
@@ -188,12 +205,13 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             sliced_config.architectures = [type(meta_model).__name__]
         folder = output or Path(f"{source.name.rpartition('/')[2]}-{width_name(dim, plan.mlp_dim)}")
         note = classes.note(written, dim) if classes and written else ""
-        slices.append(PlannedSlice(plan, sliced_config, folder, written, running_config, note))
+        slices.append(PlannedSlice(plan, sliced_config, folder, written, running_config, note, output, pairs))
     if processes.is_main:
         _check_outputs(source, widths, slices, options)
     tokens = options.samples * sequence_length // processes.count
     activations = _place_activations(dimensions, meta_model, placement, stored, tokens, slices, options)
     return Job(
+        model,
         source,
         adapter,
         inference,
@@ -329,12 +347,16 @@ def width_of_dense_activations(dimensions: Dimensions) -> int:
 
 
 class Resolved(NamedTuple):
-    """What is wished for comes to: sizes with the MLPs of the slice, a dim or a schedule, and the class to write."""
+    """What is wished for comes to: sizes with the MLPs of the slice, a dim or a schedule, and the class to write.
+
+    Where statistics are to choose among several pairs of widths, it is one that cuts the MLP.
+    """
 
     sizes: Dimensions
     dim: int
     schedule: Schedule | None
     written: WrittenClass | None
+    pairs: tuple[WidthPair, ...] = ()
 
 
 def resolve(
@@ -345,6 +367,10 @@ def resolve(
     bytes_per_parameter: int,
 ) -> Resolved:
     """Return the widths that meet a wish, and the class of the slice."""
+    if is_met_by_pairs(width, dimensions, options.method):
+        pairs = tuple(pairs_within(width, dimensions, classes, bytes_per_parameter))
+        first = resolve(pairs[0].width, dimensions, classes, options, bytes_per_parameter)
+        return first._replace(pairs=pairs if len(pairs) > 1 else ())
     narrower = dimensions.with_mlp_dim(width.resolve_mlp(dimensions))
     if classes is not None:
         dim, written = classes.with_mlp_dim(narrower.mlp_dim).resolve(width, bytes_per_parameter)

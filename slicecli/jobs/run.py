@@ -24,6 +24,8 @@ from slicecli.jobs.dense_model import read_rows, share_work, with_weights
 from slicecli.jobs.identity import Identity
 from slicecli.jobs.options import SliceOptions
 from slicecli.jobs.plan import Job, PlannedSlice, width_of_dense_activations
+from slicecli.jobs.shape import Measured, settle_shapes
+from slicecli.jobs.statistics import find_statistics, make_activation_cache
 from slicecli.record.record import Energy
 from slicecli.runtime.libraries import running
 from slicecli.runtime.memory import available_memory_bytes, peak_device_memory_bytes, peak_memory_bytes
@@ -33,8 +35,7 @@ if TYPE_CHECKING:
     from slicecli.checkpoint.companions import LeftOut
     from slicecli.data.packing import Rows
     from slicecli.progress import Progress
-    from slicecli.slicing.activation_cache import ActivationCache
-    from slicecli.slicing.context import Batches, DenseModel, DenseStatistics, Journal, Target
+    from slicecli.slicing.context import Batches, DenseModel, Journal, Target
 
 __all__ = ["SliceReport", "run_slices"]
 
@@ -70,7 +71,12 @@ class SliceReport:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: bool = False) -> list[SliceReport]:
+def run_slices(
+    job: Job,
+    progress: Progress | None = None,
+    resumes_if_possible: bool = False,
+    measured: Measured | None = None,
+) -> list[SliceReport]:
     """Do a job, and write a whole folder for each of its slices.
 
     The refit makes one pass for statistics and one for all the slices whose activations fit the memory together; the
@@ -79,6 +85,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     Args:
         resumes_if_possible: Go on where an interrupted run of the same job has left something, and start anew where
             another has; `SliceOptions.resume` refuses then.
+        measured: What the job's widths were chosen by, where they were.
     """
     from slicecli.hub.writing import describe_slice
     from slicecli.jobs.description import draft_description, licence_warning
@@ -89,6 +96,8 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
     started = time.perf_counter()
     processes = job.processes
     clock = Clock(progress if progress is not None and processes.is_main else Silent())
+    if measured is None:
+        job, measured = settle_shapes(job, clock)
     clock.note(job.describe_places())
     options = job.options
     reports: list[SliceReport] = []
@@ -110,7 +119,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         # what can fail without weights fails before anything large is read
         with running(job.source.name):
             meta_models = prepare_folders(job, folders) if folders else []
-        rows, warnings = read_rows(job)
+        rows, warnings = read_rows(job) if measured is None else (measured.rows, measured.warnings)
         job = with_weights(job)
         with running(job.source.name):
             drafts = [draft_description(job, one, rows) for one in job.slices] if folders else []
@@ -124,7 +133,7 @@ def run_slices(job: Job, progress: Progress | None = None, resumes_if_possible: 
         targets, writers = _open_targets(job, folders, meta_models, state, stack)
         if processes.count == 1:
             journal = FileJournal(folders[0], fingerprint, writers, state, seconds_apart)
-        energies, is_from_cache = _slice_weights(job, rows, dense, batches, identity, targets, clock, journal)
+        energies, is_from_cache = _slice_weights(job, rows, dense, batches, identity, targets, clock, journal, measured)
         if not processes.is_main:
             return processes.from_main(lambda: reports)
         if journal is not None:
@@ -185,6 +194,7 @@ def _slice_weights(
     targets: Sequence[Target],
     progress: Progress,
     journal: Journal | None,
+    measured: Measured | None,
 ) -> tuple[list[Energy], bool]:
     """Compute the tensors of every slice, by the job's method."""
     from slicecli.slicing.refit import refit
@@ -192,10 +202,13 @@ def _slice_weights(
 
     options = job.options
     if options.method == "refit":
-        activations = _activation_cache(dense, batches)
-        statistics, is_from_cache = _find_statistics(
-            job, rows, dense, batches, identity, progress, journal, activations
-        )
+        if measured is None:
+            activations = make_activation_cache(dense, batches)
+            statistics, is_from_cache = find_statistics(
+                job, rows, dense, batches, identity, progress, journal, activations
+            )
+        else:
+            statistics, is_from_cache, activations = measured.statistics, measured.is_from_cache, measured.activations
         for group in _groups_in_memory(job, dense, max(dense.processes.gather(batches.tokens))):
             refit(dense, statistics, [targets[index] for index in group], batches, progress, journal, activations)
         return [Energy.of_basis(statistics.basis, one.plan) for one in job.slices], is_from_cache
@@ -207,50 +220,6 @@ def _slice_weights(
         )
         energies.append(Energy.of_spectrum(spectrum, one.plan))
     return energies, False
-
-
-def _find_statistics(
-    job: Job,
-    rows: Rows,
-    dense: DenseModel,
-    batches: Batches,
-    identity: Identity,
-    progress: Progress,
-    journal: Journal | None,
-    activations: ActivationCache | None,
-) -> tuple[DenseStatistics, bool]:
-    """Return the statistics of the dense model, from the cache if they are there; say whether they were."""
-    from slicecli.slicing.reductions import give_statistics
-    from slicecli.slicing.refit import STATISTICS, collect_statistics
-    from slicecli.slicing.statistics_cache import StatisticsCache
-
-    if not job.options.cache:
-        return collect_statistics(dense, batches, progress, journal, activations), False
-    cache = StatisticsCache(job.options.cache_folder)
-    key = identity.of_statistics(job, batches.size)
-    found = cache.load(key, dense.device) if dense.processes.is_main else None
-    if dense.processes.from_main(lambda: found is not None):
-        progress.start(STATISTICS, 1)
-        progress.advance("from the cache")
-        return give_statistics(dense, found), True
-    statistics = collect_statistics(dense, batches, progress, journal, activations)
-    if dense.processes.is_main:
-        cache.store(key, statistics, job.source.name, f"{rows.name}, {len(rows.ids)} x {rows.sequence_length} tokens")
-    return statistics, False
-
-
-def _activation_cache(dense: DenseModel, batches: Batches) -> ActivationCache | None:
-    """Return what keeps the dense stream of all steps between the passes, where that saves time.
-
-    On a CPU that is so as long as free memory can hold what is written to disk.
-    """
-    from slicecli.slicing.activation_cache import ActivationCache
-
-    if dense.device.type != "cpu":
-        return None
-    places = 1 + sum(len(block.sublayers) for block in dense.dimensions.declared_blocks)
-    size = places * batches.tokens * dense.dimensions.hidden_size * dense.dtype.itemsize
-    return ActivationCache(dense.activations, len(dense.blocks)) if 2 * size <= dense.activations.spare_bytes else None
 
 
 def _what_was_left(folders: Sequence[Path], fingerprint: Mapping[str, Any], is_lenient: bool) -> dict[str, Any] | None:

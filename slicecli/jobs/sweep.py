@@ -1,6 +1,7 @@
-"""A sweep: one model sliced to many dims, each measured, and a curve fitted to the measurements.
+"""A sweep: one model sliced to many widths, each slice measured, and a curve fitted to the measurements.
 
-The statistics are collected once and, where memory allows, the dense model runs once for all dims. Every measurement is
+The statistics are collected once and, where memory allows, the dense model runs once for all widths. A curve is of the
+hidden size alone; slices with fewer MLP channels are measured only. Every measurement is
 written down as soon as it is there, so that a sweep that was stopped goes on where it stopped; slices are removed when
 they are measured, unless they are to be kept. What is already in the folder is taken over only if it belongs to the
 same model, options and measurement.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +27,16 @@ from slicecli.evaluation import measure as measuring
 from slicecli.evaluation.measure import EvaluationSet
 from slicecli.evaluation.options import EvaluationOptions
 from slicecli.family.dimensions import Dimensions
-from slicecli.family.slice_plan import Width, slice_sizes
+from slicecli.family.slice_plan import SlicePlan, Width, WidthPair, slice_sizes, width_name
 from slicecli.family.written_class import SliceClasses
 from slicecli.hub.writing import enter_curves, enter_results
 from slicecli.jobs.dense_model import with_weights
 from slicecli.jobs.identity import sweep_digest
 from slicecli.jobs.options import SliceOptions
-from slicecli.jobs.plan import Job, find_adapter, plan_slices
+from slicecli.jobs.plan import Job, PlannedSlice, find_adapter, plan_slices
 from slicecli.jobs.run import run_slices
+from slicecli.jobs.shape import settle_shapes
+from slicecli.progress import Silent
 from slicecli.record.record import read_record
 from slicecli.runtime.json import read_json
 from slicecli.runtime.libraries import quiet_libraries
@@ -66,7 +70,7 @@ class Sweep:
 
 def run_sweep(
     model: str,
-    dims: Sequence[int],
+    widths: Sequence[Width],
     folder: Path,
     options: SliceOptions,
     evaluation: EvaluationOptions,
@@ -76,11 +80,11 @@ def run_sweep(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Slice a model to many dims, measure the dense model and each slice, and fit curves.
+    """Slice a model to many widths, measure the dense model and each slice, and fit curves.
 
     Args:
         model: Hub id or folder.
-        dims: The dims.
+        widths: The widths; targets choose theirs after the one pass for statistics.
         folder: Where results, curves and plot go, and the slices meanwhile.
         options: How it is sliced.
         evaluation: How it is measured.
@@ -92,13 +96,15 @@ def run_sweep(
     Raises:
         SlicecliError: Something failed; what was measured until then is in the folder.
     """
-    wanted = list(dict.fromkeys(sorted(dims, reverse=True)))
-    places = {dim: folder / SLICES_FOLDER / f"dim{dim}" for dim in wanted}
     # a slice of an interrupted run may lie there: what becomes of it is decided below
     settings = dataclasses.replace(options, overwrite=True)
-    job = plan_slices(model, [Width(dim) for dim in wanted], [places[dim] for dim in wanted], settings)
+    unnamed = [folder / SLICES_FOLDER / str(number) for number in range(len(widths))]
+    job = plan_slices(model, widths, unnamed, settings)
     if relation is not None:
         check_relation(relation)
+    job, measured = settle_shapes(job, progress or Silent())
+    job = dataclasses.replace(job, slices=_named(job.slices, folder / SLICES_FOLDER))
+    places = {_pair_of(one.plan): one.folder for one in job.slices}
     measure = _Measure(job, evaluation, progress)
     job = with_weights(job)
     fingerprint = sweep_digest(job, evaluation, measure.prepared)
@@ -107,30 +113,30 @@ def run_sweep(
         check_apart(folder / SLICES_FOLDER, job.source.folder)
     document = processes.from_main(lambda: _begin(folder, fingerprint, job, overwrite))
     warnings: list[str] = []
-    done = {point["dim"] for point in document["points"]}
-    left = [dim for dim in wanted if dim not in done]
+    done = {_pair_in(point) for point in document["points"]}
+    left = [pair for pair in places if pair not in done]
 
     if document["dense"] is None:
         document["dense"] = measure.dense()
         if processes.is_main:
             _write(folder, document)
-    unsliced = processes.from_main(lambda: [dim for dim in left if not _is_of_this_sweep(places[dim], fingerprint)])
+    unsliced = processes.from_main(lambda: [pair for pair in left if not _is_of_this_sweep(places[pair], fingerprint)])
     if unsliced:
-        some = dataclasses.replace(job, slices=tuple(one for one in job.slices if one.plan.dim in unsliced))
+        some = dataclasses.replace(job, slices=tuple(one for one in job.slices if _pair_of(one.plan) in unsliced))
         with quiet_libraries():
-            reports = run_slices(some, progress, resumes_if_possible=True)
+            reports = run_slices(some, progress, resumes_if_possible=True, measured=measured)
         for report in reports:
             if processes.is_main:
                 _mark(report.output, fingerprint)
             warnings += [text for text in report.warnings if text not in warnings]
-    for dim in left:
-        document["points"].append(measure.slice(places[dim]))
-        document["points"].sort(key=lambda point: -point["dim"])
+    for pair in left:
+        document["points"].append(measure.slice(places[pair]))
+        document["points"].sort(key=lambda point: _from_the_widest(_pair_in(point)))
         if processes.is_main:
             _write(folder, document)
         processes.barrier()  # none reads the slice any more
         if not keeps_slices and processes.is_main:
-            shutil.rmtree(places[dim])
+            shutil.rmtree(places[pair])
     if not keeps_slices and processes.is_main:
         shutil.rmtree(folder / SLICES_FOLDER, ignore_errors=True)
 
@@ -140,10 +146,32 @@ def run_sweep(
         return Sweep(folder, document, tuple(curves), tuple(warnings))
     _write(folder, document)
     for point in document["points"]:
-        if point["dim"] in places and read_record(places[point["dim"]]) is not None:
-            _complete_slice(places[point["dim"]], point, document)
+        place = places.get(_pair_in(point))
+        if place is not None and read_record(place) is not None:
+            _complete_slice(place, point, document)
     _draw(folder / PLOT_FILE, curves, job)
     return Sweep(folder, document, tuple(curves), tuple(warnings))
+
+
+def _named(slices: Sequence[PlannedSlice], folder: Path) -> tuple[PlannedSlice, ...]:
+    """Return the slices of a sweep, each pair of widths once, from the widest on, in folders named after the widths."""
+    by_pair = {_pair_of(one.plan): one for one in slices}
+    return tuple(
+        dataclasses.replace(by_pair[pair], folder=folder / width_name(*pair))
+        for pair in sorted(by_pair, key=_from_the_widest)
+    )
+
+
+def _pair_of(plan: SlicePlan) -> WidthPair:
+    return WidthPair(plan.dim, plan.mlp_dim)
+
+
+def _pair_in(point: Mapping[str, Any]) -> WidthPair:
+    return WidthPair(point["dim"], point["mlp_dim"])
+
+
+def _from_the_widest(pair: WidthPair) -> tuple[int, float]:
+    return -pair.dim, -math.inf if pair.mlp_dim is None else -pair.mlp_dim
 
 
 def usual_dims(model: str, options: SliceOptions, sparsities: Sequence[float]) -> tuple[int, ...]:
@@ -252,7 +280,8 @@ def _write(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 def _fit(document: Mapping[str, Any], relation: str | None) -> list[Curve]:
-    return fit_results(series_of([document["dense"], *document["points"]]), relation)
+    whole = [point for point in document["points"] if point["mlp_dim"] is None]
+    return fit_results(series_of([document["dense"], *whole]), relation)
 
 
 def _draw(path: Path, curves: Sequence[Curve], job: Job) -> None:

@@ -48,6 +48,8 @@ class _Sliced(_Derived, PreTrainedModel):
 
     config_class = SlicedConfig
     family_classes: Any = None
+    # GPT-2's are patterns that some loaders find in the names of its biases too; a slice has nothing to ignore
+    _keys_to_ignore_on_load_unexpected = None
 
     def __new__(cls, config: SlicedConfig, *args: Any, **kwargs: Any) -> _Sliced:
         """Choose the class by the dense model's config."""
@@ -203,9 +205,18 @@ def _slice_linear(parent: nn.Module, declared: dict[str, Any], axis: int, width:
     _say_width(linear, ("out_features", "nf") if axis == 0 else ("in_features", "nx", "hidden_dim"), width)
     if axis == 0 and linear.bias is not None:
         linear.bias = _cut(linear.bias, 0, width)
+    if axis == 0 and declared["is_transposed"]:
+        linear.register_forward_pre_hook(_separate_tokens)
     if needs_bias and linear.bias is None:
         outputs = linear.weight.shape[1 if declared["is_transposed"] else 0]
         linear.bias = nn.Parameter(linear.weight.new_zeros(outputs))
+
+
+def _separate_tokens(linear: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Give each token a row again where GPT-2 joined them all: vLLM's attention has already joined the heads."""
+    (rows,) = inputs
+    width = linear.weight.shape[0]
+    return (rows,) if rows.shape[-1] == width else (rows.view(*rows.shape[:-1], -1, width),)
 
 
 def _slice_parameter(parent: nn.Module, path: str, axis: int, width: int) -> None:

@@ -109,6 +109,7 @@ def build_record(
         "method": plan.method,
         "layout": plan.layout,
         "written_type": plan.written_type,
+        **({"activation": plan.activation} if plan.layout == "stock" else {}),
         "needs_remote_code": plan.layout == "custom-code" or source.needs_remote_code,
         "is_tied": plan.is_tied,
         "hidden_size": plan.hidden_size,

@@ -512,6 +512,10 @@ class Record(JsonObject):
         description="model_type of the class that the slice is written in: that of the source, of another class of "
         "transformers that computes the same, or of slicecli's custom code."
     )
+    activation: Name = Field(
+        default=ABSENT,
+        description="Activation of its MLPs, as hidden_act in the config names it; only of layout stock.",
+    )
     needs_remote_code: bool = Field(
         description="Whether transformers must run code stored with the weights (trust_remote_code); true for layout "
         "custom-code."

@@ -176,10 +176,13 @@ class DenseStatistics:
     Attributes:
         final_moment: Second moment of what the final norm passes on before its weight, float64 of shape (d, d), to
             which the table of a tied slice is fitted; of several processes only the main one has it.
+        channel_losses: What the MLPs of all blocks lose together with fewer channels, as
+            `slicecli.slicing.channel_losses` has it, float64 of shape (m + 1,), where that was wanted; likewise.
     """
 
     basis: Basis
     final_moment: torch.Tensor | None
+    channel_losses: torch.Tensor | None = None
 
 
 @dataclass

@@ -59,11 +59,13 @@ class FisherSpectrum:
             F(k) at index k. A centred basis gives a slice of k dims k - 1 directions, which is allowed for.
         layer: With the principal directions of each norm input, as the published method has them; without the input
             of the head where that method leaves it whole. The same shape.
+        sites: As `layer`, of all norm inputs: also that of the head. The same shape.
         nll: Of the rows under the dense model, nats per predicted token.
     """
 
     shared: torch.Tensor
     layer: torch.Tensor
+    sites: torch.Tensor
     nll: float
     tokens: int
 
@@ -94,7 +96,7 @@ def drawn_labels(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 class _Weights:
-    """Sums up both variants of F over norm inputs and tokens."""
+    """Sums up the variants of F over norm inputs and tokens."""
 
     def __init__(self, dense: DenseModel, basis: Basis) -> None:
         self._dense = dense
@@ -102,7 +104,8 @@ class _Weights:
         self._shared = basis.vectors.to(dense.device, self._dtype)
         size = dense.dimensions.hidden_size
         self._sums = {
-            name: torch.zeros(size + 1, dtype=torch.float64, device=dense.device) for name in ("shared", "layer")
+            name: torch.zeros(size + 1, dtype=torch.float64, device=dense.device)
+            for name in ("shared", "layer", "sites")
         }
 
     def empty_moment(self) -> torch.Tensor:
@@ -129,23 +132,27 @@ class _Weights:
         norm_input: torch.Tensor,
         gradient: torch.Tensor,
         weight: torch.Tensor | None,
-        principal: torch.Tensor | None,
+        principal: torch.Tensor,
+        is_sliced_as_published: bool = True,
     ) -> None:
         """Add tokens of one norm input.
 
         Args:
             norm_input: What the norm reads, shape (..., d).
+            is_sliced_as_published: The published method slices it.
         """
         n = self._dense.normalise(norm_input).flatten(0, -2)
         g = widen(gradient).flatten(0, -2)
         if weight is not None:
             g = g * weight.to(g)
-        bases = {"shared": self._shared} | ({} if principal is None else {"layer": principal})
+        own = ("layer", "sites") if is_sliced_as_published else ("sites",)
         for some_n, some_g in zip(n.split(EFFECT_TOKENS), g.split(EFFECT_TOKENS), strict=True):
-            for name, vectors in bases.items():
+            for names, vectors in ((("shared",), self._shared), (own, principal)):
                 effects = ((some_n @ vectors) * (some_g @ vectors)).double().flip(-1).cumsum(-1).flip(-1)
-                # no direction is left out at the end, and a centred basis has one direction less than there are dims
-                self._sums[name][: effects.shape[-1]] += effects.square().sum(0)
+                for name in names:
+                    # no direction is left out at the end, and a centred basis has one direction less than there are
+                    # dims
+                    self._sums[name][: effects.shape[-1]] += effects.square().sum(0)
 
     def spectrum(self, nll: float, tokens: int) -> FisherSpectrum:
         """Return half the means over the tokens."""
@@ -154,7 +161,7 @@ class _Weights:
         if self._dense.is_centred:
             # a slice of k dims keeps k - 1 directions
             means["shared"] = torch.cat([means["shared"][:1], means["shared"][:-1]])
-        return FisherSpectrum(means["shared"], means["layer"], nll, tokens)
+        return FisherSpectrum(**means, nll=nll, tokens=tokens)
 
 
 class _Passes:
@@ -215,12 +222,11 @@ class _Passes:
         following[:, :-1] = rows[:, 1:]
         final, head = (dense.meta_model.get_submodule(path) for path in (adapter.final_norm, adapter.head.path))
         bias = ["bias"] * dense.dimensions.has_bias(adapter.head)
-        principal = None
-        if slices_head(dense.dimensions, None):
-            moment = self._weights.empty_moment()
-            for stream in streams:
-                self._weights.add_tokens(moment, stream.to(dense.device))
-            principal = self._weights.principal(moment)
+        moment = self._weights.empty_moment()
+        for stream in streams:
+            self._weights.add_tokens(moment, stream.to(dense.device))
+        principal = self._weights.principal(moment)
+        is_sliced_as_published = slices_head(dense.dimensions, None)
         weight, _ = final_norm_weight_and_bias(dense.dimensions, dense.weights, dense.device)
         nll = torch.zeros((), dtype=torch.float64, device=dense.device)
         gradients = []
@@ -254,7 +260,7 @@ class _Passes:
                     nll += nn.functional.cross_entropy(
                         logits.detach(), labels.to(dense.device), ignore_index=NO_LABEL, reduction="sum"
                     )
-                    self._weights.add(norm_input.detach(), to_output, weight, principal)
+                    self._weights.add(norm_input.detach(), to_output, weight, principal, is_sliced_as_published)
                     parts.append(to_input[0])
                 gradient = torch.cat(parts).reshape(stream.shape)
                 require_finite(gradient, "the gradients before the head")

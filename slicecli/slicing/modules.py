@@ -188,21 +188,27 @@ class BlockRun:
     Attributes:
         norm_inputs: The stream as each norm saw it, by the norm's path.
         tuple_lengths: For each watched module the length of the tuple it returned; 0 where it returned a tensor.
+        writer_input: What entered one writer, shape (tokens, inputs), where that was wanted.
     """
 
     output: torch.Tensor
     norm_inputs: dict[str, torch.Tensor]
     tuple_lengths: dict[str, int]
+    writer_input: torch.Tensor | None = None
 
 
-def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch]) -> BlockRun:
+def run_block(
+    block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch], writer: str = ""
+) -> BlockRun:
     """Run a block and watch the norms and modules of its branches.
 
     Args:
         hidden: The stream that enters it, shape (rows, sequence length, d).
+        writer: Path of a writer whose input is wanted.
     """
     norm_inputs: dict[str, torch.Tensor] = {}
     lengths: dict[str, int] = {}
+    entering: list[torch.Tensor] = []
 
     def norm_hook(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,12 +223,17 @@ def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequ
 
         return hook
 
+    def writer_hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        entering.append(args[0].flatten(0, -2))
+
     handles = []
     for branch in branches:
         norm = _submodule(block, branch.norm)
         handles.append(norm.register_forward_pre_hook(norm_hook(branch.norm), with_kwargs=True))
         if branch.module:
             handles.append(_submodule(block, branch.module).register_forward_hook(module_hook(branch.module)))
+    if writer:
+        handles.append(_submodule(block, writer).register_forward_pre_hook(writer_hook))
     try:
         output = first_tensor(call(block, hidden))
     finally:
@@ -232,7 +243,7 @@ def run_block(block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequ
     unseen = sorted(wanted - norm_inputs.keys() - lengths.keys())
     if unseen:
         raise PluginError(f"The block never calls {', '.join(unseen)}.", "Check the adapter's branches.")
-    return BlockRun(output, norm_inputs, lengths)
+    return BlockRun(output, norm_inputs, lengths, entering[0] if entering else None)
 
 
 def run_head(

@@ -118,4 +118,4 @@ def give_statistics(dense: DenseModel, statistics: DenseStatistics | None) -> De
     shapes = [(width, directions), (directions,), (directions,)]
     vectors, energies, importances = dense.processes.tensors_from_main(tensors, shapes, dense.device)
     basis = Basis(vectors, energies, importances, dense.is_centred)
-    return DenseStatistics(basis, None if statistics is None else statistics.final_moment)
+    return DenseStatistics(basis, None) if statistics is None else dataclasses.replace(statistics, basis=basis)

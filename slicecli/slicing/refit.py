@@ -9,6 +9,7 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +25,7 @@ from slicecli.runtime.microbatch import concat
 from slicecli.slicing import modules
 from slicecli.slicing.activation_cache import ActivationCache, CachedBlock
 from slicecli.slicing.activations import Stream
+from slicecli.slicing.channel_losses import ChannelLosses
 from slicecli.slicing.context import (
     Batches,
     Content,
@@ -71,8 +73,13 @@ def collect_statistics(
     progress: Progress,
     journal: Journal | None = None,
     activations: ActivationCache | None = None,
+    with_channels: bool = False,
 ) -> DenseStatistics:
-    """Run the dense model over the calibration rows and solve for the shared basis."""
+    """Run the dense model over the calibration rows and solve for the shared basis.
+
+    Args:
+        with_channels: Find out too what the MLPs would lose with fewer channels; such a pass cannot be resumed.
+    """
     adapter = dense.adapter
     journal = journal or NoJournal()
     statistics = _Statistics(dense)
@@ -84,9 +91,11 @@ def collect_statistics(
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
         activations = None  # blocks before the resume point were not cached
+    channels = ChannelLosses(dense) if with_channels else None
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
-        run_block = functools.partial(_run_block, block, calls, index, declared)
+        writer = "" if channels is None else channels.begin(index)
+        run_block = functools.partial(_run_block, block, calls, index, declared, writer=writer)
         if activations is not None:
             activations.begin(len(declared.sublayers))
         with filled(dense, block, weights):
@@ -95,6 +104,8 @@ def collect_statistics(
                 runs = []
                 for rows, run in dense.micro_batches.run(run_block, batch):
                     require_finite(run.output, f"the activations after block {index}")
+                    if channels is not None:
+                        run = channels.take(run)
                     for path, moment in equations.items():
                         statistics.add_tokens(moment, run.norm_inputs[path])
                     runs.append((rows, run))
@@ -104,6 +115,8 @@ def collect_statistics(
             for path, moment in equations.items():
                 readers = _reader_matrices(declared, path, weights)
                 statistics.add_norm_input(moment, norm_weight_and_bias(dense.dimensions, path, weights)[0], readers)
+            if channels is not None:
+                channels.finish(weights)
         sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}
         journal.offer(STATISTICS, index + 1, Content({"dense": stream}, sums))
         progress.advance()
@@ -114,7 +127,7 @@ def collect_statistics(
     statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
     found = solve_statistics(dense, statistics.second_moment, statistics.metric, final)
     progress.advance()
-    return found
+    return found if channels is None else dataclasses.replace(found, channel_losses=channels.total())
 
 
 @torch.no_grad()
@@ -225,8 +238,10 @@ def _fit_sublayer(sublayer: Sublayer, basis: torch.Tensor, is_last_use: bool) ->
     return lost
 
 
-def _run_block(block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor) -> modules.BlockRun:
-    return modules.run_block(block, calls.of(index, batch), batch, declared.branches)
+def _run_block(
+    block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor, writer: str = ""
+) -> modules.BlockRun:
+    return modules.run_block(block, calls.of(index, batch), batch, declared.branches, writer)
 
 
 def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:

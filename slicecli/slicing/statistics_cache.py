@@ -30,6 +30,7 @@ USUAL_BYTES = 10_000_000_000
 LOGITS_SUFFIX = ".npy"
 FORMAT = 2  # raised when what is cached, or how it is computed, changes
 TENSORS = ("vectors", "energies", "importances")
+CHANNELS = "channel_losses"
 
 
 def most_bytes() -> int:
@@ -64,8 +65,12 @@ class StatisticsCache:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (cache_folder() if folder is None else local_path(folder)) / "statistics"
 
-    def load(self, key: Mapping[str, Any], device: Any) -> DenseStatistics | None:
-        """Return the statistics of a key, and count it as used; `None` where there are none that can be read."""
+    def load(self, key: Mapping[str, Any], device: Any, with_channels: bool = False) -> DenseStatistics | None:
+        """Return the statistics of a key, and count it as used; `None` where there are none that can be read.
+
+        Args:
+            with_channels: Only such are of use that say what the MLPs lose with fewer channels.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -78,9 +83,12 @@ class StatisticsCache:
         try:
             tensors = load_file(path, device=str(device))
             os.utime(path)
+            if with_channels and CHANNELS not in tensors:
+                return None
             vectors, energies, importances = (tensors[name] for name in TENSORS)
             basis = Basis(vectors, energies, importances, bool(tensors["is_centred"].item()))
-            return DenseStatistics(basis, tensors["final_moment"])
+            losses = tensors[CHANNELS].cpu() if CHANNELS in tensors else None
+            return DenseStatistics(basis, tensors["final_moment"], losses)
         except (SafetensorError, OSError, KeyError):  # damaged: as if it were not there
             path.unlink(missing_ok=True)
             return None
@@ -96,6 +104,8 @@ class StatisticsCache:
         tensors["is_centred"] = torch.tensor(basis.is_centred)
         if statistics.final_moment is not None:
             tensors["final_moment"] = statistics.final_moment.contiguous().cpu()
+        if statistics.channel_losses is not None:
+            tensors[CHANNELS] = statistics.channel_losses
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > bound:
             return

@@ -55,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--slicecli-device", metavar="DEVICE", default="cpu", help="Where to compute; default: %(default)s."
     )
+    group.addoption(
+        "--slicecli-serve",
+        choices=("llama.cpp", "vllm"),
+        help="Run the slice in this program too, where it is installed, and compare its predictions with those of "
+        "transformers.",
+    )
     group.addoption("--slicecli-report", metavar="FILE", help="Write what the suites found to this file, as JSON.")
 
 
@@ -265,4 +271,5 @@ def slice_under_test(request: pytest.FixtureRequest) -> SliceUnderTest:
         tolerance=option("slicecli_tolerance") if tolerance is None else tolerance,
         max_perplexity=given.get("max_perplexity"),
         device=option("slicecli_device"),
+        program=option("slicecli_serve"),
     )

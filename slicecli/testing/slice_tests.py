@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import Source
 from slicecli.family.context_length import context_length_of_config, default_length
 from slicecli.record.record import read_record
+from slicecli.testing.serving_client import MOST_DIFFERENCE, ask, compare, why_missing
 
 if TYPE_CHECKING:
     from slicecli.estimation.curves import Curve
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from slicecli.hub.verify import Finding
 
 __all__ = ["SliceTests", "SliceUnderTest"]
+
+SERVED_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SliceUnderTest:
         tolerance: How much worse than recorded the perplexity may be, as a fraction.
         max_perplexity: The largest perplexity that passes; `None` takes the recorded one.
         device: Where to compute.
+        program: The program that serves it, `llama.cpp` or `vllm`; `None` for none.
     """
 
     source: Source
@@ -41,6 +46,7 @@ class SliceUnderTest:
     tolerance: float = 0.02
     max_perplexity: float | None = None
     device: str = "cpu"
+    program: str | None = None
 
     @classmethod
     def find(cls, name: str, **options: Any) -> SliceUnderTest:
@@ -70,6 +76,18 @@ class SliceUnderTest:
     def tokenizer(self) -> Any:
         """Its tokenizer."""
         return self.source.tokenizer()
+
+    def predictions(self, tokens: list[int]) -> list[tuple[int, float]]:
+        """Return the most probable next token after each token, in float32, and its log probability."""
+        import copy
+
+        import torch
+
+        model = copy.deepcopy(self.model).float()
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
+        values, best = logits.log_softmax(-1).max(-1)
+        return list(zip(best.tolist(), values.tolist(), strict=True))
 
     def faults(self, *checks: str) -> list[str]:
         """Return what `slicecli verify` finds wrong in its record, and by some other checks.
@@ -216,3 +234,24 @@ class SliceTests:
         record_property("perplexity", measured.value)
         record_property("limit", limit)
         assert measured.value <= limit, f"perplexity {measured.value:.3f} on {measured.text}, the limit is {limit:.3f}"
+
+    def test_the_program_that_serves_it_predicts_as_transformers_does(
+        self, slice_under_test: SliceUnderTest, record_property: Any
+    ) -> None:
+        """After each of up to 200 random tokens the program's most probable next token is that of transformers."""
+        if slice_under_test.program is None:
+            pytest.skip("no program is named: give --slicecli-serve llama.cpp or vllm")
+        client = {"vllm": "vLLM"}.get(slice_under_test.program, slice_under_test.program)
+        if missing := why_missing(client):
+            pytest.skip(missing)
+        config = slice_under_test.model.config
+        length = min(SERVED_TOKENS, default_length(context_length_of_config(config)) - 1)
+        chosen = random.Random(0)
+        tokens = [chosen.randrange(config.vocab_size) for _ in range(length)]
+        folder = str(slice_under_test.folder.resolve())
+        answer = ask(client, [folder], tokens, has_code=slice_under_test.record["needs_remote_code"])[folder]
+        assert "predicted" in answer, f"{client} does not run it: {answer['error']}"
+        agreement, difference = compare(answer["predicted"], slice_under_test.predictions(tokens))
+        record_property("agreement", agreement)
+        assert agreement == 1, f"in {client} only {agreement:.0%} of the next tokens are those of transformers"
+        assert difference < MOST_DIFFERENCE, f"log probabilities in {client} differ by {difference:.3f}"
