@@ -254,7 +254,7 @@ def make_slices(folder: Path, families: set[str]) -> Iterator[tuple[str, Path]]:
             continue
         known = tiny_config(model_type, has_head_dim=False).to_dict()
         fields = {one: size for one, size in SIZES.items() if known.get(one) is not None} | changes
-        if model_type not in ("gpt2", "gpt_neox", "opt"):
+        if model_type not in ("gpt2", "gpt_neox", "opt", "falcon", "gptj"):
             fields.setdefault("head_dim", SIZES["head_dim"])
         rope = changes.get("rope_parameters") or known.get("rope_parameters")
         if rope:

@@ -88,7 +88,7 @@ def test_an_unrelated_project_pays_nothing(pytester):
 
 def test_the_options_explain_themselves(pytester):
     shown = pytester.runpytest_subprocess("--help").stdout.str()
-    for option in ("adapter", "model", "slice", "text", "tolerance", "device", "report"):
+    for option in ("adapter", "model", "slice", "text", "tolerance", "device", "serve", "report"):
         assert f"--slicecli-{option}" in shown
     markers = pytester.runpytest_subprocess("--markers").stdout.str()
     assert "slicecli_slice(path_or_id" in markers

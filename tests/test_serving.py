@@ -127,5 +127,3 @@ def test_a_program_that_is_not_installed_skips_the_suite_with_the_reason(served,
     monkeypatch.setitem(serving_client.MODULES, "llama.cpp", ("no_such_module",))
     with pytest.raises(pytest.skip.Exception, match=r"llama.cpp is not installed here .* pip install xllamacpp"):
         served("llama.cpp")
-    with pytest.raises(pytest.skip.Exception, match="give --slicecli-serve"):
-        served(None)

@@ -34,7 +34,7 @@ def page() -> str:
 
 
 def _cell(verdict: str, agreement: float | None) -> str:
-    return f"**wrong** ({agreement:.0%})" if verdict == "wrong" and agreement is not None else verdict
+    return f"**wrong** ({agreement:.1%})" if verdict == "wrong" and agreement is not None else verdict
 
 
 def _plain(reason: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 SUITE = "slicecli_suite"
+SERVING_TEST = "test_the_program_that_serves_it_predicts_as_transformers_does"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,13 +82,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out of `--pyargs slicecli.testing` what was not asked for: the gate on a slice, or the adapters."""
+    """Leave out what was not asked for: of `--pyargs slicecli.testing` a suite, of `SliceTests` a program's test."""
     unwanted = {
         "slicecli.testing.test_adapter" if config.getoption("slicecli_slice") else "slicecli.testing.test_slice"
     }
     if config.getoption("slicecli_adapter") or config.getoption("slicecli_model"):
         unwanted.discard("slicecli.testing.test_adapter")
     out = [item for item in items if getattr(getattr(item, "module", None), "__name__", "") in unwanted]
+    if not config.getoption("slicecli_serve"):
+        out += [item for item in items if item.name == SERVING_TEST and SUITE in item.keywords and item not in out]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
@@ -271,5 +274,5 @@ def slice_under_test(request: pytest.FixtureRequest) -> SliceUnderTest:
         tolerance=option("slicecli_tolerance") if tolerance is None else tolerance,
         max_perplexity=given.get("max_perplexity"),
         device=option("slicecli_device"),
-        program=option("slicecli_serve"),
+        program=option("slicecli_serve") or "",
     )

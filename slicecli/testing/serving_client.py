@@ -97,7 +97,7 @@ def llama_cpp_predicts(folder: str, tokens: list[int], _has_code: bool) -> list[
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.n_ctx, settings.n_parallel, settings.warmup = len(tokens) + 8, 1, False
-        server = xllamacpp.Server(settings)
+        server = _start(xllamacpp.Server, settings)
         predicted = []
         for length in range(1, len(tokens) + 1):
             asked = {"prompt": tokens[:length], "max_tokens": 1, "n_probs": 1, "temperature": 0, "ignore_eos": True}
@@ -105,6 +105,22 @@ def llama_cpp_predicts(folder: str, tokens: list[int], _has_code: bool) -> list[
             best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]
             predicted.append((best["id"], best["logprob"]))
         return predicted
+
+
+def _start(server: Any, settings: Any) -> Any:
+    """Start llama.cpp's server, whose log says why it does not start."""
+    with tempfile.TemporaryFile() as log:
+        standard_error = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            return server(settings)
+        except RuntimeError as error:
+            log.seek(0)
+            reasons = re.findall(r"error loading model: (.+)", log.read().decode(errors="replace"))
+            raise RuntimeError(reasons[-1] if reasons else str(error)) from error
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
 
 
 def mlx_predicts(folder: str, tokens: list[int], _has_code: bool) -> list[Any]:

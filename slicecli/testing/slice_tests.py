@@ -37,7 +37,7 @@ class SliceUnderTest:
         tolerance: How much worse than recorded the perplexity may be, as a fraction.
         max_perplexity: The largest perplexity that passes; `None` takes the recorded one.
         device: Where to compute.
-        program: The program that serves it, `llama.cpp` or `vllm`; `None` for none.
+        program: The program that serves it, `llama.cpp` or `vllm`.
     """
 
     source: Source
@@ -46,7 +46,7 @@ class SliceUnderTest:
     tolerance: float = 0.02
     max_perplexity: float | None = None
     device: str = "cpu"
-    program: str | None = None
+    program: str = ""
 
     @classmethod
     def find(cls, name: str, **options: Any) -> SliceUnderTest:
@@ -239,9 +239,7 @@ class SliceTests:
         self, slice_under_test: SliceUnderTest, record_property: Any
     ) -> None:
         """After each of up to 200 random tokens the program's most probable next token is that of transformers."""
-        if slice_under_test.program is None:
-            pytest.skip("no program is named: give --slicecli-serve llama.cpp or vllm")
-        client = {"vllm": "vLLM"}.get(slice_under_test.program, slice_under_test.program)
+        client = {"llama.cpp": "llama.cpp", "vllm": "vLLM"}[slice_under_test.program]
         if missing := why_missing(client):
             pytest.skip(missing)
         config = slice_under_test.model.config
