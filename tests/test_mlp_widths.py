@@ -474,7 +474,7 @@ def test_a_spectrum_predicts_slices_with_fewer_channels(run, checkpoints, text_f
     words = ("--calibration", text_file, "--samples", "8", "--seq-len", "32")
     assert run("spectrum", model, *words, "-o", spectrum).exit_code == 0
     assert json.loads(spectrum.read_text())["channels"][-1] == {"mlp_dim": SIZE, "lost": 0.0}
-    words = ("estimate", model, "--dense-perplexity", "9", "--spectrum", spectrum)
+    words = ("estimate", model, "--dense-perplexity", "9", "--relation", "fisher", "--spectrum", spectrum)
     predicted = []
     for mlp_dim in (20, 60, SIZE):
         done = run(*words, "--dim", "36", "--mlp-dim", str(mlp_dim), "--format", "json")
