@@ -298,8 +298,8 @@ def table_row(line: dict[str, Any], dense: dict[str, Any]) -> str:
         ", ".join(f"{math.exp(value):.2f}" for value in nll.values()),
         ", ".join(f"{value - dense['nll'][text]:.3f}" for text, value in nll.items()) if line["method"] else "",
         f"{100 * sum(accuracy) / len(accuracy):.1f}" if accuracy else "",
-        f"{line['seconds']:.0f} ({line['slices_of_job']})" if line["method"] else "",
-        f"{line['peak_memory_bytes'] / 1e9:.2f}" if line["method"] else "",
+        f"{line['seconds']:.0f} ({line['slices_of_job']})" if "seconds" in line else "",
+        f"{line['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in line else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -151,7 +151,7 @@ def test_the_lines_for_llama_cpp_go_on_to_a_type_that_fits_the_dim(record, monke
 def test_names_of_others_are_shown_and_do_nothing(record, text):
     record["source"] |= {"model": text, "model_type": text}
     widths = {"hidden_size": 64, "dim": 48, "mlp_size": 90, "mlp_dim": 80}
-    record["ancestry"] = [{**record["source"], "method": text, **widths, "slicecli_version": "0"}]
+    record["ancestry"] = [{**record["source"], "method": text, **widths, "slicecli_version": "0", "trained_tokens": 1}]
     record["calibration"] |= {"text": text}
     record["command"] = text
     record["versions"] = {text or "x": text}

@@ -14,7 +14,7 @@ from slicecli.errors import PluginError, RequestError
 from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
-from slicecli.family.shapes import pairs_within
+from slicecli.family.shapes import is_met_by_pairs, pairs_within
 from slicecli.family.slice_plan import Width
 from slicecli.family.written_class import SliceClasses
 from slicecli.testing.checkpoints import nonsense_text, save_checkpoint
@@ -188,6 +188,20 @@ def test_a_fraction_of_the_parameters_is_a_target():
     sizes = dimensions()
     dim = Width(sparsity=0.2, of="parameters", shape="width").resolve(sizes, 4)
     assert dim == Width(target_parameters=int(0.8 * sizes.parameters())).resolve(sizes, 4)
+
+
+def test_a_target_of_experts_is_met_by_the_hidden_size():
+    sizes = dimensions(model_type="mixtral", num_local_experts=4)
+    assert is_met_by_pairs(Width(target_parameters=9), dimensions(), "refit")
+    assert not is_met_by_pairs(Width(target_parameters=9), sizes, "refit")
+    with pytest.raises(RequestError, match="mixtures of experts"):
+        pairs_within(Width(target_parameters=9, shape="mlp"), sizes, None, 4)
+
+
+def test_a_target_of_the_published_method_is_met_by_the_hidden_size(run, checkpoints):
+    assert not is_met_by_pairs(Width(target_parameters=9), dimensions(), "slicegpt")
+    done = run("slice", checkpoints(), "--target-params", "60k", "--shape", "mlp", "--method", "slicegpt", "--dry-run")
+    assert "--shape mlp require the refit" in done.output
 
 
 def test_a_target_that_nothing_or_everything_fits_is_refused():

@@ -18,7 +18,7 @@ from slicecli.errors import OutputError, RequestError, TrainingError
 from slicecli.hub.verify import verify_folder
 from slicecli.testing.checkpoints import save_checkpoint
 
-BLOCKS = {"mode": "blocks", "tokens": 3072, "sequence_length": 32, "batch_size": 256}
+BLOCKS = {"mode": "blocks", "tokens": 3072, "sequence_length": 32, "batch_size": 256, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_run_that_was_killed_reaches_the_same_weights(slices, text_file, tmp_p
 
     def words(output):
         given = ["recover", folder, "--teacher", dense, "--data", text_file, "-o", output, "--resume"]
-        return [*given, "--mode", "blocks", "--tokens", "3k", "--seq-len", "32", "--batch-size", "256"]
+        return [*given, "--mode", "blocks", "--lr", "1e-3", "--tokens", "3k", "--seq-len", "32", "--batch-size", "256"]
 
     assert in_child(words(tmp_path / "whole"), log, SLICECLI_JOURNAL_SECONDS="0") == 0, log.read_text()
     lines = log.read_text().count("\n")

@@ -199,7 +199,7 @@ def shifted(prediction: Prediction, dense: Dense, shift: Shift) -> Prediction:
 
 def _far_out(relation: Relation, expected: Deviation, sparsity: float) -> Deviation:
     """Return what to expect beyond the well-known range, where the losses of models go apart."""
-    if relation.quantity != "perplexity" or relation.is_by_weight or sparsity <= WELL_KNOWN:
+    if relation.quantity != "perplexity" or sparsity <= WELL_KNOWN:
         return expected
     beyond = DEVIATION_BEYOND * math.log(sparsity / WELL_KNOWN)
     return dataclasses.replace(expected, deviation=math.hypot(expected.deviation, beyond))

@@ -44,6 +44,8 @@ STUDY_FAMILY = "small models"
 EARLY = "_early"  # in the names of models that were trained for a sixth of their time
 
 LEAST_WEIGHT = 1e-9
+# exponent of P in the mean: the study alone is predicted best with a half, a larger model with a fifth (docs/energy.md)
+SHARE_OF_PROJECTED = 0.25
 # the weight in the directions that a method slices with
 STUDY_COLUMNS = {"refit": "fisher_shared", "slicegpt": "fisher_layer"}
 # of slices that lose less, the loss is not known well enough to compare
@@ -55,7 +57,7 @@ class Weights(NamedTuple):
 
     Attributes:
         fisher: F(k), by the directions that a method slices with.
-        probe: sqrt(P(k) F(k)), P what the projected dense model loses, F of each norm site's own directions; `None`
+        probe: P(k)^¼ F(k)^¾, P what the projected dense model loses, F of each norm site's own directions; `None`
             where it was not measured, or for the published method.
     """
 
@@ -80,13 +82,13 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Weights:
 
 
 def _probe(projected: Sequence[tuple[float, float]], fisher: Callable[[float], float]) -> Callable[[float], float]:
-    """Return sqrt(P F) over s, from P at a few: between them and beyond, P / F changes little."""
+    """Return the mean of P and F over s, from P at a few: between them and beyond, P / F changes little."""
     ordered = sorted((sparsity, max(loss, LEAST_WEIGHT)) for sparsity, loss in projected if sparsity > 0)
     places = [math.log(sparsity) for sparsity, _ in ordered]
     ratios = [math.log(loss / fisher(sparsity)) for sparsity, loss in ordered]
 
     def weight(sparsity: float) -> float:
-        return fisher(sparsity) * math.exp(0.5 * float(np.interp(math.log(sparsity), places, ratios)))
+        return fisher(sparsity) * math.exp(SHARE_OF_PROJECTED * float(np.interp(math.log(sparsity), places, ratios)))
 
     return weight
 
@@ -181,7 +183,11 @@ def study_series(method: str) -> tuple[Series, ...]:
         size, nll = int(rows[0]["hidden_size"]), float(rows[0]["dense_nll"])
         sparsities = [1 - int(row["dim"]) / size for row in rows]
         weights = [float(row[STUDY_COLUMNS[method]]) for row in rows]
-        means = [math.sqrt(max(float(row["projected"]), LEAST_WEIGHT) * float(row["fisher_layer"])) for row in rows]
+        means = [
+            max(float(row["projected"]), LEAST_WEIGHT) ** SHARE_OF_PROJECTED
+            * float(row["fisher_layer"]) ** (1 - SHARE_OF_PROJECTED)
+            for row in rows
+        ]
         dense = Dense(
             nll,
             spectrum=_between(list(zip(sparsities, weights, strict=True))),

@@ -60,7 +60,7 @@ USUAL_DEGREES = 4
 # what is assumed for the variances of so few models and families errs on the wide side: with this share of the
 # deviation the intervals hold nine tenths of the points of models and families left out (tried: 0.5 to 1). It is not
 # for sizes beyond the published ones
-SHARE_OF_DEVIATION = {"power": 0.65, "odds": 0.65, "free-power": 0.65, "probe": 0.65}
+SHARE_OF_DEVIATION = {"power": 0.65, "odds": 0.65, "free-power": 0.65}
 DECADE = math.log(10)
 NEAR = math.log(3)  # of sizes: what lies within this factor is near
 SMALLEST_DAMAGE = 1e-6

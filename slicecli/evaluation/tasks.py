@@ -141,6 +141,7 @@ def measure_tasks(
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if options.apply_chat_template and not has_template:
         raise RequestError("The tokenizer has no chat template.", "Leave out --apply-chat-template.")
+    is_plain = has_template and not options.apply_chat_template
     results: dict[str, TaskResult] = {}
     returned: list[Mapping[str, Any]] = []
     with _quiet():
@@ -148,37 +149,13 @@ def measure_tasks(
         harness = _Harness(model, copy.deepcopy(tokenizer), options.batch_size, processes, answers)
         for task in tasks:
             members = task.loaded["tasks"]
-            if (
-                has_template
-                and not options.apply_chat_template
-                and progress is not None
-                and _generates(members.values())
-            ):
+            if is_plain and progress is not None and _generates(members.values()):
                 progress.note(
                     f"{task.name}: the model generates text without its chat template; an instruction-tuned model is "
                     "meant to be asked with --apply-chat-template."
                 )
             harness.set_cache_hook(_Counter(task.name, list(members.values()), progress, processes, answers))
-            _seed_everything(options.seed)
-            for member in members.values():
-                member.set_fewshot_seed(seed=options.seed)
-            try:
-                measured = lm_eval.evaluate(
-                    lm=harness,
-                    task_dict=task.loaded,
-                    limit=options.limit,
-                    bootstrap_iters=BOOTSTRAP_SAMPLES,
-                    apply_chat_template=options.apply_chat_template,
-                    system_instruction=options.system_instruction,
-                    fewshot_as_multiturn=options.fewshot_as_multiturn,
-                )
-            except (SlicecliError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever a task's own templates and code raise
-                raise TextError(
-                    f"The task {task.name!r} cannot be measured: {type(error).__name__}: {reason_of(error)}.",
-                    "Check how it is defined and, with --num-fewshot, that it has enough examples.",
-                ) from error
+            measured = _evaluate(harness, task, options)
             if harness.cut and progress is not None:
                 progress.note(
                     f"{task.name}: {harness.cut:,} requests exceed the model's limit of {harness.max_length:,} tokens; "
@@ -191,6 +168,31 @@ def measure_tasks(
                     results[name] = result
             returned.append(measured)
     return tuple(results.values()), tuple(returned)
+
+
+def _evaluate(harness: _Harness, task: LoadedTask, options: EvaluationOptions) -> Mapping[str, Any]:
+    """Return what lm-eval says of a task."""
+    _seed_everything(options.seed)
+    for member in task.loaded["tasks"].values():
+        member.set_fewshot_seed(seed=options.seed)
+    try:
+        measured: Mapping[str, Any] = lm_eval.evaluate(
+            lm=harness,
+            task_dict=task.loaded,
+            limit=options.limit,
+            bootstrap_iters=BOOTSTRAP_SAMPLES,
+            apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            fewshot_as_multiturn=options.fewshot_as_multiturn,
+        )
+    except (SlicecliError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a task's own templates and code raise
+        raise TextError(
+            f"The task {task.name!r} cannot be measured: {type(error).__name__}: {reason_of(error)}.",
+            "Check how it is defined and, with --num-fewshot, that it has enough examples.",
+        ) from error
+    return measured
 
 
 def write_lm_eval_results(

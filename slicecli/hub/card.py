@@ -16,7 +16,7 @@ from slicecli.errors import OutputError
 from slicecli.family.friendly_dims import gguf_type
 from slicecli.family.serving import SliceKind, verdicts_on
 from slicecli.family.slice_plan import sliced_widths
-from slicecli.hub.metadata import base_model_of, card_metadata
+from slicecli.hub.metadata import base_model_of, card_metadata, is_trained
 from slicecli.runtime.markdown import code, code_block, heading, prose
 from slicecli.runtime.versions import __version__
 
@@ -297,12 +297,12 @@ def _change_of_widths(record: Mapping[str, Any]) -> str:
 
 
 def _method_sentence(record: Mapping[str, Any]) -> str:
-    is_trained = "recovery" in record or any(one["trained_tokens"] for one in record["ancestry"])
+    was_trained = is_trained(record)
     if record["method"] == "refit":
         removed = "" if record["mlp_dim"] is None else "The MLP channels that cost least to do without were removed. "
-        end = "." if is_trained else "; nothing was trained."
+        end = "." if was_trained else "; nothing was trained."
         return f"{removed}Every matrix that reads or writes the residual stream was refitted by least squares{end}"
-    end = "nothing was refitted." if is_trained else "nothing was refitted or trained."
+    end = "nothing was refitted." if was_trained else "nothing was refitted or trained."
     return (
         "The residual stream is projected onto its principal directions at each norm site, as published "
         f"([SliceGPT](https://arxiv.org/abs/2401.15024)); {end}"

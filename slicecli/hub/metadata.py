@@ -19,7 +19,7 @@ from slicecli.runtime.markdown import visible
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata"]
+__all__ = ["TAGS", "base_model_of", "card_metadata", "inherited_metadata", "is_trained"]
 
 TAGS = ("slicecli", "sliced", "pruned")
 DISTILLED_TAG = "distillation"
@@ -63,13 +63,17 @@ def base_model_of(record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def is_trained(record: Mapping[str, Any]) -> bool:
+    """Say whether a slice, or a slice that it was made from, was trained."""
+    return "recovery" in record or any(one["trained_tokens"] for one in record["ancestry"])
+
+
 def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of a slice's card, as the Hub names it."""
     from huggingface_hub import ModelCardData
 
     base_model = base_model_of(record)
     trainings = record.get("recovery", [])
-    is_trained = bool(trainings) or any(one["trained_tokens"] for one in record["ancestry"])
     datasets = [record["calibration"]["dataset"], *(one["dataset"] for one in trainings)]
     named = [one for one in dict.fromkeys(datasets) if one and is_repository_name(one, needs_owner=True)]
     data = ModelCardData(
@@ -79,7 +83,7 @@ def card_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=named or None,
-        tags=[*TAGS, *([DISTILLED_TAG] if is_trained else [])],
+        tags=[*TAGS, *([DISTILLED_TAG] if is_trained(record) else [])],
         **{"license": UNKNOWN_LICENSE, **record["inherited"]},
     )
     results = list(_eval_results(record))

@@ -31,7 +31,6 @@ __all__ = ["LORA_RANK", "RecoveryJob", "check_mode", "plan_recovery"]
 USUAL_LENGTH = 512
 USUAL_MEASUREMENTS = 10
 USUAL_TOKENS = {"full": 2_000_000, "lora": 2_000_000, "blocks": 131_072}
-USUAL_LEARNING_RATES = {"full": 2e-4, "lora": 2e-4, "blocks": 1e-3}
 USUAL_EPOCHS = 4
 LORA_RANK = 32
 # float32 weights and gradients and both moments of AdamW; a checkpoint has all but the gradients
@@ -76,11 +75,6 @@ class RecoveryJob:
         return self.rows_per_step * self.sequence_length
 
     @property
-    def learning_rate(self) -> float:
-        """The largest learning rate."""
-        return self.options.learning_rate or USUAL_LEARNING_RATES[self.options.mode]
-
-    @property
     def own_rows_per_step(self) -> int:
         """The rows of one step in this process."""
         return self.rows_per_step // self.processes.count
@@ -102,7 +96,7 @@ class RecoveryJob:
     @property
     def remedy(self) -> str:
         """What helps where a training did not."""
-        return f"Nothing was written. Use a smaller --lr than {self.learning_rate:g}, or more --tokens."
+        return f"Nothing was written. Use a smaller --lr than {self.options.learning_rate:g}, or more --tokens."
 
     def rows_per_pass(self, device: torch.device) -> int:
         """Return how many rows of a step are computed at once."""
@@ -126,9 +120,10 @@ class RecoveryJob:
         what += f"({self.teacher_parameters:,}): "
         steps = f"{self.steps:,} steps of {self.tokens_per_step:,}, mode {options.mode}"
         if self.blocks is not None:
+            times = "once" if self.epochs == 1 else f"{self.epochs} times"
             memory = f"{BYTES_IN_MEMORY * self.blocks.block_parameters / 1e9:.2f} GB of memory"
             return (
-                f"{what}{self.tokens // self.epochs:,} tokens, each block in {self.epochs} epochs of them, {steps}; "
+                f"{what}{self.tokens // self.epochs:,} tokens {times} for each block, {steps}; "
                 f"{memory} for one block with its gradients and optimiser; {self.blocks.describe()}"
             )
         stored = ""

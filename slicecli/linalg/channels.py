@@ -106,11 +106,15 @@ def removal_losses(gram: torch.Tensor, weight: torch.Tensor, ridge: float = RIDG
         prices = outputs.square().sum(1) / _diagonal_of_inverse(gram)
         restore(gram, diagonal)
         dearest_first = prices.argsort(stable=True, descending=True)
-        gram = gram[dearest_first][:, dearest_first]
+        outputs = outputs[dearest_first]
+        gram.copy_(gram[dearest_first])
+        gram.copy_(gram[:, dearest_first])
         factorise(gram)
-        lost = torch.zeros_like(diagonal)
-        for columns in outputs[dearest_first].split(COLUMNS, dim=1):
-            lost += (gram.tril().T @ columns).square_().sum(1)
+        parts = []
+        for first in range(0, len(gram), COLUMNS):
+            columns = gram[first:, first : first + COLUMNS].tril()
+            parts.append((columns.T @ outputs[first:]).square_().sum(1))
+        lost = torch.cat(parts)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
 
