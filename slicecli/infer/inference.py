@@ -32,7 +32,7 @@ from slicecli.family.schedule import slices_head
 from slicecli.infer.explain import TOLERANCE, Written, classify_norm, explain_change, is_close, linear_form, rows_behind
 from slicecli.infer.observe import Call, Observation, observe
 from slicecli.infer.probe import ConfigProbe
-from slicecli.proof.declaration import prove_accounting, prove_refit, prove_rotation, prove_shortcuts
+from slicecli.proof.declaration import prove_accounting, prove_refit, prove_rotation, prove_shortcuts, prove_tie
 from slicecli.proof.tiny import HEAD_DIM, SIZES, random_model
 
 __all__ = ["Inference", "infer_adapter"]
@@ -397,7 +397,7 @@ class _Inferring:
     def _why_untied(self, dimensions: Dimensions) -> str:
         """Say why a slice of the tied tiny model cannot share its table; empty where it can."""
         try:
-            prove_rotation(self._model, dimensions, self._ids, TOLERANCE)
+            prove_tie(self._model, dimensions, self._ids, TOLERANCE)
         except SlicecliError as error:
             return f"one table does not serve as embedding and head here: {error.cause}"
         return ""

@@ -49,6 +49,7 @@ __all__ = [
     "prove_refit",
     "prove_rotation",
     "prove_shortcuts",
+    "prove_tie",
     "published_in_memory",
     "random_basis",
     "relative_error",
@@ -217,15 +218,30 @@ class _Seen:
 def prove_rotation(
     model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float, seed: int = 0
 ) -> float:
-    """Check on a model that a rotation of the stream changes nothing.
+    """Check on a model that a rotation of the stream changes nothing, the head of a tied one made separate.
+
+    (A tied one keeps its axes at full width: it is rotated back to where the final norm's weight is diagonal.)
 
     Args:
         model: The dense model, with weights; use float64 for a tight tolerance.
         token_ids: Shape (rows, sequence length), on the model's device.
     """
+    dimensions = dimensions.untied()
     basis = random_basis(dimensions, seed, model.device)
     rotated = projected_model(model, dimensions, basis)
     return _prove_same(model, rotated, dimensions, basis, token_ids, tolerance, "a rotation of the stream")
+
+
+def prove_tie(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:
+    """Check on a tied model that one table serves a slice of full width as embedding and as head.
+
+    Args:
+        model: See `prove_rotation`.
+        token_ids: Likewise.
+    """
+    basis = random_basis(dimensions, 0, model.device)
+    tied = projected_model(model, dimensions, basis)
+    return _prove_same(model, tied, dimensions, basis, token_ids, tolerance, "one table for embedding and head")
 
 
 def prove_embeddings(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, dim: int, tolerance: float) -> float:
