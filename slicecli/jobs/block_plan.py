@@ -20,7 +20,7 @@ from slicecli.runtime.placement import ActivationPlan, Placement, compute_dtype,
 if TYPE_CHECKING:
     from slicecli.checkpoint.source import Source
     from slicecli.jobs.options import RecoverOptions
-    from slicecli.jobs.recovery_plan import RecoveryJob
+    from slicecli.runtime.distributed import Processes
     from slicecli.slicing.context import DenseModel
 
 __all__ = ["BlockPlan", "plan_blocks"]
@@ -69,10 +69,13 @@ class BlockPlan:
         """Say in a line what computes, and where weights and activations are kept."""
         return f"{self.placement.describe()}; {self.activations.describe()}"
 
-    def open(self, job: RecoveryJob, weights: DenseWeights, folder: Path | None) -> tuple[DenseModel, DenseModel]:
+    def open(
+        self, source: Source, weights: DenseWeights, processes: Processes, folder: Path | None
+    ) -> tuple[DenseModel, DenseModel]:
         """Make ready to read the weights of the teacher and of the slice.
 
         Args:
+            source: The teacher.
             weights: Those of the slice.
             folder: Where activations go that are kept on disk; `None` takes the system's for temporary files.
         """
@@ -81,13 +84,13 @@ class BlockPlan:
 
         device = self.placement.device
         store = ActivationStore(device, self.activations.place, folder)
-        own = DenseWeights(job.teacher, self.teacher.dimensions.adapter.unused_tensors)
+        own = DenseWeights(source, self.teacher.dimensions.adapter.unused_tensors)
         resting = own if self.placement.is_plain else OffloadedWeights(own, self.placement.rest_of)
         dtype = compute_dtype(own.dtype, device)
         teacher, student = self.teacher, self.student
         return (
-            DenseModel(teacher.meta_model, resting, teacher.dimensions, device, dtype, job.processes, store),
-            DenseModel(student.meta_model, weights, student.dimensions, device, dtype, job.processes, store),
+            DenseModel(teacher.meta_model, resting, teacher.dimensions, device, dtype, processes, store),
+            DenseModel(student.meta_model, weights, student.dimensions, device, dtype, processes, store),
         )
 
 

@@ -57,7 +57,7 @@ class BlockwiseTraining:
         job, plan = self._job, self._job.blocks
         assert plan is not None
         weights = DenseWeights(job.source)
-        teacher, student = plan.open(job, weights, folder)
+        teacher, student = plan.open(job.teacher, weights, job.processes, folder)
         dtype = getattr(torch, job.record["dtype"])
         schedule = BlockSchedule(
             epochs=job.epochs,
