@@ -2,7 +2,7 @@
 
 The rise of ln perplexity goes with what both cuts take from the stream, added up:
 
-    L(k, m) = e(m) + 3 e(m)² + 4 δ(k) + 6 δ(k)²
+    L(k, m) = e(m) + 5 e(m)² + 6 δ(k) + 4 δ(k)²
 
 with e(m) the sum over blocks of the least squared error of their MLPs on m channels, as a share of the squared stream
 behind each, and δ(k) the share of the normalised stream's energy outside of the first k directions. Errors of blocks
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 __all__ = ["ShapeLosses"]
 
-DISCARDED_LINEAR, DISCARDED_SQUARED = 4.0, 6.0
-CUT_LINEAR, CUT_SQUARED = 1.0, 3.0
+DISCARDED_LINEAR, DISCARDED_SQUARED = 6.0, 4.0
+CUT_LINEAR, CUT_SQUARED = 1.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ShapeLosses:
 
         Example:
             >>> ShapeLosses([1.0, 0.5, 0.0], [0.75, 0.5, 0.0]).predict(2, 1)
-            1.25
+            1.75
         """
         discarded = self.discarded[dim]
         cut = 0.0 if mlp_dim is None else self.cut[mlp_dim]
@@ -53,7 +53,7 @@ class ShapeLosses:
             >>> ShapeLosses([1.0, 0.5, 0.0], [1.0, 0.0]).equal_dim(1, None)
             1.0
             >>> round(ShapeLosses([1.0, 0.5, 0.0], [1.0, 0.0]).equal_dim(2, 0), 2)
-            0.92
+            0.67
         """
         goal = self.predict(dim, mlp_dim)
         losses = [self.predict(width, None) for width in range(dim + 1)]
