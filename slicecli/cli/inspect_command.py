@@ -10,7 +10,7 @@ import click
 from slicecli.cli import options as shared
 from slicecli.cli import output as show
 from slicecli.family.friendly_dims import formats_of, friendly_multiple, legend, why_not_quantised
-from slicecli.family.serving import SliceKind, clients, describe_verdicts, verdicts_on
+from slicecli.family.serving import SliceKind, Verdict, clients, describe_verdicts, verdicts_on
 
 if TYPE_CHECKING:
     from slicecli.family.dimensions import Dimensions
@@ -167,7 +167,7 @@ def _slice_at(dim: int, dimensions: Dimensions, classes: SliceClasses | None, mo
     if classes is None:
         dimensions.check_dim(dim)
         written_type, note = CONFIG_TYPE, ""
-        verdicts = verdicts_on(SliceKind(model_type, "custom-code", "refit", False, ""))
+        verdicts = _verdicts_on_custom_code(model_type, dimensions)
     else:
         written = classes.at(dim)
         written.check_dim(dim)
@@ -181,6 +181,10 @@ def _slice_at(dim: int, dimensions: Dimensions, classes: SliceClasses | None, mo
         "clients": describe_verdicts(verdicts),
         "notes": [text for text in (note, cost) if text],
     }
+
+
+def _verdicts_on_custom_code(model_type: str, dimensions: Dimensions) -> dict[str, Verdict]:
+    return verdicts_on(SliceKind(model_type, "custom-code", "refit", dimensions.keeps_tie, ""))
 
 
 def _print_where_slices_run(document: Mapping[str, Any], dimensions: Dimensions, classes: SliceClasses | None) -> None:
@@ -201,7 +205,7 @@ def _print_where_slices_run(document: Mapping[str, Any], dimensions: Dimensions,
         ]
     else:
         first = ["slices written as", "dims"]
-        verdicts = verdicts_on(SliceKind(document["model_type"], "custom-code", "refit", False, ""))
+        verdicts = _verdicts_on_custom_code(document["model_type"], dimensions)
         rows = [(["custom code", _legal_dims(dimensions.legal_dims())], describe_verdicts(verdicts))]
     table = [[*cells, *(one["verdict"] for one in found.values())] for cells, found in rows]
     show.print_table([*first, *clients()], table, is_numeric=False)
