@@ -39,22 +39,27 @@ def dense_model(kind):
     return tiny_model("llama-tied" if kind == "tied" else "llama")
 
 
-@pytest.fixture(scope="module")
-def slices(tmp_path_factory, text_file):
-    """Return a function that gives the folders of a tiny dense model and of its slice."""
+def slice_maker(tmp_path_factory, text_file, disturbed=lambda folder, kind: disturb(folder)):
+    """Return a function that gives the folders of a tiny dense model and of its slice, which is easy to better."""
     made = {}
 
-    def make(kind="stock"):
-        if kind not in made:
+    def make(kind="stock", **options):
+        key = kind, *options.items()
+        if key not in made:
             folder = tmp_path_factory.mktemp(kind)
             dense = save_checkpoint(dense_model(kind), folder / "dense")
-            options = {"calibration": str(text_file), "samples": 24, "sequence_length": 32}
-            slicecli.slice_model(str(dense), dim=32, output=folder / "slice", **options)
-            disturb(folder / "slice")
-            made[kind] = dense, folder / "slice"
-        return made[kind]
+            given = {"calibration": str(text_file), "samples": 24, "sequence_length": 32, **options}
+            slicecli.slice_model(str(dense), dim=32, output=folder / "slice", **given)
+            disturbed(folder / "slice", kind)
+            made[key] = dense, folder / "slice"
+        return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory, text_file):
+    return slice_maker(tmp_path_factory, text_file)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shlex
 import pytest
 import torch
 from conftest import disturb, tiny_model
-from test_recover import Stop, dense_model, held_out_divergence, tensors
+from test_recover import Stop, held_out_divergence, slice_maker, tensors
 from test_resume import after_lines, in_child
 
 import slicecli
@@ -23,21 +23,10 @@ BLOCKS = {"mode": "blocks", "tokens": 3072, "sequence_length": 32, "batch_size":
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory, text_file):
-    """Return a function that gives the folders of a tiny dense model and of its slice, which is easy to better."""
-    made = {}
+    def disturb_blocks(folder, kind):
+        disturb(folder, only="layers" if kind != "custom-code" else ".h.")
 
-    def make(kind="stock", **options):
-        key = kind, *options.items()
-        if key not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            dense = save_checkpoint(dense_model(kind), folder / "dense")
-            given = {"calibration": str(text_file), "samples": 24, "sequence_length": 32, **options}
-            slicecli.slice_model(str(dense), dim=32, output=folder / "slice", **given)
-            disturb(folder / "slice", only="layers" if kind != "custom-code" else ".h.")
-            made[key] = dense, folder / "slice"
-        return made[key]
-
-    return make
+    return slice_maker(tmp_path_factory, text_file, disturb_blocks)
 
 
 @pytest.fixture

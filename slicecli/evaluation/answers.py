@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from slicecli.errors import OutputError
-from slicecli.runtime.cache_folder import cache_folder
+from slicecli.runtime.cache_folder import cache_folder, digest_of, remove_cached
 
 __all__ = ["NO_ANSWERS", "Answers", "clear_answers"]
 
@@ -33,8 +32,7 @@ class Answers:
         self._path: Path | None = None
         self._file: IO[str] | None = None
         if identity is not None:
-            content = json.dumps({"format": FORMAT, **identity}, sort_keys=True, default=str)
-            self._path = cache_folder() / FOLDER / f"{hashlib.sha256(content.encode()).hexdigest()}.jsonl"
+            self._path = cache_folder() / FOLDER / f"{digest_of({'format': FORMAT, **identity})}.jsonl"
             self._known = _read(self._path)
 
     def __len__(self) -> int:
@@ -76,14 +74,7 @@ NO_ANSWERS = Answers()
 
 def clear_answers(cache: Path | None = None) -> int:
     """Remove the answers of all interrupted measurements; return their bytes."""
-    freed = 0
-    for path in ((cache or cache_folder()) / FOLDER).glob("*.jsonl"):
-        try:
-            freed += path.stat().st_size
-            path.unlink()
-        except OSError as error:
-            raise OutputError(f"The cache cannot be cleared: {error.strerror}.", "Remove its folder.") from None
-    return freed
+    return remove_cached(((cache or cache_folder()) / FOLDER).glob("*.jsonl"))
 
 
 def _key(question: Any) -> str:

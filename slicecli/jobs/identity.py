@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slicecli.checkpoint.folder import file_digest
+from slicecli.runtime.cache_folder import digest_of
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.options import result_fields
 from slicecli.runtime.versions import __version__, package_versions
@@ -92,7 +92,7 @@ def sweep_digest(job: Job, evaluation: EvaluationOptions, prepared: EvaluationSe
         "options": options,
         "evaluation": measured,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(content)
 
 
 def _versions() -> dict[str, str]:

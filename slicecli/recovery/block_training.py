@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockFit", "BlockSchedule", "BlockTraining", "move_streams"]
 
-WARM_UP_SHARE = 0.05
-LARGEST_GRADIENT = 1.0
+WARM_UP_SHARE = 0.05  # of the steps, in all modes
+LARGEST_GRADIENT = 1.0  # norm that gradients are clipped to, in all modes
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 
 from slicecli.errors import OutputError
 from slicecli.recovery.loss import Likeliest, likeliest_divergence, likeliest_tokens, next_token_divergence
+from slicecli.runtime.cache_folder import digest_of
 from slicecli.slicing.statistics_cache import LOGITS_SUFFIX
 
 if TYPE_CHECKING:
@@ -101,8 +100,7 @@ def bytes_per_token(count: int) -> int:
 
 def logits_path(folder: Path, identity: Mapping[str, Any]) -> Path:
     """Return where the predictions are that an identity describes."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return folder / f"{digest}{LOGITS_SUFFIX}"
+    return folder / f"{digest_of(identity)}{LOGITS_SUFFIX}"
 
 
 @torch.no_grad()

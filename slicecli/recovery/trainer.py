@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slicecli.errors import OutputError, reason_of
+from slicecli.recovery.block_training import LARGEST_GRADIENT, WARM_UP_SHARE
 
 if TYPE_CHECKING:
     from slicecli.data.packing import Rows
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillationTrainer", "Schedule", "last_checkpoint", "recompute_activations", "without_dropout"]
 
-WARM_UP_SHARE = 0.05
-LARGEST_GRADIENT = 1.0
 WEIGHTS_FILE, STATE_FILE = "trained.safetensors", "trainer_state.json"
 METRIC = "eval_kl"
 

@@ -8,16 +8,14 @@ Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicecli.errors import OutputError, RequestError
-from slicecli.runtime.cache_folder import cache_folder
+from slicecli.errors import RequestError
+from slicecli.runtime.cache_folder import cache_folder, digest_of, remove_cached
 from slicecli.runtime.inputs import local_path, parse_bytes
 
 if TYPE_CHECKING:
@@ -150,22 +148,16 @@ class StatisticsCache:
 
     def clear(self) -> int:
         """Remove all entries, and the stored logits of teachers; return their bytes."""
-        freed = 0
-        for path in [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial"), *self.stored_logits()]:
-            try:
-                freed += path.stat().st_size
-                path.unlink()
-            except OSError as error:
-                raise OutputError(f"The cache cannot be cleared: {error.strerror}.", "Remove its folder.") from None
-        return freed
+        return remove_cached(
+            [*self._folder.glob("*.safetensors"), *self._folder.glob("*.partial"), *self.stored_logits()]
+        )
 
     def stored_logits(self) -> list[Path]:
         """Return the files that `slicecli recover --store-logits` has put beside the statistics."""
         return list(self._folder.glob(f"*{LOGITS_SUFFIX}"))
 
     def _path(self, key: Mapping[str, Any]) -> Path:
-        content = json.dumps({"format": FORMAT, **key}, sort_keys=True, default=str)
-        return self._folder / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+        return self._folder / f"{digest_of({'format': FORMAT, **key})}.safetensors"
 
     def _shrink(self, bound: int) -> None:
         """Remove what was not used for longest until the rest fits."""
