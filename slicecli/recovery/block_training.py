@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from slicecli.recovery.objectives import Objective, Part, mixed_precision
+from slicecli.recovery.objectives import Objective, Part
+from slicecli.runtime.placement import mixed_precision
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel
@@ -127,7 +128,7 @@ class BlockTraining:
         return BlockFit(first, error, diverged_at)
 
     def _call(self, batch: torch.Tensor) -> Any:
-        with mixed_precision(self.student):
+        with mixed_precision(self.student.device):
             return self.calls.of(self.index, batch)(self.block, batch)
 
     def _error(self, objective: Objective, stream: Stream, targets: Stream) -> float:

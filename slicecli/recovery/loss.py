@@ -19,8 +19,8 @@ __all__ = [
     "next_token_divergence",
 ]
 
-CHUNK_NUMBERS = 1 << 26
-"""Most logits that are held in float32 at once, unless a single position has more."""
+CHUNK_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}
+"""Most logits that are held in float32 at once, unless a single position has more; on a CPU what its caches hold."""
 
 
 def next_token_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def forward_divergence(student: torch.Tensor, teacher: torch.Tensor, chunk: int 
         teacher: Logits of the same shape, on any device and of any floating-point dtype.
         chunk: Positions per chunk; by default as many as have `CHUNK_NUMBERS` logits.
     """
-    positions = chunk or max(1, CHUNK_NUMBERS // student.shape[-1])
+    positions = chunk or _chunk(student)
     divergence: torch.Tensor = _ForwardDivergence.apply(student, teacher, positions)  # type: ignore[no-untyped-call]
     return divergence
 
@@ -74,7 +74,7 @@ def likeliest_tokens(logits: torch.Tensor, count: int) -> Likeliest:
         count: K.
     """
     found = []
-    for some in logits.split(max(1, CHUNK_NUMBERS // logits.shape[-1])):
+    for some in logits.split(_chunk(logits)):
         all_of_them = torch.log_softmax(some, -1, dtype=torch.float32)
         chosen, tokens = all_of_them.topk(count)
         found.append((tokens, chosen, _log_rest(all_of_them, tokens)))
@@ -91,7 +91,7 @@ def likeliest_divergence(student: torch.Tensor, teacher: Likeliest, chunk: int |
     Args:
         student: Logits, shape (positions, vocabulary).
     """
-    positions = chunk or max(1, CHUNK_NUMBERS // student.shape[-1])
+    positions = chunk or _chunk(student)
     divergence: torch.Tensor = _LikeliestDivergence.apply(  # type: ignore[no-untyped-call]
         student, teacher.tokens, teacher.log_probabilities, teacher.log_rest, positions
     )
@@ -154,6 +154,11 @@ class _LikeliestDivergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0], None, None, None, None
+
+
+def _chunk(logits: torch.Tensor) -> int:
+    """Return how many positions make a chunk."""
+    return max(1, CHUNK_NUMBERS["cpu" if logits.device.type == "cpu" else "other"] // logits.shape[-1])
 
 
 def _log_rest(log_probabilities: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +14,12 @@ import torch
 
 from slicecli.linalg.normal_equations import inverse_scale, widen
 from slicecli.recovery.loss import forward_divergence
+from slicecli.runtime.placement import mixed_precision
 from slicecli.slicing import modules
 from slicecli.slicing.activations import Stream
 from slicecli.slicing.context import DenseModel
 
-__all__ = ["Activations", "Objective", "Part", "Predictions", "mixed_precision", "with_head"]
+__all__ = ["Activations", "Objective", "Part", "Predictions", "with_head"]
 
 HEAD_NUMBERS = 1 << 22  # most logits at once, so that a head needs little beside its own weights
 
@@ -136,15 +137,9 @@ class Predictions:
         teacher, student = self._teacher, self._student
         with torch.no_grad():
             _, expected = modules.run_head(teacher.meta_model, teacher.adapter, dense[None], self._tuple_lengths[0])
-        with mixed_precision(student):
+        with mixed_precision(student.device):
             _, logits = modules.run_head(student.meta_model, student.adapter, own[None], self._tuple_lengths[1])
         return forward_divergence(logits, expected)
-
-
-def mixed_precision(model: DenseModel) -> AbstractContextManager[None]:
-    """Let float32 weights compute in the dtype of a model's activations, where that is another."""
-    is_mixed = model.dtype != torch.float32 and model.device.type != "cpu"
-    return torch.autocast(model.device.type, model.dtype, enabled=is_mixed)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Training by distillation: transformers' own trainer with the divergence from a teacher as its loss.
 
 What is saved on the way is what is trained, by the names of the model's parameters: names of checkpoints, which differ
-by family, layout and mode, play no part. Weights are kept in float32; a GPU computes in bfloat16.
+by family, layout and mode, play no part. Weights are kept in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from slicecli.errors import OutputError, reason_of
 from slicecli.recovery.block_training import LARGEST_GRADIENT, WARM_UP_SHARE
+from slicecli.runtime.placement import mixed_precision
 
 if TYPE_CHECKING:
     from slicecli.data.packing import Rows
@@ -134,7 +135,7 @@ class DistillationTrainer(transformers.Trainer):
         with torch.no_grad():
             expected = self.teacher.expect(ids, inputs["number"])
         # not the trainer's own, which would copy all logits to float32
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        with mixed_precision(ids.device):
             logits = model(input_ids=ids, use_cache=False).logits
         return self.teacher.divergences(logits, expected)
 

@@ -8,6 +8,7 @@ from the checkpoint whenever they are needed; weights kept in main memory or on 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -34,6 +35,7 @@ __all__ = [
     "computing_device",
     "decide_placement",
     "describe_map",
+    "mixed_precision",
     "parse_max_memory",
     "pick_device",
     "place_activations",
@@ -83,6 +85,28 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and stored in {torch.bfloat16, torch.float16}:
         return torch.float32
     return stored
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Let float32 weights in training compute in bfloat16, where the device has instructions for it.
+
+    On a CPU that is for gradients alone: what is measured is computed in float32.
+    """
+    import torch
+
+    is_wanted = device.type != "cpu" or torch.is_grad_enabled()
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_wanted and _multiplies_bfloat16(device))
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":  # not every version has these
+        known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(is_supported is not None and bool(is_supported()) for is_supported in known)
+    return True
 
 
 def batch_rows(device: torch.device, sequence_length: int) -> int:
