@@ -82,11 +82,12 @@ def tensors(folder):
 def held_out_divergence(folder, teacher, text_file):
     """Compute the divergence on the held-out rows of a run in float64."""
     from slicecli.data.text import read_text
-    from slicecli.recovery.data import draw_rows
+    from slicecli.recovery.data import draw_rows, fitted_rows
 
     source = Source.find(str(folder))
-    text = read_text(str(text_file), "calibration")
-    ids = draw_rows(text, source.tokenizer(), 32, 12, 8, 42).held_out.ids
+    text, record = read_text(str(text_file), "calibration"), json.loads((folder / "slicecli.json").read_text())
+    fitted = fitted_rows(text, source.tokenizer(), record["calibration"])
+    ids = draw_rows(text, source.tokenizer(), 32, 12, 8, 42, fitted).held_out.ids
     models = [load_model(one) for one in (source, Source.find(str(teacher)))]
     own, other = (torch.log_softmax(model(ids).logits[:, :-1].double(), -1) for model in models)
     return float((other.exp() * (other - own)).sum(-1).mean())
@@ -492,6 +493,31 @@ def test_held_out_rows_are_a_twentieth_and_none_is_trained_on(text_file):
     assert len(drawn.training.ids) == 160 and len(drawn.held_out.ids) == 8
     trained = {tuple(row) for row in drawn.training.ids.tolist()}
     assert not trained & {tuple(row) for row in drawn.held_out.ids.tolist()}
+
+
+def test_rows_that_a_slice_was_fitted_to_are_not_held_out(text_file):
+    from slicecli.data.packing import calibration_rows, rows_unlike
+    from slicecli.data.text import read_text
+    from slicecli.recovery.data import draw_rows
+    from slicecli.testing.checkpoints import byte_tokenizer
+
+    text, tokenizer = read_text(str(text_file), "calibration"), byte_tokenizer()
+    fitted = calibration_rows(text, tokenizer, 24, 48, 0)
+    drawn = draw_rows(text, tokenizer, 32, 20, 8, 0, fitted)
+    assert not drawn.is_fitted_to
+    assert len(rows_unlike(drawn.held_out, fitted)) == len(drawn.held_out.ids) == 8
+    assert len(rows_unlike(drawn.training, fitted)) < len(drawn.training.ids) == 160
+
+
+def test_a_text_without_other_rows_than_those_fitted_to_is_said_to_have_none(text_file, tmp_path):
+    from slicecli.data.packing import calibration_rows
+    from slicecli.data.text import read_text
+    from slicecli.recovery.data import draw_rows
+    from slicecli.testing.checkpoints import byte_tokenizer
+
+    text, tokenizer = read_text(str(text_file), "calibration"), byte_tokenizer()
+    everything = calibration_rows(text, tokenizer, 10**6, 32, 0)
+    assert draw_rows(text, tokenizer, 32, 4, 8, 0, everything).is_fitted_to
 
 
 @pytest.mark.slow

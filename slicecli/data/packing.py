@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,16 @@ from slicecli.errors import SourceError, TextError, reason_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rows", "calibration_rows", "check_embedded", "check_vocabulary", "evaluation_rows", "monotony", "rows_part"]
+__all__ = [
+    "Rows",
+    "calibration_rows",
+    "check_embedded",
+    "check_vocabulary",
+    "evaluation_rows",
+    "monotony",
+    "rows_at",
+    "rows_unlike",
+]
 
 # below these, or above, a text is no sample of what a model reads
 FEWEST_TOKENS = 10
@@ -26,6 +35,7 @@ MOST_OF_ONE_TOKEN = 0.5
 LEAST_NEW_ROWS = 0.5
 LEAST_NEW_STRETCHES = 0.2
 STRETCH = 16
+LEAST_SHARED = 0.25
 
 
 @dataclass(frozen=True)
@@ -78,10 +88,19 @@ def evaluation_rows(text: Text, tokenizer: Any, sequence_length: int, samples: i
     return _rows(text, rows[:samples], byte_count / len(ids))
 
 
-def rows_part(rows: Rows, start: int, stop: int) -> Rows:
+def rows_at(rows: Rows, numbers: Sequence[int]) -> Rows:
     """Return some of the rows."""
-    ids = rows.ids[start:stop]
+    ids = rows.ids[list(numbers)]
     return replace(rows, ids=ids, digest=_digest(ids))
+
+
+def rows_unlike(rows: Rows, others: Rows) -> list[int]:
+    """Return the numbers of the rows that are not from a part of the text that other rows are from."""
+    import torch
+
+    length = min(STRETCH, rows.sequence_length, others.sequence_length)
+    is_known = torch.isin(_stretches(rows.ids, length), _stretches(others.ids, length).unique())
+    return [number for number, share in enumerate(is_known.double().mean(1).tolist()) if share < LEAST_SHARED]
 
 
 def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
@@ -100,8 +119,6 @@ def check_embedded(largest: int, vocabulary: int, name: str = "") -> None:
 
 def monotony(rows: Rows) -> str:
     """Say in what way a text is so monotonous that activations on it tell little of a model; empty where it is not."""
-    import torch
-
     ids = rows.ids
     tokens, counts = ids.unique(return_counts=True)
     if len(tokens) < FEWEST_TOKENS:
@@ -113,13 +130,21 @@ def monotony(rows: Rows) -> str:
     if len(ids) > 1 and different <= LEAST_NEW_ROWS * len(ids):
         return f"{different} of its {len(ids)} rows are different"
     length = min(STRETCH, rows.sequence_length)
-    # equal stretches have equal sums, and others, but for one in 2^64, have not
-    factors = torch.randint(-(2**62), 2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1
-    stretches = (ids.unfold(1, length, 1) * factors).sum(-1).flatten()
+    stretches = _stretches(ids, length).flatten()
     different = len(stretches.unique())
     if different < LEAST_NEW_STRETCHES * len(stretches):
         return f"{different:,} of its {len(stretches):,} stretches of {length} tokens are different"
     return ""
+
+
+def _stretches(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a number for each stretch of so many tokens of each row, of equal stretches the same."""
+    import torch
+
+    # others, but for one in 2^64, have different sums
+    factors = torch.randint(-(2**62), 2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1
+    sums: torch.Tensor = (ids.unfold(1, length, 1) * factors).sum(-1)
+    return sums
 
 
 def _tokenise(documents: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple[list[int], int]:

@@ -116,15 +116,16 @@ def _read_rows(job: RecoveryJob) -> tuple[TrainingRows, tuple[str, ...]]:
     """Draw the rows; say where they are fewer than are to be trained on, or monotonous."""
     from slicecli.data.packing import check_vocabulary, monotony
     from slicecli.data.text import read_text
-    from slicecli.recovery.data import draw_rows
+    from slicecli.recovery.data import draw_rows, fitted_rows
 
     options = job.options
     try:
         text = read_text(options.data, "calibration", options.token)
     except TextError as error:
         raise TextError(error.cause, f"{error.remedy} Pass it with --data.") from error
-    steps = job.steps // job.epochs
-    rows = draw_rows(text, job.source.tokenizer(), job.sequence_length, steps, job.rows_per_step, options.seed)
+    steps, tokenizer = job.steps // job.epochs, job.source.tokenizer()
+    fitted = fitted_rows(text, tokenizer, job.record["calibration"])
+    rows = draw_rows(text, tokenizer, job.sequence_length, steps, job.rows_per_step, options.seed, fitted)
     model = job.source.config().get_text_config(decoder=True)
     for part in (rows.training, rows.held_out):
         check_vocabulary(part, job.source.name, int(model.vocab_size))
@@ -136,6 +137,11 @@ def _read_rows(job: RecoveryJob) -> tuple[TrainingRows, tuple[str, ...]]:
         warnings.append(
             f"The text has {rows.training.tokens:,} tokens to train on, so each is read "
             f"{wanted / rows.training.tokens:.1f} times; a longer text works better."
+        )
+    if rows.is_fitted_to:
+        warnings.append(
+            "The slice was calibrated on all of the text, so what it loses on the held-out rows is less than on other "
+            "text, and a training that helps there may look like none; use a longer text."
         )
     if reason := monotony(rows.training):
         warnings.append(f"The training text is repetitive: {reason}. Choose another text with --data.")
