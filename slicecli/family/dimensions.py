@@ -31,6 +31,7 @@ MOST_BLOCKS = MOST_HEADS = 1024
 MOST_WIDTH = 2**20
 MOST = 2**31 - 1  # of all other sizes
 MOST_NAMED = 4  # in a message
+EXPERTS_MULTIPLE = 8  # numbers of 16 bits: torch's product for all experts at once needs rows of a multiple of 16 bytes
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -522,15 +523,31 @@ class Dimensions:
 
     def legal_mlp_dims(self) -> range:
         """Return the widths that the MLPs of a slice may have, the dense model's among them; none where it cannot."""
-        return range(1, 1 if self.mlp_obstacle else self.mlp_size + 1)
+        if self.mlp_obstacle:
+            return range(0)
+        has_experts = any(branch.experts for block in self.declared_blocks for branch in block.branches)
+        step = EXPERTS_MULTIPLE if has_experts and self.mlp_size % EXPERTS_MULTIPLE == 0 else 1
+        return range(step, self.mlp_size + 1, step)
+
+    def require_sliceable_mlps(self) -> None:
+        """Refuse a model whose MLPs keep their channels."""
+        if self.mlp_obstacle:
+            raise RequestError(f"The MLPs of this model cannot be sliced: {self.mlp_obstacle}.", "Use --dim alone.")
 
     def check_mlp_dim(self, mlp_dim: int) -> None:
         """Refuse an MLP width that a slice cannot have."""
-        if self.mlp_obstacle:
-            raise RequestError(f"The MLPs of this model cannot be sliced: {self.mlp_obstacle}.", "Use --dim alone.")
-        if mlp_dim not in self.legal_mlp_dims():
+        self.require_sliceable_mlps()
+        legal = self.legal_mlp_dims()
+        if mlp_dim in range(1, self.mlp_size + 1) and mlp_dim not in legal:
+            nearest = " and ".join(str(value) for value in nearest_in(legal, mlp_dim))
             raise RequestError(
-                f"An MLP width of {mlp_dim} is impossible.", f"MLP widths range from 1 to {self.mlp_size}."
+                f"Experts cannot have a width of {mlp_dim}: transformers multiplies experts only in rows of a multiple "
+                f"of {legal.step} numbers.",
+                f"The nearest legal widths: {nearest}.",
+            )
+        if mlp_dim not in legal:
+            raise RequestError(
+                f"An MLP width of {mlp_dim} is impossible.", f"MLP widths range from {legal[0]} to {self.mlp_size}."
             )
 
     def legal_dims(self) -> range:

@@ -39,7 +39,7 @@ def pairs_within(
     Raises:
         RequestError: No pair fits.
     """
-    dimensions.check_mlp_dim(1)  # refuses where no width is legal
+    dimensions.require_sliceable_mlps()
     whole = dimensions.mlp_size
     sizes = classes.to_choose_in(width) if classes else slice_sizes(dimensions, "refit")
     limit = width.most_parameters(sizes, bytes_per_parameter)

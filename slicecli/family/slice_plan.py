@@ -182,7 +182,7 @@ class Width:
             found = self.mlp_dim
         else:
             assert self.mlp_sparsity is not None
-            dimensions.check_mlp_dim(1)  # refuses where no width is legal
+            dimensions.require_sliceable_mlps()
             wish = (1 - self.mlp_sparsity) * dimensions.mlp_size
             legal = preferred_widths(dimensions.legal_mlp_dims(), dimensions.mlp_size)
             found = min(legal, key=lambda width: (abs(width - wish), width))

@@ -540,8 +540,8 @@ class Record(JsonObject):
     mlp_dim: Size | None = Field(description="m, the MLP channels of the slice; null where it has all of them.")
     other_mlp_widths: dict[Name, WidthChange] = Field(
         default=ABSENT,
-        description="Where MLPs have other widths besides (an expert for all tokens, blocks without experts): those, by "
-        "the usual name of the config field.",
+        description="Where MLPs have other widths besides (a shared expert, blocks without experts): those, by the "
+        "usual name of the config field.",
     )
     schedule: Schedule | None = Field(
         description="Widths of the stream for method slicegpt; null for method refit, which has one width."

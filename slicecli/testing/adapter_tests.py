@@ -27,7 +27,7 @@ from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, Workload
 from slicecli.family.context_length import context_length_of_config, own_names
-from slicecli.family.dimensions import Dimensions
+from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
@@ -143,8 +143,8 @@ class Subject:
 
     @property
     def mlp_dim(self) -> int:
-        """About three quarters of the MLP channels, an odd number of them."""
-        return self.dimensions.mlp_size * 3 // 8 * 2 - 1
+        """About three quarters of the MLP channels, an odd number of them where that is legal."""
+        return nearest_in(self.dimensions.legal_mlp_dims(), self.dimensions.mlp_size * 3 // 8 * 2 - 1)[0]
 
     def sliced(self, method: Method, has_fewer_channels: bool = False, write_as: str = OWN) -> Path:
         """Return a slice of the model, made by the same code as the command."""
