@@ -511,12 +511,14 @@ class Dimensions:
         if not known:
             return f"adapter {name!r} lists no mlp_widths"
         for index, block in enumerate(self.declared_blocks):
+            for experts in (branch.experts for branch in block.branches if branch.experts is not None):
+                reads, writes = experts.reader_width, experts.writer_width
+                if not self.has_channels(writes):
+                    return f"adapter {name!r} does not list {writes!r}, the width of experts, in mlp_widths"
+                if not self.groups_of(reads, writes):
+                    return f"adapter {name!r} gives {experts.reader_path} no width with the channels of {writes!r}"
             if sum(self.is_mlp(branch) for branch in block.branches) != 1:
                 return f"adapter {name!r} declares no writer of width {known} in block {index}"
-            for branch in block.branches:
-                if branch.experts is not None and not self.has_channels(branch.experts.writer_width):
-                    width = branch.experts.writer_width
-                    return f"adapter {name!r} does not list {width!r}, the width of experts, in mlp_widths"
             if any(self.has_channels(other.width) for other in block.passed_through):
                 return f"adapter {name!r} keeps a parameter of width {known} in block {index}"
         return ""

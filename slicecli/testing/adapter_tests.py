@@ -445,6 +445,11 @@ class AdapterTests:
 
     # the channels of MLPs
 
+    def test_channels_can_be_removed_or_the_declaration_says_why_not(self, subject: Subject) -> None:
+        """Every MLP has a width of `mlp_widths`, unless that is empty or `mlp_obstacle` gives a reason."""
+        if subject.adapter.mlp_widths and not subject.adapter.why_whole_mlps(subject.fields):
+            assert not subject.dimensions.mlp_obstacle, subject.dimensions.mlp_obstacle
+
     @pytest.mark.slicecli_requires("mlp")
     def test_channels_that_add_nothing_are_removed_without_loss(self, subject: Subject, record_property: Any) -> None:
         """Every parameter with an axis of MLP channels is declared, and how it arranges them."""
