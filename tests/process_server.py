@@ -27,6 +27,7 @@ CASES = {
     "llama, fewer channels": ("llama", "refit", 14, 4, 48, 61),
     "phi, fewer channels": ("phi", "refit", 14, 4, 48, 61),
     "mixtral": ("mixtral", "refit", 14, 4),
+    "qwen2_moe, fewer channels": ("qwen2_moe", "refit", 14, 4, 48, 32),
     "phi, by LayerNorm": ("phi", "refit", 14, 4),
     "llama, as published": ("llama", "pca", 14, 4),
     "mixtral, as published at random": ("mixtral", "random", 14, 4),

@@ -340,6 +340,18 @@ def test_a_slice_of_experts_can_be_sliced_again(run, sliced, words, tmp_path):
     assert run("verify", tmp_path / "again").exit_code == 0
 
 
+def test_an_inferred_mixture_with_custom_code_has_the_width_too(run, words, tmp_path):
+    import transformers
+
+    model = save_checkpoint(random_model(tiny_config("olmoe", has_head_dim=False)), tmp_path / "model")
+    done = run("slice", model, "--dim", "48", "--mlp-dim", "64", "-o", tmp_path / "out", *words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dense_config"]["intermediate_size"] == 64
+    assert run("verify", tmp_path / "out").exit_code == 0
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(value.numel() for value in made.parameters()) == record_of(tmp_path / "out")["parameters"]["sliced"]
+
+
 def test_a_target_of_experts_is_met_by_the_pair_that_loses_least(run, dense, words, tmp_path):
     parameters = dimensions(mlp_only_layers=[0]).parameters()
     target = ("--target-params", str(int(0.75 * parameters)))

@@ -119,7 +119,11 @@ class Width:
         metavar="constant|linear:S0:S1|FILE.json",
     ).field()
     mlp_dim: int | None = Option(
-        "--mlp-dim", "MLP channels to keep; alone, it leaves the hidden size as it is.", reads=int, metavar="M"
+        "--mlp-dim",
+        "MLP channels to keep; of a mixture, those of each routed expert, and its other MLPs keep the same share. Alone, "
+        "it leaves the hidden size as it is.",
+        reads=int,
+        metavar="M",
     ).field()
     mlp_sparsity: float | None = Option(
         "--mlp-sparsity", "Instead: fraction of the MLP channels to remove.", reads=float, metavar="F"
