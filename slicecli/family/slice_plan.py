@@ -120,8 +120,8 @@ class Width:
     ).field()
     mlp_dim: int | None = Option(
         "--mlp-dim",
-        "MLP channels to keep; of a mixture, those of each routed expert, and its other MLPs keep the same share. Alone, "
-        "it leaves the hidden size as it is.",
+        "MLP channels to keep; of a mixture, those of each routed expert, and its other MLPs keep the same share. "
+        "Alone, it leaves the hidden size as it is.",
         reads=int,
         metavar="M",
     ).field()
