@@ -111,7 +111,9 @@ def test_channels_of_experts_that_add_nothing_go_and_each_expert_has_its_own(fam
     assert prove_channels(model, sizes, tokens(), 1e-9) < 1e-12
 
 
-def test_experts_that_arrange_their_channels_otherwise_are_found_out(monkeypatch):
+@pytest.fixture
+def alternating(monkeypatch):
+    """Lets the rows of gate and up alternate in Mixtral's experts."""
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     def alternating(self, tokens, index, weights):
@@ -123,8 +125,40 @@ def test_experts_that_arrange_their_channels_otherwise_are_found_out(monkeypatch
         return made
 
     monkeypatch.setattr(MixtralExperts, "forward", alternating)
+
+
+@pytest.mark.usefixtures("alternating")
+def test_experts_that_arrange_their_channels_otherwise_are_found_out():
     with pytest.raises(PluginError, match="does not describe the MLPs"):
         prove_channels(model_of("mixtral"), dimensions("mixtral"), tokens(), 1e-9)
+
+
+@pytest.mark.usefixtures("alternating")
+def test_an_inferred_declaration_keeps_channels_that_cannot_be_removed():
+    import transformers
+
+    from slicecli.infer.inference import infer_adapter
+
+    config = transformers.MixtralConfig()
+    adapter = infer_adapter(config).adapter
+    assert "the logits change" in adapter.mlp_obstacle
+    assert not Dimensions(adapter, config.to_dict()).legal_mlp_dims()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_inferred_declaration_and_its_scaffold_have_the_widths_of_the_written_one(family):
+    import transformers
+
+    from slicecli.infer.inference import infer_adapter
+    from slicecli.infer.scaffold import package_files
+
+    config = transformers.CONFIG_MAPPING[family]()
+    inferred, written = infer_adapter(config).adapter, plugins().adapters[family]
+    found = Dimensions(inferred, config.to_dict())
+    assert not found.mlp_obstacle
+    assert found.mlp_widths == Dimensions(written, config.to_dict()).mlp_widths
+    source = package_files(inferred, {})[f"slicecli_{family}/__init__.py"]
+    assert ("mlp_widths=" in source) == (found.mlp_widths != ("intermediate_size",))
 
 
 def test_an_expert_that_no_token_reaches_keeps_the_channels_of_most_weight():

@@ -461,11 +461,11 @@ class Dimensions:
 
         Args:
             name: One of `mlp_widths`.
-            mlp_dim: m, up to all channels.
+            mlp_dim: m, from 0 to all channels.
         """
+        if name == self.mlp_widths[0] or mlp_dim == 0:
+            return mlp_dim
         size = self.number(name)
-        if name == self.mlp_widths[0] or mlp_dim in (0, self.mlp_size):
-            return mlp_dim * size // self.mlp_size
         step = friendly_multiple(math.gcd(mlp_dim, size)) or 1
         return max(step, round(size * mlp_dim / self.mlp_size / step) * step)
 
