@@ -379,11 +379,14 @@ class Adapter:
         unused_tensors: Regular expressions (searched) for names of tensors that old checkpoints of the family contain
         but its class does not use; they are left out with a warning. Other unused tensors stop a slice.
         dim_divisors: Fields that must divide the hidden size for the config class to accept it.
+        mlp_widths: Config fields, by the usual name, that give MLPs and experts their widths. A width asked for is that
+            of the first that the model has; the others keep the same share of their channels.
         stock_obstacle: Why the family's own class cannot describe a slice, which then needs custom code: a sentence, or
             a function of the config's fields that returns one; empty if it can.
         shortcut_obstacle: Why blocks cannot be split into the stream and the branches that add to it, as the published
             method requires; in the same form.
         tie_obstacle: Why a slice of a tied model cannot share one table between embedding and head; in the same form.
+        mlp_obstacle: Why channels cannot be removed from the MLPs; in the same form.
         obstacle: Why the stream cannot be sliced at all; in the same form.
         portable: Other classes that compute the same, the preferred one first.
     """
@@ -404,9 +407,11 @@ class Adapter:
     has_window: Callable[[Sizes, int], bool] = lambda _sizes, _index: True
     unused_tensors: tuple[str, ...] = ()
     dim_divisors: tuple[str, ...] = ()
+    mlp_widths: tuple[str, ...] = ("intermediate_size",)
     stock_obstacle: str | Callable[[Fields], str] = ""
     shortcut_obstacle: str | Callable[[Fields], str] = ""
     tie_obstacle: str | Callable[[Fields], str] = ""
+    mlp_obstacle: str | Callable[[Fields], str] = ""
     obstacle: str | Callable[[Fields], str] = ""
     portable: tuple[PortableClass, ...] = ()
 
@@ -427,6 +432,10 @@ class Adapter:
     def why_no_shortcuts(self, config: Fields) -> str:
         """Return why the published method cannot slice a config; empty if it can."""
         return _reason(self.name, self.shortcut_obstacle, config)
+
+    def why_whole_mlps(self, config: Fields) -> str:
+        """Return why channels cannot be removed from the MLPs of a config; empty if nothing is declared against it."""
+        return _reason(self.name, self.mlp_obstacle, config)
 
     def why_untied(self, config: Fields) -> str:
         """Say why a slice of a tied model with a config has a head of its own; empty where it stays tied."""

@@ -27,6 +27,7 @@ CASES = {
     "llama, fewer channels": ("llama", "refit", 14, 4, 48, 61),
     "phi, fewer channels": ("phi", "refit", 14, 4, 48, 61),
     "mixtral": ("mixtral", "refit", 14, 4),
+    "qwen2_moe, fewer channels": ("qwen2_moe", "refit", 14, 4, 48, 32),
     "phi, by LayerNorm": ("phi", "refit", 14, 4),
     "llama, as published": ("llama", "pca", 14, 4),
     "mixtral, as published at random": ("mixtral", "random", 14, 4),
@@ -66,13 +67,15 @@ def slice_case(family, method, rows, batch, dim=48, mlp_dim=None):
 
     with Float64Throughout():
         if method == "refit":
-            statistics = collect_statistics(dense, batches, Silent())
+            statistics = collect_statistics(dense, batches, Silent(), with_channels=mlp_dim is not None)
             basis = statistics.basis
             refit(
                 dense, statistics, [target(stock_config(model.config, dimensions, dim, "float64"))], batches, Silent()
             )
             fisher = collect_fisher(dense, basis, batches, 0, Silent())
             about = {"energies": basis.energies, "shared": fisher.shared, "layer": fisher.layer}
+            if statistics.channel_losses is not None:
+                about["channel_losses"] = statistics.channel_losses
             about["nll"] = torch.tensor(fisher.nll, dtype=torch.float64)
         else:
             schedule = Schedule.constant(dimensions, dim)

@@ -70,11 +70,10 @@ def test_the_prices_of_many_inputs_are_those_of_the_whole_inverse():
     torch.testing.assert_close(removal_prices(equations.gram, equations.cross, start), expected)
 
 
-def test_tokens_that_are_all_zero_have_prices():
-    prices = removal_prices(
-        torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64), torch.ones(2, 3)
-    )
-    assert torch.equal(prices, torch.zeros(3, dtype=torch.float64))
+def test_without_a_token_an_input_costs_its_weights():
+    start = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 3.0]])
+    prices = removal_prices(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64), start)
+    assert prices.tolist() == [1.0, 8.0, 9.0]
 
 
 @pytest.mark.parametrize("held_out", [0, 6, 60])

@@ -67,12 +67,19 @@ def test_a_width_that_cannot_be_is_refused(mlp_dim):
         dimensions().check_mlp_dim(mlp_dim)
 
 
-def test_experts_keep_their_channels():
-    sizes = dimensions(model_type="mixtral", num_local_experts=4)
-    assert not sizes.legal_mlp_dims()
+def whole():
+    """Sizes of a model whose declaration keeps its MLPs whole."""
+    from dataclasses import replace
+
+    adapter = replace(plugins().adapters["llama"], mlp_obstacle="Its channels are tied.")
+    return Dimensions(adapter, tiny_config("llama").to_dict())
+
+
+def test_a_declared_obstacle_keeps_all_channels():
+    assert not whole().legal_mlp_dims()
     for width in (Width(mlp_dim=50), Width(mlp_sparsity=0.5)):
-        with pytest.raises(RequestError, match="mixtures of experts"):
-            width.resolve_mlp(sizes)
+        with pytest.raises(RequestError, match="Its channels are tied"):
+            width.resolve_mlp(whole())
 
 
 def test_a_declaration_without_the_width_of_the_mlp_says_so():
@@ -190,12 +197,11 @@ def test_a_fraction_of_the_parameters_is_a_target():
     assert dim == Width(target_parameters=int(0.8 * sizes.parameters())).resolve(sizes, 4)
 
 
-def test_a_target_of_experts_is_met_by_the_hidden_size():
-    sizes = dimensions(model_type="mixtral", num_local_experts=4)
+def test_a_target_of_a_model_with_whole_mlps_is_met_by_the_hidden_size():
     assert is_met_by_pairs(Width(target_parameters=9), dimensions(), "refit")
-    assert not is_met_by_pairs(Width(target_parameters=9), sizes, "refit")
-    with pytest.raises(RequestError, match="mixtures of experts"):
-        pairs_within(Width(target_parameters=9, shape="mlp"), sizes, None, 4)
+    assert not is_met_by_pairs(Width(target_parameters=9), whole(), "refit")
+    with pytest.raises(RequestError, match="Its channels are tied"):
+        pairs_within(Width(target_parameters=9, shape="mlp"), whole(), None, 4)
 
 
 def test_a_target_of_the_published_method_is_met_by_the_hidden_size(run, checkpoints):
@@ -521,7 +527,7 @@ def test_without_channels_the_mlps_lose_what_they_add_to_the_stream(family):
 
     expected, blocks = 0.0, list(model.get_submodule(sizes.adapter.blocks))
     entering, behind = {}, {}
-    writers = [one for declared in sizes.declared_blocks for one in declared.branches if sizes.has_channels(one)]
+    writers = [one for declared in sizes.declared_blocks for one in declared.branches if sizes.is_mlp(one)]
     for index, (block, branch) in enumerate(zip(blocks, writers, strict=True)):
         writer = block.get_submodule(branch.writer.path)
         writer.register_forward_pre_hook(lambda _module, args, at=index: entering.update({at: args[0]}))

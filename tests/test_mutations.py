@@ -44,6 +44,7 @@ PUBLISHED = "test_the_published_method_at_full_width_leaves_logits_unchanged"
 TIED = "test_a_tied_model_stays_tied_without_loss"
 PORTABLE = "test_a_portable_class_computes_the_same"
 PORTABLE_SLICE = "test_a_slice_in_a_portable_class_is_the_same_slice"
+WIDTHS = "test_channels_can_be_removed_or_the_declaration_says_why_not"
 CHANNELS = (
     "test_channels_that_add_nothing_are_removed_without_loss",
     "test_more_channels_are_closer_to_the_model",
@@ -283,6 +284,18 @@ MUTATIONS = {
         in_branch(1, readers=lambda readers: (replace(readers[0], width="88"), *readers[1:])),
         "model.layers.0.mlp.gate_proj.weight",
         caught_by=CHANNELS[:2],
+    ),
+    "width of experts that is not listed": Mutation(
+        "qwen3_moe",
+        lambda a: replace(a, mlp_widths=("intermediate_size",)),
+        "moe_intermediate_size",
+        caught_by=(WIDTHS,),
+    ),
+    "width of experts that is said to be a number": Mutation(
+        "mixtral",
+        in_branch(1, experts=lambda experts: replace(experts, reader_width="176")),
+        "mlp.experts.gate_up_proj",
+        caught_by=(WIDTHS,),
     ),
     # sizes and dims
     "own name of the longest row forgotten": Mutation(

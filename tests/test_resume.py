@@ -107,6 +107,24 @@ def test_a_slice_that_was_killed_goes_on_to_the_same_bytes(slice_command, tmp_pa
     assert resumed, "no kill came where there was something to go on with"
 
 
+def test_the_pass_that_widths_are_chosen_by_goes_on_to_the_same_bytes(run, slice_command, tmp_path):
+    words = ("--target-params", "110k", "--no-cache")
+    assert in_child(slice_command(tmp_path / "whole", *words), tmp_path / "log") == 0
+    expected = digests(tmp_path / "whole")
+    state = tmp_path / ".out.statistics" / ".journal" / "state.json"
+    variables = {"SLICECLI_JOURNAL_SECONDS": "0"}
+    command = slice_command(tmp_path / "out", *words)
+    in_child(command, tmp_path / "log", kill_when=state.exists, **variables)
+    assert state.exists()
+    refused = run(*command, "--seed", "7", "--resume")
+    assert "calibration" in refused.stderr
+    done = run(*command, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "done before" in done.output
+    assert digests(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_a_sweep_that_was_killed_goes_on_to_the_same_figures(model, text_file, slice_words, tmp_path):
     log = tmp_path / "log"
     measure = ["--perplexity", text_file, "--limit", "4", "--keep-slices", "--dims", "40,32", "--no-cache"]

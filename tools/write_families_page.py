@@ -71,6 +71,11 @@ def page() -> str:
         elif adapter.stock_obstacle:
             reasons.append(f"- {adapter.name}: {adapter.stock_obstacle}")
         rows.append(f"| {adapter.name} | {types} | {describe(adapter)} | {shown} | {rule} |")
+    widths = [
+        f"- {name}: {', '.join(f'`{width}`' for width in adapter.mlp_widths)}"
+        for name, adapter in sorted(plugins().adapters.items())
+        if adapter.mlp_widths != Adapter.mlp_widths
+    ]
     refused = [
         f"- {', '.join(f'`{name}`' for name in refusal.model_types)}: {refusal.reason}"
         for refusal in plugins().refusals
@@ -82,6 +87,11 @@ def page() -> str:
             "\n## Why custom code\n",
             *reasons,
             "\nPhi-3 with LongRoPE and Phi with norms on queries need it too; the message says why.",
+            "\n## MLP widths\n",
+            "`--mlp-dim` is of `intermediate_size`, which Mixtral's experts have too. Where MLPs have several, it is",
+            "of the first that the model has; others keep [the same share](method.md#mlp-channels) of their channels:",
+            "",
+            *widths,
             "\n## Refused by name\n",
             *refused,
             "",

@@ -53,6 +53,7 @@ ADAPTER = Adapter(
             "rms_norm_eps": 1e-6,
         }
     ),
+    mlp_widths=("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size"),
     derived=MappingProxyType({"sliding_window": window}),
     has_window=lambda sizes, index: index % 2 == 0 and index < sizes.number("max_window_layers"),
 )

@@ -52,6 +52,7 @@ ADAPTER = Adapter(
             "rms_norm_eps": 1e-6,
         }
     ),
+    mlp_widths=("moe_intermediate_size", "intermediate_size"),
     derived=MappingProxyType({"sliding_window": window}),
 )
 

@@ -16,7 +16,7 @@ from slicecli.errors import OutputError
 from slicecli.runtime.json import read_json
 
 if TYPE_CHECKING:
-    pass
+    from filelock import BaseFileLock
 
 __all__ = [
     "check_apart",
@@ -24,6 +24,7 @@ __all__ = [
     "check_results_file",
     "clear_folder",
     "file_digest",
+    "folder_beside",
     "require_disk_space",
     "unfinished_folder",
     "whole_folder",
@@ -53,21 +54,10 @@ def whole_folder(
     is replaced in the last step, not before. What a killed run left is removed at the beginning, unless it is to be
     gone on with.
     """
-    from filelock import FileLock, Timeout
-
     output = _real(output)  # of a link to a folder, that folder is replaced
     check_output(output, overwrite)
     partial = unfinished_folder(output)
-    lock = FileLock(partial / LOCK_FILE)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"Another process is writing {output.name!r}.", "Wait for it, or choose another with --output."
-        ) from None
-    except OSError as error:
-        raise _writing_error(output, error) from error
+    lock = _lock(partial, output)
     is_kept = False
     try:
         _put_back(output)
@@ -77,6 +67,7 @@ def whole_folder(
         yield partial
         (partial / LOCK_FILE).unlink(missing_ok=True)
         _put_in_place(partial, output)
+        shutil.rmtree(_folder_beside(output), ignore_errors=True)  # of a run that was killed before it had weights
     except OSError as error:
         raise _writing_error(output, error) from error
     except BaseException as error:
@@ -86,6 +77,47 @@ def whole_folder(
         lock.release()
         if not is_kept:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def folder_beside(output: Path, resumes: bool, keeps: Callable[[BaseException], bool]) -> Iterator[Path]:
+    """Give a folder beside the output for what comes before its weights; it is removed as an unfinished one is."""
+    output = _real(output)
+    folder = _folder_beside(output)
+    lock = _lock(folder, output)
+    is_kept = False
+    try:
+        if not resumes:
+            clear_folder(folder)
+        yield folder
+    except BaseException as error:
+        is_kept = keeps(error)
+        raise
+    finally:
+        lock.release()
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder_beside(output: Path) -> Path:
+    return unfinished_folder(output).with_suffix(".statistics")
+
+
+def _lock(folder: Path, output: Path) -> BaseFileLock:
+    """Make a folder for what is to become an output, and lock it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"Another process is writing {output.name!r}.", "Wait for it, or choose another with --output."
+        ) from None
+    except OSError as error:
+        raise _writing_error(output, error) from error
+    return lock
 
 
 def unfinished_folder(output: Path) -> Path:

@@ -104,6 +104,9 @@ def command(
         "slices": slices,
         "class_obstacles": dict(classes.obstacles) if classes else {},
         "mlp_size": None if dimensions.mlp_obstacle else dimensions.mlp_size,
+        "mlp_widths": {}
+        if dimensions.mlp_obstacle
+        else {name: dimensions.number(name) for name in dimensions.mlp_widths},
         "mlp_obstacle": dimensions.mlp_obstacle,
         "unused_tensors": list(comparison.unused),
         "lacking_parameters": list(comparison.lacking),
@@ -121,7 +124,7 @@ def command(
             *([["slice of", document["slice_of"]]] if document["slice_of"] else []),
             ["type", f"{document['model_type']} ({how}, {document['layout']} layout)"],
             ["hidden size", f"{dimensions.hidden_size:,}"],
-            *([] if dimensions.mlp_obstacle else [["MLP width", f"{dimensions.mlp_size:,}"]]),
+            *([] if dimensions.mlp_obstacle else [["MLP width", _mlp_widths(document["mlp_widths"])]]),
             ["blocks", f"{dimensions.blocks}"],
             ["heads", f"{dimensions.heads} x {dimensions.head_dim}, {dimensions.key_value_heads} key/value"],
             [
@@ -151,6 +154,13 @@ def command(
             "No plugin serves this type. The declaration was inferred and proved: it accounts for every parameter, "
             f"and rotating the stream of a small model changes its logits by {inference.error:.0e}."
         )
+
+
+def _mlp_widths(widths: Mapping[str, int]) -> str:
+    """Return the width that `--mlp-dim` is of, and the others that follow it."""
+    (_, first), *others = widths.items()
+    more = ", ".join(f"{name} {width:,}" for name, width in others)
+    return f"{first:,}" + (f" ({more})" if more else "")
 
 
 def _legal_dims(legal: range) -> str:

@@ -227,6 +227,7 @@ def _fields(planned: PlannedSlice, source: Any) -> dict[str, Any]:
         "sparsity": None if is_open else plan.sparsity,
         "mlp_size": plan.mlp_size,
         "mlp_dim": None if is_open else plan.mlp_dim,
+        "other_mlp_widths": {} if is_open else plan.other_mlp_widths,
         "pairs": [{"dim": pair.dim, "mlp_dim": pair.mlp_dim} for pair in planned.pairs],
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},
         "bytes": {"dense": plan.dense_bytes, "sliced": plan.sliced_bytes},
@@ -248,6 +249,7 @@ def _report(fields: dict[str, Any], output_format: str) -> None:
         [
             *([] if fields["dim"] is None else [_change("hidden size", fields["hidden_size"], fields["dim"])]),
             *([] if fields["mlp_dim"] is None else [_change("MLP width", fields["mlp_size"], fields["mlp_dim"])]),
+            *[_change(name, one["dense"], one["sliced"]) for name, one in fields["other_mlp_widths"].items()],
             [
                 "parameters",
                 f"{parameters['dense']:,}",

@@ -13,7 +13,7 @@ from typing import Any
 
 from slicecli.adapters import Adapter, Refusal, select_adapter
 from slicecli.checkpoint.source import Source
-from slicecli.family.dimensions import MLP_WIDTH, Dimensions
+from slicecli.family.dimensions import Dimensions
 from slicecli.modeling import CONFIG_TYPE
 from slicecli.record.record import read_sound_record
 
@@ -60,7 +60,9 @@ def origin_of(
     adapter = select_adapter(fields, adapters, name, refusals)
     fields[adapter.names.get("hidden_size", "hidden_size")] = record["hidden_size"]
     if record["mlp_size"] is not None:
-        fields[adapter.names.get(MLP_WIDTH, MLP_WIDTH)] = record["mlp_size"]
+        dense_widths = {name: one["dense"] for name, one in record.get("other_mlp_widths", {}).items()}
+        dense_widths[Dimensions(adapter, fields).mlp_widths[0]] = record["mlp_size"]
+        fields |= {adapter.names.get(name, name): width for name, width in dense_widths.items()}
     # a slice never shares its head with the embeddings; whether the dense model did shows in its count
     tied = {**fields, "tie_word_embeddings": True}
     if Dimensions(adapter, tied).parameters() == record["parameters"]["dense"]:

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from slicecli.adapters import ask
 from slicecli.errors import PluginError, RequestError, UnsupportedModelError, shown
 from slicecli.family.context_length import context_length
+from slicecli.family.friendly_dims import friendly_multiple
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from slicecli.adapters import Adapter, Block, Branch, Linear
 
-__all__ = ["MLP_WIDTH", "MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
 
 # more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
 MOST_BLOCKS = MOST_HEADS = 1024
 MOST_WIDTH = 2**20
 MOST = 2**31 - 1  # of all other sizes
 MOST_NAMED = 4  # in a message
-MLP_WIDTH = "intermediate_size"  # as declarations name it; `Adapter.names` has the family's own name
+EXPERTS_MULTIPLE = 8  # numbers of 16 bits: torch's product for all experts at once needs rows of a multiple of 16 bytes
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -63,6 +64,11 @@ def nearest_in(dims: range, dim: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(below + above))
 
 
+def _name_of_width(width: str) -> str:
+    """Return the config field behind a declared width, which may be a multiple of it."""
+    return width.rpartition("*")[2]
+
+
 def _first_of(names: list[str]) -> str:
     """Return some names for a message, and how many there are besides."""
     more = len(names) - MOST_NAMED
@@ -80,16 +86,22 @@ class Dimensions:
         layout: How the refit writes a slice: `stock` or `custom-code`.
         shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
         dim_multiple: Every legal dim is a multiple of it.
-        mlp_dim: m, the width of the MLPs of slices; `None` where they keep that of the dense model.
+        sliced_mlp_widths: The widths of the MLPs of slices, by the names that declarations have for them; none where
+            they keep those of the dense model.
     """
 
     def __init__(
-        self, adapter: Adapter, config: Mapping[str, Any], unties: bool = False, mlp_dim: int | None = None
+        self,
+        adapter: Adapter,
+        config: Mapping[str, Any],
+        unties: bool = False,
+        sliced_mlp_widths: Mapping[str, int] | None = None,
     ) -> None:
         self.adapter = adapter
-        self.mlp_dim = mlp_dim
-        self._config = config if mlp_dim is None else {**config, self._own_name(MLP_WIDTH): mlp_dim}
+        self.sliced_mlp_widths = dict(sliced_mlp_widths or {})
+        self._config = {**config, **self.mlp_fields()}
         self._unties = unties
+        self._narrower: dict[int, Dimensions] = {}
         self.layout = adapter.layout(config)
         self.shortcut_obstacle = adapter.why_no_shortcuts(config)
         self.hidden_size = self.number("hidden_size")
@@ -392,12 +404,17 @@ class Dimensions:
         }
 
     def mlp_fields(self) -> dict[str, Any]:
-        """Return the config field of the MLP's width with its value in a slice; nothing where the MLPs stay whole."""
-        return {} if self.mlp_dim is None else {self._own_name(MLP_WIDTH): self.mlp_dim}
+        """Return the config fields of the MLPs' widths with their values in a slice; none where the MLPs stay whole."""
+        return {self._own_name(name): width for name, width in self.sliced_mlp_widths.items()}
+
+    @property
+    def mlp_dim(self) -> int | None:
+        """The width that was asked of the MLPs of slices, m; `None` where they keep that of the dense model."""
+        return next(iter(self.sliced_mlp_widths.values()), None)
 
     def untied(self) -> Dimensions:
         """Return the same sizes for slices with a head of their own."""
-        return Dimensions(self.adapter, self._config, unties=True, mlp_dim=self.mlp_dim)
+        return Dimensions(self.adapter, self._config, unties=True, sliced_mlp_widths=self.sliced_mlp_widths)
 
     def with_mlp_dim(self, mlp_dim: int | None) -> Dimensions:
         """Return the sizes for slices with fewer MLP channels; these where none are removed.
@@ -407,52 +424,132 @@ class Dimensions:
         """
         if mlp_dim is None or mlp_dim == self.mlp_size:
             return self
-        narrower = Dimensions(self.adapter, self._config, self._unties, mlp_dim)
-        if narrower.mlp_size != mlp_dim:
-            raise PluginError(
-                f"Adapter {self.adapter.name!r} does not take the width of the MLP from {self._own_name(MLP_WIDTH)}.",
-                f"Name the config field of {MLP_WIDTH} in `names`.",
-            )
-        return narrower
+        if mlp_dim not in self._narrower:
+            widths = {name: self.mlp_width_at(name, mlp_dim) for name in self.mlp_widths}
+            narrower = Dimensions(self.adapter, self._config, self._unties, widths)
+            for name, width in widths.items():
+                if narrower.number(name) != width:
+                    raise PluginError(
+                        f"Adapter {self.adapter.name!r} does not take the width of the MLP from "
+                        f"{self._own_name(name)}.",
+                        f"Name the config field of {name} in `names`.",
+                    )
+            self._narrower[mlp_dim] = narrower
+        return self._narrower[mlp_dim]
+
+    @functools.cached_property
+    def mlp_widths(self) -> tuple[str, ...]:
+        """The widths that MLPs of this model have, by the names in its declaration; `mlp_dim` is of the first."""
+        used = {
+            _name_of_width(width)
+            for block in self.declared_blocks
+            for branch in block.branches
+            for width in self._channels_of(branch)
+        }
+        return tuple(name for name in self.adapter.mlp_widths if name in used)
 
     @property
     def mlp_size(self) -> int:
-        """The width of the MLPs: how many channels they have."""
-        return self.number(MLP_WIDTH)
+        """The width of the MLPs: how many channels they have; of mixtures, that of the experts to which tokens go."""
+        return self.number(next(iter(self.mlp_widths or self.adapter.mlp_widths), ""))
 
-    def channel_groups(self, linear: Linear) -> int:
-        """Return how many times a linear has the MLP's channels, side by side: 0 where that is not its width."""
-        factor, _, rest = linear.width.rpartition("*")
-        return int(factor or 1) if rest == MLP_WIDTH else 0
+    def mlp_width_at(self, name: str, mlp_dim: int) -> int:
+        """Return one of the MLPs' widths in a slice.
 
-    def has_channels(self, branch: Branch) -> bool:
-        """Say whether a branch is an MLP whose channels can be removed."""
-        return branch.writer is not None and self.channel_groups(branch.writer) == 1
+        The first is m. Every other keeps the same share of its channels, rounded to a multiple of the largest of the
+        numbers that formats ask for (`slicecli.family.friendly_dims`) that divides both m and the width, if one does.
+
+        Args:
+            name: One of `mlp_widths`.
+            mlp_dim: m, from 0 to all channels.
+        """
+        if name == self.mlp_widths[0] or mlp_dim == 0:
+            return mlp_dim
+        size = self.number(name)
+        step = friendly_multiple(math.gcd(mlp_dim, size)) or 1
+        return max(step, round(size * mlp_dim / self.mlp_size / step) * step)
+
+    def channels_at(self, width: str, mlp_dim: int) -> int:
+        """Return how many channels a writer of MLPs with a declared width has in a slice.
+
+        Args:
+            width: As `width` reads it.
+            mlp_dim: m, from 0 to all channels.
+        """
+        name = _name_of_width(width)
+        return self.width(width) // self.number(name) * self.mlp_width_at(name, mlp_dim)
+
+    def _channels_of(self, branch: Branch) -> list[str]:
+        """Return the widths of the writers of a branch that are MLPs: what they read are channels."""
+        widths = [] if branch.writer is None else [branch.writer.width]
+        widths += [] if branch.experts is None else [branch.experts.writer_width]
+        return [width for width in widths if self.has_channels(width)]
+
+    def has_channels(self, width: str) -> bool:
+        """Say whether a declared width is that of MLPs whose channels can be removed, or a multiple of it."""
+        return _name_of_width(width) in self.adapter.mlp_widths
+
+    def groups_of(self, reader: str, writer: str) -> int:
+        """Return how often a reader's declared width has the channels of a writer's side by side; 0 for other widths.
+
+        `2*intermediate_size` has those of `intermediate_size` twice, as gate and up in one.
+        """
+        if _name_of_width(reader) != _name_of_width(writer) or not self.has_channels(writer):
+            return 0
+        return self.width(reader) // self.width(writer)
+
+    def is_mlp(self, branch: Branch) -> bool:
+        """Say whether a branch is an MLP, or a mixture of them, whose channels can be removed."""
+        return bool(self._channels_of(branch))
 
     @functools.cached_property
     def mlp_obstacle(self) -> str:
         """Why channels cannot be removed from the MLPs of this model; empty where they can."""
-        name = self.adapter.name
+        name, known = self.adapter.name, " or ".join(map(repr, self.adapter.mlp_widths))
+        if reason := self.adapter.why_whole_mlps(self._config):
+            return reason.rstrip(".")
+        if not known:
+            return f"adapter {name!r} lists no mlp_widths"
         for index, block in enumerate(self.declared_blocks):
-            if any(branch.experts is not None for branch in block.branches):
-                return "its MLPs are mixtures of experts"
-            if sum(self.has_channels(branch) for branch in block.branches) != 1:
-                return f"adapter {name!r} declares no writer of width {MLP_WIDTH!r} in block {index}"
-            if any(other.width.endswith(MLP_WIDTH) for other in block.passed_through):
-                return f"adapter {name!r} keeps a parameter of width {MLP_WIDTH!r} in block {index}"
+            for experts in (branch.experts for branch in block.branches if branch.experts is not None):
+                reads, writes = experts.reader_width, experts.writer_width
+                if not self.has_channels(writes):
+                    return f"adapter {name!r} does not list {writes!r}, the width of experts, in mlp_widths"
+                if not self.groups_of(reads, writes):
+                    return f"adapter {name!r} gives {experts.reader_path} no width with the channels of {writes!r}"
+            if sum(self.is_mlp(branch) for branch in block.branches) != 1:
+                return f"adapter {name!r} declares no writer of width {known} in block {index}"
+            if any(self.has_channels(other.width) for other in block.passed_through):
+                return f"adapter {name!r} keeps a parameter of width {known} in block {index}"
         return ""
 
     def legal_mlp_dims(self) -> range:
         """Return the widths that the MLPs of a slice may have, the dense model's among them; none where it cannot."""
-        return range(1, 1 if self.mlp_obstacle else self.mlp_size + 1)
+        if self.mlp_obstacle:
+            return range(0)
+        has_experts = any(branch.experts for block in self.declared_blocks for branch in block.branches)
+        step = EXPERTS_MULTIPLE if has_experts and self.mlp_size % EXPERTS_MULTIPLE == 0 else 1
+        return range(step, self.mlp_size + 1, step)
+
+    def require_sliceable_mlps(self) -> None:
+        """Refuse a model whose MLPs keep their channels."""
+        if self.mlp_obstacle:
+            raise RequestError(f"The MLPs of this model cannot be sliced: {self.mlp_obstacle}.", "Use --dim alone.")
 
     def check_mlp_dim(self, mlp_dim: int) -> None:
         """Refuse an MLP width that a slice cannot have."""
-        if self.mlp_obstacle:
-            raise RequestError(f"The MLPs of this model cannot be sliced: {self.mlp_obstacle}.", "Use --dim alone.")
-        if mlp_dim not in self.legal_mlp_dims():
+        self.require_sliceable_mlps()
+        legal = self.legal_mlp_dims()
+        if mlp_dim in range(1, self.mlp_size + 1) and mlp_dim not in legal:
+            nearest = " and ".join(str(value) for value in nearest_in(legal, mlp_dim))
             raise RequestError(
-                f"An MLP width of {mlp_dim} is impossible.", f"MLP widths range from 1 to {self.mlp_size}."
+                f"Experts cannot have a width of {mlp_dim}: transformers multiplies experts only in rows of a multiple "
+                f"of {legal.step} numbers.",
+                f"The nearest legal widths: {nearest}.",
+            )
+        if mlp_dim not in legal:
+            raise RequestError(
+                f"An MLP width of {mlp_dim} is impossible.", f"MLP widths range from {legal[0]} to {self.mlp_size}."
             )
 
     def legal_dims(self) -> range:

@@ -1,8 +1,5 @@
 """Which pairs of widths meet a target: the hidden size beside the MLP's, at as many parameters as are allowed.
 
-The count is bilinear: a channel more adds as many parameters as channels before, a number that is linear in the dim. So
-two counts at each dim tell those of every pair.
-
 Symbols: docs/notation.md.
 """
 
@@ -42,7 +39,7 @@ def pairs_within(
     Raises:
         RequestError: No pair fits.
     """
-    dimensions.check_mlp_dim(1)  # refuses where no width is legal
+    dimensions.require_sliceable_mlps()
     whole = dimensions.mlp_size
     sizes = classes.to_choose_in(width) if classes else slice_sizes(dimensions, "refit")
     limit = width.most_parameters(sizes, bytes_per_parameter)
@@ -66,15 +63,13 @@ def pairs_within(
 
 def _counter(dimensions: Dimensions, classes: SliceClasses | None) -> Callable[[int, int], int]:
     """Return what counts the parameters of a pair."""
-    narrow = [(dimensions.with_mlp_dim(mlp_dim), classes and classes.with_mlp_dim(mlp_dim)) for mlp_dim in (1, 2)]
 
     @functools.cache
-    def counts_at(dim: int) -> tuple[int, int]:
-        with_one, with_two = ((some.at(dim) if some else sizes).parameters(dim) for sizes, some in narrow)
-        return with_one, with_two - with_one
+    def classes_with(mlp_dim: int) -> SliceClasses | None:
+        return classes and classes.with_mlp_dim(mlp_dim)
 
     def count(dim: int, mlp_dim: int) -> int:
-        with_one, per_channel = counts_at(dim)
-        return with_one + (mlp_dim - 1) * per_channel
+        narrower = classes_with(mlp_dim)
+        return (narrower.at(dim) if narrower else dimensions.with_mlp_dim(mlp_dim)).parameters(dim)
 
     return count

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 from slicecli.errors import RequestError
 from slicecli.family.dimensions import Dimensions
@@ -29,6 +29,7 @@ __all__ = [
     "SlicePlan",
     "SliceSizes",
     "Width",
+    "WidthChange",
     "WidthPair",
     "check_method",
     "slice_sizes",
@@ -118,7 +119,11 @@ class Width:
         metavar="constant|linear:S0:S1|FILE.json",
     ).field()
     mlp_dim: int | None = Option(
-        "--mlp-dim", "MLP channels to keep; alone, it leaves the hidden size as it is.", reads=int, metavar="M"
+        "--mlp-dim",
+        "MLP channels to keep; of a mixture, those of each routed expert, and its other MLPs keep the same share. "
+        "Alone, it leaves the hidden size as it is.",
+        reads=int,
+        metavar="M",
     ).field()
     mlp_sparsity: float | None = Option(
         "--mlp-sparsity", "Instead: fraction of the MLP channels to remove.", reads=float, metavar="F"
@@ -181,7 +186,7 @@ class Width:
             found = self.mlp_dim
         else:
             assert self.mlp_sparsity is not None
-            dimensions.check_mlp_dim(1)  # refuses where no width is legal
+            dimensions.require_sliceable_mlps()
             wish = (1 - self.mlp_sparsity) * dimensions.mlp_size
             legal = preferred_widths(dimensions.legal_mlp_dims(), dimensions.mlp_size)
             found = min(legal, key=lambda width: (abs(width - wish), width))
@@ -244,6 +249,13 @@ class WidthPair(NamedTuple):
         return Width(self.dim, mlp_dim=self.mlp_dim)
 
 
+class WidthChange(TypedDict):
+    """A width of the dense model, and of the slice."""
+
+    dense: int
+    sliced: int
+
+
 @dataclass(frozen=True)
 class SlicePlan:
     """One slice, decided.
@@ -261,6 +273,7 @@ class SlicePlan:
         activation: The activation of its MLPs, as `hidden_act` names it.
         mlp_size: MLP channels of the dense model where some of them are removed; otherwise `None`.
         mlp_dim: m, how many of them stay; likewise.
+        other_mlp_widths: Where MLPs of the model have other widths besides, those by their declared names.
     """
 
     model: str
@@ -281,6 +294,7 @@ class SlicePlan:
     activation: str = "silu"
     mlp_size: int | None = None
     mlp_dim: int | None = None
+    other_mlp_widths: Mapping[str, WidthChange] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

@@ -20,8 +20,8 @@ from slicecli.checkpoint.companions import CODE_SUFFIXES, KNOWN_FILES, VOCABULAR
 from slicecli.checkpoint.folder import RECORD_FILE
 from slicecli.checkpoint.source import TOKENIZER_CONFIG, tokenizer_references
 from slicecli.checkpoint.weight_headers import INDEX_FILE, entry_file
-from slicecli.errors import WeightsError
-from slicecli.family.dimensions import MLP_WIDTH
+from slicecli.errors import SlicecliError, WeightsError
+from slicecli.family.dimensions import Dimensions
 from slicecli.family.schedule import Schedule
 from slicecli.family.slice_plan import DTYPE_BYTES, DTYPE_CODES
 from slicecli.hub.card import CARD_FILE, Card, merged_metadata, render_body
@@ -33,6 +33,7 @@ from slicecli.runtime.secrets import find_paths, find_tokens
 from slicecli.runtime.versions import __version__
 
 if TYPE_CHECKING:
+    from slicecli.adapters import Adapter
     from slicecli.progress import Progress
 
 __all__ = [
@@ -269,7 +270,9 @@ def check_config(inspection: Inspection) -> Iterator[Finding]:
     if not config:
         yield _error("config", f"{CONFIG_FILE} is missing, or not a JSON object")
         return
-    expected = _custom_code_fields(record) if record["layout"] == "custom-code" else _stock_fields(record, config)
+    expected = (
+        _custom_code_fields(record, config) if record["layout"] == "custom-code" else _stock_fields(record, config)
+    )
     for path, value in {**expected, ("dtype",): record["dtype"]}.items():
         found = _at(config, path)
         if found != value:
@@ -281,30 +284,42 @@ def check_config(inspection: Inspection) -> Iterator[Finding]:
 
 def _stock_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """Return what the config of a stock slice has, by path."""
-    from slicecli.family.plugins import plugins
-
     written = record["written_type"]
-    known = plugins().adapters
-    adapter = next((one for one in known.values() if written in one.model_types), known.get(record["adapter"]))
+    adapter = _adapter_of(record, written)
     width = None if adapter is None else adapter.names.get("hidden_size", "hidden_size")
     if width is None:
         width = next((name for name in _WIDTH_FIELDS if name in config), _WIDTH_FIELDS[0])
     fields: dict[tuple[str, ...], Any] = {("model_type",): written, (width,): record["dim"]}
-    if record["mlp_dim"] is not None:
-        fields[_mlp_field(record, written),] = record["mlp_dim"]
-    return fields
+    return fields | {(name,): value for name, value in _mlp_fields(record, adapter, config).items()}
 
 
-def _mlp_field(record: Mapping[str, Any], model_type: str) -> str:
-    """Return the name of the config field that has the width of the MLP, in the class of a model type."""
+def _mlp_fields(record: Mapping[str, Any], adapter: Adapter | None, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the config fields that have widths of MLPs, with the values that a record gives them.
+
+    Args:
+        adapter: The one that serves the class of the config, where it is known.
+    """
+    if record["mlp_dim"] is None:
+        return {}
+    widths = {name: one["sliced"] for name, one in record.get("other_mlp_widths", {}).items()}
+    if adapter is None:
+        return {"intermediate_size": record["mlp_dim"], **widths}
+    try:
+        first = Dimensions(adapter, config).mlp_widths[0]
+    except (SlicecliError, IndexError):  # of a damaged config, which other checks name
+        first = adapter.mlp_widths[0]
+    return {adapter.names.get(name, name): width for name, width in {first: record["mlp_dim"], **widths}.items()}
+
+
+def _adapter_of(record: Mapping[str, Any], model_type: str) -> Adapter | None:
+    """Return the adapter that serves a model type, or else the one that made the slice; `None` if none is installed."""
     from slicecli.family.plugins import plugins
 
     known = plugins().adapters
-    adapter = next((one for one in known.values() if model_type in one.model_types), known.get(record["adapter"]))
-    return MLP_WIDTH if adapter is None else adapter.names.get(MLP_WIDTH, MLP_WIDTH)
+    return next((one for one in known.values() if model_type in one.model_types), known.get(record["adapter"]))
 
 
-def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def _custom_code_fields(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """Return what the config of a slice with code of its own has, by path."""
     fields: dict[tuple[str, ...], Any] = {
         ("model_type",): CONFIG_TYPE,
@@ -315,8 +330,10 @@ def _custom_code_fields(record: Mapping[str, Any]) -> dict[tuple[str, ...], Any]
         ("embedding_size",): record["dim"],
         ("slicing", "head_width"): record["dim"],
     }
-    if record["mlp_dim"] is not None:
-        fields["dense_config", _mlp_field(record, record["source"]["model_type"])] = record["mlp_dim"]
+    inner = config.get("dense_config")
+    adapter = _adapter_of(record, record["source"]["model_type"])
+    for name, width in _mlp_fields(record, adapter, inner if isinstance(inner, dict) else {}).items():
+        fields["dense_config", name] = width
     if record["schedule"] is not None:
         schedule = _schedule(record["schedule"])
         fields |= {

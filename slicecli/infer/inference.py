@@ -32,13 +32,21 @@ from slicecli.family.schedule import slices_head
 from slicecli.infer.explain import TOLERANCE, Written, classify_norm, explain_change, is_close, linear_form, rows_behind
 from slicecli.infer.observe import Call, Observation, observe
 from slicecli.infer.probe import ConfigProbe
-from slicecli.proof.declaration import prove_accounting, prove_refit, prove_rotation, prove_shortcuts, prove_tie
+from slicecli.proof.declaration import (
+    prove_accounting,
+    prove_channels,
+    prove_refit,
+    prove_rotation,
+    prove_shortcuts,
+    prove_tie,
+)
 from slicecli.proof.tiny import HEAD_DIM, SIZES, random_model
 
 __all__ = ["Inference", "infer_adapter"]
 
 ROWS, LENGTH = 3, 12
-CHECKS = ("blocks", "head", "embeddings", "branches", "parameters", "layout", "proof")
+_OF_ATTENTION = ("query", "key_value", "query_key_value", "head_dim", "num_attention_heads")
+CHECKS = ("blocks", "head", "embeddings", "branches", "parameters", "layout", "proof", "channels")
 
 
 @dataclass(frozen=True)
@@ -394,6 +402,18 @@ class _Inferring:
         self.error = max(*errors, prove_refit(self._model, dimensions, self._ids, TOLERANCE))
         self._try_shortcuts(dimensions)
 
+    def check_channels(self) -> None:
+        """Find out whether MLP channels can be removed; a family whose channels cannot keeps them."""
+        dimensions = Dimensions(self.adapter, self._probe.fields)
+        obstacle = dimensions.mlp_obstacle
+        if not obstacle:
+            try:
+                prove_channels(self._model, dimensions, self._ids, TOLERANCE)
+            except SlicecliError as error:
+                obstacle = error.cause
+                self.adapter = replace(self.adapter, mlp_obstacle=obstacle)
+        self.found["MLP"] = obstacle or ", ".join(dimensions.mlp_widths)
+
     def _why_untied(self, dimensions: Dimensions) -> str:
         """Say why a slice of the tied tiny model cannot share its table; empty where it can."""
         try:
@@ -433,8 +453,23 @@ class _Inferring:
             norm=self._norm,
             scales_embeddings_by_width=self._is_scaled,
             names=MappingProxyType(names),
+            mlp_widths=_mlp_widths(block),
             defaults=MappingProxyType(self._probe.class_defaults({name for name in used if isinstance(name, str)})),
         )
+
+
+def _mlp_widths(block: Block) -> tuple[str, ...]:
+    """Return the config fields that give a block's experts and MLPs their widths: of writers and readers alike."""
+    found = []
+    for branch in block.branches:
+        pairs = [] if branch.experts is None else [(branch.experts.writer_width, branch.experts.reader_width)]
+        if branch.writer is not None:
+            pairs += [(branch.writer.width, reader.width) for reader in branch.readers]
+        for writer, reader in pairs:
+            name = writer.rpartition("*")[2]
+            if name == reader.rpartition("*")[2] and name not in _OF_ATTENTION and not name.isdecimal():
+                found.append(name)
+    return tuple(dict.fromkeys(found)) or Adapter.mlp_widths
 
 
 def _sizes_used(block: Block) -> set[str]:

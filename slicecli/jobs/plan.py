@@ -29,6 +29,7 @@ from slicecli.family.slice_plan import (
     Method,
     SlicePlan,
     Width,
+    WidthChange,
     WidthPair,
     check_method,
     width_name,
@@ -194,6 +195,10 @@ def plan_slices(model: str, widths: Sequence[Width], outputs: Sequence[Path | No
             activation=dimensions.activation,
             mlp_size=None if sizes.mlp_dim is None else dimensions.mlp_size,
             mlp_dim=sizes.mlp_dim,
+            other_mlp_widths={
+                name: WidthChange(dense=dimensions.number(name), sliced=width)
+                for name, width in [*sizes.sliced_mlp_widths.items()][1:]
+            },
         )
         sliced_config = config_of(plan, config, sizes, output_length, source.has_own_model_code, written)
         running_config = sliced_config
@@ -276,7 +281,7 @@ def _prove(
     with quiet_libraries(), running(source.name):
         if source.has_own_model_code and chosen.inference is None:
             prove_own_class(chosen.adapter, config, source.trust_remote_code)
-        if cuts_mlp and (source.has_own_model_code or chosen.inference is not None):
+        if cuts_mlp and source.has_own_model_code:
             prove_channels_of_class(chosen.adapter, config, source.trust_remote_code)
         if options.method == "slicegpt":
             return prove_shortcuts(chosen.adapter, config, slices_head(dimensions, options.slice_head))

@@ -97,7 +97,7 @@ def run_slices(
     processes = job.processes
     clock = Clock(progress if progress is not None and processes.is_main else Silent())
     if measured is None:
-        job, measured = settle_shapes(job, clock)
+        job, measured = settle_shapes(job, clock, journals=True)
     clock.note(job.describe_places())
     options = job.options
     reports: list[SliceReport] = []

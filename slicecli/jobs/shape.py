@@ -9,9 +9,12 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from slicecli.checkpoint.folder import folder_beside
 from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.slice_plan import WidthPair
 from slicecli.jobs.dense_model import read_rows, scratch_folder, share_work, with_weights
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from slicecli.progress import Progress
     from slicecli.slicing.activation_cache import ActivationCache
     from slicecli.slicing.context import DenseStatistics
+    from slicecli.slicing.journal import FileJournal
 
 __all__ = ["Measured", "settle_shapes", "shape_losses"]
 
@@ -45,8 +49,12 @@ class Measured:
     activations: ActivationCache | None
 
 
-def settle_shapes(job: Job, progress: Progress) -> tuple[Job, Measured | None]:
-    """Choose the widths of the slices that were asked for by a target, and plan them; other jobs stay as they are."""
+def settle_shapes(job: Job, progress: Progress, journals: bool = False) -> tuple[Job, Measured | None]:
+    """Choose the widths of the slices that were asked for by a target, and plan them; other jobs stay as they are.
+
+    Args:
+        journals: Keep beside the first output what an interrupted pass has found, for `SliceOptions.resume`.
+    """
     if not any(one.pairs for one in job.slices):
         return job, None
     from slicecli.jobs.preparation import rehearse
@@ -59,9 +67,10 @@ def settle_shapes(job: Job, progress: Progress) -> tuple[Job, Measured | None]:
     store = dataclasses.replace(dense.activations, folder=scratch_folder(ready))
     dense = dataclasses.replace(dense, store=store)
     activations = make_activation_cache(dense, batches)
-    with running(job.source.name):
+    fingerprint = identity.of_run(job, batches.size)
+    with running(job.source.name), _journal_of(job, fingerprint) if journals else nullcontext() as journal:
         statistics, is_from_cache = find_statistics(
-            ready, rows, dense, batches, identity, progress, activations=activations, with_channels=True
+            ready, rows, dense, batches, identity, progress, journal, activations, with_channels=True
         )
 
     def chosen() -> list[WidthPair]:
@@ -80,6 +89,27 @@ def settle_shapes(job: Job, progress: Progress) -> tuple[Job, Measured | None]:
     options = dataclasses.replace(job.options, revision=job.source.commit or job.options.revision)
     settled = plan_slices(job.model, [pair.width for pair in pairs], [one.output for one in job.slices], options)
     return settled, Measured(rows, warnings, statistics, is_from_cache, activations)
+
+
+@contextmanager
+def _journal_of(job: Job, fingerprint: Mapping[str, Any]) -> Iterator[FileJournal | None]:
+    """Give the journal of the pass that widths are chosen by: one of its own, because what is written is still open."""
+    from slicecli.slicing.journal import FileJournal, has_state, read_state, seconds_between_snapshots
+
+    if job.processes.count > 1:
+        yield None
+        return
+    journal: FileJournal | None = None
+
+    def is_worth_keeping(error: BaseException) -> bool:
+        if journal is None:  # another run's, which does not fit
+            return has_state(folder)
+        return journal.has_something and isinstance(error, (KeyboardInterrupt, SystemExit))
+
+    with folder_beside(job.slices[0].folder, job.options.resume, is_worth_keeping) as folder:
+        state = read_state(folder, fingerprint) if job.options.resume else None
+        journal = FileJournal(folder, fingerprint, [], state, seconds_between_snapshots())
+        yield journal
 
 
 def shape_losses(statistics: DenseStatistics, hidden_size: int) -> ShapeLosses:

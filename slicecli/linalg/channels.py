@@ -74,7 +74,8 @@ def removal_prices(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor,
     try:
         gram.diagonal().add_(ridge * diagonal.mean())
         if not factorise(gram):  # as of tokens that are all zero: what each input adds by itself
-            return start.double().square().sum(0) * diagonal
+            weights = start.double().square().sum(0)
+            return weights * diagonal if bool(diagonal.any()) else weights
         norms = torch.zeros_like(diagonal)
         for columns, outputs in zip(cross.split(COLUMNS, dim=1), start.split(COLUMNS), strict=True):
             norms += substitute(gram, columns).add_(outputs.T).square_().sum(1)

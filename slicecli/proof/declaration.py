@@ -9,7 +9,7 @@ where the declaration is wrong.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -304,22 +304,17 @@ def prove_refit(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tol
 def prove_channels(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, tolerance: float) -> float:
     """Check on a model that MLP channels which add nothing can be removed without any loss.
 
-    In each block a third of them is kept from writing; the refit at full width has to choose the same ones, and to cut
-    every parameter that has them.
+    In each block, and in each expert, a third of them is kept from writing; the refit at full width has to choose the
+    same ones, and to cut every parameter that has them.
 
     Args:
         token_ids: Calibration rows, shape (rows, sequence length), on the model's device.
     """
     size, generator = dimensions.mlp_size, torch.Generator().manual_seed(0)
     model = copy.deepcopy(model)
-    for index, block in enumerate(dimensions.declared_blocks):
-        for branch in block.branches:
-            if dimensions.has_channels(branch):
-                assert branch.writer is not None
-                path = f"{dimensions.adapter.blocks}.{index}.{branch.writer.path}.weight"
-                weight = model.get_parameter(path).detach()
-                columns = weight.mT if branch.writer.is_transposed else weight
-                columns[:, torch.randperm(size, generator=generator)[: size // 3].to(weight.device)] = 0
+    for matrix, stays in _channel_writers(model, dimensions, size - size // 3):
+        removed = torch.randperm(matrix.shape[1], generator=generator)[stays:]
+        matrix[:, removed.to(matrix.device)] = 0
     try:
         (sliced,), _ = slice_in_memory(model, dimensions, token_ids, dimensions.hidden_size, mlp_dim=size - size // 3)
         error = relative_error(logits(sliced, token_ids), logits(model, token_ids))
@@ -336,6 +331,19 @@ def prove_channels(model: Any, dimensions: Dimensions, token_ids: torch.Tensor, 
             "Check which readers have the width of the MLP, and how they arrange it.",
         )
     return error
+
+
+def _channel_writers(model: Any, dimensions: Dimensions, mlp_dim: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield the writers of MLPs and of experts as (outputs, channels), each with how many of its channels stay."""
+    for index, block in enumerate(dimensions.declared_blocks):
+        for branch in block.branches:
+            writer, experts, prefix = branch.writer, branch.experts, f"{dimensions.adapter.blocks}.{index}"
+            if writer is not None and dimensions.has_channels(writer.width):
+                weight = model.get_parameter(f"{prefix}.{writer.path}.weight").detach()
+                yield weight.mT if writer.is_transposed else weight, dimensions.channels_at(writer.width, mlp_dim)
+            if experts is not None and dimensions.has_channels(experts.writer_width):
+                for weight in model.get_parameter(f"{prefix}.{experts.writer_path}").detach():
+                    yield weight, dimensions.channels_at(experts.writer_width, mlp_dim)
 
 
 def prove_channels_of_class(adapter: Adapter, config: Any, trust_remote_code: bool = False) -> None:

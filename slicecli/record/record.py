@@ -117,6 +117,7 @@ def build_record(
         "sparsity": plan.sparsity,
         "mlp_size": plan.mlp_size,
         "mlp_dim": plan.mlp_dim,
+        **({"other_mlp_widths": plan.other_mlp_widths} if plan.other_mlp_widths else {}),
         "schedule": None if plan.schedule is None else dataclasses.asdict(plan.schedule),
         "dtype": plan.dtype,
         "parameters": {"dense": plan.dense_parameters, "sliced": plan.sliced_parameters},

@@ -129,6 +129,13 @@ class Inherited(JsonObject):
     )
 
 
+class WidthChange(JsonObject):
+    """A width of MLPs, before and after."""
+
+    dense: Size = Field(description="Channels in the source.")
+    sliced: Size = Field(description="Channels in the slice.")
+
+
 class Schedule(JsonObject):
     """Widths of the stream."""
 
@@ -527,9 +534,15 @@ class Record(JsonObject):
     dim: Width = Field(description="k, the hidden size of the slice; for a schedule of several widths, their mean.")
     sparsity: Sparsity = Field(description="s = 1 - k/d, the fraction of the hidden size removed.")
     mlp_size: Size | None = Field(
-        description="MLP channels of the source, in each block; null where the slice has all of them."
+        description="MLP channels of the source, in each block; of mixtures, of each expert that tokens are sent to; "
+        "null where the slice has all of them."
     )
     mlp_dim: Size | None = Field(description="m, the MLP channels of the slice; null where it has all of them.")
+    other_mlp_widths: dict[Name, WidthChange] = Field(
+        default=ABSENT,
+        description="Where MLPs have other widths besides (a shared expert, blocks without experts): those, by the "
+        "usual name of the config field.",
+    )
     schedule: Schedule | None = Field(
         description="Widths of the stream for method slicegpt; null for method refit, which has one width."
     )

@@ -22,7 +22,7 @@ from slicecli.linalg.ridge import RidgeMemory
 from slicecli.runtime.distributed import ALONE, Processes
 from slicecli.runtime.microbatch import MicroBatches
 from slicecli.slicing.activations import ActivationStore, Stream
-from slicecli.slicing.sliced_tensors import WeightReader
+from slicecli.slicing.sliced_tensors import Cut, WeightReader
 
 __all__ = [
     "Batches",
@@ -196,8 +196,8 @@ class Target:
         number: Its place among the slices of the job.
         ridges: The ridges found so far.
         mlp_dim: m, how many MLP channels of a block stay; `None` leaves them all.
-        cuts: Of the block that is worked on, which indices of an axis of a parameter are written, by its name. Until
-            then it has all of them, because that is what the modules of `meta_model` have.
+        cuts: Of the block that is worked on, what is kept of a parameter when it is written, by its name. Until then it
+            is whole, because that is what the modules of `meta_model` have.
         stream: y, batch by batch, as far as the pass has come.
     """
 
@@ -209,7 +209,7 @@ class Target:
     mlp_dim: int | None = None
     ridges: RidgeMemory = field(default_factory=RidgeMemory, repr=False)
     stream: Stream = field(default_factory=list, repr=False)
-    cuts: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict, repr=False)
+    cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

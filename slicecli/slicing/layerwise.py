@@ -109,7 +109,7 @@ def hand_over_block(target: Target, name: str, weights: dict[str, torch.Tensor])
     block = target.meta_model.get_submodule(name)
     for parameter_name, parameter in block.named_parameters():
         if parameter_name in target.cuts:
-            parameter = parameter.index_select(*target.cuts[parameter_name])
+            parameter = target.cuts[parameter_name].of(parameter)
         target.sink(f"{name}.{parameter_name}", parameter.to("cpu", target.dtype))
     target.cuts.clear()
     for buffer_name in modules.persistent_buffers(block):

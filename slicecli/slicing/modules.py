@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from slicecli.adapters import Adapter, Branch, Experts
 from slicecli.errors import PluginError
@@ -188,27 +189,27 @@ class BlockRun:
     Attributes:
         norm_inputs: The stream as each norm saw it, by the norm's path.
         tuple_lengths: For each watched module the length of the tuple it returned; 0 where it returned a tensor.
-        writer_input: What entered one writer, shape (tokens, inputs), where that was wanted.
+        writer_inputs: What entered the writers of one branch, where that was wanted.
     """
 
     output: torch.Tensor
     norm_inputs: dict[str, torch.Tensor]
     tuple_lengths: dict[str, int]
-    writer_input: torch.Tensor | None = None
+    writer_inputs: WriterInputs | None = None
 
 
 def run_block(
-    block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch], writer: str = ""
+    block: nn.Module, call: Call, hidden: torch.Tensor, branches: Sequence[Branch], watched: Branch | None = None
 ) -> BlockRun:
     """Run a block and watch the norms and modules of its branches.
 
     Args:
         hidden: The stream that enters it, shape (rows, sequence length, d).
-        writer: Path of a writer whose input is wanted.
+        watched: The branch for whose writers it is wanted what enters them.
     """
     norm_inputs: dict[str, torch.Tensor] = {}
     lengths: dict[str, int] = {}
-    entering: list[torch.Tensor] = []
+    seen = None if watched is None else WriterInputs()
 
     def norm_hook(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,17 +224,14 @@ def run_block(
 
         return hook
 
-    def writer_hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        entering.append(args[0].flatten(0, -2))
-
     handles = []
     for branch in branches:
         norm = _submodule(block, branch.norm)
         handles.append(norm.register_forward_pre_hook(norm_hook(branch.norm), with_kwargs=True))
         if branch.module:
             handles.append(_submodule(block, branch.module).register_forward_hook(module_hook(branch.module)))
-    if writer:
-        handles.append(_submodule(block, writer).register_forward_pre_hook(writer_hook))
+    if watched is not None and seen is not None:
+        handles += _watch_writers(block, watched, seen, hidden.shape[-1])
     try:
         output = first_tensor(call(block, hidden))
     finally:
@@ -243,7 +241,40 @@ def run_block(
     unseen = sorted(wanted - norm_inputs.keys() - lengths.keys())
     if unseen:
         raise PluginError(f"The block never calls {', '.join(unseen)}.", "Check the adapter's branches.")
-    return BlockRun(output, norm_inputs, lengths, entering[0] if entering else None)
+    return BlockRun(output, norm_inputs, lengths, seen)
+
+
+def _watch_writers(block: nn.Module, branch: Branch, seen: WriterInputs, width: int) -> list[RemovableHandle]:
+    """Note what enters the writers of a branch while the block runs."""
+    handles = []
+
+    def at_writer(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.linear[path] = args[0].flatten(0, -2)
+
+        return hook
+
+    if branch.writer is not None:
+        path = branch.writer.path
+        handles.append(_submodule(block, path).register_forward_pre_hook(at_writer(path)))
+        if gate := branch.writer.gate:
+            handles.append(_submodule(block, gate).register_forward_hook(_gate_hook(seen, gate)))
+    if branch.experts is not None:
+        experts = branch.experts.module
+
+        def at_experts(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.routings[experts] = _routing((*args, *kwargs.values()), width)
+
+        handles.append(_submodule(block, experts).register_forward_pre_hook(at_experts, with_kwargs=True))
+    return handles
+
+
+def _gate_hook(seen: WriterInputs, path: str, then: Callable[[], None] = lambda: None) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen.gates[path] = output.flatten(0, -2)
+        then()
+
+    return hook
 
 
 def run_head(
@@ -317,6 +348,12 @@ class Routing:
     index: torch.Tensor
     weights: torch.Tensor
 
+    def of_expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which tokens are sent to an expert, and its weight for each, shape (tokens sent, 1)."""
+        is_chosen = self.index == expert
+        tokens = is_chosen.any(-1).nonzero().squeeze(-1)
+        return tokens, (self.weights * is_chosen).sum(-1, keepdim=True)[tokens]
+
 
 @dataclass
 class WriterInputs:
@@ -365,20 +402,11 @@ def writer_inputs(
 
         return forward
 
-    def at_gate(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            seen.gates[path] = output.flatten(0, -2)
-            end_if_complete()
-
-        return hook
-
     def at_experts(declared: Experts) -> Callable[..., torch.Tensor]:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            tokens, index, weights = _sort_routing(tensors, width)
-            seen.routings[declared.module] = Routing(tokens, index, weights)
+            routing = seen.routings[declared.module] = _routing((*args, *kwargs.values()), width)
             end_if_complete()
-            return torch.zeros_like(tokens)
+            return torch.zeros_like(routing.tokens)
 
         return forward
 
@@ -389,7 +417,7 @@ def writer_inputs(
         for declared in experts:
             stack.enter_context(_answering(_submodule(block, declared.module), at_experts(declared)))
         for gate in gates:
-            handle = _submodule(block, gate).register_forward_hook(at_gate(gate))
+            handle = _submodule(block, gate).register_forward_hook(_gate_hook(seen, gate, end_if_complete))
             stack.callback(handle.remove)
         try:
             call(block, stream)
@@ -448,8 +476,9 @@ def run_experts(
     return made
 
 
-def _sort_routing(tensors: Sequence[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _routing(given: Sequence[Any], width: int) -> Routing:
     """Tell tokens, expert index and weights apart, in whatever order a module takes them."""
+    tensors = [value for value in given if isinstance(value, torch.Tensor)]
     index = [value for value in tensors if not value.is_floating_point()]
     floating = [value for value in tensors if value.is_floating_point()]
     if len(index) != 1 or len(floating) != 2 or floating[0].shape[-1] != width:
@@ -458,7 +487,7 @@ def _sort_routing(tensors: Sequence[torch.Tensor], width: int) -> tuple[torch.Te
             f"An experts module was called with tensors of shapes {shapes}; tokens, indices and weights were expected.",
             "Check the adapter's experts.",
         )
-    return floating[0], index[0], floating[1]
+    return Routing(floating[0], index[0], floating[1])
 
 
 def _submodule(block: nn.Module, path: str) -> nn.Module:

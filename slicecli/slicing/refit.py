@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from slicecli.adapters import Block
+from slicecli.adapters import Block, Branch
 from slicecli.linalg.normal_equations import add_square, widen
 from slicecli.linalg.ridge import RidgeMemory
 from slicecli.linalg.tied_table import Tie
@@ -64,6 +64,7 @@ __all__ = ["collect_statistics", "refit"]
 
 READER_ROWS = 8192
 STATISTICS = "statistics"
+CHANNELS = "channel_losses"
 
 
 @torch.no_grad()
@@ -78,24 +79,27 @@ def collect_statistics(
     """Run the dense model over the calibration rows and solve for the shared basis.
 
     Args:
-        with_channels: Find out too what the MLPs would lose with fewer channels; such a pass cannot be resumed.
+        with_channels: Find out too what the MLPs would lose with fewer channels.
     """
     adapter = dense.adapter
     journal = journal or NoJournal()
     statistics = _Statistics(dense)
     progress.start(STATISTICS, len(dense.blocks) + 1)
     stream, calls = enter(dense, dense.meta_model, embedding_tables(dense), batches)
-    snapshot = journal.resume(STATISTICS)
+    channels = ChannelLosses(dense) if with_channels else None
+    phase = STATISTICS if channels is None else f"{STATISTICS} with {CHANNELS}"
+    snapshot = journal.resume(phase)
     if snapshot is not None:
         stream = activations_in("dense", snapshot, dense.activations)
         statistics.second_moment = snapshot.tensors["second_moment"].to(dense.device)
         statistics.metric = snapshot.tensors["metric"].to(dense.device)
         activations = None  # blocks before the resume point were not cached
-    channels = ChannelLosses(dense) if with_channels else None
+    if channels is not None and snapshot is not None:
+        channels.total = snapshot.tensors[CHANNELS].to(dense.device)
     for index, weights in read_blocks(dense, blocks_left(dense, snapshot, progress)):
         block, declared = dense.blocks[index], dense.dimensions.declared_blocks[index]
-        writer = "" if channels is None else channels.begin(index)
-        run_block = functools.partial(_run_block, block, calls, index, declared, writer=writer)
+        mlp = None if channels is None else channels.begin(index)
+        run_block = functools.partial(_run_block, block, calls, index, declared, watched=mlp)
         if activations is not None:
             activations.begin(len(declared.sublayers))
         with filled(dense, block, weights):
@@ -118,7 +122,9 @@ def collect_statistics(
             if channels is not None:
                 channels.finish(weights)
         sums = {"second_moment": statistics.second_moment, "metric": statistics.metric}
-        journal.offer(STATISTICS, index + 1, Content({"dense": stream}, sums))
+        if channels is not None:
+            sums[CHANNELS] = channels.total
+        journal.offer(phase, index + 1, Content({"dense": stream}, sums))
         progress.advance()
     final = statistics.empty()
     for batch in stream:
@@ -127,7 +133,9 @@ def collect_statistics(
     statistics.add_norm_input(final, weight, [dense.weights.tensor(f"{adapter.head.path}.weight").to(dense.device)])
     found = solve_statistics(dense, statistics.second_moment, statistics.metric, final)
     progress.advance()
-    return found if channels is None else dataclasses.replace(found, channel_losses=channels.total())
+    if channels is None or not dense.processes.is_main:
+        return found
+    return dataclasses.replace(found, channel_losses=channels.total.cpu())
 
 
 @torch.no_grad()
@@ -239,9 +247,14 @@ def _fit_sublayer(sublayer: Sublayer, basis: torch.Tensor, is_last_use: bool) ->
 
 
 def _run_block(
-    block: nn.Module, calls: Calls, index: int, declared: Block, batch: torch.Tensor, writer: str = ""
+    block: nn.Module,
+    calls: Calls,
+    index: int,
+    declared: Block,
+    batch: torch.Tensor,
+    watched: Branch | None = None,
 ) -> modules.BlockRun:
-    return modules.run_block(block, calls.of(index, batch), batch, declared.branches, writer)
+    return modules.run_block(block, calls.of(index, batch), batch, declared.branches, watched)
 
 
 def _keep_buffers(weights: dict[str, torch.Tensor], block: nn.Module) -> None:

@@ -10,11 +10,12 @@ Symbols: docs/notation.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from slicecli.adapters import Branch, Linear
+from slicecli.adapters import Branch, Experts, Linear
 from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.basis import Basis
 from slicecli.linalg.sliced_maps import (
@@ -28,8 +29,10 @@ from slicecli.linalg.sliced_maps import (
 from slicecli.linalg.tied_table import Tie, tie
 
 __all__ = [
+    "Cut",
     "WeightReader",
     "channel_cuts",
+    "expert_cuts",
     "final_norm_weight_and_bias",
     "fold_head",
     "matrix_of",
@@ -197,23 +200,61 @@ def project_writers(
     return tensors
 
 
-def channel_cuts(dimensions: Dimensions, branch: Branch, channels: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
-    """Return the axis of MLP channels of each parameter of a branch that has one, and which of its indices stay.
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a parameter.
+
+    Attributes:
+        axis: The axis on which it has channels.
+        stays: The indices that stay, int64 in ascending order, shape (indices,); of fused experts, whose axis is not
+            the first, each expert's own, shape (experts, indices).
+    """
+
+    axis: int
+    stays: torch.Tensor
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the parameter without the rest."""
+        if self.stays.dim() == 1:
+            return parameter.index_select(self.axis, self.stays)
+        shape = [-1 if axis == self.axis else size for axis, size in enumerate(parameter.shape)]
+        stays = self.stays.unsqueeze(3 - self.axis).expand(*shape)
+        return parameter.gather(self.axis, stays)
+
+
+def channel_cuts(dimensions: Dimensions, branch: Branch, channels: torch.Tensor) -> dict[str, Cut]:
+    """Return what is kept of each parameter of an MLP, the linear writer and its readers, that has channels.
 
     Args:
         channels: The channels that stay, int64 in ascending order.
     """
-    cuts: dict[str, tuple[int, torch.Tensor]] = {}
-    assert branch.writer is not None
-    cuts[f"{branch.writer.path}.weight"] = (int(not branch.writer.is_transposed), channels)
+    writer = branch.writer
+    assert writer is not None
+    cuts = {f"{writer.path}.weight": Cut(int(not writer.is_transposed), channels)}
     for reader in branch.readers:
-        groups = dimensions.channel_groups(reader)
+        groups = dimensions.groups_of(reader.width, writer.width)
         if groups:
-            stays = torch.cat([channels + group * dimensions.mlp_size for group in range(groups)])
-            cuts[f"{reader.path}.weight"] = (int(reader.is_transposed), stays)
+            stays = _in_groups(channels, groups, dimensions.width(writer.width))
+            cuts[f"{reader.path}.weight"] = Cut(int(reader.is_transposed), stays)
             if dimensions.has_bias(reader):
-                cuts[f"{reader.path}.bias"] = (0, stays)
+                cuts[f"{reader.path}.bias"] = Cut(0, stays)
     return cuts
+
+
+def expert_cuts(dimensions: Dimensions, experts: Experts, channels: torch.Tensor) -> dict[str, Cut]:
+    """Return what is kept of the two parameters of a mixture.
+
+    Args:
+        channels: The channels of each expert that stay, int64 of shape (experts, channels), in ascending order.
+    """
+    groups = dimensions.groups_of(experts.reader_width, experts.writer_width)
+    stays = _in_groups(channels, groups, dimensions.width(experts.writer_width))
+    return {experts.writer_path: Cut(2, channels), experts.reader_path: Cut(1, stays)}
+
+
+def _in_groups(channels: torch.Tensor, groups: int, size: int) -> torch.Tensor:
+    """Return the places of channels in a reader that has all of them several times, side by side."""
+    return torch.cat([channels + group * size for group in range(groups)], dim=-1)
 
 
 def stored_writers(branches: Sequence[Branch], tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slicecli.adapters import Branch, Linear
+from slicecli.family.dimensions import Dimensions
 from slicecli.linalg.normal_equations import NormalEquations, inverse_scale, widen
 from slicecli.linalg.ridge import Correction
 from slicecli.linalg.sliced_maps import projection_for_readers, projection_of_stream
@@ -28,7 +29,7 @@ from slicecli.slicing.context import DenseModel, Target
 from slicecli.slicing.layerwise import require_finite
 from slicecli.slicing.modules import Call, Calls, Routing
 from slicecli.slicing.reductions import solve_normal_equations, solve_with_channels
-from slicecli.slicing.sliced_tensors import channel_cuts, project_writers, sliced_readers, stored_writers
+from slicecli.slicing.sliced_tensors import channel_cuts, expert_cuts, project_writers, sliced_readers, stored_writers
 
 __all__ = ["BlockPass", "Sublayer", "fit_reading"]
 
@@ -273,17 +274,21 @@ class Sublayer:
 
         They stay in the block until it is handed over, and add nothing to the stream.
         """
-        processes, solve, count = self.dense.processes, self._solver("writers"), self.target.mlp_dim
-        if count is not None:
-            first = 0
-            for entry, branch in zip(entries, (one for one in self.branches if one.writer is not None), strict=True):
-                if self.dense.dimensions.has_channels(branch):
-                    inputs = slice(first, first + entry.width)
-                    found, channels = solve_with_channels(processes, equations, solve, start, inputs, count)
-                    self.target.cuts.update(channel_cuts(self.dense.dimensions, branch, channels))
-                    return found.matrix
-                first += entry.width + entry.has_bias
+        processes, solve, first = self.dense.processes, self._solver("writers"), 0
+        for entry, branch in zip(entries, (one for one in self.branches if one.writer is not None), strict=True):
+            count = self._narrower.width(entry.writer.width)
+            if count < entry.width:
+                inputs = slice(first, first + entry.width)
+                found, channels = solve_with_channels(processes, equations, solve, start, inputs, count)
+                self.target.cuts.update(channel_cuts(self.dense.dimensions, branch, channels))
+                return found.matrix
+            first += entry.width + entry.has_bias
         return solve_normal_equations(processes, equations, solve).matrix
+
+    @property
+    def _narrower(self) -> Dimensions:
+        """The sizes of the slice but for its hidden size."""
+        return self.dense.dimensions.with_mlp_dim(self.target.mlp_dim)
 
     def _moments_of_linear(
         self,
@@ -315,7 +320,10 @@ class Sublayer:
     def _fit_experts(
         self, branch: Branch, projected: Mapping[str, torch.Tensor], dense_after: Stream, goals: Goals
     ) -> None:
-        """Fit the experts' writers one after the other, each to what the others leave of the goal."""
+        """Fit the experts' writers one after the other, each to what the others leave of the goal.
+
+        Where MLP channels go, each expert loses those that its own tokens miss least.
+        """
         declared = branch.experts
         assert declared is not None
         module = self.block.get_submodule(declared.module)
@@ -336,23 +344,31 @@ class Sublayer:
                 residuals.append(residual)
                 roots.append(goals.root(after[rows]))
                 held_out.append(_of_rows(is_held_out, rows, batch))
-        starts, fitted = projected[declared.writer_path], []
+        starts, fitted, stays = projected[declared.writer_path], [], []
+        count = self._narrower.width(declared.writer_width)
         for expert, start in enumerate(starts):
             equations = NormalEquations(width, self.target.dim, self.dense.device)
             shares = []
             for number, routing in enumerate(routings):
-                is_chosen = routing.index == expert
-                tokens = is_chosen.any(-1).nonzero().squeeze(-1)
-                gain = (routing.weights * is_chosen).sum(-1, keepdim=True)[tokens].to(wide) * multiplier
+                tokens, share = routing.of_expert(expert)
+                gain = share.to(wide) * multiplier
                 inner = modules.expert_activations(module, declared, expert, routing.tokens[tokens], width).to(wide)
                 inputs, root = inner * gain, roots[number][tokens]
                 equations.add(inputs * root, residuals[number][tokens] * root, held_out[number][tokens])
                 shares.append((tokens, inputs))
-            correction = solve_normal_equations(self.dense.processes, equations, self._solver("experts")).matrix
+            processes, solve = self.dense.processes, self._solver("experts")
+            if count < width:
+                found, channels = solve_with_channels(processes, equations, solve, start, slice(0, width), count)
+                stays.append(channels)
+            else:
+                found = solve_normal_equations(processes, equations, solve)
+            correction = found.matrix
             for residual, (tokens, inputs) in zip(residuals, shares, strict=True):
                 residual[tokens] -= inputs @ correction.to(wide).T
             fitted.append(_store(start + correction, self.target))
         self._set({declared.writer_path: torch.stack(fitted)})
+        if stays:
+            self.target.cuts.update(expert_cuts(self.dense.dimensions, declared, torch.stack(stays)))
 
     def _experts_add(self, seen: modules.WriterInputs) -> torch.Tensor | float:
         """Return what the sublayer's experts add to the stream with their writers as they are, shape (tokens, k)."""

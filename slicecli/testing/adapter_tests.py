@@ -27,7 +27,7 @@ from slicecli.checkpoint.source import Source
 from slicecli.errors import RequestError
 from slicecli.estimation.cost import Cost, CostModel, Workload
 from slicecli.family.context_length import context_length_of_config, own_names
-from slicecli.family.dimensions import Dimensions
+from slicecli.family.dimensions import Dimensions, nearest_in
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes, Schedule, slices_head
 from slicecli.family.slice_plan import Method, SliceSizes, Width
@@ -143,8 +143,8 @@ class Subject:
 
     @property
     def mlp_dim(self) -> int:
-        """About three quarters of the MLP channels, an odd number of them."""
-        return self.dimensions.mlp_size * 3 // 8 * 2 - 1
+        """About three quarters of the MLP channels, an odd number of them where that is legal."""
+        return nearest_in(self.dimensions.legal_mlp_dims(), self.dimensions.mlp_size * 3 // 8 * 2 - 1)[0]
 
     def sliced(self, method: Method, has_fewer_channels: bool = False, write_as: str = OWN) -> Path:
         """Return a slice of the model, made by the same code as the command."""
@@ -444,6 +444,11 @@ class AdapterTests:
         assert error <= FLOAT64, f"with shortcuts the logits change by {error:.1e}"
 
     # the channels of MLPs
+
+    def test_channels_can_be_removed_or_the_declaration_says_why_not(self, subject: Subject) -> None:
+        """Every MLP has a width of `mlp_widths`, unless that is empty or `mlp_obstacle` gives a reason."""
+        if subject.adapter.mlp_widths and not subject.adapter.why_whole_mlps(subject.fields):
+            assert not subject.dimensions.mlp_obstacle, subject.dimensions.mlp_obstacle
 
     @pytest.mark.slicecli_requires("mlp")
     def test_channels_that_add_nothing_are_removed_without_loss(self, subject: Subject, record_property: Any) -> None:
