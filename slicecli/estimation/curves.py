@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from slicecli.family.slice_plan import Method
     from slicecli.record import schema
 
+ENOUGH_TO_COMPARE = 4  # points
+
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "fit_curve", "leave_one_out", "restore_curve"]
 
-# what does best on published models with one slice known, see docs/relations.md
-ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "decay"}
+# what does best on published models with one slice known, and with two or three, see docs/relations.md
+ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-odds", "accuracy": "decay"}
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[f
     prior = None
     if relation.has_prior:
         spread = spread_of(relation.name, relation.quantity, series.method, series.is_of_other_text)
-        prior = spread.prior(series.family)
+        prior = spread.prior
     with np.errstate(all="ignore"):
         parameters = relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
     if not all(map(math.isfinite, parameters)):
@@ -283,12 +285,14 @@ def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> 
     """Return the relation to take, and why."""
     if name is not None:
         return fitted[0], "asked for"
-    if len(series.points) == 1:
+    if len(series.points) < ENOUGH_TO_COMPARE:
         usual = ONE_POINT_RELATION[series.quantity]
         chosen = next((one for one in fitted if one.relation == usual), fitted[0])
+        count = len(series.points)
+        points = "one point" if count == 1 else f"{count} points"
         return (
             chosen,
-            "with one point relations cannot be compared; this one is best with one point on published measurements",
+            f"relations cannot be compared on {points}; this one is best with so few on published measurements",
         )
     return fitted[0], (f"the smallest leave-one-out error of {len(fitted)} relations on {len(series.points)} points")
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slicecli.estimation.exponents import learn_prior
 from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, published_series
 from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Quantity, Relation, relation_named
 from slicecli.estimation.spectra import study_ratios, study_series
@@ -45,7 +46,7 @@ __all__ = [
 
 # what does best on published models that it was not fitted to, of the same and of other families taken together; and
 # with one slice of the model known: see docs/relations.md and the test that compares them
-DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "linear"}
+DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "free-odds", "accuracy": "linear"}
 FARTHEST = 0.6
 ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
 # most published series end here; of three that go on to a half, ln D there is off by 0.2 from the line before
@@ -82,9 +83,14 @@ def spread_of(name: str, quantity: Quantity, method: str, is_of_other_text: bool
         is_of_other_text: Take the published perplexities of other kinds of text than the slices were calibrated on.
     """
     relation = relation_named(name, quantity)
-    if is_of_other_text and not relation.is_by_weight:
-        return learn_spread(relation, published_series(quantity, OTHER_TEXT))
-    return learn_spread(relation, _known_series(relation, method))
+    if relation.is_by_weight or quantity == "accuracy":
+        return learn_spread(relation, _known_series(relation, method))
+    own, other = published_series(quantity), published_series(quantity, OTHER_TEXT)
+    found = learn_spread(relation, other, own) if is_of_other_text else learn_spread(relation, own, other)
+    if method != "refit" or not relation.has_prior:
+        return found
+    # the losses of the refit grow more slowly; how they do is known from the study only
+    return dataclasses.replace(found, prior=learn_prior(relation, study_series("refit"), is_of_other_text))
 
 
 def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
@@ -146,8 +152,10 @@ def predict_new(
     relation = spread.relation
     typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shifts))
     value = _possible(relation.quantity, dense, typical)
-    expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shifts)
-    low, high = interval(relation, dense, spread.parameters, sparsity, _far_out(relation, expected, sparsity))
+    base = spread.base(dense, family, size, shifts)
+    place = coordinate(relation, dense, base, sparsity)
+    expected = spread.of_new_model(family, size, place, shifts, _exponent(relation, base))
+    low, high = interval(relation, dense, base, sparsity, _far_out(relation, expected, sparsity))
     if method == "refit" and relation.quantity == "accuracy":
         high = _nearer(dense, high)
     least, largest = known_range(relation, method)
@@ -171,7 +179,7 @@ def predict_fitted(
     anchors = [anchor for anchor in found if anchor is not None]
     here = coordinate(relation, dense, parameters, sparsity)
     if anchors:
-        expected = spread.near_anchors(family, anchors, here)
+        expected = spread.near_anchors(family, anchors, here, _exponent(relation, parameters))
     else:  # the measured slices lost nothing: as little is known as without them
         expected = dataclasses.replace(spread.of_new_model(family, None, here), mean=0.0)
     low, high = interval(relation, dense, parameters, sparsity, _far_out(relation, expected, sparsity))
@@ -197,9 +205,13 @@ def shifted(prediction: Prediction, dense: Dense, shift: Shift) -> Prediction:
     return dataclasses.replace(prediction, value=value, low=min(low, value), high=max(min(high, ceiling), value))
 
 
+def _exponent(relation: Relation, parameters: Sequence[float]) -> float:
+    return parameters[-1] if relation.has_prior else 1.0
+
+
 def _far_out(relation: Relation, expected: Deviation, sparsity: float) -> Deviation:
     """Return what to expect beyond the well-known range, where the losses of models go apart."""
-    if relation.quantity != "perplexity" or sparsity <= WELL_KNOWN:
+    if relation.quantity != "perplexity" or relation.has_prior or sparsity <= WELL_KNOWN:
         return expected
     beyond = DEVIATION_BEYOND * math.log(sparsity / WELL_KNOWN)
     return dataclasses.replace(expected, deviation=math.hypot(expected.deviation, beyond))

@@ -190,6 +190,7 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
             math.log(figure) if quantity == "perplexity" else figure,
             chance_level(evaluation) if quantity == "accuracy" else None,
             _lookup(known) if has_ratios else None,
+            ceiling=math.log(rows[0].vocabulary) if quantity == "perplexity" else None,
         )
         by_sparsity: dict[float, list[float]] = defaultdict(list)
         for row in rows:
