@@ -58,4 +58,11 @@ def learn_prior(relation: Relation, series: Sequence[Series], is_for_other_text:
     variance = float(left @ left) / (count - 2) * (1 + 2 / count)
     if is_for_other_text:
         variance *= 2  # texts may differ as much as models do
-    return Prior(float(exponents.mean()), math.sqrt(variance), tilt, float(levels.mean()), count - 2)
+    return Prior(
+        exponent=float(exponents.mean()),
+        deviation=math.sqrt(variance),
+        tilt=tilt,
+        level=float(levels.mean()),
+        level_deviation=float(levels.std(ddof=1)),
+        degrees=count - 2,
+    )

@@ -42,6 +42,7 @@ __all__ = [
 
 USUAL_EXPONENT = 1.5
 USUAL_DEVIATION = 1.0
+LEAST_EXPONENT = 0.1
 REFERENCE = 0.25  # the s at which losses are compared: the middle of what is published
 LARGEST_LOGARITHM = 700.0  # whose exp is still a float
 TOLERANCE = 1e-12  # of searched parameters
@@ -82,6 +83,7 @@ class Prior:
         deviation: Standard deviation about the line.
         tilt: Slope of the line over the level, ln(D / ln PPL0) at `REFERENCE`.
         level: The usual level.
+        level_deviation: Standard deviation of levels about it.
         degrees: Degrees of freedom of the deviation.
     """
 
@@ -89,10 +91,15 @@ class Prior:
     deviation: float
     tilt: float = 0.0
     level: float = 0.0
+    level_deviation: float = math.inf
     degrees: int = 2
 
     def at(self, loss: float, dense: Dense) -> float:
         """Return the exponent that goes with ln D at the reference."""
+        return max(self.line(loss, dense), LEAST_EXPONENT)
+
+    def line(self, loss: float, dense: Dense) -> float:
+        """Return the same as far as the line goes, beyond all exponents too."""
         return self.exponent + self.tilt * (loss - math.log(dense.value) - self.level)
 
 
@@ -186,14 +193,18 @@ def _free_exponent(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
         prior = prior or Prior(USUAL_EXPONENT, USUAL_DEVIATION)
         middle = math.log(shape(REFERENCE))
         damages = np.array([max(value - dense.value, LEAST_DAMAGE) for _, value in points])
-        # a straight line through ln D against ln φ; a small D is known less well on this scale. The last row is the
-        # prior: the slope is near another line, over the level
+        # a straight line through ln D against ln φ; a small D is known less well on this scale. The last rows are the
+        # prior: of the slope, which is near another line over the level, and of the level
         rows = [(1.0, math.log(shape(sparsity)) - middle) for sparsity, _ in points]
-        places = np.array([*rows, (-prior.tilt, 1.0)])
-        values = np.append(np.log(damages), prior.at(0.0, dense))
-        variances = np.append(RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2, max(prior.deviation, 1e-3) ** 2)
-        weighted = places / variances[:, None]
+        places = np.array([*rows, (-prior.tilt, 1.0), (1.0, 0.0)])
+        values = np.array([*np.log(damages), prior.line(0.0, dense), prior.level + math.log(dense.value)])
+        variances = RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2
+        weights = 1 / np.array([*variances, max(prior.deviation, 1e-3) ** 2, prior.level_deviation**2])
+        weighted = places * weights[:, None]
         level, exponent = np.linalg.solve(weighted.T @ places, weighted.T @ values)
+        if exponent < LEAST_EXPONENT:  # whatever is removed, more costs more
+            exponent, count = LEAST_EXPONENT, len(points)
+            level = weights[:count] @ (values[:count] - exponent * places[:count, 1]) / weights[:count].sum()
         return (math.exp(level - exponent * middle), float(exponent))
 
     return predict, fit
