@@ -149,9 +149,7 @@ def lines_for(quantity, knows, largest=1.0):
 
 
 def rows_for(name, quantity, knows):
-    return next(
-        check.rows for check in all_checks(quantity) if (check.relation.name, check.knows) == (name, knows)
-    )
+    return next(check.rows for check in all_checks(quantity) if (check.relation.name, check.knows) == (name, knows))
 
 
 @pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])

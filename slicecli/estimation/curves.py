@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from slicecli.errors import RequestError
-from slicecli.estimation.intervals import Prediction, predict_fitted, spread_of
+from slicecli.estimation.intervals import Prediction, possible, predict_fitted, spread_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.relations import (
     LARGEST_LOGARITHM,
@@ -157,7 +157,13 @@ class Curve:
                         sparsity=point.sparsity,
                         value=quoted(point.value),
                         stderr=quoted_error(point.value, point.stderr, series.quantity),
-                        fitted=quoted(relation.predict(point.sparsity, series.dense, self.parameters)),
+                        fitted=quoted(
+                            possible(
+                                series.quantity,
+                                series.dense,
+                                relation.predict(point.sparsity, series.dense, self.parameters),
+                            )
+                        ),
                     )
                     for point in series.points
                 ],

@@ -23,6 +23,7 @@ __all__ = ["learn_prior", "loss_at_reference", "with_loss"]
 FEWEST_FOR_TILT = 4  # models and texts; with fewer, the exponent is taken to be the same for all
 FEWEST_POINTS = 3
 USUAL_DEVIATION = 0.3
+LEVEL_DEVIATIONS = 3  # wide, so that the level is the points' own where they tell it
 
 
 def loss_at_reference(relation: Relation, dense: Dense, parameters: Sequence[float]) -> float:
@@ -63,6 +64,6 @@ def learn_prior(relation: Relation, series: Sequence[Series], is_for_other_text:
         deviation=math.sqrt(variance),
         tilt=tilt,
         level=float(levels.mean()),
-        level_deviation=float(levels.std(ddof=1)),
+        level_deviation=LEVEL_DEVIATIONS * float(levels.std(ddof=1)),
         degrees=count - 2,
     )

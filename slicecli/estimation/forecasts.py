@@ -118,6 +118,7 @@ class ForecastInputs:
         dense_accuracies: Of the dense model by task, between 0 and 1; others are looked for.
         chances: Chance levels by task; others are looked up.
         measured: Perplexity of slices on the text, by dim.
+        measured_accuracies: Accuracy of slices, between 0 and 1, by task and dim.
         relation: Name of the relation to predict by; `None` takes the default, or the best by leave-one-out.
         curve: File, or Hub id or folder of a slice, with fitted curves.
     """
@@ -129,6 +130,7 @@ class ForecastInputs:
     dense_accuracies: Mapping[str, float] = field(default_factory=dict)
     chances: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[int, float] = field(default_factory=dict)
+    measured_accuracies: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     relation: str | None = None
     curve: str | None = None
     spectrum: Path | None = None
@@ -154,12 +156,25 @@ class ForecastInputs:
                     f"This model cannot have a slice of dim {dim} with a perplexity of {value:g}.",
                     f"Use a dim below {hidden_size} and a perplexity above 1.",
                 )
+        for task, by_dim in self.measured_accuracies.items():
+            for dim, value in by_dim.items():
+                if not 0 < dim < hidden_size or not 0 <= value <= 1:
+                    raise RequestError(
+                        f"This model cannot have a slice of dim {dim} with an accuracy of {value:g} on {task}.",
+                        f"Use a dim below {hidden_size} and an accuracy between 0 and 1.",
+                    )
         if self.relation is not None:
             check_relation(self.relation)
-        if self.curve is not None and (self.measured or self.relation is not None or self.spectrum is not None):
+        if self.curve is not None and (self.has_slices or self.relation is not None or self.spectrum is not None):
             raise RequestError(
-                "A curve already has a relation and points.", "Leave out --relation, --measured and --spectrum."
+                "A curve already has a relation and points.",
+                "Leave out --relation, --measured, --measured-accuracy and --spectrum.",
             )
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether slices are measured."""
+        return bool(self.measured or self.measured_accuracies)
 
 
 def _names(quantity: Quantity) -> list[str]:
@@ -187,8 +202,16 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
         # what is lost on another text than the calibration's says nothing of tasks
         first = _forecast_perplexity(source, dimensions, family, method, replace(knowledge, calibration=text))
     name = knowledge.relation if knowledge.relation in _names("accuracy") else None
-    for task, figure in accuracies(source.folder, source.name, knowledge.dense_accuracies).items():
-        if ("accuracy", task) not in known:
+    dense_accuracies = accuracies(source.folder, source.name, knowledge.dense_accuracies)
+    for task in knowledge.measured_accuracies:
+        if task not in dense_accuracies:
+            raise RequestError(
+                f"Measured slices require the dense accuracy on {task}.", f"Pass --dense-accuracy {task}=A."
+            )
+    for task, figure in dense_accuracies.items():
+        if task in knowledge.measured_accuracies:
+            forecasts.append(_forecast_accuracy(source, dimensions, kind, method, knowledge, task, figure, name, first))
+        elif ("accuracy", task) not in known:
             chance = knowledge.chances.get(task)
             found = forecast_new("accuracy", task, figure, kind, method, name, chance, first, parameters=parameters)
             forecasts.append(found)
@@ -229,21 +252,53 @@ def _forecast_perplexity(
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
-    points = tuple(
-        Point(1 - dim / hidden_size, math.log(value), None, dim)
-        for dim, value in sorted(knowledge.measured.items(), reverse=True)
-    )
+    points = _points({dim: math.log(value) for dim, value in knowledge.measured.items()}, hidden_size)
     dense = Dense(math.log(figure.value), **_measured_on_dense(spectrum), ceiling=math.log(dimensions.vocabulary))
     series = Series(source.name, family, method, knowledge.calibration, "perplexity", text, dense, points)
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value < dense.value]
-    if not better:
-        return found
-    note = (
-        f"The perplexity passed for dim {', '.join(map(str, better))} is below the dense one; check that both are of "
-        "the same text."
+    return _with_warning(found, better, "The perplexity passed for dim {} is below", "of the same text")
+
+
+def _forecast_accuracy(
+    source: Source,
+    dimensions: Dimensions,
+    kind: str,
+    method: Method,
+    knowledge: ForecastInputs,
+    task: str,
+    figure: Figure,
+    name: str | None,
+    perplexity: Forecast | None,
+) -> Forecast:
+    """Return the forecast of an accuracy of which slices are measured."""
+    chance = knowledge.chances.get(task)
+    points = _points(knowledge.measured_accuracies[task], dimensions.hidden_size)
+    dense = Dense(
+        figure.value,
+        chance_level(task) if chance is None else chance,
+        None if perplexity is None else _log_ratio(perplexity),
     )
-    return replace(found, notes=(*found.notes, note))
+    series = Series(source.name, kind, method, knowledge.calibration, "accuracy", task, dense, points)
+    found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
+    better = [point.dim for point in points if point.value > dense.value]
+    warned = _with_warning(found, better, f"The accuracy on {task} passed for dim {{}} is above", "measured alike")
+    return replace(warned, notes=(*warned.notes, *_chance_note(task, dense.chance)))
+
+
+def _points(measured: Mapping[int, float], hidden_size: int) -> tuple[Point, ...]:
+    """Return measured slices from the widest on, of figures on the scale of fits."""
+    return tuple(
+        Point(1 - dim / hidden_size, value, None, dim) for dim, value in sorted(measured.items(), reverse=True)
+    )
+
+
+def _with_warning(forecast: Forecast, dims: Sequence[int | None], what: str, alike: str) -> Forecast:
+    """Return a forecast with a note where measured slices are better than the dense model."""
+    if not dims:
+        return forecast
+    note = f"{what.format(', '.join(map(str, dims)))} the dense one; check that both are {alike}."
+    return replace(forecast, notes=(*forecast.notes, note))
 
 
 def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> int:
@@ -371,9 +426,15 @@ def _new_notes(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
             "from three models calibrated on wikitext2 and measured on c4."
         )
-    if quantity == "accuracy" and chance is None:
-        notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")
+    if quantity == "accuracy":
+        notes += _chance_note(evaluation, chance)
     return notes
+
+
+def _chance_note(task: str, chance: float | None) -> list[str]:
+    if chance is not None:
+        return []
+    return [f"The chance level of {task} is unknown and taken as 0; pass --chance {task}=H."]
 
 
 def _refit_note(is_centred: bool) -> str:
@@ -430,7 +491,7 @@ def _known_curves(source: Source, method: str, knowledge: ForecastInputs) -> tup
     """Return the curves to predict by and where they are from: those asked for, else those of a slice that was."""
     if knowledge.curve is not None:
         return _read_curve(knowledge.curve, source)
-    if knowledge.relation is not None or knowledge.measured or knowledge.spectrum is not None:
+    if knowledge.relation is not None or knowledge.has_slices or knowledge.spectrum is not None:
         return None
     content = (read_record(source.folder) or {}).get("curve")
     own = [] if content is None else [one for one in read_curves(content) if one.series.method == method]

@@ -28,6 +28,7 @@ from slicecli.estimation.spread import (
     interval,
     learn_domain_shift,
     learn_spread,
+    worst_accuracy,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "calibration_shift",
     "domain_shift_of",
     "known_range",
+    "possible",
     "predict_fitted",
     "predict_new",
     "refit_shift_of",
@@ -151,7 +153,7 @@ def predict_new(
     """
     relation = spread.relation
     typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shifts))
-    value = _possible(relation.quantity, dense, typical)
+    value = possible(relation.quantity, dense, typical)
     base = spread.base(dense, family, size, shifts)
     place = coordinate(relation, dense, base, sparsity)
     expected = spread.of_new_model(family, size, place, shifts, _exponent(relation, base))
@@ -174,7 +176,7 @@ def predict_fitted(
 ) -> Prediction:
     """Predict for a model with measured slices, to which the relation was fitted."""
     relation = spread.relation
-    value = _possible(relation.quantity, dense, relation.predict(sparsity, dense, parameters))
+    value = possible(relation.quantity, dense, relation.predict(sparsity, dense, parameters))
     found = [deviation(relation, dense, parameters, point) for point in points]
     anchors = [anchor for anchor in found if anchor is not None]
     here = coordinate(relation, dense, parameters, sparsity)
@@ -222,8 +224,8 @@ def _nearer(dense: Dense, high: float) -> float:
     return dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)
 
 
-def _possible(quantity: Quantity, dense: Dense, value: float) -> float:
+def possible(quantity: Quantity, dense: Dense, value: float) -> float:
     """Return the nearest figure that can be: no perplexity beyond that of a uniform guess, no accuracy below chance."""
     if quantity == "perplexity":
         return value if dense.ceiling is None else min(value, dense.ceiling)
-    return max(value, min(dense.chance or 0.0, dense.value))
+    return max(value, worst_accuracy(dense))

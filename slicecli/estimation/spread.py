@@ -47,6 +47,7 @@ __all__ = [
     "learn_domain_shift",
     "learn_spread",
     "shared_fit",
+    "worst_accuracy",
 ]
 
 CONFIDENCE = 0.9
@@ -394,9 +395,14 @@ def interval(
     )
     if relation.quantity == "accuracy":
         middle, half = (low + high) / 2, math.hypot((high - low) / 2, floor)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return max(middle - half, worst_accuracy(dense)), min(max(middle + half, worst_accuracy(dense)), 1.0)
     ceiling = math.inf if dense.ceiling is None else dense.ceiling
     return min(max(low - floor, dense.value), ceiling), min(high + floor, ceiling)
+
+
+def worst_accuracy(dense: Dense) -> float:
+    """Return the least accuracy that is predicted: that of a guess, unless the dense model is below it already."""
+    return min(dense.chance or 0.0, dense.value)
 
 
 def learn_spread(relation: Relation, series: Sequence[Series], others: Sequence[Series] = ()) -> Spread:

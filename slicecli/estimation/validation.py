@@ -93,9 +93,7 @@ def _uses(quantity: Quantity, knows: ForecastInputs) -> tuple[str, ...]:
     return (OTHER_TEXT, "spread") if knows.startswith("other text") else ("spread", OTHER_TEXT)
 
 
-def _rows(
-    relation: Relation, usable: Sequence[Series], more: Sequence[Series], knows: ForecastInputs
-) -> Iterator[Row]:
+def _rows(relation: Relation, usable: Sequence[Series], more: Sequence[Series], knows: ForecastInputs) -> Iterator[Row]:
     """Yield the predictions of all points.
 
     Args:
