@@ -88,7 +88,7 @@ class Usual:
 
 # of ln D. Few models may be alike by chance; with these, left-out models and families are predicted best, and their
 # points lie in the intervals nine times in ten (tried: docs/relations.md)
-USUAL_PUBLISHED = Usual(0.03, 6, 0.03, 4, 0.7, 4)
+USUAL_PUBLISHED = Usual(0.02, 6, 0.02, 4, 0.7, 4)
 USUAL_STUDY = Usual(0.12, 4)  # of the small models, which are one family; their sizes are not told apart
 # of the share of what is better than chance; the models with accuracies are too few to tell families and sizes apart
 USUAL_ACCURACY = Usual(0.03, 4)
@@ -202,6 +202,9 @@ class VarianceComponent:
         covariance = np.linalg.inv(places.T @ places / self.model_variance + np.diag(1 / prior))
         fitted = covariance @ (places.T @ values) / self.model_variance
         variance = float(here @ covariance @ here) + self.model_variance
+        # beyond its sizes a family may change as any family does, whatever its own trend was
+        beyond = max(places[:, 1].min() - here[1], here[1] - places[:, 1].max(), 0.0)
+        variance += max(float(prior[1] - covariance[1, 1]), 0.0) * float(beyond) ** 2
         return self.mean + float(here @ fitted), variance, float(max(self.degrees, FEWEST_DEGREES))
 
     def _place(self, size: float | None) -> float:
