@@ -353,7 +353,17 @@ def test_the_validation_is_drawn_and_printed(run, tmp_path):
             assert f"{line['coverage']:.1%}" in result.stdout
     assert "Add --validate" in refused(run("relations", "--plot", tmp_path / "x.png"))
     names = {one["name"] for one in json.loads(run("relations", "--format", "json").stdout)}
-    assert {"paper", "power", "odds", "exponent", "free-power", "free-odds", "linear", "decay", "from-perplexity"} <= names
+    assert {
+        "paper",
+        "power",
+        "odds",
+        "exponent",
+        "free-power",
+        "free-odds",
+        "linear",
+        "decay",
+        "from-perplexity",
+    } <= names
 
 
 # results files and curves

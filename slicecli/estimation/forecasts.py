@@ -27,7 +27,9 @@ from slicecli.estimation.intervals import (
     domain_shift_of,
     known_range,
     predict_new,
+    published_calibration_shift,
     refit_shift_of,
+    refit_shift_with_text,
     shifted,
     spread_of,
 )
@@ -231,9 +233,10 @@ def _forecast_perplexity(
         if figure is None:
             return None
         is_other_text = text != knowledge.calibration
+        tokens = _calibration_tokens(dimensions, knowledge)
         own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
         if own is not None and own.evaluation == text:
-            return _forecast_by_published(own, figure, method, dimensions)
+            return _forecast_by_published(own, figure, method, dimensions, tokens)
         if spectrum is not None:
             name = name or ("fisher" if spectrum.probe is None else "probe")
         return forecast_new(
@@ -248,7 +251,8 @@ def _forecast_perplexity(
             parameters=dimensions.parameters(),
             vocabulary=dimensions.vocabulary,
             is_centred=dimensions.adapter.norm.is_centred,
-            tokens_per_unknown=_calibration_tokens(dimensions, knowledge) / dimensions.largest_regression(),
+            tokens_per_unknown=tokens / dimensions.largest_regression(),
+            tokens_per_coordinate=tokens / hidden_size,
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
@@ -307,21 +311,28 @@ def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> in
     return USUAL_SAMPLES * default_length(dimensions.context_length)
 
 
-def _forecast_by_published(own: Series, figure: Figure, method: Method, dimensions: Dimensions) -> Forecast:
-    """Return the forecast of a model whose slices are published, about the dense figure that is known."""
+def _forecast_by_published(
+    own: Series, figure: Figure, method: Method, dimensions: Dimensions, tokens: int
+) -> Forecast:
+    """Return the forecast of a model whose slices are published, about the dense figure that is known.
+
+    Args:
+        tokens: Calibration tokens of the slices that are wanted.
+    """
     level = math.log(figure.value)
     points = tuple(replace(one, value=level + one.value - own.dense.value) for one in own.points)
     series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(dimensions.vocabulary)), points=points)
     found = forecast_by_curve(fit_curve(series), "published for this model", figure.source)
-    if method != "refit":
-        return found
-
-    is_centred = dimensions.adapter.norm.is_centred
-    shift = refit_shift_of(is_centred)
+    is_refit, is_centred = method == "refit", dimensions.adapter.norm.is_centred
+    if is_refit:
+        shift = refit_shift_with_text(is_centred, tokens / dimensions.largest_regression())
+    else:
+        shift = published_calibration_shift(tokens / dimensions.hidden_size)
+    from_own = replace(shift, mean=shift.mean - published_calibration_shift(own.tokens_per_coordinate).mean)
     return replace(
         found,
-        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, shift),
-        notes=(_refit_note(is_centred),),
+        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, from_own),
+        notes=(_refit_note(is_centred),) if is_refit else (),
     )
 
 
@@ -340,6 +351,7 @@ def forecast_new(
     vocabulary: int | None = None,
     is_centred: bool = False,
     tokens_per_unknown: float = math.inf,
+    tokens_per_coordinate: float = math.inf,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -366,7 +378,12 @@ def forecast_new(
         shifts.append(calibration_shift(tokens_per_unknown))
     is_refit_of_published = method == "refit" and not chosen.is_by_weight and quantity == "perplexity"
     if is_refit_of_published and chosen.parameters:
-        shifts.append(refit_shift_of(is_centred))
+        # of other texts only slices with one amount of calibration text are published
+        shifts.append(
+            refit_shift_of(is_centred) if is_other_text else refit_shift_with_text(is_centred, tokens_per_unknown)
+        )
+    elif quantity == "perplexity" and not chosen.is_by_weight and not is_other_text:
+        shifts.append(published_calibration_shift(tokens_per_coordinate))
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,

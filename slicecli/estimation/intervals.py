@@ -28,6 +28,7 @@ from slicecli.estimation.spread import (
     interval,
     learn_domain_shift,
     learn_spread,
+    little_text_excess,
     worst_accuracy,
 )
 
@@ -41,7 +42,9 @@ __all__ = [
     "possible",
     "predict_fitted",
     "predict_new",
+    "published_calibration_shift",
     "refit_shift_of",
+    "refit_shift_with_text",
     "shifted",
     "spread_of",
 ]
@@ -55,6 +58,7 @@ ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
 WELL_KNOWN = 0.31
 DEVIATION_BEYOND = 0.4  # of ln D, for each unit of ln s
 STUDY_TOKENS = 100.0  # calibration tokens per unknown of the models of the study, about
+STUDY_TOKENS_PER_COORDINATE = 300.0
 ERROR_OF_FACTOR = 0.3  # of its logarithm
 # accuracies of slices by the refit are not published: their intervals reach up to half of the loss
 REFIT_SHARE = 0.5
@@ -128,6 +132,19 @@ def calibration_shift(tokens_per_unknown: float) -> Shift:
     """
     mean = math.log1p(6 / (tokens_per_unknown + 5)) - math.log1p(6 / (STUDY_TOKENS + 5))
     return Shift(mean, (ERROR_OF_FACTOR * mean) ** 2, math.inf)
+
+
+def published_calibration_shift(tokens_per_coordinate: float) -> Shift:
+    """Return how much more a slice by the published method loses with its calibration text than with endless text."""
+    return Shift(little_text_excess(tokens_per_coordinate), 0.0, math.inf)
+
+
+def refit_shift_with_text(is_centred: bool, tokens_per_unknown: float) -> Shift:
+    """Return how a refit with some calibration text differs from a published slice with endless text."""
+    ratio = refit_shift_of(is_centred)
+    text = calibration_shift(tokens_per_unknown)
+    mean = ratio.mean + little_text_excess(STUDY_TOKENS_PER_COORDINATE) + text.mean
+    return dataclasses.replace(ratio, mean=mean, variance=ratio.variance + text.variance)
 
 
 @functools.cache

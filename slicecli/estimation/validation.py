@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from slicecli.errors import RequestError
-from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new
+from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new, published_calibration_shift
 from slicecli.estimation.measurements import OTHER_TEXT, Series, published_series
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
@@ -110,8 +110,11 @@ def _rows(relation: Relation, usable: Sequence[Series], more: Sequence[Series], 
         spread = learn_spread(relation, known, known_more)
         for one in own:
             if not knows.endswith("one slice"):
+                shifts = (
+                    () if relation.quantity == "accuracy" else (published_calibration_shift(one.tokens_per_coordinate),)
+                )
                 for point in one.points:
-                    expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity)
+                    expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity, shifts)
                     yield Row(one, point.sparsity, point.value, expected)
                 continue
             anchor = next((point for point in one.points if abs(point.sparsity - ANCHOR) <= ANCHOR_RANGE), None)
