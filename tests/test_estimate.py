@@ -194,6 +194,17 @@ def test_another_text_than_that_of_the_calibration_costs_more(estimate):
     assert other["high"] > own["high"]
 
 
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+def test_more_calibration_text_loses_less(estimate, method):
+    words = ["--dim", "3072", "--dense-perplexity", "8", "--method", method]
+    values = [
+        estimate(*words, "--samples", str(samples))["estimates"][0]["perplexity"]["value"]
+        for samples in (16, 128, 1024)
+    ]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 1.05 * values[2]
+
+
 def test_nothing_is_predicted_silently(run, llama, estimate):
     result = run("estimate", llama, "--dim", "3072")
     assert "Quality cannot be predicted" in result.stderr
