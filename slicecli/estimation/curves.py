@@ -291,7 +291,9 @@ def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> 
     """Return the relation to take, and why."""
     if name is not None:
         return fitted[0], "asked for"
-    if len(series.points) < ENOUGH_TO_COMPARE:
+    # what is best on published slices is not made for slices that are better than the dense model
+    loses = series.quantity != "perplexity" or all(point.value > series.dense.value for point in series.points)
+    if len(series.points) == 1 or (loses and len(series.points) < ENOUGH_TO_COMPARE):
         usual = ONE_POINT_RELATION[series.quantity]
         chosen = next((one for one in fitted if one.relation == usual), fitted[0])
         count = len(series.points)

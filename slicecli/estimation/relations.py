@@ -201,10 +201,10 @@ def _free_exponent(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
         variances = RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2
         weights = 1 / np.array([*variances, max(prior.deviation, 1e-3) ** 2, prior.level_deviation**2])
         weighted = places * weights[:, None]
-        level, exponent = np.linalg.solve(weighted.T @ places, weighted.T @ values)
-        if exponent < LEAST_EXPONENT:  # whatever is removed, more costs more
-            exponent, count = LEAST_EXPONENT, len(points)
-            level = weights[:count] @ (values[:count] - exponent * places[:count, 1]) / weights[:count].sum()
+        _, exponent = np.linalg.solve(weighted.T @ places, weighted.T @ values)
+        exponent, count = max(exponent, LEAST_EXPONENT), len(points)  # whatever is removed, more costs more
+        # through the points, whatever the prior says of the level
+        level = weights[:count] @ (values[:count] - exponent * places[:count, 1]) / weights[:count].sum()
         return (math.exp(level - exponent * middle), float(exponent))
 
     return predict, fit

@@ -334,7 +334,8 @@ class Spread:
         prior_degrees = PRIOR_DEGREES[self.relation.quantity]
         noise, degrees = self.noise_variance, float(prior_degrees)
         line, covariance = _line(anchors, noise, slope_precision)
-        spare = len(anchors) - max(1, len(self.relation.parameters))
+        # where there is a prior of the slope, one point is enough for the rest
+        spare = len(anchors) - (1 if self.prior is not None else max(1, len(self.relation.parameters)))
         if spare > 0:
             # a point that is measured badly says less of the noise
             squares = sum((z - line[0] - line[1] * x) ** 2 * noise / (noise + measured) for x, z, measured in anchors)
