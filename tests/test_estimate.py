@@ -194,6 +194,17 @@ def test_another_text_than_that_of_the_calibration_costs_more(estimate):
     assert other["high"] > own["high"]
 
 
+@pytest.mark.parametrize("method", ["refit", "slicegpt"])
+def test_more_calibration_text_loses_less(estimate, method):
+    words = ["--dim", "3072", "--dense-perplexity", "8", "--method", method]
+    values = [
+        estimate(*words, "--samples", str(samples))["estimates"][0]["perplexity"]["value"]
+        for samples in (16, 128, 1024)
+    ]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 1.05 * values[2]
+
+
 def test_nothing_is_predicted_silently(run, llama, estimate):
     result = run("estimate", llama, "--dim", "3072")
     assert "Quality cannot be predicted" in result.stderr
@@ -353,7 +364,17 @@ def test_the_validation_is_drawn_and_printed(run, tmp_path):
             assert f"{line['coverage']:.1%}" in result.stdout
     assert "Add --validate" in refused(run("relations", "--plot", tmp_path / "x.png"))
     names = {one["name"] for one in json.loads(run("relations", "--format", "json").stdout)}
-    assert {"paper", "power", "odds", "exponent", "free-power", "linear", "decay", "from-perplexity"} <= names
+    assert {
+        "paper",
+        "power",
+        "odds",
+        "exponent",
+        "free-power",
+        "free-odds",
+        "linear",
+        "decay",
+        "from-perplexity",
+    } <= names
 
 
 # results files and curves
@@ -506,6 +527,42 @@ def test_the_table_is_readable_in_a_narrow_terminal(run, llama):
     tables = [line.rstrip() for line in printed.splitlines() if line.startswith("  ")]
     assert max(len(line) for line in tables) <= 80
     assert re.search(r"3072 +0\.250 +6,022,695,936", printed)
+
+
+def test_a_measured_accuracy_is_what_the_curve_goes_through(estimate):
+    words = ["--dim", "3072,2880", "--dense-accuracy", "piqa=0.81", "--dense-accuracy", "arc_easy=0.8"]
+    free = estimate(*words)["estimates"]
+    known = estimate(*words, "--measured-accuracy", "piqa:3072=0.60")["estimates"]
+    assert known[0]["accuracy"]["piqa"]["value"] == pytest.approx(0.60, abs=1e-4)
+    assert known[1]["accuracy"]["piqa"]["value"] < 0.60 < free[1]["accuracy"]["piqa"]["value"]
+    width, usual = (one[1]["accuracy"]["piqa"]["high"] - one[1]["accuracy"]["piqa"]["low"] for one in (known, free))
+    assert width < 0.12 < usual
+    assert known[1]["accuracy"]["arc_easy"] == free[1]["accuracy"]["arc_easy"]
+
+
+def test_an_accuracy_above_the_dense_one_is_said(run, llama):
+    words = ["--dim", "3072", "--dense-accuracy", "piqa=0.7", "--measured-accuracy", "piqa:3584=0.72"]
+    assert "piqa passed for dim 3584 is above the dense one" in run("estimate", llama, *words).stderr
+
+
+def test_nothing_is_predicted_below_chance(estimate):
+    words = ["--dim", "3072,1024", "--dense-accuracy", "piqa=0.55", "--measured-accuracy", "piqa:3584=0.49"]
+    for words_for in (words, words[:4]):
+        for one in estimate(*words_for)["estimates"]:
+            assert 0.5 <= one["accuracy"]["piqa"]["low"] <= one["accuracy"]["piqa"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--measured-accuracy", "piqa:3072=0.6"], "Pass --dense-accuracy piqa=A"),
+        (["--dense-accuracy", "piqa=0.8", "--measured-accuracy", "piqa=0.6"], "Write piqa:3072=0.69"),
+        (["--dense-accuracy", "piqa=0.8", "--measured-accuracy", "piqa:3072=60"], "between 0 and 1"),
+        (["--dense-accuracy", "piqa=0.8", "--measured-accuracy", "piqa:9000=0.6"], "below 4096"),
+    ],
+)
+def test_measured_accuracies_that_cannot_be_are_refused(run, llama, words, message):
+    assert message in refused(run("estimate", llama, "--dim", "3072", *words))
 
 
 def test_knowledge_is_checked():

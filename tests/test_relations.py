@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
+from collections import defaultdict
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from slicecli.errors import PluginError, RequestError
 from slicecli.estimation.curves import ONE_POINT_RELATION, fit_curve, leave_one_out, restore_curve
+from slicecli.estimation.exponents import loss_at_reference
 from slicecli.estimation.intervals import (
     DEFAULT_RELATION,
     predict_fitted,
@@ -23,7 +27,7 @@ from slicecli.estimation.intervals import (
 from slicecli.estimation.measurements import Point, Series, published_figure, published_rows, published_series
 from slicecli.estimation.relations import BUILT_IN, Dense, Prior, Relation, relation_named
 from slicecli.estimation.results import read_curves
-from slicecli.estimation.spread import CONFIDENCE, Deviation, learn_spread
+from slicecli.estimation.spread import CONFIDENCE, Deviation, learn_spread, little_text_excess
 from slicecli.estimation.validation import check_relations, summary
 from slicecli.family import hookspecs
 from slicecli.record import schema
@@ -63,7 +67,7 @@ def series_from(relation, sparsities=SPARSITIES, noise=0.0, seed=0, family="llam
 def test_a_fit_finds_the_parameters_that_made_the_points(relation):
     found = relation.fit(exact_points(relation), dense_for(relation), None)
     if relation.has_prior:  # it weighs the usual exponent against the points
-        found = relation.fit(exact_points(relation), dense_for(relation), Prior((1.0, 1.0), (10.0, 100.0)))
+        found = relation.fit(exact_points(relation), dense_for(relation), Prior(1.0, 100.0))
     assert found == pytest.approx([TRUE[name] for name in relation.parameters], rel=1e-4)
 
 
@@ -98,10 +102,27 @@ def test_the_papers_relation_is_what_the_paper_says():
 
 def test_one_point_fixes_the_scale_and_the_prior_the_exponent():
     relation = relation_named("free-power", "perplexity")
-    prior = Prior((9.9, 1.9), (9.9, 0.2))
-    scale, exponent = relation.fit([(0.2, PERPLEXITY.value + 0.5)], PERPLEXITY, prior)
+    scale, exponent = relation.fit([(0.2, PERPLEXITY.value + 0.5)], PERPLEXITY, Prior(1.9, 0.2))
     assert exponent == pytest.approx(1.9)
     assert scale * 0.2**1.9 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["free-power", "free-odds"])
+def test_what_loses_more_grows_more_slowly(name):
+    relation = relation_named(name, "perplexity")
+    prior = spread_of(name, "perplexity", "slicegpt").prior
+    losses = (0.01, 0.1, 0.5, 2.0, 8.0)
+    exponents = [relation.fit([(0.2, PERPLEXITY.value + loss)], PERPLEXITY, prior)[1] for loss in losses]
+    assert exponents == sorted(exponents, reverse=True)
+    assert exponents[-1] > 0
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.75, 0.8, 0.9, 0.99])
+def test_one_slice_of_any_width_goes_through_its_point(sparsity):
+    relation = relation_named("free-odds", "perplexity")
+    prior = spread_of("free-odds", "perplexity", "slicegpt").prior
+    parameters = relation.fit([(sparsity, PERPLEXITY.value + 2.0)], PERPLEXITY, prior)
+    assert relation.predict(sparsity, PERPLEXITY, parameters) == pytest.approx(PERPLEXITY.value + 2.0)
 
 
 # the published measurements
@@ -122,20 +143,39 @@ def test_every_published_row_has_a_source_and_a_use():
     assert published_figure("nobody/nothing", "perplexity", "wikitext2") is None
 
 
+all_checks = functools.cache(check_relations)
+
+
 def lines_for(quantity, knows, largest=1.0):
-    lines = summary([check for check in check_relations(quantity, largest) if check.knows == knows])
+    lines = summary([check for check in all_checks(quantity, largest) if check.knows == knows])
     return {line["relation"]: line for line in lines if line["family"] == "all"}
 
 
-def test_one_slice_predicts_the_others_within_three_percent():
-    lines = lines_for("perplexity", "one slice", 0.31)
-    usual = lines[ONE_POINT_RELATION["perplexity"]]
-    assert usual["mean_error"] <= 0.03
-    assert usual["mean_error"] == min(line["mean_error"] for line in lines.values())
-    accuracy = lines_for("accuracy", "one slice")
-    assert accuracy[ONE_POINT_RELATION["accuracy"]]["mean_error"] == min(
-        line["mean_error"] for line in accuracy.values()
-    )
+def rows_for(name, quantity, knows):
+    return next(check.rows for check in all_checks(quantity) if (check.relation.name, check.knows) == (name, knows))
+
+
+@pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
+def test_the_relation_for_one_slice_predicts_the_others_best(quantity):
+    errors = {name: line["mean_error"] for name, line in lines_for(quantity, "one slice").items()}
+    assert min(errors, key=errors.get) == ONE_POINT_RELATION[quantity]
+
+
+def test_one_slice_predicts_the_others_within_a_percent_and_a_half():
+    rows = rows_for(ONE_POINT_RELATION["perplexity"], "perplexity", "one slice")
+    near = [row.error for row in rows if row.sparsity <= 0.31]
+    assert sum(near) / len(near) <= 0.015
+
+
+def test_one_slice_predicts_half_of_the_hidden_size():
+    far = [row for row in rows_for(ONE_POINT_RELATION["perplexity"], "perplexity", "one slice") if row.sparsity > 0.31]
+    assert sum(row.error for row in far) / len(far) <= 0.12
+    assert all(row.is_covered for row in far)
+
+
+def test_accuracies_are_predicted_within_four_points():
+    rows = rows_for(DEFAULT_RELATION["accuracy"], "accuracy", "other models")
+    assert sum(row.error for row in rows) / len(rows) <= 0.04
 
 
 @pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
@@ -147,7 +187,7 @@ def test_intervals_hold_nine_tenths_of_the_points_of_models_left_out(quantity, k
 
 @pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
 def test_the_default_does_best_on_models_that_are_left_out(quantity):
-    errors = {name: line["mean_error"] for name, line in lines_for(quantity, "other models", 0.31).items()}
+    errors = {name: line["mean_error"] for name, line in lines_for(quantity, "other models").items()}
     assert min(errors, key=errors.get) == DEFAULT_RELATION[quantity]
 
 
@@ -159,7 +199,9 @@ def test_one_slice_predicts_the_others_on_other_text():
 def test_intervals_are_not_wider_than_they_need_to_be():
     usual = lines_for("perplexity", "other models", 0.31)[DEFAULT_RELATION["perplexity"]]
     assert usual["median_width"] <= 1.35
-    assert usual["coverage"] <= 0.97
+    assert usual["coverage"] < 1
+    assert lines_for("accuracy", "other models")[DEFAULT_RELATION["accuracy"]]["median_width"] <= 0.25
+    assert lines_for("accuracy", "one slice")[ONE_POINT_RELATION["accuracy"]]["median_width"] <= 0.12
 
 
 def test_a_model_that_is_left_out_has_no_say():
@@ -179,6 +221,19 @@ def test_a_model_that_is_left_out_has_no_say():
     assert learn_spread(relation, changed) != learn_spread(relation, series)
 
 
+def test_slices_with_little_calibration_text_lose_by_one_law():
+    relation = relation_named("free-odds", "perplexity")
+    as_measured, with_endless_text = defaultdict(list), defaultdict(list)
+    for one in published_series("perplexity"):
+        fitted = relation.fit([(point.sparsity, point.value) for point in one.points], one.dense, None)
+        loss = loss_at_reference(relation, one.dense, fitted)
+        as_measured[one.model].append(loss)
+        with_endless_text[one.model].append(loss - little_text_excess(one.tokens_per_coordinate))
+    for model, losses in as_measured.items():
+        assert np.std(with_endless_text[model]) < 0.06
+        assert np.std(with_endless_text[model]) <= np.std(losses)
+
+
 # intervals
 
 
@@ -190,7 +245,7 @@ def new(name, family="llama", sparsity=0.25, size=8e9, shifts=()):
 def fitted(name, sparsity, *points, family="llama"):
     spread = spread_of(name, "perplexity", "slicegpt")
     measured = [Point(one, value) for one, value in points]
-    parameters = spread.relation.fit(points, PERPLEXITY, spread.prior(family))
+    parameters = spread.relation.fit(points, PERPLEXITY, spread.prior)
     return predict_fitted(spread, parameters, PERPLEXITY, family, measured, sparsity)
 
 
@@ -198,7 +253,7 @@ def width(prediction):
     return prediction.high - prediction.low
 
 
-@pytest.mark.parametrize("name", ["paper", "power", "odds", "exponent", "free-power"])
+@pytest.mark.parametrize("name", ["paper", "power", "odds", "exponent", "free-power", "free-odds"])
 def test_an_interval_holds_its_value_and_less_is_known_of_new_families(name):
     known, unknown = new(name), new(name, "unheard-of")
     for prediction in (known, unknown):
@@ -217,11 +272,11 @@ def test_models_of_a_size_that_nobody_measured_are_known_less():
 
 
 def test_the_refit_is_predicted_by_its_share_of_the_published_loss():
-    published = new("free-power")
+    published = new("free-odds")
     losses = []
     for is_centred in (False, True):
         shift = refit_shift_of(is_centred)
-        refit = new("free-power", shifts=[shift])
+        refit = new("free-odds", shifts=[shift])
         losses.append((refit.value - PERPLEXITY.value) / (published.value - PERPLEXITY.value))
         assert losses[-1] == pytest.approx(math.exp(shift.mean), rel=1e-3)
         # of slices whose losses are published, likewise
@@ -235,10 +290,10 @@ def test_the_refit_is_predicted_by_its_share_of_the_published_loss():
 
 
 def test_slices_lose_more_on_other_text_and_by_another_exponent():
-    c4 = spread_of("free-power", "perplexity", "slicegpt", True)
+    c4 = spread_of("free-odds", "perplexity", "slicegpt", True)
     size = math.log(8e9)
     other = [predict_new(c4, PERPLEXITY, "llama", size, "slicegpt", sparsity) for sparsity in (0.15, 0.3)]
-    own = [new("free-power", sparsity=sparsity) for sparsity in (0.15, 0.3)]
+    own = [new("free-odds", sparsity=sparsity) for sparsity in (0.15, 0.3)]
     lost = [[one.value - PERPLEXITY.value for one in some] for some in (other, own)]
     assert lost[0][0] > 2 * lost[1][0]
     assert lost[0][1] / lost[0][0] < lost[1][1] / lost[1][0]
@@ -251,16 +306,19 @@ def test_slices_lose_more_on_other_text_and_by_another_exponent():
     assert curves[0].predict(0.4).value < curves[1].predict(0.4).value
 
 
-def test_intervals_widen_beyond_what_is_well_known():
-    def factor(sparsity):
-        one = new("free-power", sparsity=sparsity)
-        return (one.high - PERPLEXITY.value) / (one.value - PERPLEXITY.value)
-
-    assert factor(0.5) > 1.1 * factor(0.31)
-    assert factor(0.31) == pytest.approx(factor(0.28), rel=0.05)
+@pytest.mark.parametrize("name", ["power", "odds", "exponent", "free-power", "free-odds"])
+def test_intervals_widen_with_what_is_removed(name):
+    widths = [width(new(name, sparsity=sparsity)) for sparsity in SPARSITIES]
+    assert widths == sorted(widths)
 
 
-@pytest.mark.parametrize("name", ["power", "odds", "exponent", "free-power"])
+def test_intervals_close_where_nothing_is_removed():
+    prediction = new("free-odds", sparsity=1e-4)
+    assert prediction.low == PERPLEXITY.value
+    assert prediction.high == pytest.approx(PERPLEXITY.value, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["power", "odds", "exponent", "free-power", "free-odds"])
 def test_measured_slices_narrow_the_interval_and_distance_widens_it(name):
     points = exact_points(relation_named(name, "perplexity"))
     one = fitted(name, 0.25, points[2])
@@ -311,7 +369,7 @@ def test_leave_one_out_prefers_the_relation_that_made_the_points(relation):
     curve = fit_curve(series_from(relation, noise=1e-4))
     errors = {one.relation: one.loo_error for one in curve.alternatives}
     # where there is a prior, it pulls
-    assert errors[relation.name] < (0.02 if relation.has_prior else 2e-3)
+    assert errors[relation.name] < (0.05 if relation.has_prior else 2e-3)
     best = min(errors, key=errors.get)
     assert curve.relation == best
     # a freer relation may come as near
@@ -330,6 +388,22 @@ def test_leave_one_out_is_what_its_name_says():
         )
         by_hand.append(abs(PERPLEXITY.value + scale * point.sparsity / (1 - point.sparsity) - point.value))
     assert leave_one_out(relation, series) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-9)
+
+
+def test_few_points_take_what_does_best_with_few():
+    curves = [fit_curve(series_from(relation_named("power", "perplexity"), SPARSITIES[:count])) for count in (2, 3, 4)]
+    assert [curve.relation for curve in curves[:2]] == [ONE_POINT_RELATION["perplexity"]] * 2
+    assert "3 points" in curves[1].reason
+    assert "smallest leave-one-out error" in curves[2].reason
+
+
+def test_losses_of_the_refit_grow_more_slowly_than_those_of_the_published_method():
+    dense = Dense(math.log(6.24))
+    exponents = [
+        spread_of("free-odds", "perplexity", method).base(dense, "llama", math.log(8e9))[1]
+        for method in ("refit", "slicegpt")
+    ]
+    assert exponents[0] < exponents[1]
 
 
 def test_one_point_takes_what_does_best_with_one_and_says_so():

@@ -95,6 +95,13 @@ if TYPE_CHECKING:
     help="Measured perplexity of a slice, to fit the relation to; repeatable.",
 )
 @click.option(
+    "--measured-accuracy",
+    type=shared.Named(),
+    multiple=True,
+    metavar="TASK:DIM=A",
+    help="Measured accuracy of a slice, between 0 and 1, to fit the relation to; repeatable.",
+)
+@click.option(
     "--relation",
     type=shared.TEXT,
     metavar="NAME",
@@ -166,6 +173,7 @@ def command(
     dense_accuracy: tuple[tuple[str, float], ...],
     chance: tuple[tuple[str, float], ...],
     measured: tuple[tuple[str, float], ...],
+    measured_accuracy: tuple[tuple[str, float], ...],
     relation: str | None,
     curve: str | None,
     spectrum: Path | None,
@@ -245,6 +253,7 @@ def command(
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),
         measured=dict(_measured(measured)),
+        measured_accuracies=_measured_accuracies(measured_accuracy),
         relation=relation,
         curve=curve,
         spectrum=spectrum,
@@ -304,6 +313,22 @@ def _measured(pairs: Sequence[tuple[str, float]]) -> Iterator[tuple[int, float]]
                 f"--measured {name}={value:g} is not a dim and its perplexity.", "Write 3072=9.8, for example."
             )
         yield int(name), value
+
+
+def _measured_accuracies(pairs: Sequence[tuple[str, float]]) -> dict[str, dict[int, float]]:
+    """Return by task and dim the accuracies of options such as piqa:3072=0.69."""
+    from slicecli.errors import RequestError
+
+    found: dict[str, dict[int, float]] = {}
+    for name, value in pairs:
+        task, _, dim = name.rpartition(":")
+        if not task or not dim.isdecimal():
+            raise RequestError(
+                f"--measured-accuracy {name}={value:g} is not a task, a dim and an accuracy.",
+                "Write piqa:3072=0.69, for example.",
+            )
+        found.setdefault(task, {})[int(dim)] = value
+    return found
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def print_curves(curves: Sequence[Curve]) -> None:
         error = (
             ""
             if figures["loo_relative_error"] is None or not is_perplexity
-            else (f" That is {figures['loo_relative_error']:.1%} of the perplexity.")
+            else (f" Its leave-one-out error is {figures['loo_relative_error']:.1%} of the perplexity.")
         )
         show.result(
             f"Taken: {curve.relation} ({figures['formula']}{', ' + fitted if fitted else ''}): {curve.reason}.{error}"

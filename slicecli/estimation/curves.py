@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from slicecli.errors import RequestError
-from slicecli.estimation.intervals import Prediction, predict_fitted, spread_of
+from slicecli.estimation.intervals import Prediction, possible, predict_fitted, spread_of
 from slicecli.estimation.measurements import Point, Series
 from slicecli.estimation.relations import (
     LARGEST_LOGARITHM,
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from slicecli.family.slice_plan import Method
     from slicecli.record import schema
 
+ENOUGH_TO_COMPARE = 4  # points
+
 __all__ = ["ONE_POINT_RELATION", "Alternative", "Curve", "fit_curve", "leave_one_out", "restore_curve"]
 
-# what does best on published models with one slice known, see docs/relations.md
-ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "decay"}
+# what does best on published models with one slice known, and with two or three, see docs/relations.md
+ONE_POINT_RELATION: dict[Quantity, str] = {"perplexity": "free-odds", "accuracy": "decay"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,13 @@ class Curve:
                         sparsity=point.sparsity,
                         value=quoted(point.value),
                         stderr=quoted_error(point.value, point.stderr, series.quantity),
-                        fitted=quoted(relation.predict(point.sparsity, series.dense, self.parameters)),
+                        fitted=quoted(
+                            possible(
+                                series.quantity,
+                                series.dense,
+                                relation.predict(point.sparsity, series.dense, self.parameters),
+                            )
+                        ),
                     )
                     for point in series.points
                 ],
@@ -259,7 +267,7 @@ def _fit(relation: Relation, series: Series, points: Sequence[Point]) -> tuple[f
     prior = None
     if relation.has_prior:
         spread = spread_of(relation.name, relation.quantity, series.method, series.is_of_other_text)
-        prior = spread.prior(series.family)
+        prior = spread.prior
     with np.errstate(all="ignore"):
         parameters = relation.fit([(point.sparsity, point.value) for point in points], series.dense, prior)
     if not all(map(math.isfinite, parameters)):
@@ -283,12 +291,16 @@ def _choose(fitted: Sequence[Alternative], series: Series, name: str | None) -> 
     """Return the relation to take, and why."""
     if name is not None:
         return fitted[0], "asked for"
-    if len(series.points) == 1:
+    # what is best on published slices is not made for slices that are better than the dense model
+    loses = series.quantity != "perplexity" or all(point.value > series.dense.value for point in series.points)
+    if len(series.points) == 1 or (loses and len(series.points) < ENOUGH_TO_COMPARE):
         usual = ONE_POINT_RELATION[series.quantity]
         chosen = next((one for one in fitted if one.relation == usual), fitted[0])
+        count = len(series.points)
+        points = "one point" if count == 1 else f"{count} points"
         return (
             chosen,
-            "with one point relations cannot be compared; this one is best with one point on published measurements",
+            f"relations cannot be compared on {points}; this one is best with so few on published measurements",
         )
     return fitted[0], (f"the smallest leave-one-out error of {len(fitted)} relations on {len(series.points)} points")
 

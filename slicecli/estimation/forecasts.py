@@ -27,7 +27,9 @@ from slicecli.estimation.intervals import (
     domain_shift_of,
     known_range,
     predict_new,
+    published_calibration_shift,
     refit_shift_of,
+    refit_shift_with_text,
     shifted,
     spread_of,
 )
@@ -118,6 +120,7 @@ class ForecastInputs:
         dense_accuracies: Of the dense model by task, between 0 and 1; others are looked for.
         chances: Chance levels by task; others are looked up.
         measured: Perplexity of slices on the text, by dim.
+        measured_accuracies: Accuracy of slices, between 0 and 1, by task and dim.
         relation: Name of the relation to predict by; `None` takes the default, or the best by leave-one-out.
         curve: File, or Hub id or folder of a slice, with fitted curves.
     """
@@ -129,6 +132,7 @@ class ForecastInputs:
     dense_accuracies: Mapping[str, float] = field(default_factory=dict)
     chances: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[int, float] = field(default_factory=dict)
+    measured_accuracies: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     relation: str | None = None
     curve: str | None = None
     spectrum: Path | None = None
@@ -154,12 +158,25 @@ class ForecastInputs:
                     f"This model cannot have a slice of dim {dim} with a perplexity of {value:g}.",
                     f"Use a dim below {hidden_size} and a perplexity above 1.",
                 )
+        for task, by_dim in self.measured_accuracies.items():
+            for dim, value in by_dim.items():
+                if not 0 < dim < hidden_size or not 0 <= value <= 1:
+                    raise RequestError(
+                        f"This model cannot have a slice of dim {dim} with an accuracy of {value:g} on {task}.",
+                        f"Use a dim below {hidden_size} and an accuracy between 0 and 1.",
+                    )
         if self.relation is not None:
             check_relation(self.relation)
-        if self.curve is not None and (self.measured or self.relation is not None or self.spectrum is not None):
+        if self.curve is not None and (self.has_slices or self.relation is not None or self.spectrum is not None):
             raise RequestError(
-                "A curve already has a relation and points.", "Leave out --relation, --measured and --spectrum."
+                "A curve already has a relation and points.",
+                "Leave out --relation, --measured, --measured-accuracy and --spectrum.",
             )
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether slices are measured."""
+        return bool(self.measured or self.measured_accuracies)
 
 
 def _names(quantity: Quantity) -> list[str]:
@@ -187,8 +204,16 @@ def find_forecasts(source: Source, dimensions: Dimensions, method: Method, knowl
         # what is lost on another text than the calibration's says nothing of tasks
         first = _forecast_perplexity(source, dimensions, family, method, replace(knowledge, calibration=text))
     name = knowledge.relation if knowledge.relation in _names("accuracy") else None
-    for task, figure in accuracies(source.folder, source.name, knowledge.dense_accuracies).items():
-        if ("accuracy", task) not in known:
+    dense_accuracies = accuracies(source.folder, source.name, knowledge.dense_accuracies)
+    for task in knowledge.measured_accuracies:
+        if task not in dense_accuracies:
+            raise RequestError(
+                f"Measured slices require the dense accuracy on {task}.", f"Pass --dense-accuracy {task}=A."
+            )
+    for task, figure in dense_accuracies.items():
+        if task in knowledge.measured_accuracies:
+            forecasts.append(_forecast_accuracy(source, dimensions, kind, method, knowledge, task, figure, name, first))
+        elif ("accuracy", task) not in known:
             chance = knowledge.chances.get(task)
             found = forecast_new("accuracy", task, figure, kind, method, name, chance, first, parameters=parameters)
             forecasts.append(found)
@@ -208,9 +233,10 @@ def _forecast_perplexity(
         if figure is None:
             return None
         is_other_text = text != knowledge.calibration
+        tokens = _calibration_tokens(dimensions, knowledge)
         own = published_slices_of(source.name) if name is None and spectrum is None and not is_other_text else None
         if own is not None and own.evaluation == text:
-            return _forecast_by_published(own, figure, method, dimensions)
+            return _forecast_by_published(own, figure, method, dimensions, tokens)
         if spectrum is not None:
             name = name or ("fisher" if spectrum.probe is None else "probe")
         return forecast_new(
@@ -225,25 +251,58 @@ def _forecast_perplexity(
             parameters=dimensions.parameters(),
             vocabulary=dimensions.vocabulary,
             is_centred=dimensions.adapter.norm.is_centred,
-            tokens_per_unknown=_calibration_tokens(dimensions, knowledge) / dimensions.largest_regression(),
+            tokens_per_unknown=tokens / dimensions.largest_regression(),
+            tokens_per_coordinate=tokens / hidden_size,
         )
     if figure is None:
         raise RequestError("Measured slices require the dense perplexity.", "Pass --dense-perplexity.")
-    points = tuple(
-        Point(1 - dim / hidden_size, math.log(value), None, dim)
-        for dim, value in sorted(knowledge.measured.items(), reverse=True)
-    )
+    points = _points({dim: math.log(value) for dim, value in knowledge.measured.items()}, hidden_size)
     dense = Dense(math.log(figure.value), **_measured_on_dense(spectrum), ceiling=math.log(dimensions.vocabulary))
     series = Series(source.name, family, method, knowledge.calibration, "perplexity", text, dense, points)
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value < dense.value]
-    if not better:
-        return found
-    note = (
-        f"The perplexity passed for dim {', '.join(map(str, better))} is below the dense one; check that both are of "
-        "the same text."
+    return _with_warning(found, better, "The perplexity passed for dim {} is below", "of the same text")
+
+
+def _forecast_accuracy(
+    source: Source,
+    dimensions: Dimensions,
+    kind: str,
+    method: Method,
+    knowledge: ForecastInputs,
+    task: str,
+    figure: Figure,
+    name: str | None,
+    perplexity: Forecast | None,
+) -> Forecast:
+    """Return the forecast of an accuracy of which slices are measured."""
+    chance = knowledge.chances.get(task)
+    points = _points(knowledge.measured_accuracies[task], dimensions.hidden_size)
+    dense = Dense(
+        figure.value,
+        chance_level(task) if chance is None else chance,
+        None if perplexity is None else _log_ratio(perplexity),
     )
-    return replace(found, notes=(*found.notes, note))
+    series = Series(source.name, kind, method, knowledge.calibration, "accuracy", task, dense, points)
+    found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
+    better = [point.dim for point in points if point.value > dense.value]
+    warned = _with_warning(found, better, f"The accuracy on {task} passed for dim {{}} is above", "measured alike")
+    return replace(warned, notes=(*warned.notes, *_chance_note(task, dense.chance)))
+
+
+def _points(measured: Mapping[int, float], hidden_size: int) -> tuple[Point, ...]:
+    """Return measured slices from the widest on, of figures on the scale of fits."""
+    return tuple(
+        Point(1 - dim / hidden_size, value, None, dim) for dim, value in sorted(measured.items(), reverse=True)
+    )
+
+
+def _with_warning(forecast: Forecast, dims: Sequence[int | None], what: str, alike: str) -> Forecast:
+    """Return a forecast with a note where measured slices are better than the dense model."""
+    if not dims:
+        return forecast
+    note = f"{what.format(', '.join(map(str, dims)))} the dense one; check that both are {alike}."
+    return replace(forecast, notes=(*forecast.notes, note))
 
 
 def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> int:
@@ -252,21 +311,28 @@ def _calibration_tokens(dimensions: Dimensions, knowledge: ForecastInputs) -> in
     return USUAL_SAMPLES * default_length(dimensions.context_length)
 
 
-def _forecast_by_published(own: Series, figure: Figure, method: Method, dimensions: Dimensions) -> Forecast:
-    """Return the forecast of a model whose slices are published, about the dense figure that is known."""
+def _forecast_by_published(
+    own: Series, figure: Figure, method: Method, dimensions: Dimensions, tokens: int
+) -> Forecast:
+    """Return the forecast of a model whose slices are published, about the dense figure that is known.
+
+    Args:
+        tokens: Calibration tokens of the slices that are wanted.
+    """
     level = math.log(figure.value)
     points = tuple(replace(one, value=level + one.value - own.dense.value) for one in own.points)
     series = replace(own, dense=replace(own.dense, value=level, ceiling=math.log(dimensions.vocabulary)), points=points)
     found = forecast_by_curve(fit_curve(series), "published for this model", figure.source)
-    if method != "refit":
-        return found
-
-    is_centred = dimensions.adapter.norm.is_centred
-    shift = refit_shift_of(is_centred)
+    is_refit, is_centred = method == "refit", dimensions.adapter.norm.is_centred
+    if is_refit:
+        shift = refit_shift_with_text(is_centred, tokens / dimensions.largest_regression())
+    else:
+        shift = published_calibration_shift(tokens / dimensions.hidden_size)
+    from_own = replace(shift, mean=shift.mean - published_calibration_shift(own.tokens_per_coordinate).mean)
     return replace(
         found,
-        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, shift),
-        notes=(_refit_note(is_centred),),
+        predict=lambda sparsity: shifted(found.predict(sparsity), series.dense, from_own),
+        notes=(_refit_note(is_centred),) if is_refit else (),
     )
 
 
@@ -285,6 +351,7 @@ def forecast_new(
     vocabulary: int | None = None,
     is_centred: bool = False,
     tokens_per_unknown: float = math.inf,
+    tokens_per_coordinate: float = math.inf,
 ) -> Forecast:
     """Return the forecast for a model of which no slice is measured."""
     chosen = relation_named(relation or DEFAULT_RELATION[quantity], quantity)
@@ -311,7 +378,12 @@ def forecast_new(
         shifts.append(calibration_shift(tokens_per_unknown))
     is_refit_of_published = method == "refit" and not chosen.is_by_weight and quantity == "perplexity"
     if is_refit_of_published and chosen.parameters:
-        shifts.append(refit_shift_of(is_centred))
+        # of other texts only slices with one amount of calibration text are published
+        shifts.append(
+            refit_shift_of(is_centred) if is_other_text else refit_shift_with_text(is_centred, tokens_per_unknown)
+        )
+    elif quantity == "perplexity" and not chosen.is_by_weight and not is_other_text:
+        shifts.append(published_calibration_shift(tokens_per_coordinate))
     return Forecast(
         quantity=quantity,
         evaluation=evaluation,
@@ -371,9 +443,15 @@ def _new_notes(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
             "from three models calibrated on wikitext2 and measured on c4."
         )
-    if quantity == "accuracy" and chance is None:
-        notes.append(f"The chance level of {evaluation} is unknown and taken as 0; pass --chance {evaluation}=H.")
+    if quantity == "accuracy":
+        notes += _chance_note(evaluation, chance)
     return notes
+
+
+def _chance_note(task: str, chance: float | None) -> list[str]:
+    if chance is not None:
+        return []
+    return [f"The chance level of {task} is unknown and taken as 0; pass --chance {task}=H."]
 
 
 def _refit_note(is_centred: bool) -> str:
@@ -430,7 +508,7 @@ def _known_curves(source: Source, method: str, knowledge: ForecastInputs) -> tup
     """Return the curves to predict by and where they are from: those asked for, else those of a slice that was."""
     if knowledge.curve is not None:
         return _read_curve(knowledge.curve, source)
-    if knowledge.relation is not None or knowledge.measured or knowledge.spectrum is not None:
+    if knowledge.relation is not None or knowledge.has_slices or knowledge.spectrum is not None:
         return None
     content = (read_record(source.folder) or {}).get("curve")
     own = [] if content is None else [one for one in read_curves(content) if one.series.method == method]

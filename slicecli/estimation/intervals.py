@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slicecli.estimation.exponents import learn_prior
 from slicecli.estimation.measurements import OTHER_TEXT, Point, Series, published_series
 from slicecli.estimation.relations import LEAST_DAMAGE, Dense, Quantity, Relation, relation_named
 from slicecli.estimation.spectra import study_ratios, study_series
@@ -27,6 +28,8 @@ from slicecli.estimation.spread import (
     interval,
     learn_domain_shift,
     learn_spread,
+    little_text_excess,
+    worst_accuracy,
 )
 
 __all__ = [
@@ -36,22 +39,26 @@ __all__ = [
     "calibration_shift",
     "domain_shift_of",
     "known_range",
+    "possible",
     "predict_fitted",
     "predict_new",
+    "published_calibration_shift",
     "refit_shift_of",
+    "refit_shift_with_text",
     "shifted",
     "spread_of",
 ]
 
 # what does best on published models that it was not fitted to, of the same and of other families taken together; and
 # with one slice of the model known: see docs/relations.md and the test that compares them
-DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "free-power", "accuracy": "linear"}
+DEFAULT_RELATION: dict[Quantity, str] = {"perplexity": "free-odds", "accuracy": "linear"}
 FARTHEST = 0.6
 ROUNDING = 0.005  # what a fraction changes by when a dim is rounded
 # most published series end here; of three that go on to a half, ln D there is off by 0.2 from the line before
 WELL_KNOWN = 0.31
 DEVIATION_BEYOND = 0.4  # of ln D, for each unit of ln s
 STUDY_TOKENS = 100.0  # calibration tokens per unknown of the models of the study, about
+STUDY_TOKENS_PER_COORDINATE = 300.0
 ERROR_OF_FACTOR = 0.3  # of its logarithm
 # accuracies of slices by the refit are not published: their intervals reach up to half of the loss
 REFIT_SHARE = 0.5
@@ -82,9 +89,14 @@ def spread_of(name: str, quantity: Quantity, method: str, is_of_other_text: bool
         is_of_other_text: Take the published perplexities of other kinds of text than the slices were calibrated on.
     """
     relation = relation_named(name, quantity)
-    if is_of_other_text and not relation.is_by_weight:
-        return learn_spread(relation, published_series(quantity, OTHER_TEXT))
-    return learn_spread(relation, _known_series(relation, method))
+    if relation.is_by_weight or quantity == "accuracy":
+        return learn_spread(relation, _known_series(relation, method))
+    own, other = published_series(quantity), published_series(quantity, OTHER_TEXT)
+    found = learn_spread(relation, other, own) if is_of_other_text else learn_spread(relation, own, other)
+    if method != "refit" or not relation.has_prior:
+        return found
+    # the losses of the refit grow more slowly; how they do is known from the study only
+    return dataclasses.replace(found, prior=learn_prior(relation, study_series("refit"), is_of_other_text))
 
 
 def _known_series(relation: Relation, method: str) -> tuple[Series, ...]:
@@ -122,6 +134,19 @@ def calibration_shift(tokens_per_unknown: float) -> Shift:
     return Shift(mean, (ERROR_OF_FACTOR * mean) ** 2, math.inf)
 
 
+def published_calibration_shift(tokens_per_coordinate: float) -> Shift:
+    """Return how much more a slice by the published method loses with its calibration text than with endless text."""
+    return Shift(little_text_excess(tokens_per_coordinate), 0.0, math.inf)
+
+
+def refit_shift_with_text(is_centred: bool, tokens_per_unknown: float) -> Shift:
+    """Return how a refit with some calibration text differs from a published slice with endless text."""
+    ratio = refit_shift_of(is_centred)
+    text = calibration_shift(tokens_per_unknown)
+    mean = ratio.mean + little_text_excess(STUDY_TOKENS_PER_COORDINATE) + text.mean
+    return dataclasses.replace(ratio, mean=mean, variance=ratio.variance + text.variance)
+
+
 @functools.cache
 def known_range(relation: Relation, method: str) -> tuple[float, float]:
     """Return the least and the largest s of the series that a relation's intervals are learnt from."""
@@ -145,9 +170,11 @@ def predict_new(
     """
     relation = spread.relation
     typical = relation.predict(sparsity, dense, spread.typical_parameters(dense, family, size, shifts))
-    value = _possible(relation.quantity, dense, typical)
-    expected = spread.of_new_model(family, size, coordinate(relation, dense, spread.parameters, sparsity), shifts)
-    low, high = interval(relation, dense, spread.parameters, sparsity, _far_out(relation, expected, sparsity))
+    value = possible(relation.quantity, dense, typical)
+    base = spread.base(dense, family, size, shifts)
+    place = coordinate(relation, dense, base, sparsity)
+    expected = spread.of_new_model(family, size, place, shifts, _exponent(relation, base))
+    low, high = interval(relation, dense, base, sparsity, _far_out(relation, expected, sparsity))
     if method == "refit" and relation.quantity == "accuracy":
         high = _nearer(dense, high)
     least, largest = known_range(relation, method)
@@ -166,12 +193,12 @@ def predict_fitted(
 ) -> Prediction:
     """Predict for a model with measured slices, to which the relation was fitted."""
     relation = spread.relation
-    value = _possible(relation.quantity, dense, relation.predict(sparsity, dense, parameters))
+    value = possible(relation.quantity, dense, relation.predict(sparsity, dense, parameters))
     found = [deviation(relation, dense, parameters, point) for point in points]
     anchors = [anchor for anchor in found if anchor is not None]
     here = coordinate(relation, dense, parameters, sparsity)
     if anchors:
-        expected = spread.near_anchors(family, anchors, here)
+        expected = spread.near_anchors(family, anchors, here, _exponent(relation, parameters))
     else:  # the measured slices lost nothing: as little is known as without them
         expected = dataclasses.replace(spread.of_new_model(family, None, here), mean=0.0)
     low, high = interval(relation, dense, parameters, sparsity, _far_out(relation, expected, sparsity))
@@ -197,9 +224,13 @@ def shifted(prediction: Prediction, dense: Dense, shift: Shift) -> Prediction:
     return dataclasses.replace(prediction, value=value, low=min(low, value), high=max(min(high, ceiling), value))
 
 
+def _exponent(relation: Relation, parameters: Sequence[float]) -> float:
+    return parameters[-1] if relation.has_prior else 1.0
+
+
 def _far_out(relation: Relation, expected: Deviation, sparsity: float) -> Deviation:
     """Return what to expect beyond the well-known range, where the losses of models go apart."""
-    if relation.quantity != "perplexity" or sparsity <= WELL_KNOWN:
+    if relation.quantity != "perplexity" or relation.has_prior or sparsity <= WELL_KNOWN:
         return expected
     beyond = DEVIATION_BEYOND * math.log(sparsity / WELL_KNOWN)
     return dataclasses.replace(expected, deviation=math.hypot(expected.deviation, beyond))
@@ -210,8 +241,8 @@ def _nearer(dense: Dense, high: float) -> float:
     return dense.value + (high - dense.value) * (REFIT_SHARE if high < dense.value else 1.0)
 
 
-def _possible(quantity: Quantity, dense: Dense, value: float) -> float:
+def possible(quantity: Quantity, dense: Dense, value: float) -> float:
     """Return the nearest figure that can be: no perplexity beyond that of a uniform guess, no accuracy below chance."""
     if quantity == "perplexity":
         return value if dense.ceiling is None else min(value, dense.ceiling)
-    return max(value, min(dense.chance or 0.0, dense.value))
+    return max(value, worst_accuracy(dense))

@@ -21,7 +21,7 @@ from slicecli.evaluation.chance import chance_level
 
 OTHER_TEXT = "other text than calibrated on"
 LARGE_VOCABULARY = 100_000
-LEAST_SAMPLES = 128
+USUAL_SAMPLES = 128
 _KIND = " with a large vocabulary"
 # what published models were calibrated and measured on, of which it is known that they differ in kind
 TEXT_KINDS = frozenset({"wikitext2", "c4", "ptb", "alpaca"})
@@ -78,6 +78,7 @@ class Series:
         calibration: Text and number of rows it was calibrated on, in words.
         parameters: Parameters of the dense model, roughly, where sizes are to be told apart.
         digest: What identifies a text or questions from a file; `None` where the name does.
+        tokens_per_coordinate: Calibration tokens for each coordinate of the stream, where they are known.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Series:
     points: tuple[Point, ...]
     parameters: float | None = None
     digest: str | None = None
+    tokens_per_coordinate: float = math.inf
 
     @property
     def is_of_other_text(self) -> bool:
@@ -108,6 +110,7 @@ class Published:
 
     Attributes:
         vocabulary: Rows of its embedding table.
+        hidden_size: Its hidden size, d.
         parameters: Its number of parameters, by its name.
         samples: Rows of it, as printed; empty where that is not known.
         sparsity: s, the real one after rounding of the dim.
@@ -119,6 +122,7 @@ class Published:
     model: str
     model_type: str
     vocabulary: float
+    hidden_size: float
     parameters: float
     method: str
     calibration: str
@@ -139,7 +143,7 @@ def published_rows() -> tuple[Published, ...]:
 
 
 def _row(fields: dict[str, str]) -> Published:
-    numbers = {name: float(fields[name]) for name in ("vocabulary", "parameters", "sparsity", "value")}
+    numbers = {name: float(fields[name]) for name in ("vocabulary", "hidden_size", "parameters", "sparsity", "value")}
     return Published(**{**fields, **numbers})  # type: ignore[arg-type]
 
 
@@ -169,14 +173,13 @@ def model_type_of(family: str) -> str:
 def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, ...]:
     """Return the bundled measurements that serve for the spread of relations, as series.
 
-    Slices calibrated on fewer than 128 rows lose more than those that people make, and are left out. A series of
-    accuracies knows the published perplexity ratios of the same slices, where there are some.
+    A series of accuracies knows the published perplexity ratios of the same slices, where there are some.
     """
     dense = _dense_values()
     ratios = _log_ratios(dense)
     grouped: dict[tuple[str, ...], list[Published]] = defaultdict(list)
     for row in published_rows():
-        if row.use == use and row.metric == quantity and not _has_few_rows(row):
+        if row.use == use and row.metric == quantity:
             # accuracies are relative to the dense ones, and the models too few to be told apart
             is_grouped = quantity == "perplexity"
             family = family_of(row.model_type, row.vocabulary) if is_grouped else row.model_type
@@ -190,6 +193,7 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
             math.log(figure) if quantity == "perplexity" else figure,
             chance_level(evaluation) if quantity == "accuracy" else None,
             _lookup(known) if has_ratios else None,
+            ceiling=math.log(rows[0].vocabulary) if quantity == "perplexity" else None,
         )
         by_sparsity: dict[float, list[float]] = defaultdict(list)
         for row in rows:
@@ -198,18 +202,25 @@ def published_series(quantity: Quantity, use: str = "spread") -> tuple[Series, .
         points = tuple(Point(sparsity, sum(some) / len(some)) for sparsity, some in sorted(by_sparsity.items()))
         calibration = f"{text or 'unknown'} x {samples or 'unknown'}"
         size = rows[0].parameters
-        found.append(Series(model, family, method, calibration, quantity, evaluation, context, points, size))
+        found.append(
+            Series(
+                model, family, method, calibration, quantity, evaluation, context, points, size,
+                tokens_per_coordinate=_tokens_per_coordinate(rows[0]),
+            )
+        )  # fmt: skip
     return tuple(found)
 
 
 def published_slices_of(model: str) -> Series | None:
     """Return the published perplexities of a model's slices by its Hub id, those of 128 calibration rows first."""
     own = [one for one in published_series("perplexity") if one.model.lower() == model.lower()]
-    return min(own, key=lambda one: not one.calibration.endswith(f" x {LEAST_SAMPLES}"), default=None)
+    return min(own, key=lambda one: not one.calibration.endswith(f" x {USUAL_SAMPLES}"), default=None)
 
 
-def _has_few_rows(row: Published) -> bool:
-    return row.metric == "perplexity" and row.samples.isdecimal() and int(row.samples) < LEAST_SAMPLES
+def _tokens_per_coordinate(row: Published) -> float:
+    if not (row.samples and row.sequence_length):
+        return math.inf
+    return int(row.samples) * int(row.sequence_length) / row.hidden_size
 
 
 def _lookup(known: dict[float, float]) -> Callable[[float], float]:

@@ -28,6 +28,7 @@ __all__ = [
     "LEAST_DAMAGE",
     "PAPER",
     "QUANTITIES",
+    "REFERENCE",
     "Dense",
     "Points",
     "Prior",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 USUAL_EXPONENT = 1.5
+USUAL_DEVIATION = 1.0
+LEAST_EXPONENT = 0.1
+REFERENCE = 0.25  # the s at which losses are compared: the middle of what is published
 LARGEST_LOGARITHM = 700.0  # whose exp is still a float
 TOLERANCE = 1e-12  # of searched parameters
 RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
@@ -72,10 +76,31 @@ class Dense:
 
 @dataclass(frozen=True)
 class Prior:
-    """What published series say of a relation's parameters for a model of some family."""
+    """What published series say of the exponent of a new model: it lies on a line over what the model loses.
 
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
+    Attributes:
+        exponent: That of a model with the usual loss.
+        deviation: Standard deviation about the line.
+        tilt: Slope of the line over the level, ln(D / ln PPL0) at `REFERENCE`.
+        level: The usual level.
+        level_deviation: Standard deviation of levels about it.
+        degrees: Degrees of freedom of the deviation.
+    """
+
+    exponent: float
+    deviation: float
+    tilt: float = 0.0
+    level: float = 0.0
+    level_deviation: float = math.inf
+    degrees: int = 2
+
+    def at(self, loss: float, dense: Dense) -> float:
+        """Return the exponent that goes with ln D at the reference."""
+        return max(self.line(loss, dense), LEAST_EXPONENT)
+
+    def line(self, loss: float, dense: Dense) -> float:
+        """Return the same as far as the line goes, beyond all exponents too."""
+        return self.exponent + self.tilt * (loss - math.log(dense.value) - self.level)
 
 
 Points = Sequence[tuple[float, float]]
@@ -139,6 +164,10 @@ def _nothing(_points: Points, _dense: Dense, _prior: Prior | None) -> tuple[floa
     return ()
 
 
+def _odds(sparsity: float) -> float:
+    return sparsity / (1 - sparsity)
+
+
 def _additive(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
     """Return predict and fit of ln PPL = ln PPL0 + c φ(s), whose least squares are closed."""
 
@@ -153,25 +182,30 @@ def _additive(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
     return predict, fit
 
 
-def _power() -> tuple[Predict, Fit]:
-    """Return predict and fit of ln PPL = ln PPL0 + c s^p, with a prior of p."""
+def _free_exponent(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
+    """Return predict and fit of ln PPL = ln PPL0 + c φ(s)^p, with a prior of p."""
 
     def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
         scale, exponent = parameters
-        return float(dense.value + scale * sparsity**exponent)
+        return float(dense.value + scale * shape(sparsity) ** exponent)
 
     def fit(points: Points, dense: Dense, prior: Prior | None) -> tuple[float, ...]:
-        exponent, deviation = (USUAL_EXPONENT, 1.0) if prior is None else (prior.means[1], prior.deviations[1])
+        prior = prior or Prior(USUAL_EXPONENT, USUAL_DEVIATION)
+        middle = math.log(shape(REFERENCE))
         damages = np.array([max(value - dense.value, LEAST_DAMAGE) for _, value in points])
-        logs = np.log([sparsity for sparsity, _ in points])
-        # a straight line through ln D against ln s; a small D is known less well on this scale
-        weights = 1 / (RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2)
-        centre = weights @ logs / weights.sum()
-        level = weights @ np.log(damages) / weights.sum()
-        strength = 1 / max(deviation, 1e-3) ** 2
-        slope = weights @ ((logs - centre) * (np.log(damages) - level)) + strength * exponent
-        slope /= weights @ (logs - centre) ** 2 + strength
-        return (math.exp(level - slope * centre), float(slope))
+        # a straight line through ln D against ln φ; a small D is known less well on this scale. The last rows are the
+        # prior: of the slope, which is near another line over the level, and of the level
+        rows = [(1.0, math.log(shape(sparsity)) - middle) for sparsity, _ in points]
+        places = np.array([*rows, (-prior.tilt, 1.0), (1.0, 0.0)])
+        values = np.array([*np.log(damages), prior.line(0.0, dense), prior.level + math.log(dense.value)])
+        variances = RELATIVE_NOISE**2 + (LEAST_DAMAGE / damages) ** 2
+        weights = 1 / np.array([*variances, max(prior.deviation, 1e-3) ** 2, prior.level_deviation**2])
+        weighted = places * weights[:, None]
+        _, exponent = np.linalg.solve(weighted.T @ places, weighted.T @ values)
+        exponent, count = max(exponent, LEAST_EXPONENT), len(points)  # whatever is removed, more costs more
+        # through the points, whatever the prior says of the level
+        level = weights[:count] @ (values[:count] - exponent * places[:count, 1]) / weights[:count].sum()
+        return (math.exp(level - exponent * middle), float(exponent))
 
     return predict, fit
 
@@ -271,7 +305,7 @@ BUILT_IN: tuple[Relation, ...] = (
     Relation(
         "odds", "perplexity", "ln PPL = ln PPL0 + c s/(1-s)",
         f"{PAPER} with its constant ln PPL0 set free, docs/relations.md", ("c",),
-        *_additive(lambda sparsity: sparsity / (1 - sparsity)),
+        *_additive(_odds),
     ),
     Relation(
         "exponent", "perplexity", "ln PPL = ln PPL0 / (1-s)^b",
@@ -279,7 +313,12 @@ BUILT_IN: tuple[Relation, ...] = (
     ),
     Relation(
         "free-power", "perplexity", "ln PPL = ln PPL0 + c s^p", "fitted to published measurements, docs/relations.md",
-        ("c", "p"), *_power(), has_prior=True,
+        ("c", "p"), *_free_exponent(lambda sparsity: sparsity), has_prior=True,
+    ),
+    Relation(
+        "free-odds", "perplexity", "ln PPL = ln PPL0 + c (s/(1-s))^p",
+        "fitted to published measurements, docs/relations.md",
+        ("c", "p"), *_free_exponent(_odds), has_prior=True,
     ),
     Relation(
         "fisher", "perplexity", "ln PPL = ln PPL0 + c F(k)", "measured on small models, docs/energy.md",

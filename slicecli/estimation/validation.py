@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from slicecli.errors import RequestError
-from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new
+from slicecli.estimation.intervals import Prediction, predict_fitted, predict_new, published_calibration_shift
 from slicecli.estimation.measurements import OTHER_TEXT, Series, published_series
 from slicecli.estimation.relations import Quantity, Relation, relations_of
 from slicecli.estimation.spread import learn_spread
@@ -77,32 +77,50 @@ def check_relations(quantity: Quantity, largest: float = 1.0) -> list[Check]:
         if relation.is_by_weight:  # no spectrum is published: see docs/energy.md
             continue
         for knows in KNOWLEDGE:
-            series = published_series(quantity, OTHER_TEXT if knows.startswith("other text") else "spread")
+            series, *more = [published_series(quantity, use) for use in _uses(quantity, knows)]
             usable = [one for one in series if not relation.why_not(one.dense)]
             if usable and (not knows.endswith("one slice") or relation.parameters):
-                rows = [row for row in _rows(relation, usable, knows) if row.sparsity <= largest]
+                others = [one for some in more for one in some]
+                rows = [row for row in _rows(relation, usable, others, knows) if row.sparsity <= largest]
                 checks.append(Check(relation, knows, tuple(rows)))
     return checks
 
 
-def _rows(relation: Relation, usable: Sequence[Series], knows: ForecastInputs) -> Iterator[Row]:
-    """Yield the predictions of all points."""
+def _uses(quantity: Quantity, knows: ForecastInputs) -> tuple[str, ...]:
+    """Return which published measurements are predicted, and which others may be learnt from."""
+    if quantity == "accuracy":
+        return (OTHER_TEXT,) if knows.startswith("other text") else ("spread",)
+    return (OTHER_TEXT, "spread") if knows.startswith("other text") else ("spread", OTHER_TEXT)
+
+
+def _rows(relation: Relation, usable: Sequence[Series], more: Sequence[Series], knows: ForecastInputs) -> Iterator[Row]:
+    """Yield the predictions of all points.
+
+    Args:
+        more: Series on other texts.
+    """
     for model in dict.fromkeys(one.model for one in usable):
         own = [one for one in usable if one.model == model]
         family = own[0].family
         size = None if own[0].parameters is None else math.log(own[0].parameters)
-        others = [one for one in usable if one.model != model and (knows != "other families" or one.family != family)]
-        spread = learn_spread(relation, others)
+        known, known_more = (
+            [one for one in some if one.model != model and (knows != "other families" or one.family != family)]
+            for some in (usable, more)
+        )
+        spread = learn_spread(relation, known, known_more)
         for one in own:
             if not knows.endswith("one slice"):
+                shifts = (
+                    () if relation.quantity == "accuracy" else (published_calibration_shift(one.tokens_per_coordinate),)
+                )
                 for point in one.points:
-                    expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity)
+                    expected = predict_new(spread, one.dense, family, size, one.method, point.sparsity, shifts)
                     yield Row(one, point.sparsity, point.value, expected)
                 continue
             anchor = next((point for point in one.points if abs(point.sparsity - ANCHOR) <= ANCHOR_RANGE), None)
             if anchor is None:
                 continue
-            fitted = relation.fit([(anchor.sparsity, anchor.value)], one.dense, spread.prior(family))
+            fitted = relation.fit([(anchor.sparsity, anchor.value)], one.dense, spread.prior)
             for point in one.points:
                 if point is not anchor:
                     expected = predict_fitted(spread, fitted, one.dense, family, [anchor], point.sparsity)
