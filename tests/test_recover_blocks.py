@@ -186,6 +186,31 @@ def test_the_map_of_a_stream_is_found_although_the_slice_loses_some_of_it():
     torch.testing.assert_close(sums.solve(0.7), 0.7 * basis, atol=1e-4, rtol=0)
 
 
+def test_what_blocks_write_tells_the_map_of_a_refitted_stream():
+    from slicecli.linalg.stream_map import StreamMap, WrittenStreamMap
+
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis, _ = torch.linalg.qr(drawn(12, 8))
+    wanted, ones = 0.7 * basis, torch.ones(4000, 1)
+    written_sums, plain_sums = WrittenStreamMap(12, 8, torch.device("cpu")), StreamMap(12, 8, torch.device("cpu"))
+    dense = drawn(4000, 12)
+    sliced = dense @ wanted * 0.8
+    for _ in range(8):
+        inner = drawn(4000, 10)
+        dense = dense + torch.tanh(inner @ drawn(10, 12) + drawn(4000, 12))
+        fit = torch.linalg.lstsq(inner, dense @ wanted - sliced).solution  # the slice sees but a part of what enters
+        sliced, written = sliced + inner @ fit, inner @ fit
+        written_sums.add(dense, sliced, written, ones)
+        written_sums.finish_block()
+        plain_sums.add(dense, sliced, ones)
+    torch.testing.assert_close(written_sums.solve(), wanted, atol=1e-4, rtol=0)
+    assert (plain_sums.solve(0.7) - wanted).abs().max() > 1e-2
+
+
 def test_a_direction_that_nothing_goes_to_stays_empty():
     from slicecli.linalg.stream_map import StreamMap
 

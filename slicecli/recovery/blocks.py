@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from slicecli.linalg.normal_equations import inverse_scale, widen
-from slicecli.linalg.stream_map import StreamMap
+from slicecli.linalg.stream_map import StreamMap, WrittenStreamMap
 from slicecli.recovery.block_training import BlockFit, BlockSchedule, BlockTraining, move_streams
 from slicecli.recovery.objectives import Activations, Objective, Part, Predictions, with_head
 from slicecli.slicing import modules
@@ -164,26 +164,27 @@ class _Run:
             What turns the dense stream, as a row, into that of the slice: one map, or one for each block. And the
             divergence on the held-out rows.
         """
-        progress.start("survey", len(self.student.blocks))
-        turns: list[torch.Tensor] = []
-        sums = None
-        for index, weights in self.blocks(range(len(self.student.blocks))):
-            block = self.student.blocks[index]
-            with filled(self.student, block, weights):
-                at = BlockTraining(self.student, index, block, self.calls)
-                length = at.move(self.training.own, self.held_out.own)
+        student = self.student
+        progress.start("survey", len(student.blocks))
+        turns = _Turns(self.teacher, student, slicing)
+        for index, weights in self.blocks(range(len(student.blocks))):
+            block = student.blocks[index]
+            with filled(student, block, weights):
+                at = BlockTraining(student, index, block, self.calls)
+                for number, (dense, before) in enumerate(zip(self.training.dense, self.training.own, strict=True)):
+                    moved = [before]
+                    length = at.move(moved)
+                    turns.add(dense, before, moved[0])
+                    self.training.own[number] = moved[0]
+                at.move(self.held_out.own)
             self.tuple_lengths = self.tuple_lengths[0], length
-            sums = self._add_tokens(sums)
-            if not slicing.has_one_basis:
-                turns.append(self._solve(sums, slicing))
-                sums = None
+            turns.finish_block()
             progress.advance()
-        if sums is not None:
-            turns.append(self._solve(sums, slicing))
+        found = turns.solve()
         with self.heads():
-            before = self.divergence()
+            before_training = self.divergence()
         self.enter()
-        return turns, before
+        return found, before_training
 
     def train_block(
         self,
@@ -212,7 +213,7 @@ class _Run:
             own = student.meta_model.get_submodule(norm).named_parameters()
             trained |= {f"{norm}.{one}": value for one, value in own}
         else:
-            objective = Activations(turn, self.teacher, student)
+            objective = Activations(turn, self.teacher, student, slicing.has_one_basis and self.teacher.is_centred)
         at = BlockTraining(student, index, block, self.calls, list(trained.values()))
         fit = at.train(self.training, self.held_out, objective, self.schedule, slicing.dtype, progress)
         for one, value in (trained | buffers).items():
@@ -220,21 +221,6 @@ class _Run:
         at.move(self.training.own, self.held_out.own)
         modules.clear(block)
         return fit
-
-    def _add_tokens(self, sums: StreamMap | None) -> StreamMap:
-        for dense, own in zip(self.training.dense, self.training.own, strict=True):
-            wide, narrow = widen(dense).flatten(0, -2), widen(own).flatten(0, -2)
-            sums = sums or StreamMap(wide.shape[1], narrow.shape[1], self.student.device)
-            sums.add(wide, narrow, inverse_scale(wide, self.teacher.dimensions.epsilon, self.teacher.is_centred))
-        assert sums is not None
-        return sums
-
-    def _solve(self, sums: StreamMap, slicing: Slicing) -> torch.Tensor:
-        """Return the map, the same bits for all processes."""
-        processes, shape = self.student.processes, tuple(sums.cross.shape)
-        processes.sum_to_main(sums.gram, sums.cross)
-        (turn,) = processes.tensors_from_main(lambda: [sums.solve(slicing.scale)], [shape], self.student.device)
-        return turn
 
     def streams(self) -> dict[str, Stream]:
         """Return the activations by name."""
@@ -260,6 +246,71 @@ class _Run:
             total += float(predictions.loss(own, dense)) * len(own)
             count += len(own)
         return total / count
+
+
+class _Turns:
+    """Finds what turns the dense stream into that of the slice, while both run; the same bits for all processes.
+
+    A slice whose blocks have coordinates of their own has a map for each.
+    """
+
+    def __init__(self, teacher: DenseModel, student: DenseModel, slicing: Slicing) -> None:
+        self._teacher, self._student, self._slicing = teacher, student, slicing
+        self._sums: StreamMap | WrittenStreamMap | None = None
+        self._found: list[torch.Tensor] = []
+
+    def add(self, dense: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add tokens behind a block.
+
+        Args:
+            dense: x⁺, shape (rows, sequence length, d).
+            before, after: y and y⁺, shape (rows, sequence length, k).
+        """
+        wide, narrow = (widen(one).flatten(0, -2) for one in (dense, after))
+        root = inverse_scale(wide, self._teacher.dimensions.epsilon, self._teacher.is_centred)
+        if self._sums is None:
+            self._sums = self._empty(wide.shape[1], narrow.shape[1])
+        if isinstance(self._sums, StreamMap):
+            self._sums.add(wide, narrow, root)
+            return
+        written = narrow - widen(before).flatten(0, -2)
+        if self._teacher.is_centred:  # the norms do not see a mean
+            narrow, written = (one - one.mean(1, keepdim=True) for one in (narrow, written))
+        self._sums.add(wide, narrow, written, root)
+
+    def _empty(self, width: int, dim: int) -> StreamMap | WrittenStreamMap:
+        is_determined = WrittenStreamMap.is_determined(len(self._student.blocks), width, dim)
+        kind = WrittenStreamMap if self._slicing.has_one_basis and is_determined else StreamMap
+        return kind(width, dim, self._student.device)
+
+    def finish_block(self) -> None:
+        """Take up what was added behind a block."""
+        if isinstance(self._sums, WrittenStreamMap):
+            self._student.processes.sum_everywhere(self._sums.square, self._sums.dense, self._sums.sliced)
+            self._sums.finish_block()
+        elif not self._slicing.has_one_basis:
+            self._solve()
+
+    def solve(self) -> list[torch.Tensor]:
+        """Return c Q, float64 of shape (d, k), of all blocks or of each."""
+        if self._sums is not None:
+            self._solve()
+        return self._found
+
+    def _solve(self) -> None:
+        sums, processes, scale = self._sums, self._student.processes, self._slicing.scale
+        assert sums is not None
+        if isinstance(sums, StreamMap):
+            processes.sum_to_main(sums.gram, sums.cross)
+            shape = tuple(sums.cross.shape)
+        else:
+            shape = sums.dense.shape[1], sums.dense.shape[0]
+
+        def solution() -> list[torch.Tensor]:
+            return [sums.solve(scale) if isinstance(sums, StreamMap) else sums.solve()]
+
+        self._found += processes.tensors_from_main(solution, [shape], self._student.device)
+        self._sums = None
 
 
 def _call(calls: Calls, index: int, block: nn.Module, batch: torch.Tensor) -> Any:

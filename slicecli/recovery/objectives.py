@@ -68,14 +68,16 @@ class Activations:
 
     Args:
         turn: c Q, shape (d, k).
+        is_centred: The slice's norms subtract the mean, so that the mean of its stream does not count.
     """
 
     name = "error"
 
-    def __init__(self, turn: torch.Tensor, teacher: DenseModel, student: DenseModel) -> None:
+    def __init__(self, turn: torch.Tensor, teacher: DenseModel, student: DenseModel, is_centred: bool = False) -> None:
         self._turn = turn.to(torch.promote_types(teacher.dtype, torch.float32))
         self._teacher = teacher
         self._student = student
+        self._is_centred = is_centred
 
     def targets(self, part: Part) -> Stream:
         """Return w c Qᵀ x⁺ for each token, and w beside it, shape (rows, sequence length, k + 1)."""
@@ -88,8 +90,10 @@ class Activations:
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the mean over tokens and coordinates of w² (c Qᵀ x⁺ - y⁺)²."""
-        wide = widen(target)
-        return (widen(output) * wide[..., -1:] - wide[..., :-1]).square().mean()
+        wide, own = widen(target), widen(output)
+        if self._is_centred:
+            own = own - own.mean(-1, keepdim=True)
+        return (own * wide[..., -1:] - wide[..., :-1]).square().mean()
 
     def learn(self, output: torch.Tensor, target: torch.Tensor, share: float) -> None:
         """Add a share of the loss's gradient."""
