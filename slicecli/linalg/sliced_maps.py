@@ -9,8 +9,8 @@ A LayerNorm subtracts the mean over its k coordinates, which must therefore be z
 orthogonal to the all-ones vector of the dense stream (the mean of x is never read) and its rows, seen as vectors of
 k numbers, to the all-ones vector of the sliced one (`slicecli.linalg.basis`). The mean coordinate of n'(y) is then
 always zero, which leaves a free place: a norm's bias β whose readers W have no bias of their own moves into W,
-as the column W β / k added to every column, and the norm's bias becomes 1 everywhere, for W' (n' + 1) gains exactly
-W β. So a bias of the final norm survives a head without bias, in the family's own class.
+as the column W β / k added to every column, and the norm's bias becomes 1 everywhere, for W' (γ n' + 1) gains exactly
+W β, whatever the norm's weight γ is. So a bias of the final norm survives a head without bias, in the family's own class.
 
 Symbols: docs/notation.md. The rotation is SliceGPT's (arXiv 2401.15024, theorem 1); the scale and the place of β are
 ours.
@@ -31,10 +31,13 @@ __all__ = [
     "projection_of_stream",
     "rows_times",
     "stream_scale",
+    "usual_gain",
 ]
 
 # rows of a table that are widened to float64 at a time
 TABLE_ROWS = 4096
+# such gains are exact in bfloat16, with or without 1 taken off
+MOST_DOUBLINGS = 7
 
 
 def stream_scale(basis: torch.Tensor) -> float:
@@ -63,6 +66,24 @@ def projection_for_readers(basis: torch.Tensor) -> torch.Tensor:
         basis: Q, float64 of shape (d, k).
     """
     return basis / stream_scale(basis)
+
+
+def usual_gain(norm_weight: torch.Tensor | None) -> float:
+    """Return the power of two next to the root mean square of g, by which a sliced norm multiplies.
+
+    With all of g in the readers these would be several times smaller, or larger, than those of the dense model, and an
+    optimiser whose steps are of one size for all weights would be too fast for one norm's readers and too slow for
+    another's. A power of two is taken out of them without rounding.
+
+    Args:
+        norm_weight: g, shape (d,); `None`, for norms without a weight, gives 1.
+    """
+    if norm_weight is None:
+        return 1.0
+    root = float(norm_weight.double().square().mean().sqrt())
+    if not root > 0 or not math.isfinite(root):
+        return 1.0
+    return float(2.0 ** min(max(round(math.log2(root)), -MOST_DOUBLINGS), MOST_DOUBLINGS))
 
 
 def fold_reader(

@@ -25,6 +25,7 @@ from slicecli.linalg.sliced_maps import (
     projected_writer,
     projection_for_readers,
     rows_times,
+    usual_gain,
 )
 from slicecli.linalg.tied_table import Tie, tie
 
@@ -86,12 +87,12 @@ def norm_weight_and_bias(
     return weight, bias
 
 
-def neutral_norm(dimensions: Dimensions, path: str, dim: int, bias: float = 0.0) -> Tensors:
-    """Return the tensors of a norm over `dim` coordinates that multiplies by 1 and adds `bias`."""
+def neutral_norm(dimensions: Dimensions, path: str, dim: int, bias: float = 0.0, gain: float = 1.0) -> Tensors:
+    """Return the tensors of a norm over `dim` coordinates that multiplies by `gain` and adds `bias`."""
     norm = dimensions.adapter.norm
     tensors = {}
     if norm.has_weight:
-        tensors[f"{path}.weight"] = torch.full((dim,), 1.0 - norm.weight_offset)
+        tensors[f"{path}.weight"] = torch.full((dim,), gain - norm.weight_offset)
     if norm.has_bias:
         tensors[f"{path}.bias"] = torch.full((dim,), bias)
     return tensors
@@ -113,17 +114,19 @@ def sliced_readers(
     tensors: Tensors = {}
     for path in dict.fromkeys(branch.norm for branch in branches):
         weight, bias = norm_weight_and_bias(dimensions, path, weights)
+        gain = usual_gain(weight)
+        scaled = matrix / gain
         carries_bias = False
         for branch in branches:
             if branch.norm != path:
                 continue
             for reader in branch.readers:
-                carries_bias |= _fold_linear(tensors, dimensions, reader, weights, weight, bias, matrix, dtype)
+                carries_bias |= _fold_linear(tensors, dimensions, reader, weights, weight, bias, scaled, dtype)
             if branch.experts is not None:
                 name = branch.experts.reader_path
-                tensors[name] = fold_reader(weights[name], weight, bias, matrix, has_bias=False, dtype=dtype)
+                tensors[name] = fold_reader(weights[name], weight, bias, scaled, has_bias=False, dtype=dtype)
                 carries_bias = True
-        tensors |= neutral_norm(dimensions, path, matrix.shape[1], float(carries_bias))
+        tensors |= neutral_norm(dimensions, path, matrix.shape[1], float(carries_bias), gain)
     return tensors
 
 
@@ -148,8 +151,9 @@ def fold_head(dimensions: Dimensions, weights: WeightReader, matrix: torch.Tenso
     names = [f"{head.path}.weight"] + [f"{head.path}.bias"] * dimensions.has_bias(head)
     dense = {name: weights.tensor(name).to(matrix.device) for name in names}
     tensors: Tensors = {}
-    carries_bias = _fold_linear(tensors, dimensions, head, dense, weight, bias, matrix, dtype)
-    return tensors | neutral_norm(dimensions, adapter.final_norm, matrix.shape[1], float(carries_bias))
+    gain = usual_gain(weight)
+    carries_bias = _fold_linear(tensors, dimensions, head, dense, weight, bias, matrix / gain, dtype)
+    return tensors | neutral_norm(dimensions, adapter.final_norm, matrix.shape[1], float(carries_bias), gain)
 
 
 def published_reader(
