@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockFit", "BlockSchedule", "BlockTraining", "move_streams"]
 
-WARM_UP_SHARE = 0.05  # of the steps, in all modes
+WARM_UP_SHARE = 0.1  # of the steps, in all modes
 LARGEST_GRADIENT = 1.0  # norm that gradients are clipped to, in all modes
 
 
