@@ -12,6 +12,8 @@ import pytest
 
 from slicecli.errors import RequestError
 from slicecli.estimation.dense_figures import accuracies, dense_perplexity
+from slicecli.estimation.intervals import Prediction, published_calibration_shift, shifted
+from slicecli.estimation.relations import Dense
 from slicecli.family.dimensions import Dimensions
 from slicecli.family.plugins import plugins
 from slicecli.family.schedule import PublishedSizes
@@ -203,6 +205,30 @@ def test_more_calibration_text_loses_less(estimate, method):
     ]
     assert values == sorted(values, reverse=True)
     assert values[0] > 1.05 * values[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "-5", "--seq-len", "-5"], "Use --samples 1 or more"),
+        (["--seq-len", "0"], "Use --seq-len 2 or more"),
+        (["--seq-len", "1000000"], "exceeds the limit"),
+    ],
+)
+def test_calibration_text_that_slice_would_refuse_is_refused(run, llama, words, message):
+    assert message in refused(run("estimate", llama, "--dim", "3072", "--dense-perplexity", "8", *words))
+
+
+def test_a_slice_is_not_predicted_to_be_better_than_a_dense_model_that_is_worse_than_a_guess(estimate):
+    predicted = estimate("--dim", "3072", "--dense-perplexity", "1e7")["estimates"][0]["perplexity"]
+    assert predicted["low"] == pytest.approx(1e7, rel=1e-3)
+
+
+def test_however_little_calibration_text_there_is_no_prediction_is_worse_than_a_guess():
+    dense = Dense(math.log(8), ceiling=math.log(32000))
+    near = Prediction(math.log(4000), math.log(2000), math.log(8000), "free-odds", False)
+    predicted = shifted(near, dense, published_calibration_shift(0.01))
+    assert predicted.low <= predicted.value == predicted.high == dense.ceiling
 
 
 def test_nothing_is_predicted_silently(run, llama, estimate):
@@ -543,6 +569,11 @@ def test_a_measured_accuracy_is_what_the_curve_goes_through(estimate):
 def test_an_accuracy_above_the_dense_one_is_said(run, llama):
     words = ["--dim", "3072", "--dense-accuracy", "piqa=0.7", "--measured-accuracy", "piqa:3584=0.72"]
     assert "piqa passed for dim 3584 is above the dense one" in run("estimate", llama, *words).stderr
+
+
+def test_an_accuracy_below_chance_is_said(run, llama):
+    words = ["--dim", "3072", "--dense-accuracy", "piqa=0.7", "--measured-accuracy", "piqa:3584=0.4"]
+    assert "piqa passed for dim 3584 is below chance, 0.5" in run("estimate", llama, *words).stderr
 
 
 def test_nothing_is_predicted_below_chance(estimate):

@@ -19,6 +19,7 @@ from slicecli.checkpoint.source import Source
 from slicecli.errors import OutputError, RequestError, TextError, TrainingError
 from slicecli.hub.verify import verify_folder
 from slicecli.proof.tiny import random_model
+from slicecli.recovery.block_training import WARM_UP_SHARE
 from slicecli.testing.checkpoints import save_checkpoint
 
 GPT2 = {
@@ -482,6 +483,11 @@ def test_recomputed_activations_give_the_same_gradient(kind, slices):
     model(torch.arange(20)[None], use_cache=False).logits.mean().backward()
     assert len(calls) == 2
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_command_names_the_share_of_the_steps_in_which_the_learning_rate_rises(run):
+    share = f"{WARM_UP_SHARE * 100:g} %"
+    assert f"rises for {share} of the steps" in " ".join(run("recover", "--help").output.split())
 
 
 def test_held_out_rows_are_a_twentieth_and_none_is_trained_on(text_file):

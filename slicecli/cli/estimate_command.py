@@ -214,7 +214,8 @@ def command(
     )
     from slicecli.estimation.forecasts import ForecastInputs, find_forecasts
     from slicecli.estimation.spectra import read_shape_losses
-    from slicecli.family.context_length import default_length
+    from slicecli.family.context_length import row_length
+    from slicecli.runtime.inputs import check_count
 
     wishes = [dims, sweep, target_params, memory, max_perplexity]
     if sum(wish is not None for wish in wishes) > 1:
@@ -245,10 +246,12 @@ def command(
         raise RequestError(
             "--max-perplexity is for slices that keep all MLP channels.", "Leave out --mlp-dim and --mlp-sparsity."
         )
+    check_count(samples, "{} calibration samples are", "Use --samples", words=("too few", "too many"))
+    row = row_length(subject.source.name, subject.dimensions.context_length, sequence_length)
     knowledge = ForecastInputs(
         text=text,
         calibration=calibration,
-        calibration_tokens=samples * (sequence_length or default_length(subject.dimensions.context_length)),
+        calibration_tokens=samples * row,
         dense_perplexity=dense_perplexity,
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),

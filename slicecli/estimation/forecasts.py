@@ -287,7 +287,10 @@ def _forecast_accuracy(
     found = forecast_by_curve(fit_curve(series, name), "given", figure.source)
     better = [point.dim for point in points if point.value > dense.value]
     warned = _with_warning(found, better, f"The accuracy on {task} passed for dim {{}} is above", "measured alike")
-    return replace(warned, notes=(*warned.notes, *_chance_note(task, dense.chance)))
+    guessing = [f"{point.dim}" for point in points if dense.chance is not None and point.value < dense.chance]
+    below = f"The accuracy on {task} passed for dim {', '.join(guessing)} is below chance, {dense.chance}; check both."
+    notes = [below] * bool(guessing) + _chance_note(task, dense.chance)
+    return replace(warned, notes=(*warned.notes, *notes))
 
 
 def _points(measured: Mapping[int, float], hidden_size: int) -> tuple[Point, ...]:

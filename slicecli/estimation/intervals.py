@@ -30,6 +30,7 @@ from slicecli.estimation.spread import (
     learn_spread,
     little_text_excess,
     worst_accuracy,
+    worst_perplexity,
 )
 
 __all__ = [
@@ -219,9 +220,9 @@ def shifted(prediction: Prediction, dense: Dense, shift: Shift) -> Prediction:
 
     low = prediction.low if prediction.low <= dense.value else end(prediction.low, -1)
     high = end(prediction.high, 1)
-    value = dense.value + (prediction.value - dense.value) * math.exp(shift.mean)
-    ceiling = math.inf if dense.ceiling is None else dense.ceiling
-    return dataclasses.replace(prediction, value=value, low=min(low, value), high=max(min(high, ceiling), value))
+    value = possible("perplexity", dense, dense.value + (prediction.value - dense.value) * math.exp(shift.mean))
+    high = possible("perplexity", dense, high)
+    return dataclasses.replace(prediction, value=value, low=min(low, value), high=max(high, value))
 
 
 def _exponent(relation: Relation, parameters: Sequence[float]) -> float:
@@ -244,5 +245,5 @@ def _nearer(dense: Dense, high: float) -> float:
 def possible(quantity: Quantity, dense: Dense, value: float) -> float:
     """Return the nearest figure that can be: no perplexity beyond that of a uniform guess, no accuracy below chance."""
     if quantity == "perplexity":
-        return value if dense.ceiling is None else min(value, dense.ceiling)
+        return min(value, worst_perplexity(dense))
     return max(value, worst_accuracy(dense))

@@ -49,6 +49,7 @@ __all__ = [
     "little_text_excess",
     "shared_fit",
     "worst_accuracy",
+    "worst_perplexity",
 ]
 
 CONFIDENCE = 0.9
@@ -402,8 +403,13 @@ def interval(
     if relation.quantity == "accuracy":
         middle, half = (low + high) / 2, math.hypot((high - low) / 2, floor)
         return max(middle - half, worst_accuracy(dense)), min(max(middle + half, worst_accuracy(dense)), 1.0)
-    ceiling = math.inf if dense.ceiling is None else dense.ceiling
+    ceiling = worst_perplexity(dense)
     return min(max(low - floor, dense.value), ceiling), min(high + floor, ceiling)
+
+
+def worst_perplexity(dense: Dense) -> float:
+    """Return the largest ln PPL that is predicted: that of a uniform guess, unless the dense model is above it."""
+    return math.inf if dense.ceiling is None else max(dense.ceiling, dense.value)
 
 
 def worst_accuracy(dense: Dense) -> float:

@@ -15,6 +15,7 @@ __all__ = [
     "default_length",
     "own_names",
     "pick_sequence_length",
+    "row_length",
 ]
 
 DEFAULT_LENGTH = 2048
@@ -78,7 +79,11 @@ def default_length(longest: int | None) -> int:
 
 def pick_sequence_length(name: str, config: Any, wanted: int | None) -> int:
     """Return the tokens per row: as wanted, else 2048 or the model's longest."""
-    longest = context_length_of_config(config)
+    return row_length(name, context_length_of_config(config), wanted)
+
+
+def row_length(name: str, longest: int | None, wanted: int | None) -> int:
+    """Return the same for a model of which the context length is known."""
     if wanted is None:
         return default_length(longest)
     if wanted < 2:

@@ -180,7 +180,7 @@ class RecoverOptions:
     ).field()
     learning_rate: float = Option(
         "--lr",
-        "Largest learning rate; it rises for 5 % of the steps and falls by a cosine.",
+        "Largest learning rate; it rises for 10 % of the steps and falls by a cosine.",
         default=2e-4,
         reads=float,
         metavar="RATE",

@@ -10,7 +10,8 @@ orthogonal to the all-ones vector of the dense stream (the mean of x is never re
 k numbers, to the all-ones vector of the sliced one (`slicecli.linalg.basis`). The mean coordinate of n'(y) is then
 always zero, which leaves a free place: a norm's bias β whose readers W have no bias of their own moves into W,
 as the column W β / k added to every column, and the norm's bias becomes 1 everywhere, for W' (γ n' + 1) gains exactly
-W β, whatever the norm's weight γ is. So a bias of the final norm survives a head without bias, in the family's own class.
+W β, whatever the norm's weight γ is. So a bias of the final norm survives a head without bias, in the family's own
+class.
 
 Symbols: docs/notation.md. The rotation is SliceGPT's (arXiv 2401.15024, theorem 1); the scale and the place of β are
 ours.
