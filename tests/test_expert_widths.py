@@ -408,3 +408,10 @@ def test_pairs_of_experts_fit_and_use_up_a_target():
         assert sizes.with_mlp_dim(mlp_dim).parameters(dim) <= limit
         if mlp_dim is not None and mlp_dim + 8 < WHOLE:
             assert sizes.with_mlp_dim(mlp_dim + 8).parameters(dim) > limit
+
+
+def test_a_hidden_size_that_experts_cannot_be_multiplied_in_is_refused():
+    sizes = dimensions("mixtral", hidden_size=48)
+    assert list(sizes.legal_dims()) == [8, 16, 24, 32, 40]
+    with pytest.raises(RequestError, match=r"A dim of 45 is not legal for a model with experts.*\n?.*40"):
+        sizes.check_dim(45)

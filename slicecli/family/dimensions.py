@@ -85,7 +85,7 @@ class Dimensions:
         keeps_tie: Whether it does so in slices by the refit too.
         layout: How the refit writes a slice: `stock` or `custom-code`.
         shortcut_obstacle: Why the published method cannot slice the model; empty where it can.
-        dim_multiple: Every legal dim is a multiple of it.
+        config_multiple: The config class accepts multiples of it as hidden size.
         sliced_mlp_widths: The widths of the MLPs of slices, by the names that declarations have for them; none where
             they keep those of the dense model.
     """
@@ -115,7 +115,21 @@ class Dimensions:
         self.keeps_tie = self.is_tied and not unties and not self.tie_obstacle
         # a slice with code of its own keeps the dense config, whose class then has nothing to refuse
         divisors = adapter.dim_divisors if self.layout == "stock" else ()
-        self.dim_multiple = math.lcm(1, *(self.number(name) for name in divisors))
+        self.config_multiple = math.lcm(1, *(self.number(name) for name in divisors))
+
+    @functools.cached_property
+    def has_experts(self) -> bool:
+        """Whether some of the MLPs are mixtures of experts."""
+        return any(branch.experts for block in self.declared_blocks for branch in block.branches)
+
+    @functools.cached_property
+    def dim_multiple(self) -> int:
+        """Every legal dim is a multiple of it: the config class and the product of experts may ask for one."""
+        return math.lcm(self.config_multiple, self._experts_multiple(self.hidden_size))
+
+    def _experts_multiple(self, width: int) -> int:
+        """Return what a width of experts, narrower than this, must be a multiple of."""
+        return EXPERTS_MULTIPLE if self.has_experts and width % EXPERTS_MULTIPLE == 0 else 1
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -527,8 +541,7 @@ class Dimensions:
         """Return the widths that the MLPs of a slice may have, the dense model's among them; none where it cannot."""
         if self.mlp_obstacle:
             return range(0)
-        has_experts = any(branch.experts for block in self.declared_blocks for branch in block.branches)
-        step = EXPERTS_MULTIPLE if has_experts and self.mlp_size % EXPERTS_MULTIPLE == 0 else 1
+        step = self._experts_multiple(self.mlp_size)
         return range(step, self.mlp_size + 1, step)
 
     def require_sliceable_mlps(self) -> None:
@@ -575,6 +588,11 @@ class Dimensions:
             cause = f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}."
         elif self.dim_multiple == 1:
             cause = f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract uses up one."
+        elif dim % self.config_multiple == 0 and dim > 0 and self.has_experts:
+            cause = (
+                f"A dim of {dim} is not legal for a model with experts: transformers multiplies experts only in rows "
+                f"of a multiple of {EXPERTS_MULTIPLE} numbers."
+            )
         else:
             fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
             cause = f"A dim of {dim} is not legal: the {self.adapter.name} config requires a multiple of {fields}."
