@@ -45,7 +45,7 @@ def describe(adapter: Adapter) -> str:
     words += ["1 + weight"] if norm.weight_offset else []
     words += ["no weight"] if not norm.has_weight else []
     words += ["parallel"] if any(block.is_parallel for block in dimensions.declared_blocks) else []
-    words += ["experts"] if any(branch.experts for branch in branches) else []
+    words += ["experts"] if dimensions.has_experts else []
     words += ["multipliers"] if any(branch.multiplier for branch in branches) else []
     words += ["embeddings times root of width"] if adapter.scales_embeddings_by_width else []
     words += ["learned positions"] if len(adapter.embeddings) > 1 else []
@@ -62,7 +62,9 @@ def page() -> str:
     reasons = []
     for _, adapter in sorted(plugins().adapters.items()):
         layout = adapter.layout({})
-        rule = " and ".join(f"a multiple of `{name}`" for name in adapter.dim_divisors) or "any"
+        sizes = Dimensions(adapter, tiny_of(adapter, adapter.model_types[0]).to_dict())
+        named = [f"`{name}`" for name in adapter.dim_divisors] + ["8"] * sizes.has_experts
+        rule = " and ".join(f"a multiple of {name}" for name in named) or "any"
         rule = "" if layout == "custom-code" else rule
         types = ", ".join(f"`{name}`" for name in adapter.model_types)
         shown = layout.replace("-", " ")
