@@ -123,7 +123,7 @@ def test_an_adapter_that_does_not_exist_is_wrong_usage(runpytest, pytester):
 def test_the_suite_runs_on_a_real_checkpoint(runpytest, pytester, embedded_model):
     words = ["--pyargs", "slicecli.testing", "--slicecli-model", embedded_model]
     result = runpytest(*words)
-    result.assert_outcomes(passed=40, deselected=7)
+    result.assert_outcomes(passed=41, deselected=7)
     result.stdout.fnmatch_lines([f"slicecli: model {embedded_model} *"])
 
 
