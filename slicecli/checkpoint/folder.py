@@ -10,13 +10,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slicecli.errors import OutputError
 from slicecli.runtime.json import read_json
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 __all__ = [
     "check_apart",
@@ -57,26 +53,18 @@ def whole_folder(
     output = _real(output)  # of a link to a folder, that folder is replaced
     check_output(output, overwrite)
     partial = unfinished_folder(output)
-    lock = _lock(partial, output)
-    is_kept = False
     try:
-        _put_back(output)
-        check_output(output, overwrite)
-        if not resumes:
-            clear_folder(partial)
-        yield partial
-        (partial / LOCK_FILE).unlink(missing_ok=True)
-        _put_in_place(partial, output)
-        shutil.rmtree(_folder_beside(output), ignore_errors=True)  # of a run that was killed before it had weights
+        with _locked(partial, output, lambda error: not isinstance(error, OSError) and keeps(error)):
+            _put_back(output)
+            check_output(output, overwrite)
+            if not resumes:
+                clear_folder(partial)
+            yield partial
+            (partial / LOCK_FILE).unlink(missing_ok=True)
+            _put_in_place(partial, output)
+            shutil.rmtree(_folder_beside(output), ignore_errors=True)  # of a run that was killed before it had weights
     except OSError as error:
         raise _writing_error(output, error) from error
-    except BaseException as error:
-        is_kept = keeps(error)
-        raise
-    finally:
-        lock.release()
-        if not is_kept:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -84,27 +72,19 @@ def folder_beside(output: Path, resumes: bool, keeps: Callable[[BaseException], 
     """Give a folder beside the output for what comes before its weights; it is removed as an unfinished one is."""
     output = _real(output)
     folder = _folder_beside(output)
-    lock = _lock(folder, output)
-    is_kept = False
-    try:
+    with _locked(folder, output, keeps):
         if not resumes:
             clear_folder(folder)
         yield folder
-    except BaseException as error:
-        is_kept = keeps(error)
-        raise
-    finally:
-        lock.release()
-        if not is_kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder_beside(output: Path) -> Path:
     return unfinished_folder(output).with_suffix(".statistics")
 
 
-def _lock(folder: Path, output: Path) -> BaseFileLock:
-    """Make a folder for what is to become an output, and lock it."""
+@contextmanager
+def _locked(folder: Path, output: Path, keeps: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Make a folder for what is to become an output, hold its lock, and remove it unless an error is to leave it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK_FILE)
@@ -117,7 +97,16 @@ def _lock(folder: Path, output: Path) -> BaseFileLock:
         ) from None
     except OSError as error:
         raise _writing_error(output, error) from error
-    return lock
+    is_kept = False
+    try:
+        yield
+    except BaseException as error:
+        is_kept = keeps(error)
+        raise
+    finally:
+        lock.release()
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unfinished_folder(output: Path) -> Path:

@@ -35,7 +35,7 @@ MOST_OF_ONE_TOKEN = 0.5
 LEAST_NEW_ROWS = 0.5
 LEAST_NEW_STRETCHES = 0.2
 STRETCH = 16
-LEAST_SHARED = 0.25
+MOST_SHARED = 0.25  # of the stretches of a row that is not from a part of the text
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def rows_unlike(rows: Rows, others: Rows) -> list[int]:
 
     length = min(STRETCH, rows.sequence_length, others.sequence_length)
     is_known = torch.isin(_stretches(rows.ids, length), _stretches(others.ids, length).unique())
-    return [number for number, share in enumerate(is_known.double().mean(1).tolist()) if share < LEAST_SHARED]
+    return [number for number, share in enumerate(is_known.double().mean(1).tolist()) if share < MOST_SHARED]
 
 
 def check_vocabulary(rows: Rows, name: str, vocabulary: int) -> None:
