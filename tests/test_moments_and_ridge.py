@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from slicecli.linalg import ridge
 from slicecli.linalg.normal_equations import (
     BANDS,
     CHUNK_TOKENS,
@@ -16,7 +17,7 @@ from slicecli.linalg.normal_equations import (
     add_square,
     normalise,
 )
-from slicecli.linalg.ridge import RIDGES, RidgeMemory, solve_ridge
+from slicecli.linalg.ridge import RIDGES, TRIAL_OUTPUTS, RidgeMemory, solve_ridge
 
 
 def regression(tokens, inputs=12, outputs=5, noise=0.0, seed=0):
@@ -72,7 +73,7 @@ def test_moments_of_both_parts_add_up():
     torch.testing.assert_close(equations.gram + gram, z.T @ z)
     torch.testing.assert_close(equations.cross + cross, z.T @ residual)
     torch.testing.assert_close(gram, z[4::5].T @ z[4::5])
-    assert float(sum(equations.residual_energy)) == pytest.approx(float(residual.square().sum()))
+    torch.testing.assert_close(sum(equations.residual_energy), residual.square().sum(0))
     for merged, expected in zip(equations.merge(), (z.T @ z, z.T @ residual), strict=True):
         torch.testing.assert_close(merged, expected)
 
@@ -150,6 +151,17 @@ def test_the_chosen_ridge_is_the_best_on_held_out_tokens():
     errors = {ridge: solve_ridge(moments_of(z, residual), (ridge,)).error for ridge in ridges}
     best = solve_ridge(moments_of(z, residual), ridges)
     assert best.error == pytest.approx(min(errors.values()))
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0, 8.0])
+def test_some_outputs_choose_the_ridge_that_all_would_choose(noise, monkeypatch):
+    z, residual, _ = regression(300, inputs=80, outputs=4 * TRIAL_OUTPUTS + 3, noise=noise)
+    some = solve_ridge(moments_of(z, residual))
+    monkeypatch.setattr(ridge, "TRIAL_OUTPUTS", 1_000_000)
+    every = solve_ridge(moments_of(z, residual))
+    assert some.ridge == every.ridge
+    assert some.error == pytest.approx(every.error, rel=0.02)
+    torch.testing.assert_close(some.matrix, every.matrix)
 
 
 def test_an_all_zero_input_is_no_failure():

@@ -117,7 +117,7 @@ class NormalEquations:
     Attributes:
         gram: Σ z zᵀ of fitted tokens, float64 of shape (inputs, inputs).
         cross: Σ z rᵀ of fitted tokens with r the residual, float64 of shape (inputs, outputs).
-        residual_energy: Σ |r|² of fitted and of held-out tokens, float64 of shape (1,) each.
+        residual_energy: Σ r² of fitted and of held-out tokens, float64 of shape (outputs,) each.
         held_out: z and r of held-out tokens, shapes (tokens, inputs) and (tokens, outputs).
         held_out_sums: Gram matrix and cross products of held-out tokens, where those are summed up.
     """
@@ -126,7 +126,7 @@ class NormalEquations:
         make_room(inputs * inputs * torch.float64.itemsize)
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
-        self.residual_energy = [torch.zeros(1, dtype=torch.float64, device=device) for _ in range(2)]
+        self.residual_energy = [torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(2)]
         self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.held_out_sums: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -142,9 +142,9 @@ class NormalEquations:
         some_inputs, some_residuals = inputs[is_fitted], residuals[is_fitted]
         add_square(self.gram, some_inputs)
         add_outer(self.cross, some_inputs, some_residuals)
-        self.residual_energy[0] += some_residuals.double().square().sum()
+        self.residual_energy[0] += some_residuals.double().square().sum(0)
         some_inputs, some_residuals = inputs[is_held_out], residuals[is_held_out]
-        self.residual_energy[1] += some_residuals.double().square().sum()
+        self.residual_energy[1] += some_residuals.double().square().sum(0)
         self.held_out.append((some_inputs, some_residuals))
         if self.held_out_sums is not None or sum(len(rows) for rows, _ in self.held_out) > len(self.gram):
             self.sum_held_out()
@@ -193,7 +193,7 @@ class NormalEquations:
             self.residual_energy[1] += added
         for number, (inputs, residuals) in enumerate(self.held_out):
             whole = residuals + inputs[:, ~stays] @ given.to(inputs)
-            self.residual_energy[1] += whole.double().square().sum() - residuals.double().square().sum()
+            self.residual_energy[1] += whole.double().square().sum(0) - residuals.double().square().sum(0)
             self.held_out[number] = inputs[:, stays], whole
 
     def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +214,7 @@ def _without(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return Gram matrix, in the memory of the old one, and cross products of what stays, and what Σ |r|² gains."""
     explained = gram[:, ~stays] @ given
-    added = (given * (explained[~stays] + 2 * cross[~stays])).sum()
+    added = (given * (explained[~stays] + 2 * cross[~stays])).sum(0)
     explained += cross
     kept = stays.nonzero().squeeze(1)
     count, flat = len(kept), gram.view(-1)
