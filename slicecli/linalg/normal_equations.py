@@ -111,15 +111,15 @@ class NormalEquations:
     The regression corrects a map that exists already: its outputs are residuals, target minus what the existing
     map gives. A residual of exactly zero then asks for a correction of exactly zero, whatever the rounding.
 
-    Held-out tokens are few. While there are not more of them than inputs they are kept as they are, which takes less
-    room than their sums and tells the same.
+    Held-out tokens are few. Until there are more of them than inputs they are kept as they are, which takes less room
+    than their sums and tells the same; then all that are kept are summed up at once.
 
     Attributes:
         gram: Σ z zᵀ of fitted tokens, float64 of shape (inputs, inputs).
         cross: Σ z rᵀ of fitted tokens with r the residual, float64 of shape (inputs, outputs).
         residual_energy: Σ r² of fitted and of held-out tokens, float64 of shape (outputs,) each.
-        held_out: z and r of held-out tokens, shapes (tokens, inputs) and (tokens, outputs).
-        held_out_sums: Gram matrix and cross products of held-out tokens, where those are summed up.
+        held_out: z and r of held-out tokens that are not summed up, shapes (tokens, inputs) and (tokens, outputs).
+        held_out_sums: Gram matrix and cross products of those that are.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
@@ -146,7 +146,7 @@ class NormalEquations:
         some_inputs, some_residuals = inputs[is_held_out], residuals[is_held_out]
         self.residual_energy[1] += some_residuals.double().square().sum(0)
         self.held_out.append((some_inputs, some_residuals))
-        if self.held_out_sums is not None or sum(len(rows) for rows, _ in self.held_out) > len(self.gram):
+        if sum(len(rows) for rows, _ in self.held_out) > len(self.gram):
             self.sum_held_out()
 
     def sum_held_out(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,7 +91,8 @@ class BlockTraining:
         training_targets, held_out_targets = objective.targets(training), objective.targets(held_out)
         passes = schedule.rows_per_step // schedule.rows_per_pass
         steps = schedule.epochs * (len(training.own) // passes)
-        optimizer = torch.optim.AdamW(self.parameters, lr=schedule.learning_rate, weight_decay=0.0)
+        # fused: without temporary tensors of the size of a weight
+        optimizer = torch.optim.AdamW(self.parameters, lr=schedule.learning_rate, weight_decay=0.0, fused=True)
         pace = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARM_UP_SHARE * steps), steps)
         generator = torch.Generator().manual_seed(schedule.seed + self.index)
         first = error = self._error(objective, held_out.own, held_out_targets)
