@@ -44,8 +44,9 @@ STUDY_FAMILY = "small models"
 EARLY = "_early"  # in the names of models that were trained for a sixth of their time
 
 LEAST_WEIGHT = 1e-9
-# exponent of P in the mean: the study alone is predicted best with a half, a larger model with a fifth (docs/energy.md)
-SHARE_OF_PROJECTED = 0.25
+# exponent of P in the mean, and the nats of P over which what the refit saves grows by e (docs/energy.md)
+SHARE_OF_PROJECTED = 0.3
+SAVING_NATS = 8.0
 # the weight in the directions that a method slices with
 STUDY_COLUMNS = {"refit": "fisher_shared", "slicegpt": "fisher_layer"}
 # of slices that lose less, the loss is not known well enough to compare
@@ -57,8 +58,8 @@ class Weights(NamedTuple):
 
     Attributes:
         fisher: F(k), by the directions that a method slices with.
-        probe: P(k)^¼ F(k)^¾, P what the projected dense model loses, F of each norm site's own directions; `None`
-            where it was not measured, or for the published method.
+        probe: P(k)^0.3 F(k)^0.7 exp(-P(k)/8), P what the projected dense model loses, F of each norm site's own
+            directions; `None` where it was not measured, or for the published method.
     """
 
     fisher: Callable[[float], float]
@@ -82,15 +83,26 @@ def read_spectrum(path: Path, method: str, hidden_size: int) -> Weights:
 
 
 def _probe(projected: Sequence[tuple[float, float]], fisher: Callable[[float], float]) -> Callable[[float], float]:
-    """Return the mean of P and F over s, from P at a few: between them and beyond, P / F changes little."""
+    """Return the weight of P and F over s, from P at a few: between them and beyond, P / F changes little."""
     ordered = sorted((sparsity, max(loss, LEAST_WEIGHT)) for sparsity, loss in projected if sparsity > 0)
     places = [math.log(sparsity) for sparsity, _ in ordered]
     ratios = [math.log(loss / fisher(sparsity)) for sparsity, loss in ordered]
 
     def weight(sparsity: float) -> float:
-        return fisher(sparsity) * math.exp(SHARE_OF_PROJECTED * float(np.interp(math.log(sparsity), places, ratios)))
+        loss = fisher(sparsity) * math.exp(float(np.interp(math.log(sparsity), places, ratios)))
+        return _probe_weight(loss, fisher(sparsity))
 
     return weight
+
+
+def _probe_weight(projected: float, fisher: float) -> float:
+    """Return what the loss of a refit is proportional to, from P and F at one dim.
+
+    The more the projected model has lost, the more of it the refit repairs.
+    """
+    projected = max(projected, LEAST_WEIGHT)
+    mean = projected**SHARE_OF_PROJECTED * fisher ** (1 - SHARE_OF_PROJECTED)
+    return mean * math.exp(-projected / SAVING_NATS)
 
 
 def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosses | None:
@@ -183,11 +195,7 @@ def study_series(method: str) -> tuple[Series, ...]:
         size, nll = int(rows[0]["hidden_size"]), float(rows[0]["dense_nll"])
         sparsities = [1 - int(row["dim"]) / size for row in rows]
         weights = [float(row[STUDY_COLUMNS[method]]) for row in rows]
-        means = [
-            max(float(row["projected"]), LEAST_WEIGHT) ** SHARE_OF_PROJECTED
-            * float(row["fisher_layer"]) ** (1 - SHARE_OF_PROJECTED)
-            for row in rows
-        ]
+        means = [_probe_weight(float(row["projected"]), float(row["fisher_layer"])) for row in rows]
         dense = Dense(
             nll,
             spectrum=_between(list(zip(sparsities, weights, strict=True))),
