@@ -100,6 +100,18 @@ def test_a_dim_need_not_suit_the_family_s_config():
     assert Width(sparsity=0.25).resolve(sizes, 2) == 3072
 
 
+def test_widths_of_a_model_with_experts_are_multiples_of_8(tmp_path):
+    mixture = dimensions(MIXTRAL)
+    sizes = PublishedSizes(mixture, True)
+    assert sizes.legal_dims() == range(8, 64, 8)
+    with pytest.raises(RequestError, match="multiple of 8 numbers"):
+        sizes.check_dim(44)
+    file = tmp_path / "schedule.json"
+    file.write_text(json.dumps({"blocks": [[44, 44]] * 3, "head": 44}))
+    with pytest.raises(RequestError, match="width of 44 at norm site 0"):
+        read_schedule(str(file), mixture)
+
+
 def test_the_head_is_left_whole_where_that_is_possible():
     assert PublishedSizes(dimensions(SMALL)).schedule(48) == Schedule(((48, 48),) * 3, 64)
     assert PublishedSizes(dimensions(SMALL), True).schedule(48) == Schedule(((48, 48),) * 3, 48)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +255,7 @@ def command(
         dense_perplexity=dense_perplexity,
         dense_accuracies=dict(dense_accuracy),
         chances=dict(chance),
-        measured=dict(_measured(measured)),
+        measured=_measured(measured),
         measured_accuracies=_measured_accuracies(measured_accuracy),
         relation=relation,
         curve=curve,
@@ -306,16 +306,18 @@ def command(
         )
 
 
-def _measured(pairs: Sequence[tuple[str, float]]) -> Iterator[tuple[int, float]]:
-    """Yield dims and perplexities of options such as 3072=9.8."""
+def _measured(pairs: Sequence[tuple[str, float]]) -> dict[int, float]:
+    """Return by dim the perplexities of options such as 3072=9.8."""
     from slicecli.errors import RequestError
 
+    found: dict[int, float] = {}
     for name, value in pairs:
         if not name.isdecimal():
             raise RequestError(
                 f"--measured {name}={value:g} is not a dim and its perplexity.", "Write 3072=9.8, for example."
             )
-        yield int(name), value
+        _put(found, int(name), value, f"perplexities for dim {name}")
+    return found
 
 
 def _measured_accuracies(pairs: Sequence[tuple[str, float]]) -> dict[str, dict[int, float]]:
@@ -330,8 +332,17 @@ def _measured_accuracies(pairs: Sequence[tuple[str, float]]) -> dict[str, dict[i
                 f"--measured-accuracy {name}={value:g} is not a task, a dim and an accuracy.",
                 "Write piqa:3072=0.69, for example.",
             )
-        found.setdefault(task, {})[int(dim)] = value
+        _put(found.setdefault(task, {}), int(dim), value, f"accuracies on {task} for dim {dim}")
     return found
+
+
+def _put(found: dict[int, float], dim: int, value: float, what: str) -> None:
+    """Add a figure; refuse a second one for the same dim."""
+    from slicecli.errors import RequestError
+
+    if dim in found:
+        raise RequestError(f"Two {what} are given.", "Give one of them, or the mean of both.")
+    found[dim] = value
 
 
 def _print(document: dict[str, Any]) -> None:

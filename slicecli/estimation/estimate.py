@@ -27,7 +27,7 @@ from slicecli.estimation.intervals import FARTHEST, Prediction
 from slicecli.estimation.origin import Origin, origin_of
 from slicecli.estimation.shape import ShapeLosses
 from slicecli.family.context_length import default_length
-from slicecli.family.dimensions import Dimensions, nearest_in
+from slicecli.family.dimensions import Dimensions, name_nearest, nearest_in
 from slicecli.family.friendly_dims import formats_of, preferred_dims
 from slicecli.family.plugins import plugins
 from slicecli.family.shapes import is_met_by_pairs, pairs_within
@@ -405,10 +405,11 @@ def _notes(slices: Sequence[Slice], forecasts: Sequence[Forecast]) -> list[str]:
         notes.append(
             f"Nothing is published beyond s = {FARTHEST}; predictions for dim {', '.join(map(str, far))} are guesses."
         )
-    illegal = [one for one in slices if not one.is_legal]
-    for one in illegal:
-        nearest = " and ".join(map(str, one.nearest_legal)) or "none"
-        notes.append(f"A dim of {one.dim} is not legal for this model; the nearest legal dims: {nearest}.")
+    notes += [
+        f"A dim of {one.dim} is not legal for this model. {name_nearest('dim', one.nearest_legal)}"
+        for one in slices
+        if not one.is_legal
+    ]
     return list(dict.fromkeys(notes))
 
 

@@ -101,8 +101,8 @@ def _probe_weight(projected: float, fisher: float) -> float:
     The more the projected model has lost, the more of it the refit repairs.
     """
     projected = max(projected, LEAST_WEIGHT)
-    mean = projected**SHARE_OF_PROJECTED * fisher ** (1 - SHARE_OF_PROJECTED)
-    return mean * math.exp(-projected / SAVING_NATS)
+    mean = SHARE_OF_PROJECTED * math.log(projected) + (1 - SHARE_OF_PROJECTED) * math.log(fisher)
+    return math.exp(mean - projected / SAVING_NATS)
 
 
 def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosses | None:

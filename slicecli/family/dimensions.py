@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from slicecli.adapters import Adapter, Block, Branch, Linear
 
-__all__ = ["MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "nearest_in"]
+__all__ = ["EXPERTS_REASON", "MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "name_nearest", "nearest_in"]
 
 # more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
 MOST_BLOCKS = MOST_HEADS = 1024
@@ -32,6 +32,7 @@ MOST_WIDTH = 2**20
 MOST = 2**31 - 1  # of all other sizes
 MOST_NAMED = 4  # in a message
 EXPERTS_MULTIPLE = 8  # numbers of 16 bits: torch's product for all experts at once needs rows of a multiple of 16 bytes
+EXPERTS_REASON = f"transformers multiplies experts only in rows of a multiple of {EXPERTS_MULTIPLE} numbers"
 
 Shape: TypeAlias = "tuple[int | None, ...]"
 """Shape of a parameter; `None` stands for the axis of hidden size."""
@@ -62,6 +63,18 @@ def nearest_in(dims: range, dim: int) -> tuple[int, ...]:
     below = [value for value in dims if value <= dim][-1:]
     above = [value for value in dims if value >= dim][:1]
     return tuple(dict.fromkeys(below + above))
+
+
+def name_nearest(what: str, values: Sequence[int]) -> str:
+    """Return the sentence that names the legal values next to one that is not.
+
+    Args:
+        what: `dim` or `width`.
+    """
+    if not values:
+        return f"This model has no legal {what}."
+    plural = "s" * (len(values) > 1)
+    return f"The nearest legal {what}{plural}: {' and '.join(map(str, values))}."
 
 
 def _name_of_width(width: str) -> str:
@@ -125,9 +138,9 @@ class Dimensions:
     @functools.cached_property
     def dim_multiple(self) -> int:
         """Every legal dim is a multiple of it: the config class and the product of experts may ask for one."""
-        return math.lcm(self.config_multiple, self._experts_multiple(self.hidden_size))
+        return math.lcm(self.config_multiple, self.experts_multiple(self.hidden_size))
 
-    def _experts_multiple(self, width: int) -> int:
+    def experts_multiple(self, width: int) -> int:
         """Return what a width of experts, narrower than this, must be a multiple of."""
         return EXPERTS_MULTIPLE if self.has_experts and width % EXPERTS_MULTIPLE == 0 else 1
 
@@ -541,7 +554,7 @@ class Dimensions:
         """Return the widths that the MLPs of a slice may have, the dense model's among them; none where it cannot."""
         if self.mlp_obstacle:
             return range(0)
-        step = self._experts_multiple(self.mlp_size)
+        step = self.experts_multiple(self.mlp_size)
         return range(step, self.mlp_size + 1, step)
 
     def require_sliceable_mlps(self) -> None:
@@ -554,11 +567,9 @@ class Dimensions:
         self.require_sliceable_mlps()
         legal = self.legal_mlp_dims()
         if mlp_dim in range(1, self.mlp_size + 1) and mlp_dim not in legal:
-            nearest = " and ".join(str(value) for value in nearest_in(legal, mlp_dim))
             raise RequestError(
-                f"Experts cannot have a width of {mlp_dim}: transformers multiplies experts only in rows of a multiple "
-                f"of {legal.step} numbers.",
-                f"The nearest legal widths: {nearest}.",
+                f"Experts cannot have a width of {mlp_dim}: {EXPERTS_REASON}.",
+                name_nearest("width", nearest_in(legal, mlp_dim)),
             )
         if mlp_dim not in legal:
             raise RequestError(
@@ -589,16 +600,11 @@ class Dimensions:
         elif self.dim_multiple == 1:
             cause = f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract uses up one."
         elif dim % self.config_multiple == 0 and dim > 0 and self.has_experts:
-            cause = (
-                f"A dim of {dim} is not legal for a model with experts: transformers multiplies experts only in rows "
-                f"of a multiple of {EXPERTS_MULTIPLE} numbers."
-            )
+            cause = f"A dim of {dim} is not legal for a model with experts: {EXPERTS_REASON}."
         else:
             fields = " and ".join(f"{name} ({self.number(name)})" for name in self.adapter.dim_divisors)
             cause = f"A dim of {dim} is not legal: the {self.adapter.name} config requires a multiple of {fields}."
-        nearest = self.nearest_legal(dim)
-        names = " and ".join(str(value) for value in nearest)
-        raise RequestError(cause, f"The nearest legal dims: {names}." if nearest else "This model has no legal dim.")
+        raise RequestError(cause, name_nearest("dim", self.nearest_legal(dim)))
 
     def require_declared(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the declaration and the parameters of a real model name the same things, of the same sizes."""

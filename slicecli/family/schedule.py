@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from slicecli.errors import RequestError, UnsupportedModelError
-from slicecli.family.dimensions import Dimensions
+from slicecli.family.dimensions import EXPERTS_REASON, Dimensions, name_nearest, nearest_in
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import load_json
 
@@ -97,10 +97,16 @@ class Schedule:
                 f"The schedule has {found}, but the model has {len(sublayers)} blocks of {max(sublayers)} sublayers.",
                 "For each block, list the width of the residual stream at each of its sublayers.",
             )
+        multiple = dimensions.experts_multiple(size)
         for site, width in enumerate(self.site_widths):
             if not 0 < width <= size:
                 raise RequestError(
                     f"The schedule has a width of {width} at norm site {site}.", f"Widths range from 1 to {size}."
+                )
+            if width % multiple:
+                raise RequestError(
+                    f"The schedule has a width of {width} at norm site {site}, but {EXPERTS_REASON}.",
+                    name_nearest("width", nearest_in(range(multiple, size + 1, multiple), width)),
                 )
         if dimensions.adapter.keeps_width and self.head != self.site_widths[0]:
             raise RequestError(
@@ -122,32 +128,33 @@ class PublishedSizes:
     """What a slice of the published method may be and weighs, for schedules of one width.
 
     Attributes:
-        dim_multiple: Every legal dim is a multiple of it.
+        dim_multiple: Every legal dim is a multiple of it; no config class refuses any, but the product of experts may.
     """
-
-    dim_multiple = 1
 
     def __init__(self, dimensions: Dimensions, head: bool | None = None) -> None:
         _require_published(dimensions)
         self._dimensions = dimensions
         self._slices_head = slices_head(dimensions, head)
         self.hidden_size = dimensions.hidden_size
+        self.dim_multiple = dimensions.experts_multiple(self.hidden_size)
 
     def schedule(self, dim: int) -> Schedule:
         """Return the schedule of one width."""
         return Schedule.constant(self._dimensions, dim, dim if self._slices_head else self.hidden_size)
 
     def legal_dims(self) -> range:
-        """Return the dims a slice may have: any below the hidden size, because no config class refuses one."""
-        return range(1, self.hidden_size)
+        """Return the dims a slice may have, in ascending order."""
+        return range(self.dim_multiple, self.hidden_size, self.dim_multiple)
 
     def check_dim(self, dim: int) -> None:
         """Refuse a dim that is no slice."""
-        if dim not in self.legal_dims():
-            raise RequestError(
-                f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}.",
-                f"The nearest legal dim: {min(max(dim, 1), self.hidden_size - 1)}.",
-            )
+        if dim in self.legal_dims():
+            return
+        if 0 < dim < self.hidden_size:
+            cause = f"A dim of {dim} is not legal for a model with experts: {EXPERTS_REASON}."
+        else:
+            cause = f"A dim of {dim} is not positive and below the model's hidden size of {self.hidden_size}."
+        raise RequestError(cause, name_nearest("dim", nearest_in(self.legal_dims(), dim)))
 
     def parameters(self, dim: int | None = None) -> int:
         """Count the parameters: of the dense model as shipped, or of its slice at `dim`."""
@@ -187,10 +194,10 @@ def read_schedule(text: str, dimensions: Dimensions, head: bool | None = None) -
         first, last = float(linear[1]), float(linear[2])
         if not (0 <= first < 1 and 0 <= last < 1):
             raise RequestError(f"{text!r} does not give two fractions of the hidden size.", "Use 0 <= S < 1.")
-        steps = max(dimensions.blocks - 1, 1)
+        steps, multiple = max(dimensions.blocks - 1, 1), dimensions.experts_multiple(size)
         sparsities = [first + (last - first) * index / steps for index in range(dimensions.blocks)]
         blocks = tuple(
-            (max(1, round((1 - sparsity) * size)),) * len(block.sublayers)
+            (max(multiple, round((1 - sparsity) * size / multiple) * multiple),) * len(block.sublayers)
             for sparsity, block in zip(sparsities, dimensions.declared_blocks, strict=True)
         )
         own_head = None
