@@ -211,6 +211,17 @@ def test_what_blocks_write_tells_the_map_of_a_refitted_stream():
     assert (plain_sums.solve(0.7) - wanted).abs().max() > 1e-2
 
 
+def test_blocks_that_write_nothing_do_not_tell_the_map():
+    from slicecli.linalg.stream_map import WrittenStreamMap
+
+    sums = WrittenStreamMap(6, 4, torch.device("cpu"))
+    for _ in range(5):
+        sums.add(torch.randn(20, 6), torch.randn(20, 4), torch.zeros(20, 4), torch.ones(20, 1))
+        sums.finish_block()
+    with pytest.raises(TrainingError, match="write next to nothing"):
+        sums.solve()
+
+
 def test_a_direction_that_nothing_goes_to_stays_empty():
     from slicecli.linalg.stream_map import StreamMap
 

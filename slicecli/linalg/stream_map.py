@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 
+from slicecli.errors import TrainingError
 from slicecli.linalg.cholesky import factorise, substitute
 from slicecli.linalg.normal_equations import add_outer, add_square
 
@@ -62,9 +63,11 @@ class StreamMap:
 
         Args:
             scale: c.
+
+        Raises:
+            TrainingError: The tokens do not determine it.
         """
-        self.gram.diagonal().add_(RIDGE * self.gram.diagonal().mean())
-        factorise(self.gram)
+        _factorise(self.gram)
         left, values, right = torch.linalg.svd(substitute(self.gram, self.cross), full_matrices=False)
         values = torch.where(values > LEAST_SHARE * values[0], scale, values)
         found: torch.Tensor = (left * values) @ right
@@ -118,7 +121,19 @@ class WrittenStreamMap:
         self._open()
 
     def solve(self) -> torch.Tensor:
-        """Return c Q, which turns x, as a row, into y, float64 of shape (d, k); of no use afterwards."""
-        self._gram.diagonal().add_(RIDGE * self._gram.diagonal().mean())
-        factorise(self._gram)
+        """Return c Q, which turns x, as a row, into y, float64 of shape (d, k); of no use afterwards.
+
+        Raises:
+            TrainingError: The blocks write too little to determine it.
+        """
+        _factorise(self._gram)
         return substitute(self._gram, self._cross)
+
+
+def _factorise(gram: torch.Tensor) -> None:
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    if not factorise(gram):
+        raise TrainingError(
+            "The coordinates of the slice cannot be found: its blocks write next to nothing.",
+            "Train it in another mode, --mode full or --mode lora.",
+        )
