@@ -444,7 +444,7 @@ def _new_notes(
     if is_other_text:
         notes.append(
             "Slices lose far more on other kinds of text than the one they were calibrated on; these intervals come "
-            "from three models calibrated on wikitext2 and measured on c4."
+            "from four models calibrated on wikitext2 and measured on c4."
         )
     if quantity == "accuracy":
         notes += _chance_note(evaluation, chance)

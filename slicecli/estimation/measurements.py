@@ -20,9 +20,10 @@ from slicecli.estimation.relations import Dense, Quantity
 from slicecli.evaluation.chance import chance_level
 
 OTHER_TEXT = "other text than calibrated on"
-LARGE_VOCABULARY = 100_000
+# vocabularies of one generation of models, in tokens: below the first, from it to the second, and from there on
+VOCABULARIES = (40_000, 100_000)
 USUAL_SAMPLES = 128
-_KIND = " with a large vocabulary"
+_KINDS = ("", " with a medium vocabulary", " with a large vocabulary")
 # what published models were calibrated and measured on, of which it is known that they differ in kind
 TEXT_KINDS = frozenset({"wikitext2", "c4", "ptb", "alpaca"})
 
@@ -159,14 +160,20 @@ def published_figure(model: str, quantity: Quantity, evaluation: str) -> Figure 
 def family_of(model_type: str, vocabulary: float) -> str:
     """Return the group of models that a model is compared with: of one type, and of the same kind of vocabulary.
 
-    Llama 3 loses two to three times as much as Llama 2 of the same size and type; its vocabulary tells it apart.
+    Llama 3 loses two to three times as much as Llama 2 of the same size and type; the vocabulary tells generations
+    apart. Of types that are published with one kind of vocabulary all models are one group.
     """
-    return model_type + _KIND if vocabulary >= LARGE_VOCABULARY else model_type
+    kinds = {_kind(row.vocabulary) for row in published_rows() if row.model_type == model_type}
+    return model_type + _kind(vocabulary) if len(kinds) > 1 else model_type
+
+
+def _kind(vocabulary: float) -> str:
+    return _KINDS[sum(vocabulary >= bound for bound in VOCABULARIES)]
 
 
 def model_type_of(family: str) -> str:
     """Return the type of a group of models: how a loss grows with s is much the same for all of one type."""
-    return family.partition(_KIND)[0]
+    return family.partition(" with a ")[0]
 
 
 @functools.cache
@@ -230,7 +237,7 @@ def _lookup(known: dict[float, float]) -> Callable[[float], float]:
 def _dense_values() -> dict[tuple[str, str, str], float]:
     values: dict[tuple[str, str, str], float] = {}
     for row in published_rows():
-        if row.use == "dense":
+        if row.use in ("dense", "reference"):
             values.setdefault((row.model, row.metric, row.evaluation), row.value)
     return values
 
