@@ -178,10 +178,10 @@ class RecoverOptions:
     epochs: int | None = Option(
         "--epochs", "blocks: how often each block sees the tokens.  [default: 4]", reads=int, metavar="N"
     ).field()
-    learning_rate: float = Option(
+    learning_rate: float | None = Option(
         "--lr",
-        "Largest learning rate; it rises for 10 % of the steps and falls by a cosine.",
-        default=2e-4,
+        "Largest learning rate; it rises for 10 % of the steps and falls by a cosine.  [default: 2e-4; of mode blocks "
+        "5e-4]",
         reads=float,
         metavar="RATE",
     ).field()
@@ -249,7 +249,7 @@ class RecoverOptions:
         check_count(self.store_logits, "{} stored logits are", "Use --store-logits", words=("too few", "too many"))
         check_count(self.epochs, "{} epochs are", "Use --epochs", words=("too few", "too many"))
         check_seed(self.seed)
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise RequestError(f"A learning rate of {self.learning_rate} is out of range.", "Use --lr between 0 and 1.")
         if self.mode not in RECOVERY_MODES:
             raise RequestError(f"{shown(self.mode)} is not a mode of training.", f"Use {', '.join(RECOVERY_MODES)}.")

@@ -63,7 +63,7 @@ class BlockwiseTraining:
             epochs=job.epochs,
             rows_per_step=job.own_rows_per_step,
             rows_per_pass=job.rows_per_pass(student.device),
-            learning_rate=job.options.learning_rate,
+            learning_rate=job.learning_rate,
             seed=job.options.seed,
         )
         started = time.perf_counter()

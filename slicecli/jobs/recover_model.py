@@ -101,7 +101,7 @@ def _open_trainer(job: RecoveryJob, rows: TrainingRows, folder: Path, progress: 
         steps=job.steps,
         rows_per_step=job.own_rows_per_step,
         rows_per_pass=job.rows_per_pass(device),
-        learning_rate=job.options.learning_rate,
+        learning_rate=job.learning_rate,
         eval_every=job.eval_every,
         seed=options.seed,
     )

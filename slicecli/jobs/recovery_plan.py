@@ -32,6 +32,7 @@ USUAL_LENGTH = 512
 USUAL_MEASUREMENTS = 10
 USUAL_TOKENS = {"full": 2_000_000, "lora": 2_000_000, "blocks": 131_072}
 USUAL_EPOCHS = 4
+USUAL_LEARNING_RATES = {"full": 2e-4, "lora": 2e-4, "blocks": 5e-4}
 LORA_RANK = 32
 # float32 weights and gradients and both moments of AdamW; a checkpoint has all but the gradients
 BYTES_IN_MEMORY, BYTES_IN_CHECKPOINT = 16, 12
@@ -65,6 +66,12 @@ class RecoveryJob:
     blocks: BlockPlan | None = None
 
     @property
+    def learning_rate(self) -> float:
+        """The largest learning rate."""
+        chosen = self.options.learning_rate
+        return USUAL_LEARNING_RATES[self.options.mode] if chosen is None else chosen
+
+    @property
     def tokens(self) -> int:
         """The tokens that are trained on, those that are read again counted again."""
         return self.steps * self.tokens_per_step
@@ -96,7 +103,7 @@ class RecoveryJob:
     @property
     def remedy(self) -> str:
         """What helps where a training did not."""
-        return f"Nothing was written. Use a smaller --lr than {self.options.learning_rate:g}, or more --tokens."
+        return f"Nothing was written. Use a smaller --lr than {self.learning_rate:g}, or more --tokens."
 
     def rows_per_pass(self, device: torch.device) -> int:
         """Return how many rows of a step are computed at once."""
