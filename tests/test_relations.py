@@ -157,7 +157,7 @@ def rows_for(name, quantity, knows):
 
 @pytest.mark.parametrize("quantity", ["perplexity", "accuracy"])
 def test_no_relation_predicts_from_one_slice_much_better_than_the_chosen_one(quantity):
-    errors = {name: line["mean_error"] for name, line in lines_for(quantity, "one slice").items()}
+    errors = {name: line["mean_error"] for name, line in lines_for(quantity, "one slice", 0.31).items()}
     assert errors[ONE_POINT_RELATION[quantity]] <= 1.1 * min(errors.values())
 
 
@@ -168,8 +168,10 @@ def test_one_slice_predicts_the_others_within_a_percent_and_a_half():
 
 
 def test_one_slice_predicts_half_of_the_hidden_size():
-    far = [row for row in rows_for(ONE_POINT_RELATION["perplexity"], "perplexity", "one slice") if row.sparsity > 0.31]
-    assert sum(row.error for row in far) / len(far) <= 0.16
+    """Of large models; SmolLM2 loses far less there than from its slices up to a quarter, see docs/relations.md."""
+    rows = rows_for(ONE_POINT_RELATION["perplexity"], "perplexity", "one slice")
+    far = [row for row in rows if row.sparsity > 0.31 and row.series.parameters > 1e9]
+    assert sum(row.error for row in far) / len(far) <= 0.12
     assert all(row.is_covered for row in far)
 
 
@@ -192,7 +194,7 @@ def test_the_default_does_best_on_models_that_are_left_out(quantity):
 
 
 def test_one_slice_predicts_the_others_on_other_text():
-    usual = lines_for("perplexity", "other text, one slice")[ONE_POINT_RELATION["perplexity"]]
+    usual = lines_for("perplexity", "other text, one slice", 0.31)[ONE_POINT_RELATION["perplexity"]]
     assert usual["mean_error"] <= 0.12
 
 

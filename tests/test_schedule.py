@@ -108,7 +108,7 @@ def test_widths_of_a_model_with_experts_are_multiples_of_8(tmp_path):
         sizes.check_dim(44)
     file = tmp_path / "schedule.json"
     file.write_text(json.dumps({"blocks": [[44, 44]] * 3, "head": 44}))
-    with pytest.raises(RequestError, match="width of 44 at norm site 0"):
+    with pytest.raises(RequestError, match="width of 44 before the experts of block 0"):
         read_schedule(str(file), mixture)
 
 

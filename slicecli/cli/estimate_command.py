@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +16,8 @@ from slicecli.jobs.options import SliceOptions
 
 if TYPE_CHECKING:
     from slicecli.estimation.estimate import Estimate
+
+Key = TypeVar("Key", int, str)
 
 
 @click.command("estimate")
@@ -253,8 +255,8 @@ def command(
         calibration=calibration,
         calibration_tokens=samples * row,
         dense_perplexity=dense_perplexity,
-        dense_accuracies=dict(dense_accuracy),
-        chances=dict(chance),
+        dense_accuracies=_by_task(dense_accuracy, "dense accuracies on {}"),
+        chances=_by_task(chance, "chance levels of {}"),
         measured=_measured(measured),
         measured_accuracies=_measured_accuracies(measured_accuracy),
         relation=relation,
@@ -336,13 +338,21 @@ def _measured_accuracies(pairs: Sequence[tuple[str, float]]) -> dict[str, dict[i
     return found
 
 
-def _put(found: dict[int, float], dim: int, value: float, what: str) -> None:
-    """Add a figure; refuse a second one for the same dim."""
+def _by_task(pairs: Sequence[tuple[str, float]], what: str) -> dict[str, float]:
+    """Return by task the figures of options such as piqa=0.69."""
+    found: dict[str, float] = {}
+    for task, value in pairs:
+        _put(found, task, value, what.format(task))
+    return found
+
+
+def _put(found: dict[Key, float], key: Key, value: float, what: str) -> None:
+    """Add a figure; refuse a second one with the same key."""
     from slicecli.errors import RequestError
 
-    if dim in found:
+    if key in found:
         raise RequestError(f"Two {what} are given.", "Give one of them, or the mean of both.")
-    found[dim] = value
+    found[key] = value
 
 
 def _print(document: dict[str, Any]) -> None:

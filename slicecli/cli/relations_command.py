@@ -75,8 +75,7 @@ def command(validate: bool, quantity: Any, max_sparsity: float, plot: Path | Non
         )
         for one in rows:
             show.result(f"{one.name} of {one.quantity}: {one.source}")
-        show.note("s = 1 - k/d: fraction of the hidden size removed; h: chance level; D = ln(PPL/PPL0);")
-        show.note("G = 0.42 (ln V - ln PPL0), V the size of the vocabulary; infinite where that is unknown.")
+        show.note("s = 1 - k/d: fraction of the hidden size removed; h: chance level; D = ln(PPL/PPL0).")
         return
 
     from slicecli.estimation.plot import check_plot_file, draw_validation

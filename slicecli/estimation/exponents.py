@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slicecli.estimation.measurements import Series
-from slicecli.estimation.relations import REFERENCE, Dense, Prior, Relation, unbounded
+from slicecli.estimation.relations import REFERENCE, Dense, Prior, Relation
 
 __all__ = ["learn_prior", "loss_at_reference", "with_loss"]
 
@@ -34,8 +34,7 @@ def loss_at_reference(relation: Relation, dense: Dense, parameters: Sequence[flo
 def with_loss(relation: Relation, dense: Dense, loss: float, prior: Prior) -> tuple[float, float]:
     """Return the parameters that are expected of a model with a ln D at the reference."""
     exponent = prior.at(loss, dense)
-    of_one = math.exp(loss_at_reference(relation, dense, (1.0, exponent)))
-    return unbounded(math.exp(loss), dense) / unbounded(of_one, dense), exponent
+    return math.exp(loss - loss_at_reference(relation, dense, (1.0, exponent))), exponent
 
 
 def learn_prior(relation: Relation, series: Sequence[Series], is_for_other_text: bool = False) -> Prior:

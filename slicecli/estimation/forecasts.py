@@ -435,11 +435,17 @@ def _new_notes(
         notes.append("The constant of this relation was measured on models of up to 1.3 million parameters only.")
     elif not any(one.family == family for one in published_series(quantity)):
         notes.append(f"No measurement of type {family} is published; the intervals are those of an unknown family.")
-    sizes = [one.parameters for one in published_series(quantity) if one.parameters is not None]
+    known = [one for one in published_series(quantity) if one.parameters is not None]
+    # of an unknown family no size is better known than another
+    alike = [one for one in known if one.family == family] or known
+    sizes = [one.parameters for one in alike if one.parameters is not None]
     if parameters is not None and not is_by_spectrum and not min(sizes) / 2 <= parameters <= 2 * max(sizes):
+        of_family = f" of type {family}" if alike is not known else ""
+        least, most = min(sizes) / 1e9, max(sizes) / 1e9
+        range_of_sizes = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
         notes.append(
-            f"The published models have {min(sizes) / 1e9:.3g} to {max(sizes) / 1e9:.3g} billion parameters; they say "
-            f"little about one with {parameters / 1e9:.3g} billion."
+            f"The measured models{of_family} have {range_of_sizes} billion parameters; they say little about one with "
+            f"{parameters / 1e9:.3g} billion."
         )
     if is_other_text:
         notes.append(

@@ -34,12 +34,10 @@ __all__ = [
     "Prior",
     "Quantity",
     "Relation",
-    "bounded",
     "quoted_by",
     "quoted_error",
     "relation_named",
     "relations_of",
-    "unbounded",
 ]
 
 USUAL_EXPONENT = 1.5
@@ -50,9 +48,6 @@ LARGEST_LOGARITHM = 700.0  # whose exp is still a float
 TOLERANCE = 1e-12  # of searched parameters
 RELATIVE_NOISE = 0.05  # of D about a power of s, in published series
 LEAST_DAMAGE = 0.005  # what repeated measurements of ln PPL differ by
-# the most that slices lose, as a share of what separates the dense model from a uniform guess (docs/relations.md)
-LARGEST_SHARE = 0.42
-LARGEST_FILLED = 0.999  # of that most, so that a slice that has lost more still has a finite fit
 Quantity = Literal["perplexity", "accuracy"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 PAPER = "arXiv:2503.04377"
@@ -187,35 +182,17 @@ def _additive(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
     return predict, fit
 
 
-def _largest_loss(dense: Dense) -> float:
-    """Return G, the D that slices approach when nothing is left; infinite where the vocabulary is not known."""
-    room = math.inf if dense.ceiling is None else dense.ceiling - dense.value
-    return LARGEST_SHARE * room if room > 0 else math.inf
-
-
-def bounded(growth: float, dense: Dense) -> float:
-    """Return D = G (1 - exp(-x / G)), which grows as x does while it is small against G."""
-    most = _largest_loss(dense)
-    return growth if math.isinf(most) else -most * math.expm1(-growth / most)
-
-
-def unbounded(loss: float, dense: Dense) -> float:
-    """Return the x of a D."""
-    most = _largest_loss(dense)
-    return loss if math.isinf(most) else -most * math.log1p(-min(loss / most, LARGEST_FILLED))
-
-
 def _free_exponent(shape: Callable[[float], float]) -> tuple[Predict, Fit]:
-    """Return predict and fit of ln PPL = ln PPL0 + G (1 - exp(-c φ(s)^p / G)), with a prior of p."""
+    """Return predict and fit of ln PPL = ln PPL0 + c φ(s)^p, with a prior of p."""
 
     def predict(sparsity: float, dense: Dense, parameters: Sequence[float]) -> float:
         scale, exponent = parameters
-        return dense.value + bounded(float(scale * shape(sparsity) ** exponent), dense)
+        return float(dense.value + scale * shape(sparsity) ** exponent)
 
     def fit(points: Points, dense: Dense, prior: Prior | None) -> tuple[float, ...]:
         prior = prior or Prior(USUAL_EXPONENT, USUAL_DEVIATION)
         middle = math.log(shape(REFERENCE))
-        damages = np.array([max(unbounded(value - dense.value, dense), LEAST_DAMAGE) for _, value in points])
+        damages = np.array([max(value - dense.value, LEAST_DAMAGE) for _, value in points])
         # a straight line through ln D against ln φ; a small D is known less well on this scale. The last rows are the
         # prior: of the slope, which is near another line over the level, and of the level
         rows = [(1.0, math.log(shape(sparsity)) - middle) for sparsity, _ in points]
@@ -335,12 +312,11 @@ BUILT_IN: tuple[Relation, ...] = (
         f"{PAPER} with its exponent set free, docs/relations.md", ("b",), *_exponent(),
     ),
     Relation(
-        "free-power", "perplexity", "D = G (1 - exp(-c s^p / G))",
-        "fitted to published measurements, docs/relations.md",
+        "free-power", "perplexity", "ln PPL = ln PPL0 + c s^p", "fitted to published measurements, docs/relations.md",
         ("c", "p"), *_free_exponent(lambda sparsity: sparsity), has_prior=True,
     ),
     Relation(
-        "free-odds", "perplexity", "D = G (1 - exp(-c (s/(1-s))^p / G))",
+        "free-odds", "perplexity", "ln PPL = ln PPL0 + c (s/(1-s))^p",
         "fitted to published measurements, docs/relations.md",
         ("c", "p"), *_free_exponent(_odds), has_prior=True,
     ),

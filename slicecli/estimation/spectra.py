@@ -47,6 +47,7 @@ LEAST_WEIGHT = 1e-9
 # exponent of P in the mean, and the nats of P over which what the refit saves grows by e (docs/energy.md)
 SHARE_OF_PROJECTED = 0.3
 SAVING_NATS = 8.0
+MOST_SAVED_AT = 5.0  # nats of P; what is saved beyond is not measured, and more removed must not seem to cost less
 # the weight in the directions that a method slices with
 STUDY_COLUMNS = {"refit": "fisher_shared", "slicegpt": "fisher_layer"}
 # of slices that lose less, the loss is not known well enough to compare
@@ -58,8 +59,8 @@ class Weights(NamedTuple):
 
     Attributes:
         fisher: F(k), by the directions that a method slices with.
-        probe: P(k)^0.3 F(k)^0.7 exp(-P(k)/8), P what the projected dense model loses, F of each norm site's own
-            directions; `None` where it was not measured, or for the published method.
+        probe: P(k)^0.3 F(k)^0.7 exp(-min(P(k), 5)/8), P what the projected dense model loses, F of each norm site's
+            own directions; `None` where it was not measured, or for the published method.
     """
 
     fisher: Callable[[float], float]
@@ -102,7 +103,7 @@ def _probe_weight(projected: float, fisher: float) -> float:
     """
     projected = max(projected, LEAST_WEIGHT)
     mean = SHARE_OF_PROJECTED * math.log(projected) + (1 - SHARE_OF_PROJECTED) * math.log(fisher)
-    return math.exp(mean - projected / SAVING_NATS)
+    return math.exp(mean - min(projected, MOST_SAVED_AT) / SAVING_NATS)
 
 
 def read_shape_losses(path: Path, hidden_size: int, mlp_size: int) -> ShapeLosses | None:

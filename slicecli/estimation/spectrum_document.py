@@ -79,3 +79,11 @@ class SpectrumDocument(JsonObject):
                 "dims", "it should have only dims up to the hidden size, and at least one below it"
             )
         return spectrum
+
+    @field_validator("probe")
+    @classmethod
+    def _check_probe(cls, probe: Probe | None, about: ValidationInfo) -> Probe | None:
+        size = about.data.get("hidden_size", 0)
+        if probe is not None and not any(0 < one.dim < size for one in probe.projected):
+            raise PydanticCustomError("dims", "its probe should have a dim below the hidden size")
+        return probe

@@ -97,16 +97,10 @@ class Schedule:
                 f"The schedule has {found}, but the model has {len(sublayers)} blocks of {max(sublayers)} sublayers.",
                 "For each block, list the width of the residual stream at each of its sublayers.",
             )
-        multiple = dimensions.experts_multiple(size)
         for site, width in enumerate(self.site_widths):
             if not 0 < width <= size:
                 raise RequestError(
                     f"The schedule has a width of {width} at norm site {site}.", f"Widths range from 1 to {size}."
-                )
-            if width % multiple:
-                raise RequestError(
-                    f"The schedule has a width of {width} at norm site {site}, but {EXPERTS_REASON}.",
-                    name_nearest("width", nearest_in(range(multiple, size + 1, multiple), width)),
                 )
         if dimensions.adapter.keeps_width and self.head != self.site_widths[0]:
             raise RequestError(
@@ -114,9 +108,18 @@ class Schedule:
                 f"with {self.site_widths[0]} and ends with {self.head}.",
                 "Use --slice-head, or a schedule that ends with its first width.",
             )
+        multiple = dimensions.experts_multiple(size)
         for index, block in enumerate(dimensions.declared_blocks):
             for sublayer, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
-                if before != after and any(branch.experts for branch in sublayer):
+                if not any(branch.experts for branch in sublayer):
+                    continue
+                if before % multiple and before < size:
+                    raise RequestError(
+                        f"The schedule has a width of {before} before the experts of block {index}, but "
+                        f"{EXPERTS_REASON}.",
+                        name_nearest("width", nearest_in(range(multiple, size + 1, multiple), before)),
+                    )
+                if before != after:
                     raise RequestError(
                         f"The residual stream is {before} wide before the experts of block {index} and {after} after "
                         "them, but experts write the width they read.",

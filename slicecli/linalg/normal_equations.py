@@ -17,6 +17,7 @@ __all__ = [
     "NormalEquations",
     "add_outer",
     "add_square",
+    "combined",
     "inverse_scale",
     "is_finite",
     "normalise",
@@ -117,7 +118,7 @@ class NormalEquations:
     Attributes:
         gram: Σ z zᵀ of fitted tokens, float64 of shape (inputs, inputs).
         cross: Σ z rᵀ of fitted tokens with r the residual, float64 of shape (inputs, outputs).
-        residual_energy: Σ r² of fitted and of held-out tokens, float64 of shape (outputs,) each.
+        residual_energy: Σ |r|² of fitted and of held-out tokens, float64 of shape (1,) each.
         held_out: z and r of held-out tokens that are not summed up, shapes (tokens, inputs) and (tokens, outputs).
         held_out_sums: Gram matrix and cross products of those that are.
     """
@@ -126,7 +127,7 @@ class NormalEquations:
         make_room(inputs * inputs * torch.float64.itemsize)
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
-        self.residual_energy = [torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(2)]
+        self.residual_energy = [torch.zeros(1, dtype=torch.float64, device=device) for _ in range(2)]
         self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.held_out_sums: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -142,9 +143,9 @@ class NormalEquations:
         some_inputs, some_residuals = inputs[is_fitted], residuals[is_fitted]
         add_square(self.gram, some_inputs)
         add_outer(self.cross, some_inputs, some_residuals)
-        self.residual_energy[0] += some_residuals.double().square().sum(0)
+        self.residual_energy[0] += some_residuals.double().square().sum()
         some_inputs, some_residuals = inputs[is_held_out], residuals[is_held_out]
-        self.residual_energy[1] += some_residuals.double().square().sum(0)
+        self.residual_energy[1] += some_residuals.double().square().sum()
         self.held_out.append((some_inputs, some_residuals))
         if sum(len(rows) for rows, _ in self.held_out) > len(self.gram):
             self.sum_held_out()
@@ -160,21 +161,21 @@ class NormalEquations:
         self.held_out.clear()
         return self.held_out_sums
 
-    def change_of_error(self, delta: torch.Tensor, columns: slice) -> float:
+    def change_of_error(self, delta: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
         """Return by how much a correction changes Σ |r|² over held-out tokens.
 
         Args:
-            delta: Some outputs of the correction, float64 of shape (inputs, columns).
-            columns: Which outputs.
+            delta: The correction, float64 of shape (inputs, outputs).
+            outputs: Combinations of outputs that it is of, float64 of shape (all outputs, outputs); `None` for all.
         """
         change = 0.0
         if self.held_out_sums is not None:
             # Σ |r − Δ z|² = Σ |r|² − 2 ⟨Δ, Σ r zᵀ⟩ + ⟨Δ, Δ Σ z zᵀ⟩
             gram, cross = self.held_out_sums
-            change += float((delta * (gram @ delta).sub_(cross[:, columns], alpha=2)).sum())
+            change += float((delta * (gram @ delta).sub_(combined(cross, outputs), alpha=2)).sum())
         for inputs, residuals in self.held_out:
             corrected = inputs.double() @ delta
-            change += float((corrected * corrected.sub(residuals[:, columns], alpha=2)).sum())
+            change += float((corrected * corrected.sub(combined(residuals, outputs), alpha=2)).sum())
         return change
 
     def keep_inputs(self, stays: torch.Tensor, start: torch.Tensor) -> None:
@@ -193,7 +194,7 @@ class NormalEquations:
             self.residual_energy[1] += added
         for number, (inputs, residuals) in enumerate(self.held_out):
             whole = residuals + inputs[:, ~stays] @ given.to(inputs)
-            self.residual_energy[1] += whole.double().square().sum(0) - residuals.double().square().sum(0)
+            self.residual_energy[1] += whole.double().square().sum() - residuals.double().square().sum()
             self.held_out[number] = inputs[:, stays], whole
 
     def merge(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,12 +210,17 @@ class NormalEquations:
         return self.gram, self.cross
 
 
+def combined(values: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
+    """Return combinations of the columns of a matrix, or the matrix itself."""
+    return values if outputs is None else values @ outputs.to(values)
+
+
 def _without(
     gram: torch.Tensor, cross: torch.Tensor, stays: torch.Tensor, given: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return Gram matrix, in the memory of the old one, and cross products of what stays, and what Σ |r|² gains."""
     explained = gram[:, ~stays] @ given
-    added = (given * (explained[~stays] + 2 * cross[~stays])).sum(0)
+    added = (given * (explained[~stays] + 2 * cross[~stays])).sum()
     explained += cross
     kept = stays.nonzero().squeeze(1)
     count, flat = len(kept), gram.view(-1)

@@ -65,9 +65,9 @@ class StreamMap:
             scale: c.
 
         Raises:
-            TrainingError: The tokens do not determine it.
+            TrainingError: The dense activations do not determine it.
         """
-        _factorise(self.gram)
+        _factorise(self.gram, "the model's activations are all zero or not finite")
         left, values, right = torch.linalg.svd(substitute(self.gram, self.cross), full_matrices=False)
         values = torch.where(values > LEAST_SHARE * values[0], scale, values)
         found: torch.Tensor = (left * values) @ right
@@ -126,14 +126,14 @@ class WrittenStreamMap:
         Raises:
             TrainingError: The blocks write too little to determine it.
         """
-        _factorise(self._gram)
+        _factorise(self._gram, "its blocks write next to nothing")
         return substitute(self._gram, self._cross)
 
 
-def _factorise(gram: torch.Tensor) -> None:
+def _factorise(gram: torch.Tensor, cause: str) -> None:
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     if not factorise(gram):
         raise TrainingError(
-            "The coordinates of the slice cannot be found: its blocks write next to nothing.",
+            f"The coordinates of the slice cannot be found: {cause}.",
             "Train it in another mode, --mode full or --mode lora.",
         )

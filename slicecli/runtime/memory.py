@@ -80,7 +80,7 @@ def make_room(size: int) -> None:
 
 
 def bound_memory_that_is_kept() -> None:
-    """Let the C library keep some freed memory, but not much; no effect but on glibc.
+    """Let the C library keep some freed memory, but not much, and torch ask for huge pages; no effect but on Linux.
 
     Left alone, glibc raises the size from which it gives blocks back to the system to that of the largest block freed,
     and keeps what is smaller: tensors of a model come and go in just these sizes, and the peak was up to twice what is

@@ -433,7 +433,7 @@ def fit_reading(
         energy += goal[mask].double().square().sum()
     dense.processes.sum_to_main(energy)
     correction: Correction = solve_normal_equations(dense.processes, equations, solve)
-    lost = float(equations.residual_energy[1].sum()) * correction.error / float(energy) if float(energy) else 0.0
+    lost = float(equations.residual_energy[1]) * correction.error / float(energy) if float(energy) else 0.0
     fitted = start + correction.matrix
     if dense.is_centred:
         # n'(y) has no mean but for rounding; the place must be free for the norms' biases
