@@ -1,7 +1,8 @@
 """Measured figures, as series: one model, sliced one way to several dims and measured on one text or task.
 
 The published measurements are bundled (`published.csv`), each row with its source; `use` says what a row serves for:
-`dense` figures, the `spread` of relations over models, or why it serves for neither. Users' own series come from
+`dense` figures, the `spread` of relations over models, the `reference` of slices that are measured on few rows, or why
+it serves for none of these. Users' own series come from
 results files, see `slicecli.estimation.results`.
 """
 
