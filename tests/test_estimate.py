@@ -604,6 +604,20 @@ def test_knowledge_is_checked():
     ForecastInputs(measured={3000: 9.0}, chances={"piqa": 0.5}).check(4096)
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--measured", ("3072=9", "3072=10"), "Two perplexities for dim 3072"),
+        ("--measured-accuracy", ("piqa:3072=0.7", "piqa:3072=0.6"), "Two accuracies on piqa for dim 3072"),
+        ("--dense-accuracy", ("piqa=0.8", "piqa=0.7"), "Two dense accuracies on piqa"),
+        ("--chance", ("piqa=0.5", "piqa=0.4"), "Two chance levels of piqa"),
+    ],
+)
+def test_a_figure_that_is_given_twice_is_refused(run, llama, option, values, message):
+    words = [word for value in values for word in (option, value)]
+    assert message in refused(run("estimate", llama, "--dim", "3072", "--dense-perplexity", "8", *words))
+
+
 # spectra
 
 
@@ -649,6 +663,20 @@ def test_a_spectrum_predicts_by_its_weight_at_the_dim(estimate, tmp_path, method
             for each in (one, loose)
         ]
         assert widths[0] < widths[1]
+
+
+def test_more_removed_never_seems_to_cost_less(estimate, tmp_path):
+    losses = [{"dim": dim, "nll": 2 + 12 * (1 - dim / 4096) ** 1.6} for dim in (3840, 3072, 2048)]
+    path = write_spectrum(tmp_path / "far.json", probe={"dense_nll": 2.0, "projected": losses})
+    words = ["--dense-perplexity", "8", "--sweep", "0.1:0.9:0.1", "--spectrum", str(path)]
+    values = [one["perplexity"]["value"] for one in estimate(*words)["estimates"]]
+    assert values == sorted(values)
+
+
+def test_a_probe_of_no_narrower_dim_is_refused(run, llama, tmp_path):
+    path = write_spectrum(tmp_path / "wide.json", probe={"dense_nll": 2.0, "projected": [{"dim": 4096, "nll": 2.0}]})
+    words = ["--dim", "3072", "--dense-perplexity", "8", "--spectrum", str(path)]
+    assert "a dim below the hidden size" in refused(run("estimate", llama, *words))
 
 
 def test_a_probe_predicts_the_refit_by_its_mean_with_the_weight(estimate, tmp_path):
