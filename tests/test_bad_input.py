@@ -59,7 +59,7 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("dim", ["48", "49", "0", "-4", "37"])
 def test_a_dim_that_is_not_legal(refused, checkpoints, dim):
-    assert "The nearest legal dims: " in refused(checkpoints(), "--write-as", "own", dim=dim, code=2)
+    assert "The nearest legal dim" in refused(checkpoints(), "--write-as", "own", dim=dim, code=2)
 
 
 def test_a_dim_is_refused_before_weights_are_looked_at(refused, checkpoint_copy):

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
     from slicecli.adapters import Adapter, Block, Branch, Linear
 
-__all__ = ["EXPERTS_REASON", "MOST_BLOCKS", "Dimensions", "Parameter", "Shape", "name_nearest", "nearest_in"]
+__all__ = [
+    "EXPERTS_REASON",
+    "MOST_BLOCKS",
+    "Dimensions",
+    "Parameter",
+    "Shape",
+    "name_nearest",
+    "nearest_in",
+    "why_outside",
+]
 
 # more than any model has; of each of these something is made or tried, so that a wrong number would take for ever
 MOST_BLOCKS = MOST_HEADS = 1024
@@ -75,6 +84,13 @@ def name_nearest(what: str, values: Sequence[int]) -> str:
         return f"This model has no legal {what}."
     plural = "s" * (len(values) > 1)
     return f"The nearest legal {what}{plural}: {' and '.join(map(str, values))}."
+
+
+def why_outside(dim: int, hidden_size: int) -> str:
+    """Say why a dim is that of no slice, whatever the family; empty where it is between 1 and the hidden size."""
+    if dim <= 0:
+        return f"A dim of {dim} is impossible: it must be positive and below {hidden_size}."
+    return f"A dim of {dim} is not below the model's hidden size of {hidden_size}." if dim >= hidden_size else ""
 
 
 def _name_of_width(width: str) -> str:
@@ -593,10 +609,8 @@ class Dimensions:
         """Refuse a dim that the family or its config class cannot have."""
         if dim in self.legal_dims():
             return
-        if dim <= 0:
-            cause = f"A dim of {dim} is impossible: it must be positive and below {self.hidden_size}."
-        elif dim >= self.hidden_size:
-            cause = f"A dim of {dim} is not below the model's hidden size of {self.hidden_size}."
+        if outside := why_outside(dim, self.hidden_size):
+            cause = outside
         elif self.dim_multiple == 1:
             cause = f"A dim of {dim} is too small: the mean that {self.adapter.name} norms subtract uses up one."
         elif dim % self.config_multiple == 0 and dim > 0 and self.has_experts:

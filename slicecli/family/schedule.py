@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from slicecli.errors import RequestError, UnsupportedModelError
-from slicecli.family.dimensions import EXPERTS_REASON, Dimensions, name_nearest, nearest_in
+from slicecli.family.dimensions import EXPERTS_REASON, Dimensions, name_nearest, nearest_in, why_outside
 from slicecli.runtime.inputs import local_path
 from slicecli.runtime.json import load_json
 
@@ -153,10 +153,8 @@ class PublishedSizes:
         """Refuse a dim that is no slice."""
         if dim in self.legal_dims():
             return
-        if 0 < dim < self.hidden_size:
-            cause = f"A dim of {dim} is not legal for a model with experts: {EXPERTS_REASON}."
-        else:
-            cause = f"A dim of {dim} is not positive and below the model's hidden size of {self.hidden_size}."
+        of_experts = f"A dim of {dim} is not legal for a model with experts: {EXPERTS_REASON}."
+        cause = why_outside(dim, self.hidden_size) or of_experts
         raise RequestError(cause, name_nearest("dim", nearest_in(self.legal_dims(), dim)))
 
     def parameters(self, dim: int | None = None) -> int:
