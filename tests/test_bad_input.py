@@ -57,9 +57,12 @@ def edit_config(folder, **changes):
 # the request
 
 
-@pytest.mark.parametrize("dim", ["48", "49", "0", "-4", "37"])
-def test_a_dim_that_is_not_legal(refused, checkpoints, dim):
-    assert "The nearest legal dim" in refused(checkpoints(), "--write-as", "own", dim=dim, code=2)
+@pytest.mark.parametrize(
+    ("dim", "nearest"), [("48", ": 44"), ("49", ": 44"), ("0", ": 4"), ("-4", ": 4"), ("37", "s: 36 and 40")]
+)
+def test_a_dim_that_is_not_legal(refused, checkpoints, dim, nearest):
+    message = refused(checkpoints(), "--write-as", "own", dim=dim, code=2)
+    assert f"The nearest legal dim{nearest}." in message
 
 
 def test_a_dim_is_refused_before_weights_are_looked_at(refused, checkpoint_copy):

@@ -2,8 +2,7 @@
 
 The published measurements are bundled (`published.csv`), each row with its source; `use` says what a row serves for:
 `dense` figures, the `spread` of relations over models, the `reference` of slices that are measured on few rows, or why
-it serves for none of these. Users' own series come from
-results files, see `slicecli.estimation.results`.
+it serves for none of these. Users' own series come from results files, see `slicecli.estimation.results`.
 """
 
 from __future__ import annotations
@@ -164,8 +163,12 @@ def family_of(model_type: str, vocabulary: float) -> str:
     Llama 3 loses two to three times as much as Llama 2 of the same size and type; the vocabulary tells generations
     apart. Of types that are published with one kind of vocabulary all models are one group.
     """
-    kinds = {_kind(row.vocabulary) for row in published_rows() if row.model_type == model_type}
-    return model_type + _kind(vocabulary) if len(kinds) > 1 else model_type
+    return model_type + _kind(vocabulary) if len(_published_kinds(model_type)) > 1 else model_type
+
+
+@functools.cache
+def _published_kinds(model_type: str) -> frozenset[str]:
+    return frozenset(_kind(row.vocabulary) for row in published_rows() if row.model_type == model_type)
 
 
 def _kind(vocabulary: float) -> str:
@@ -174,7 +177,9 @@ def _kind(vocabulary: float) -> str:
 
 def model_type_of(family: str) -> str:
     """Return the type of a group of models: how a loss grows with s is much the same for all of one type."""
-    return family.partition(" with a ")[0]
+    for kind in _KINDS:
+        family = family.removesuffix(kind)
+    return family
 
 
 @functools.cache

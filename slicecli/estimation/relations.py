@@ -325,7 +325,7 @@ BUILT_IN: tuple[Relation, ...] = (
         ("c",), *_by_weight(lambda dense: dense.spectrum), needs_spectrum=True,
     ),
     Relation(
-        "probe", "perplexity", "ln PPL = ln PPL0 + c P^0.3 F^0.7 exp(-P/8)", "measured on small models, docs/energy.md",
+        "probe", "perplexity", "D = c P^0.3 F^0.7 exp(-min(P, 5)/8)", "measured on small models, docs/energy.md",
         ("c",), *_by_weight(lambda dense: dense.probe), needs_probe=True,
     ),
     Relation(

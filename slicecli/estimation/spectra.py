@@ -90,8 +90,8 @@ def _probe(projected: Sequence[tuple[float, float]], fisher: Callable[[float], f
     ratios = [math.log(loss / fisher(sparsity)) for sparsity, loss in ordered]
 
     def weight(sparsity: float) -> float:
-        loss = fisher(sparsity) * math.exp(float(np.interp(math.log(sparsity), places, ratios)))
-        return _probe_weight(loss, fisher(sparsity))
+        own = fisher(sparsity)
+        return _probe_weight(own * math.exp(float(np.interp(math.log(sparsity), places, ratios))), own)
 
     return weight
 

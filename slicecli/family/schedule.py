@@ -113,7 +113,7 @@ class Schedule:
             for sublayer, (before, after) in zip(block.sublayers, self.shortcuts(index), strict=True):
                 if not any(branch.experts for branch in sublayer):
                     continue
-                if before % multiple and before < size:
+                if before % multiple:
                     raise RequestError(
                         f"The schedule has a width of {before} before the experts of block {index}, but "
                         f"{EXPERTS_REASON}.",
